@@ -1,0 +1,5 @@
+"""`python -m edgemoe`."""
+
+from edgemoe.cli import main
+
+main()

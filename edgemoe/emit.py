@@ -1,0 +1,55 @@
+"""Model, Stats, Plan, target -> Artifact: checks first, then the target writes, then every byte is counted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from edgemoe.errors import EdgemoeError, MachineError, ModelError
+from edgemoe.ir import Artifact, Model, Plan, Stats
+from edgemoe.targets import Target
+from edgemoe.units import format_bytes
+
+
+def emit_artifact(
+    model: Model,
+    stats: Stats,
+    plan: Plan,
+    target: Target,
+    folder: Path,
+    *,
+    shard_max: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write what the plan says.
+
+    Args:
+        model: whose weights are stored.
+        stats: the importance matrix.
+        plan: made for this model.
+        target: made for this target.
+        folder: where the files go; made if needed.
+        shard_max: split files larger than this many bytes (0: one file).
+        progress: called with (bytes written, all bytes).
+
+    Raises:
+        ModelError: the plan belongs to another model, or the checkpoint is damaged.
+        MachineError: not enough disk space, or the folder is not writable.
+    """
+    if plan.model != model.fingerprint:
+        raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be made: {error.strerror}") from error
+    if free < plan.file_size:
+        raise MachineError(
+            f"{folder}: {format_bytes(free)} free, the artifact needs {format_bytes(plan.file_size)}",
+            hint="free some space or choose another OUT",
+        )
+    artifact = target.write(model, stats, plan, folder, shard_max, progress)
+    if len(artifact.files) == 1 and artifact.size != plan.file_size:
+        raise EdgemoeError(f"{artifact.path} has {artifact.size} bytes, the plan promised {plan.file_size}: please report this")
+    return artifact

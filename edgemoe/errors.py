@@ -1,0 +1,51 @@
+"""The one exception tree.  `cli.main` turns each kind into its exit code and one clear line.
+
+EdgemoeError            1   internal: should not happen
+UsageError            2   wrong arguments, OUT not usable, bad recipe
+BudgetError           3   no plan fits the budget and the rules
+ModelError            4   model or input file bad or unsupported
+MachineError          5   package missing, disk full, not writable, offline
+VerifyError           6   the artifact does not run or breaks its promise
+"""
+
+from __future__ import annotations
+
+
+class EdgemoeError(Exception):
+    """Base of all errors that edgemoe raises on purpose; `hint` says what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(EdgemoeError):
+    """The command was given something it cannot take: an option, a recipe, an output folder."""
+
+    exit_code = 2
+
+
+class BudgetError(EdgemoeError):
+    """No plan fits the budget and the rules; the message names the least bytes that would."""
+
+    exit_code = 3
+
+
+class ModelError(EdgemoeError):
+    """A model, text or record file is malformed or not supported; names the file and the field."""
+
+    exit_code = 4
+
+
+class MachineError(EdgemoeError):
+    """This machine lacks something: a package, disk space, permission, the network."""
+
+    exit_code = 5
+
+
+class VerifyError(EdgemoeError):
+    """The artifact was written but does not run, or breaks what the plan promised."""
+
+    exit_code = 6

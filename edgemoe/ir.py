@@ -1,0 +1,399 @@
+"""The six records that the stages pass on: Model -> Stats -> Costs -> Plan -> Artifact -> Report.
+
+Every record is made by one stage and never changed after.  Each can be saved and opened again; a file of another format version, or made
+from something else than what it is used with, is refused.  Plain values go to JSON, arrays to safetensors beside it.
+Sizes are bytes, costs are nats of KL(original || compressed) per token, counts are tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.errors import ModelError
+
+FORMAT_VERSION = 1
+PROJECTIONS = ("gate", "up", "down")
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------- Model
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """One matrix or vector of the checkpoint, as bytes in a file; an expert inside a stacked tensor is a Tensor of its own."""
+
+    name: str  # as in the checkpoint
+    role: str  # the field's name, as llama.cpp spells it: attn_q, ffn_gate_exps, ffn_gate_inp (router), token_embd ...
+    layer: int = -1  # -1: outside the layers
+    expert: int = -1  # -1: not an expert's
+    shape: tuple[int, ...]
+    dtype: str  # BF16, F16, F32 or F64
+    file: str
+    offset: int  # of the first byte in the file
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return self.n_weights * _DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the headers of a checkpoint say.  `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
+
+    folder: str
+    name: str
+    model_type: str
+    config: dict[str, Any]
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_experts: int
+    top_k: int
+    expert_size: int
+    renormalize: bool  # gates of the top-k are divided by their sum
+    context_length: int
+    tensors: tuple[Tensor, ...]
+    fingerprint: str
+
+    @property
+    def n_weights(self) -> int:
+        """All weights of the model."""
+        return sum(t.n_weights for t in self.tensors)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors in the checkpoint."""
+        return sum(t.n_bytes for t in self.tensors)
+
+    def find(self, role: str, layer: int = -1, expert: int = -1) -> Tensor | None:
+        """The tensor with this role, or None."""
+        return next((t for t in self.tensors if (t.role, t.layer, t.expert) == (role, layer, expert)), None)
+
+    def of_layer(self, layer: int) -> dict[tuple[str, int], Tensor]:
+        """The tensors of one layer by (role, expert); layer -1 holds embedding, output and the last norm."""
+        return {(t.role, t.expert): t for t in self.tensors if t.layer == layer}
+
+
+# ---------------------------------------------------------------------------------------------------------------- Stats
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One perturbed copy of the stream: what was changed, and the KL that it caused, by domain (nats per token)."""
+
+    kind: str  # round (one tensor at `bits`), drop (keep `kept` in `layer`), all (every matrix at `bits`)
+    role: str = ""
+    layer: int = -1
+    bits: int = 0
+    kept: tuple[int, ...] = ()
+    kl: tuple[float, ...] = ()  # [domains]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """One calibration text, its weight in every mean, and how many of its tokens were used."""
+
+    name: str
+    weight: float
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What calibration saw.  Arrays lie in `folder`, one file per layer, and are read when asked for.
+
+    Arrays of a layer (D domains, E experts, H hidden, M expert size, N replay tokens, K candidates; sums run over tokens):
+        count [D, E]; gate, gate_sq, norm, norm_sq, gate_norm, energy, residual [D, E] (sums of g, g^2, |f|, |f|^2, g|f|, g^2|f|^2 and
+        g|f|(1 - cos) over routed tokens); attn_in_sq [D, H], attn_out_sq [D, heads * head_dim] (sums of x^2);
+        expert_in_sq [E, H], expert_mid_sq [E, M] (sums of g^2 x^2 over routed tokens, domains weighted: the importance matrix);
+        replay_x [N, H] (the MoE block's inputs), replay_logits [N, E], replay_domain [N], candidates [N, K], gram [N, K(K+1)/2].
+    Arrays of layer -1: token_count [D, V], output_in_sq [D, H].
+    """
+
+    folder: str
+    model: str  # fingerprint
+    key: str  # SHA-256 of the model, the texts and the settings
+    settings: dict[str, Any]
+    domains: tuple[Domain, ...]
+    probes: tuple[Probe, ...]
+    cold: tuple[tuple[int, int], ...]  # (layer, expert) with too few tokens to be judged alone
+
+    def arrays(self, layer: int) -> dict[str, NDArray[Any]]:
+        """The arrays of one layer; -1 for those outside the layers."""
+        return load_arrays(Path(self.folder) / array_file(layer))
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weight of each domain [D], summing to 1."""
+        weights = np.array([d.weight for d in self.domains], dtype=np.float64)
+        result: NDArray[np.float64] = weights / weights.sum()
+        return result
+
+
+def array_file(layer: int) -> str:
+    """Name of the file that holds one layer's arrays."""
+    return f"layer-{layer:04d}.safetensors" if layer >= 0 else "ends.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Costs
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What gets one format: a matrix, or the stack of one projection of all kept experts of a layer."""
+
+    name: str  # in the artifact
+    role: str
+    layer: int
+    n_weights: int  # with every expert kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Price list: nats and bytes of every choice.
+
+    C kept counts, L layers, U units, F formats.  `cost` and `size` [C, U, F]: nats (inf: not offered) and bytes; `drop_cost` [C, L]: nats;
+    `fixed_size` [C]: bytes of header and unquantized tensors; `kept` [C, L, E]: the kept set of each layer for each count.
+    KL is predicted as Q + kappa sqrt(Q), where Q is the sum of the costs (docs/pricing.md, 5).
+    """
+
+    model: str
+    model_name: str
+    stats: str
+    target: str
+    formats: tuple[str, ...]
+    units: tuple[Unit, ...]
+    counts: tuple[int, ...]
+    n_experts: int
+    top_k: int
+    kappa: float
+    memory: dict[str, int]  # what the process needs beside the weights: see memory.py
+    cold: tuple[tuple[int, int], ...]
+    cost: NDArray[np.float64] = field(compare=False)
+    size: NDArray[np.int64] = field(compare=False)
+    staging: NDArray[np.int64] = field(compare=False)
+    drop_cost: NDArray[np.float64] = field(compare=False)
+    fixed_size: NDArray[np.int64] = field(compare=False)
+    kept: NDArray[np.bool_] = field(compare=False)
+
+    def predict_kl(self, q: float) -> float:
+        """KL in nats per token that is expected of a plan whose costs add up to `q`."""
+        return q + self.kappa * math.sqrt(max(q, 0.0))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Plan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountBound:
+    """What the search learned about one kept count."""
+
+    count: int
+    bound: float | None  # no plan with this count costs less (nats); None: cannot fit
+    cost: float | None  # the best plan found with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which experts stay, and the format of every unit.  `proven`: the solver proved that no plan is better by more than `gap`."""
+
+    model: str
+    model_name: str
+    costs: str
+    target: str
+    budget: int
+    context: int
+    solver: str
+    count: int
+    n_experts: int
+    top_k: int
+    kept: tuple[tuple[int, ...], ...]  # [layers][count], original indices
+    formats: dict[str, str]  # unit name -> format
+    sizes: dict[str, int]  # unit name -> bytes
+    file_size: int
+    memory: dict[str, int]  # predicted, by part; "peak" is their sum as the process sees it
+    q: float
+    drop_q: float
+    predicted_kl: float
+    bound: float
+    gap: float
+    proven: bool
+    counts: tuple[CountBound, ...]
+
+    def __post_init__(self) -> None:
+        for layer, kept in enumerate(self.kept):
+            if len(kept) != self.count or list(kept) != sorted(set(kept)) or kept[-1] >= self.n_experts:
+                raise ModelError(f"plan: layer {layer} keeps {kept}, which is not {self.count} of {self.n_experts} experts in order")
+        if not self.top_k <= self.count <= self.n_experts:
+            raise ModelError(f"plan: {self.count} kept experts, but the router picks {self.top_k} of {self.n_experts}")
+
+
+# ------------------------------------------------------------------------------------------------------ Artifact, Report
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFile:
+    """One file of an artifact, named relative to the output folder."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """What was written; the first file is the one to load."""
+
+    folder: str
+    target: str
+    plan: str
+    files: tuple[ArtifactFile, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file to load."""
+        return Path(self.folder) / self.files[0].name
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(f.size for f in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScore:
+    """How the artifact does on one held-out text, against the original.  KL in nats per token; perplexities per token."""
+
+    name: str
+    tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    perplexity: float
+    original_perplexity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was promised and what was measured; everything the report page shows."""
+
+    model: dict[str, Any]
+    plan: Plan
+    artifact: Artifact
+    units: tuple[Unit, ...]
+    scores: tuple[TextScore, ...]
+    measured_kl: float
+    measured_peak: int
+    deployment_kl: float
+    prompt_tokens_per_second: float
+    decode_tokens_per_second: float
+    samples: tuple[dict[str, Any], ...]
+    frontier: tuple[dict[str, float], ...]  # predicted KL of the best plan at other sizes
+    problems: tuple[str, ...]
+    runtime: str
+    machine: str
+
+
+# ------------------------------------------------------------------------------------------------------ saving, opening
+R = TypeVar("R", Model, Stats, Costs, Plan, Artifact, Report)
+
+
+def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays to safetensors; the file appears whole or not at all."""
+    from safetensors.numpy import save_file
+
+    part = path.with_name(path.name + ".part")
+    save_file({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, part)
+    os.replace(part, path)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read arrays that `save_arrays` wrote.
+
+    Raises:
+        ModelError: missing or damaged file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read as arrays: {error}", hint="delete it and run the command again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_record(path: Path, record: Model | Stats | Costs | Plan | Artifact | Report) -> None:
+    """Save a record as JSON; its arrays go beside it as `<stem>.safetensors`."""
+    from pydantic import TypeAdapter
+
+    values = {n: getattr(record, n) for n in record.__dataclass_fields__}
+    arrays = {n: v for n, v in values.items() if isinstance(v, np.ndarray)}
+    if arrays:
+        save_arrays(path.with_suffix(".safetensors"), arrays)
+    plain = {n: TypeAdapter(Any).dump_python(v, mode="json") for n, v in values.items() if n not in arrays}
+    body = {"format_version": FORMAT_VERSION, "record": type(record).__name__, **plain}
+    write_text(path, json.dumps(body, indent=1, allow_nan=False, sort_keys=True) + "\n")
+
+
+def load_record(path: Path, kind: type[R]) -> R:
+    """Open a record that `save_record` wrote.
+
+    Raises:
+        ModelError: not such a record, of another format version, or malformed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as a {kind.__name__}: {error}") from error
+    if not isinstance(body, dict) or body.pop("record", None) != kind.__name__:
+        raise ModelError(f"{path}: is not a {kind.__name__} record of edgemoe")
+    version = body.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ModelError(f"{path}: format_version is {version}, this edgemoe reads {FORMAT_VERSION}", hint="make it again")
+    hints = get_type_hints(kind)
+    array_names = [n for n, hint in hints.items() if getattr(hint, "__origin__", None) is np.ndarray]
+    arrays = load_arrays(path.with_suffix(".safetensors")) if array_names else {}
+    try:
+        for name, hint in hints.items():
+            if name not in array_names:
+                body[name] = TypeAdapter(hint).validate_python(body[name])
+        values: dict[str, Any] = {**body, **{n: arrays[n] for n in array_names}}
+        return kind(**values)
+    except KeyError as error:
+        raise ModelError(f"{path}: the field {error} is missing", hint="make it again") from error
+    except (ValidationError, TypeError) as error:
+        raise ModelError(f"{path}: {str(error).splitlines()[0]}", hint="make it again") from error
+
+
+def hash_json(*parts: Any) -> str:
+    """SHA-256 of plain values, independent of dict order."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,194 @@
+"""Replay tokens of one layer -> a menu of kept sets: for each kept count the set whose loss is least, priced with re-selection.
+
+When experts go, the router picks again among those left, so single drops do not add up.  With the Gram matrix of the candidate experts'
+outputs of a token, every kept set is priced without running an expert again (docs/pricing.md, 3; Gram identity after NAEE, ACL 2024):
+
+    y_t(S) = sum_e g_te(S) f_te,   |y_t(S) - y_t|^2 = dg_t' G_t dg_t,   G_t[i, j] = <f_ti, f_tj>,   dg_t = g_t(S) - g_t
+
+Sets are found by backward greedy elimination, then improved by swaps where that is affordable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_COUNTS = 64  # kept counts offered
+SWAP_UP_TO = 32  # experts; above, swaps cost minutes a layer and win little
+COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to be believed alone
+SHRINK_TOKENS = 32.0  # weight of the layer's mean, in tokens
+
+
+def offered_counts(n_experts: int, top_k: int) -> tuple[int, ...]:
+    """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread."""
+    counts = np.linspace(top_k, n_experts, min(MAX_COUNTS, n_experts - top_k + 1))
+    return tuple(int(n) for n in np.unique(np.rint(counts)))
+
+
+def drop_floor(count: NDArray[np.int64], energy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The least that dropping each expert costs [E], for want of evidence: the layer's mean energy, shrunk away by the tokens seen."""
+    floor: NDArray[np.float64] = SHRINK_TOKENS / (SHRINK_TOKENS + count) * energy.mean()
+    return np.where(count < COLD_TOKENS, floor, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What one layer's replay tokens need for pricing any kept set (N tokens, E experts, K candidates in falling order)."""
+
+    probs: NDArray[np.float64]  # [N, E] softmax of the router logits over all experts
+    candidates: NDArray[np.int64]  # [N, K]
+    gram: NDArray[np.float64]  # [N, K, K] of the candidates' outputs
+    weights: NDArray[np.float64]  # [N], summing to 1
+    floor: NDArray[np.float64]  # [E] least cost of dropping each expert, same unit as the loss
+    top_k: int
+    renormalize: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Menu:
+    """For each kept count: the set, its loss (mean |y(S) - y|^2 per token) and how busy each survivor is."""
+
+    counts: tuple[int, ...]
+    kept: NDArray[np.bool_]  # [C, E]
+    loss: NDArray[np.float64]  # [C]
+    gate_sq: NDArray[np.float64]  # [C, E] mean over tokens of g(S)^2
+
+
+def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: NDArray[np.float64], top_k: int, *, renormalize: bool) -> Replay:
+    """A layer's arrays of Stats as a Replay; tokens of each domain share the domain's weight."""
+    logits = arrays["replay_logits"].astype(np.float64)
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    candidates = arrays["candidates"].astype(np.int64)
+    n, k = candidates.shape
+    rows, cols = np.triu_indices(k)
+    gram = np.zeros((n, k, k))
+    gram[:, rows, cols] = arrays["gram"].astype(np.float64)
+    gram[:, cols, rows] = gram[:, rows, cols]
+    domain = arrays["replay_domain"].astype(np.int64)
+    per_domain = np.bincount(domain, minlength=len(domain_weights))
+    weights = domain_weights[domain] / per_domain[domain]
+    share = domain_weights[:, None] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
+    energy = (arrays["energy"].astype(np.float64) * share).sum(axis=0)
+    floor = drop_floor(arrays["count"].astype(np.int64).sum(axis=0), energy)
+    return Replay(
+        probs=probs, candidates=candidates, gram=gram, weights=weights / weights.sum(), floor=floor, top_k=top_k, renormalize=renormalize
+    )
+
+
+class _Selection:
+    """What the router picks from a kept set, for all tokens at once."""
+
+    def __init__(self, replay: Replay, kept: NDArray[np.bool_]) -> None:
+        self.replay, self.kept = replay, kept
+        alive = kept[replay.candidates]
+        rank = alive.cumsum(axis=1)
+        self.chosen = alive & (rank <= replay.top_k)  # [N, K]
+        self.runner_up = alive & (rank == replay.top_k + 1)
+        self.p = np.take_along_axis(replay.probs, replay.candidates, axis=1)
+        self.mass = replay.probs @ kept  # [N] probability of the rows that are left
+
+    def gates(self, chosen: NDArray[np.bool_], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gate values [N, K] of a choice, as the runtime computes them from the rows that are left."""
+        raw = self.p * chosen
+        total = raw.sum(axis=1) if self.replay.renormalize else mass
+        gates: NDArray[np.float64] = raw / np.maximum(total, 1e-30)[:, None]
+        return gates
+
+
+def original_gates(replay: Replay) -> NDArray[np.float64]:
+    """Gates of the candidates [N, K] with every expert kept."""
+    everyone = _Selection(replay, np.ones(replay.probs.shape[1], bool))
+    return everyone.gates(everyone.chosen, everyone.mass)
+
+
+def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
+    """Loss of one kept set, and mean squared gate of each expert under it [E]."""
+    selection = _Selection(replay, kept)
+    gates = selection.gates(selection.chosen, selection.mass)
+    delta = gates - original_gates(replay)
+    loss = float(replay.weights @ _quadratic(replay.gram, delta)) + float(replay.floor[~kept].sum())
+    gate_sq = np.zeros(len(kept))
+    np.add.at(gate_sq, replay.candidates, gates**2 * replay.weights[:, None])
+    return loss, gate_sq
+
+
+def _quadratic(gram: NDArray[np.float64], delta: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = ((gram @ delta[:, :, None])[:, :, 0] * delta).sum(axis=1)
+    return result
+
+
+def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Loss of the kept set without each of its experts [E] (inf for experts not in it): all removals from one pass over the tokens."""
+    selection = _Selection(replay, kept)
+    n_experts = len(kept)
+    base_gates = selection.gates(selection.chosen, selection.mass)
+    change = np.zeros(n_experts)  # against the loss of the set itself
+    base = _quadratic(replay.gram, base_gates - original)
+    if not replay.renormalize:  # every removal scales every token's gates
+        raw = selection.p * selection.chosen
+        g_raw = (replay.gram @ raw[:, :, None])[:, :, 0]
+        aa, ab = (g_raw * raw).sum(axis=1), (g_raw * original).sum(axis=1)
+        cc = _quadratic(replay.gram, original)
+        scale = 1 / np.maximum(selection.mass[:, None] - replay.probs, 1e-30)  # [N, E]
+        scaled = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None] - base[:, None]
+        change += replay.weights @ scaled
+    order = selection.chosen.cumsum(axis=1) * selection.chosen
+    for slot in range(1, replay.top_k + 1):
+        here = order == slot
+        tokens = here.any(axis=1)
+        column = here.argmax(axis=1)[tokens]
+        expert = replay.candidates[tokens, column]
+        chosen = (selection.chosen & ~here) | selection.runner_up
+        mass = selection.mass - replay.probs[np.arange(len(here)), replay.candidates[np.arange(len(here)), here.argmax(axis=1)]]
+        loss = _quadratic(replay.gram[tokens], (selection.gates(chosen, mass) - original)[tokens])
+        gone = loss - base[tokens]
+        if not replay.renormalize:  # the scaling counted above does not apply where the expert was chosen
+            gone -= scaled[tokens, expert]
+        np.add.at(change, expert, gone * replay.weights[tokens])
+    total = float(replay.weights @ base) + float(replay.floor[~kept].sum()) + change + replay.floor
+    return np.where(kept, total, np.inf)
+
+
+def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bool_] | None = None) -> Menu:
+    """Kept sets for these counts (the largest is all experts): backward greedy, then swaps.
+
+    `protected` [E] marks experts that every set must keep.
+    """
+    n_experts = replay.probs.shape[1]
+    original = original_gates(replay)
+    kept = np.ones(n_experts, bool)
+    found: dict[int, NDArray[np.bool_]] = {n_experts: kept.copy()}
+    for count in range(n_experts - 1, min(counts) - 1, -1):
+        losses = removal_losses(replay, kept, original)
+        if protected is not None:
+            losses[protected] = np.inf
+        kept[int(losses.argmin())] = False
+        if count in counts:
+            found[count] = _improve_by_swaps(replay, kept.copy(), original, protected) if n_experts <= SWAP_UP_TO else kept.copy()
+    sets = np.stack([found[n] for n in counts])
+    priced = [set_loss(replay, s) for s in sets]
+    return Menu(counts=counts, kept=sets, loss=np.array([p[0] for p in priced]), gate_sq=np.stack([p[1] for p in priced]))
+
+
+def _improve_by_swaps(
+    replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64], protected: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
+    """Take back one dropped expert and drop the cheapest instead, while that lowers the loss."""
+    loss = set_loss(replay, kept)[0]
+    improved = True
+    while improved:
+        improved = False
+        for expert in np.flatnonzero(~kept):
+            trial = kept.copy()
+            trial[expert] = True
+            losses = removal_losses(replay, trial, original)
+            if protected is not None:
+                losses[protected] = np.inf
+            worst = int(losses.argmin())
+            if losses[worst] < loss * (1 - 1e-9):
+                trial[worst] = False
+                kept, loss, improved = trial, float(losses[worst]), True
+    return kept

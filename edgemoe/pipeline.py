@@ -1,0 +1,176 @@
+"""The whole job: inspect -> calibrate -> price -> plan -> emit -> verify -> report, and where its files lie.
+
+OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
+from edgemoe.emit import emit_artifact
+from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Artifact, Costs, Model, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
+from edgemoe.memory import DEFAULT_CONTEXT
+from edgemoe.plan import DEFAULT_GAP, solve_plan, sweep_sizes
+from edgemoe.price import least_process, price_choices
+from edgemoe.report import write_report
+from edgemoe.targets import Target, find_target
+from edgemoe.texts import choose_texts
+from edgemoe.units import format_bytes
+from edgemoe.verify import broken_promises, verify_artifact
+
+Progress = Callable[[str, int, int], None]  # (stage, done, all)
+MARKER = "build.json"
+CURVE_POINTS = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What the user asked for."""
+
+    model: str
+    memory: int
+    out: Path
+    context: int | None = None
+    target: str = "gguf"
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = DEFAULT_TOKENS
+    heldout: tuple[str, ...] = ()
+    solver: str = "highs"
+    gap: float = DEFAULT_GAP
+    shard_max: int = 0
+    work: Path | None = None
+    force: bool = False
+    command: str = ""
+
+
+def build_artifact(request: BuildRequest, progress: Progress = lambda stage, done, total: None) -> Report:
+    """Everything from checkpoint to report; goes on where a killed run stopped.
+
+    Raises:
+        EdgemoeError: every kind in errors.py; nothing half-written is left under a final name.
+    """
+    prepare_output(request.out, force=request.force)
+    model = inspect_model(request.model)
+    target = find_target(request.target)
+    context = choose_context(model, request.context)
+    check_budget(model, target, context, request.memory)
+    calibration, heldout = choose_texts(request.calibration, request.heldout)
+    work = open_work(request.out, request.work)
+
+    stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
+    costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
+    plan = solve_plan(costs, request.memory, solver=request.solver, gap=request.gap, costs_hash=costs_hash)
+    save_record(request.out / ".work" / "plan.json", plan)
+    artifact = emit_artifact(model, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
+    report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
+    report = replace(report, frontier=frontier_of(costs, plan.file_size), model={**report.model, "command": request.command})
+    finish_output(request.out, report)
+    broken = broken_promises(report)
+    if broken:
+        raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
+    return report
+
+
+def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(name, done, total)
+
+
+def choose_context(model: Model, asked: int | None) -> int:
+    """The context to plan for: what was asked, else the smaller of 8192 and what the model was trained for.
+
+    Raises:
+        UsageError: more than the model was trained for, or less than a token.
+    """
+    if asked is None:
+        return min(DEFAULT_CONTEXT, model.context_length)
+    if not 0 < asked <= model.context_length:
+        raise UsageError(f"--context {asked}: {model.name} was trained for 1 to {model.context_length} tokens")
+    return asked
+
+
+def check_budget(model: Model, target: Target, context: int, budget: int) -> None:
+    """Refuse a budget that no plan can meet before hours of work.
+
+    Raises:
+        BudgetError: names the least budget.
+    """
+    least = least_process(model, target, context)
+    if budget < least:
+        raise BudgetError(
+            f"{model.name} at context {context} needs at least {format_bytes(least)} ({least} bytes); the budget is {format_bytes(budget)}",
+            hint=f"ask for --memory {least}B or more, or a smaller --context",
+        )
+
+
+def price_cached(
+    model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
+) -> tuple[Costs, str]:
+    """Costs from the work folder if they are there, else priced now; and their hash."""
+    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context)[:16]}.json"
+    if not path.exists():
+        save_record(path, price_choices(model, stats, target, context, progress))
+    return load_record(path, Costs), hash_file(path)
+
+
+def frontier_of(costs: Costs, file_size: int) -> tuple[dict[str, float], ...]:
+    """Predicted KL at sizes from a third of this file to twice it, for the report's picture."""
+    low, high = file_size / 3, min(file_size * 2.2, float(costs.size[-1].max(axis=1).sum() + costs.fixed_size[-1]))
+    return sweep_sizes(costs, [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- folders
+def prepare_output(out: Path, *, force: bool) -> None:
+    """Make OUT ours: new, empty, our unfinished work, or cleared of our last result with `force`.
+
+    Raises:
+        UsageError: something else is there.
+        MachineError: it cannot be made.
+    """
+    for parent in (out, *out.parents):
+        if parent.exists() and not parent.is_dir():
+            raise UsageError(f"{out}: {parent} is a file, not a folder", hint="choose another -o")
+        if parent.exists():
+            break
+    unfinished = (out / ".work" / MARKER).exists()
+    if out.is_dir() and any(out.iterdir()) and not unfinished:
+        if not force:
+            raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
+        if (out / "report.json").exists():
+            with suppress(ModelError):  # not ours, or of another version: it stays
+                _remove_result(out, load_record(out / "report.json", Report).artifact)
+    try:
+        (out / ".work").mkdir(parents=True, exist_ok=True)
+        write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
+    except OSError as error:
+        raise MachineError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def _remove_result(out: Path, artifact: Artifact) -> None:
+    for name in (*(f.name for f in artifact.files), "plan.json", "report.json", "report.html", "README.md"):
+        if Path(name).name == name:
+            (out / name).unlink(missing_ok=True)
+
+
+def open_work(out: Path, work: Path | None) -> Path:
+    """The folder for Stats and Costs: OUT/.work, or one that is shared between builds."""
+    folder = work or out / ".work"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be made: {error.strerror}") from error
+    return folder
+
+
+def finish_output(out: Path, report: Report) -> None:
+    """Write plan and report beside the artifact; the work folder inside OUT goes."""
+    save_record(out / "plan.json", report.plan)
+    write_report(report, out)
+    shutil.rmtree(out / ".work", ignore_errors=True)

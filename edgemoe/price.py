@@ -1,0 +1,302 @@
+"""Model, Stats, target -> Costs: nats and bytes of every choice, drop and quantize on one scale (docs/pricing.md).
+
+For every unit:  cost(format) = slope * error(format).  The error is what the target's own quantizer does to sampled rows, as a mean
+squared error of the output on tokens that were really seen; the slope is KL of the unit's rounding probe over the error of that rounding.
+For dropping:  cost(set) = slope * loss(set),  the loss from the layer's menu, the slope from dropping probes at a few kept counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.checkpoint import read_tensor
+from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
+from edgemoe.memory import peak
+from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
+from edgemoe.rounding import round_to_nearest
+from edgemoe.scores import importance_of
+from edgemoe.targets import Target
+
+SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
+LEAST_ROWS = 4  # per expert
+TOKENS_PER_EXPERT = 128
+TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
+Errors = dict[str, float]  # format, or "probe" / "whole2" / "whole4" for the reference roundings -> mean squared error
+Progress = Callable[[int, int], None]
+
+
+class _Table:
+    """Costs, bytes and staging copies of every unit [C, U, F], filled unit by unit."""
+
+    def __init__(self, model: Model, target: Target, units: list[Unit], counts: tuple[int, ...]) -> None:
+        self.model, self.target, self.counts = model, target, counts
+        self.cost = np.full((len(counts), len(units), len(target.OFFERED)), np.inf)
+        self.size = np.zeros(self.cost.shape, np.int64)
+        self.staging = np.zeros(self.cost.shape, np.int64)
+
+    def fill(self, u: int, unit: Unit, by_format: dict[str, NDArray[np.float64]]) -> None:
+        """Enter one unit for every kept count and format; costs are [C], or [1] where the count does not matter."""
+        cols = _first_tensor(self.model, unit).shape[1]
+        for f, name in enumerate(self.target.OFFERED):
+            if name not in by_format:
+                continue
+            self.cost[:, u, f] = by_format[name]
+            for c, count in enumerate(self.counts):
+                self.size[c, u, f] = self.target.unit_size(unit, cols, name, kept_weights(self.model, unit, count))
+                self.staging[c, u, f] = self.target.unit_staging(int(self.size[c, u, f]), name, unit.role)
+
+
+def kept_weights(model: Model, unit: Unit, count: int) -> int:
+    """Weights of a unit when `count` experts stay."""
+    return unit.n_weights * count // model.n_experts if unit.role.endswith("_exps") else unit.n_weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One MoE layer, priced: expert errors [E] by projection and format, the menu, and what its probes say."""
+
+    menu: Menu
+    drop_cost: NDArray[np.float64]  # [C]
+    errors: dict[str, dict[str, NDArray[np.float64]]]  # role -> format -> [E] mean squared output error per use
+    slope: dict[str, float]  # role -> nats per error
+
+
+def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
+    """Price every choice.
+
+    Args:
+        model: from `inspect_model`.
+        stats: from `collect_stats`.
+        target: whose formats and bytes count.
+        context: tokens of context that the process must have memory for.
+        progress: called with (layers done, all layers).
+    """
+    units = target.list_units(model)
+    counts = offered_counts(model.n_experts, model.top_k)
+    table = _Table(model, target, units, counts)
+    drop = np.zeros((len(counts), model.n_layers))
+    kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
+    whole = {bits: 0.0 for bits in (4, 2)}  # Q of the whole-model probes
+    probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for layer in range(-1, model.n_layers):
+            importance = importance_of(model, stats, layer)
+            priced = _price_layer(model, stats, target, layer, importance, pool, probes) if layer >= 0 else None
+            if priced is not None:
+                drop[:, layer], kept[:, layer] = priced.drop_cost, priced.menu.kept
+            for u, unit in enumerate(units):
+                if unit.layer != layer:
+                    continue
+                if priced is not None and unit.role in priced.errors:
+                    by_format = {f: _stack_costs(priced, unit.role, e) for f, e in priced.errors[unit.role].items()}
+                else:
+                    by_format = _price_matrix(model, stats, target, unit, importance, probes[unit.role, unit.layer], pool)
+                for bits in whole:
+                    whole[bits] += float(by_format[f"whole{bits}"][-1])
+                table.fill(u, unit, by_format)
+            if progress:
+                progress(layer + 1, model.n_layers)
+    return Costs(
+        model=model.fingerprint,
+        model_name=model.name,
+        stats=stats.key,
+        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
+        formats=target.OFFERED,
+        units=tuple(units),
+        counts=counts,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kappa=fit_kappa(stats, whole),
+        memory={"context": context, **target.memory_parts(model, context)},
+        cold=stats.cold,
+        cost=table.cost,
+        size=table.size,
+        staging=table.staging,
+        drop_cost=drop,
+        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        kept=kept,
+    )
+
+
+def _first_tensor(model: Model, unit: Unit) -> Tensor:
+    return next(t for t in model.tensors if t.role == unit.role and t.layer == unit.layer)
+
+
+def fit_kappa(stats: Stats, whole: dict[int, float]) -> float:
+    """Kappa of KL = Q + kappa sqrt(Q), from the whole-model probes that lie where the expansion holds."""
+    found = []
+    for probe in stats.probes:
+        if probe.kind == "all":
+            q, kl = whole[probe.bits], probe_kl(stats, probe)
+            if q > 0 and kl < TRUSTED_KL:
+                found.append((kl - q) / np.sqrt(q))
+    return max(0.0, float(np.mean(found))) if found else 0.0
+
+
+def probe_kl(stats: Stats, probe: Probe) -> float:
+    """A probe's KL, mean over domains by weight."""
+    return float(stats.weights @ np.array(probe.kl))
+
+
+# ----------------------------------------------------------------------------------------------------------------- layers
+def _price_layer(
+    model: Model,
+    stats: Stats,
+    target: Target,
+    layer: int,
+    importance: dict[tuple[str, int], NDArray[np.float32]],
+    pool: ThreadPoolExecutor,
+    probes: dict[tuple[str, int], Probe],
+) -> _Layer:
+    arrays = stats.arrays(layer)
+    replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
+    menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
+    x = arrays["replay_x"].astype(np.float32)
+    tensors = model.of_layer(layer)
+    jobs = [
+        pool.submit(_expert_errors, model, target, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}, x, replay, importance)
+        for e in range(model.n_experts)
+    ]
+    found = [job.result() for job in jobs]
+    errors = {role: {f: np.array([e[role][f] for e in found]) for f in found[0][role]} for role in found[0]}
+    slope = {}
+    for role, by_format in errors.items():
+        error = float(menu.gate_sq[-1] @ by_format["probe"])
+        slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
+    return _Layer(menu, _drop_costs(stats, layer, replay, menu), errors, slope)
+
+
+def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu) -> NDArray[np.float64]:
+    """Nats of each kept set in the menu [C]: its loss times a slope that is interpolated between the probed kept counts."""
+    points: dict[int, float] = {}
+    for probe in stats.probes:
+        if probe.kind == "drop" and probe.layer == layer:
+            kept = np.zeros(replay.probs.shape[1], bool)
+            kept[list(probe.kept)] = True
+            loss = set_loss(replay, kept)[0]
+            if loss > 0:
+                points[len(probe.kept)] = probe_kl(stats, probe) / loss
+    if not points:
+        return np.zeros(len(menu.counts))
+    known = sorted(points)
+    slopes = np.interp(menu.counts, known, [points[n] for n in known])
+    costs: NDArray[np.float64] = slopes * menu.loss
+    return costs
+
+
+def _stack_costs(layer: _Layer, role: str, error: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nats of storing a projection's stack with these errors per use [E], for each kept count [C]."""
+    costs: NDArray[np.float64] = layer.slope[role] * (layer.menu.gate_sq @ error)
+    return costs
+
+
+def _expert_errors(
+    model: Model,
+    target: Target,
+    tensors: dict[str, Tensor],
+    x: NDArray[np.float32],
+    replay: Replay,
+    importance: dict[tuple[str, int], NDArray[np.float32]],
+) -> dict[str, Errors]:
+    """Mean squared output error per use of one expert, by projection and format, on the tokens that would pick it first.
+
+    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
+    errors of different rows are independent, so sampled rows stand for all.
+    """
+    expert = tensors["gate"].expert
+    weight = replay.probs[:, expert] ** 2 * replay.weights
+    tokens = np.argsort(-weight, kind="stable")[:TOKENS_PER_EXPERT]
+    weight = weight[tokens] / max(weight[tokens].sum(), 1e-300)
+    inputs = x[tokens].astype(np.float32)
+    gate, up, down = (read_tensor(model.folder, tensors[p]) for p in PROJECTIONS)
+    a, b = inputs @ gate.T, inputs @ up.T
+    h = _silu(a) * b
+    column = (down**2).sum(axis=0)
+    per_expert = SAMPLE_WEIGHTS // model.n_experts
+    result: dict[str, Errors] = {}
+    for projection, matrix in (("gate", gate), ("up", up), ("down", down)):
+        role = f"ffn_{projection}_exps"
+        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, per_expert // matrix.shape[1]))
+        scale = matrix.shape[0] / len(rows)
+        part = matrix[rows]
+        result[role] = {}
+        for name, rounded in _roundings(target, part, importance[role, expert], 2):
+            delta = rounded - part
+            if projection == "gate":
+                squares = ((_silu(a[:, rows] + inputs @ delta.T) - _silu(a[:, rows])) * b[:, rows]) ** 2 @ column[rows]
+            elif projection == "up":
+                squares = (_silu(a[:, rows]) * (inputs @ delta.T)) ** 2 @ column[rows]
+            else:
+                squares = ((h @ delta.T) ** 2).sum(axis=1)
+            result[role][name] = float(weight @ squares) * scale
+    return result
+
+
+def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
+    return result
+
+
+def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
+    """Row numbers, evenly spread, the same every time."""
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
+
+
+def _roundings(
+    target: Target, rows: NDArray[np.float32], importance: NDArray[np.float32] | None, probe_bits: int
+) -> list[tuple[str, NDArray[np.float32]]]:
+    """These rows in every offered format, and in the probes' reference roundings."""
+    found = [(name, target.round_rows(rows, name, importance)) for name in target.offered_formats(rows.shape[1])]
+    references = {bits: round_to_nearest(rows, bits) for bits in {probe_bits, 4, 2}}
+    return [*found, ("probe", references[probe_bits]), ("whole4", references[4]), ("whole2", references[2])]
+
+
+# --------------------------------------------------------------------------------------------------------------- matrices
+def _price_matrix(
+    model: Model,
+    stats: Stats,
+    target: Target,
+    unit: Unit,
+    importance: dict[tuple[str, int], NDArray[np.float32]],
+    probe: Probe,
+    pool: ThreadPoolExecutor,
+) -> dict[str, NDArray[np.float64]]:
+    """Nats of storing one matrix in each format: its input-weighted squared error, scaled by its probe."""
+    matrix = read_tensor(model.folder, _first_tensor(model, unit))
+    columns = importance.get((unit.role, -1))
+    if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
+        seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
+        rows = np.argsort(-seen, kind="stable")[: max(LEAST_ROWS, 4 * SAMPLE_WEIGHTS // matrix.shape[1])]
+        per_row = seen[rows].astype(np.float64)
+    else:
+        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // matrix.shape[1]))
+        per_row = np.ones(len(rows))
+    weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
+    part = matrix[rows]
+
+    def rounded_errors(index: NDArray[np.int64]) -> Errors:
+        found = _roundings(target, part[index], columns, probe.bits)
+        return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
+
+    blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
+    errors: Errors = {}
+    for found in pool.map(rounded_errors, blocks):
+        errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
+    slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
+    return {name: np.array([slope * error]) for name, error in errors.items()}
+
+
+def least_process(model: Model, target: Target, context: int) -> int:
+    """Bytes of the smallest process that any plan makes, from shapes alone: top-k experts kept, every unit in its smallest format."""
+    total = target.fixed_size(model, model.top_k)
+    for unit in target.list_units(model):
+        cols = _first_tensor(model, unit).shape[1]
+        n = kept_weights(model, unit, model.top_k)
+        total += min(target.unit_size(unit, cols, name, n) for name in target.offered_formats(cols))
+    return peak({**target.memory_parts(model, context), "weights": total, "staging": 0})

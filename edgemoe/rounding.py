@@ -1,0 +1,25 @@
+"""The reference perturbation: asymmetric round-to-nearest in groups of a row.
+
+Probes round one tensor this way, measure the KL, and so learn what an output error of known size costs; `price` computes the same error
+again on the same rounded weights.  It is no storage format and favours none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 32
+
+
+def round_to_nearest(weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Weights [..., cols] on a grid of 2^bits values between the minimum and maximum of each group of 32 (or what divides cols)."""
+    group = math.gcd(weights.shape[-1], GROUP)
+    x = weights.reshape(-1, group)
+    low = x.min(axis=1, keepdims=True)
+    step = (x.max(axis=1, keepdims=True) - low) / (2**bits - 1)
+    step[step == 0] = 1
+    rounded: NDArray[np.float32] = (np.rint((x - low) / step) * step + low).astype(np.float32)
+    return rounded.reshape(weights.shape)

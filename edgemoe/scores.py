@@ -1,0 +1,69 @@
+"""Statistics of one layer -> what the field makes of them: published expert scores, and the importance matrix.
+
+Scores are controls and options, never prices: they have no unit and are comparable within one layer only.  Sums run over the routed tokens
+of every domain, each domain counting by its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import Model, Stats
+
+Sums = dict[str, NDArray[np.float64]]  # [E] each: count, gate, gate_sq, norm, norm_sq, gate_norm, energy
+
+
+def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = total / np.maximum(count, 1e-30)
+    return result
+
+
+# Formulas: docs/pricing.md, 7, with papers.  n_e tokens routed to e, gate g, output f.
+SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
+    "frequency": lambda s: s["count"],  # n_e
+    "gate-sum": lambda s: s["gate"],  # sum g
+    "ean": lambda s: s["norm"],  # sum |f|
+    "man": lambda s: _mean(s["norm"], s["count"]),  # sum |f| / n_e
+    "reap-sum": lambda s: s["gate_norm"],  # sum g |f|
+    "reap": lambda s: _mean(s["gate_norm"], s["count"]),  # sum g |f| / n_e: REAP, arXiv 2510.13999
+    "energy": lambda s: s["energy"],  # sum g^2 |f|^2
+}
+
+
+def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
+    """A published saliency of each expert of a layer [E]; larger means keep."""
+    arrays = stats.arrays(layer)
+    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
+    sums = {name: (share * arrays[name]).sum(axis=0) for name in ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")}
+    return SCORES[score](sums)
+
+
+def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
+    """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
+    arrays = stats.arrays(layer)
+    if layer < 0:
+        weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
+        output = (weights[:, None] * arrays["output_in_sq"]).sum(axis=0).astype(np.float32)
+        tied = model.find("output") is None
+        return {("token_embd", -1) if tied else ("output", -1): output}
+    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
+    attention = (share * arrays["attn_in_sq"]).sum(axis=0).astype(np.float32)
+    found = {(role, -1): attention for role in ("attn_q", "attn_k", "attn_v")}
+    found["attn_output", -1] = (share * arrays["attn_out_sq"]).sum(axis=0).astype(np.float32)
+    count = arrays["count"].sum(axis=0)
+    for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
+        shrunk = shrink(arrays[key], arrays["expert_importance"], count)
+        found |= {(role, e): shrunk[e] for role in names for e in range(model.n_experts)}
+    return found
+
+
+def shrink(sums: NDArray[np.float64], weight: NDArray[np.float64], count: NDArray[np.int64], tokens: float = 64.0) -> NDArray[np.float32]:
+    """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
+    overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
+    own = sums / np.maximum(weight, 1e-30)[:, None]
+    trust = (count / (count + tokens))[:, None]
+    mixed: NDArray[np.float32] = (trust * own + (1 - trust) * overall).astype(np.float32)
+    return mixed

@@ -1,0 +1,174 @@
+"""The child process: load a GGUF with llama.cpp, do one job, write a JSON result; logits go to stdout as float32.
+
+Jobs:
+    {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
+    {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
+    continue the prompts greedily.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lc
+import numpy as np
+
+UBATCH = 512
+LOAD_WITHOUT_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 0, 1, 0, -1
+_ERROR = 4  # ggml's log level
+
+
+class Llama:
+    """A loaded model with one context."""
+
+    def __init__(self, path: str, context: int, *, exact: bool, repack: bool = True) -> None:
+        self._log: list[str] = []
+        self._callback = lc.llama_log_callback(lambda level, text, _: self._log.append(text.decode(errors="replace")))
+        lc.llama_log_set(self._callback, ctypes.c_void_p(0))
+        lc.llama_backend_init()
+        params = lc.llama_model_default_params()
+        params.n_gpu_layers, params.load_mode = 0, LOAD_WITHOUT_MMAP
+        params.use_extra_bufts = repack and not exact
+        self.model = lc.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["the model does not load"])[-1])
+        options = lc.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = context, min(context, UBATCH), min(context, UBATCH)
+        options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+        options.type_k = options.type_v = F32 if exact else F16
+        options.flash_attn_type = FLASH_OFF if exact else FLASH_AUTO
+        self.context = lc.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["no context"])[-1])
+        self.vocab = lc.llama_model_get_vocab(self.model)
+        self.n_vocab = lc.llama_vocab_n_tokens(self.vocab)
+
+    def buffers(self) -> list[str]:
+        """llama.cpp's own words about the buffers that it made."""
+        return [line.strip() for line in "".join(self._log).splitlines() if "buffer size" in line or "KV self size" in line]
+
+    def clear(self) -> None:
+        """Forget the context."""
+        lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
+
+    def decode(self, tokens: Sequence[int], start: int, *, every: bool) -> None:
+        """Run tokens at positions from `start`; logits of every one of them or only of the last."""
+        batch = lc.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), start + i, 1, 0
+            batch.logits[i] = every or i == len(tokens) - 1
+        status = lc.llama_decode(self.context, batch)
+        lc.llama_batch_free(batch)
+        if status != 0:
+            raise SystemExit(f"error: llama_decode gave {status}")
+
+    def logits(self, n: int) -> Any:
+        """Logits [n, vocab] of the last decode."""
+        return np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape=(n, self.n_vocab))
+
+    def feed(self, tokens: Sequence[int], start: int = 0) -> None:
+        """Run a long text in batches."""
+        for i in range(0, len(tokens), UBATCH):
+            self.decode(tokens[i : i + UBATCH], start + i, every=False)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a prompt, special tokens recognised."""
+        raw = text.encode()
+        out = (ctypes.c_int32 * (len(raw) + 16))()
+        n = lc.llama_tokenize(self.vocab, raw, len(raw), out, len(out), True, True)
+        return list(out[: max(n, 0)])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens."""
+        raw = b""
+        buffer = ctypes.create_string_buffer(512)
+        for token in tokens:
+            n = lc.llama_token_to_piece(self.vocab, int(token), buffer, len(buffer), 0, False)
+            raw += buffer.raw[: max(n, 0)]
+        return raw.decode(errors="replace")
+
+    def greedy(self, prompt: Sequence[int], n: int) -> list[int]:
+        """The most likely continuation, until its end or `n` tokens."""
+        self.clear()
+        self.feed(prompt)
+        out: list[int] = []
+        while len(out) < n:
+            token = int(self.logits(1)[-1].argmax())
+            if lc.llama_vocab_is_eog(self.vocab, token):
+                break
+            out.append(token)
+            self.decode([token], len(prompt) + len(out) - 1, every=False)
+        return out
+
+
+def give_logits(job: dict[str, Any]) -> dict[str, Any]:
+    """Logits of every window to stdout."""
+    llama = Llama(job["path"], max(len(w) for w in job["windows"]), exact=job["exact"], repack=job["repack"])
+    for window in job["windows"]:
+        llama.clear()
+        llama.decode(window, 0, every=True)
+        sys.stdout.buffer.write(llama.logits(len(window)).astype(np.float32, copy=False).tobytes())
+    sys.stdout.buffer.flush()
+    return {"buffers": llama.buffers()}
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Fill the context as a user would; peak memory, speed, samples."""
+    context, generate = int(job["context"]), int(job["generate"])
+    llama = Llama(job["path"], context, exact=False, repack=job["repack"])
+    tokens = job["tokens"]
+    new = min(32, max(1, context // 4))
+    filled = (tokens * (context // len(tokens) + 1))[: context - new]
+    begin = time.perf_counter()
+    llama.feed(filled)
+    llama.logits(1)
+    prompt_seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    for i in range(new):
+        token = int(llama.logits(1)[-1].argmax())
+        llama.decode([token], len(filled) + i, every=False)
+    decode_seconds = time.perf_counter() - begin
+    samples = []
+    for prompt in job["prompts"]:
+        ids = llama.tokenize(prompt)[: max(1, context - generate - 1)]
+        if ids:
+            out = llama.greedy(ids, min(generate, context - len(ids)))
+            samples.append({"prompt": prompt, "text": llama.text(out), "tokens": out})
+    return {
+        "peak": peak_bytes(),
+        "prompt_tokens_per_second": len(filled) / prompt_seconds,
+        "decode_tokens_per_second": new / decode_seconds,
+        "samples": samples,
+        "buffers": llama.buffers(),
+    }
+
+
+def peak_bytes() -> int:
+    """The most that this process ever held (VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+
+
+def main() -> None:
+    """Do the job in the file that the command line names."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    result = give_logits(job) if "windows" in job else measure(job)
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Bytes that a llama.cpp process holds, from shapes alone (docs/decisions/0003-memory.md has the measurements).
+
+Settings: no mmap (what is held cannot be given back), repacking on, KV in F16, flash attention as llama.cpp chooses, ubatch 512.
+"""
+
+from __future__ import annotations
+
+from edgemoe.ir import Model, Unit
+from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
+
+UBATCH = 512
+RUNTIME = 64 * 2**20  # interpreter, libraries, vocabulary, graph: an empty process that has loaded llama.cpp
+
+
+def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
+    """Bytes of a tensor in the file, padded."""
+    return pad(n_weights // cols * row_bytes(name, cols))
+
+
+def unit_staging(size: int, name: str, role: str) -> int:
+    """Bytes of the copy that is made while a tensor is repacked; the embedding is only looked up, never repacked."""
+    return size if FORMATS[name].repacked and role != "token_embd" else 0
+
+
+def memory_parts(model: Model, context: int) -> dict[str, int]:
+    """KV cache, compute buffer, output buffer and runtime in bytes, for one sequence of `context` tokens."""
+    cells = -(-context // 256) * 256
+    kv = model.n_layers * cells * 2 * model.n_kv_heads * model.head_dim * 2
+    rows = min(UBATCH, context)
+    hidden, heads = model.hidden_size, model.n_heads * model.head_dim
+    expert = model.top_k * (2 * model.expert_size + 2 * hidden)
+    compute = 4 * rows * max(model.vocab_size + hidden, expert + 3 * hidden, 4 * heads + 3 * hidden) + 6 * rows * cells
+    return {"kv": kv, "compute": compute, "output": 4 * model.vocab_size, "runtime": RUNTIME}

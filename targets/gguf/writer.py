@@ -1,0 +1,257 @@
+"""Plan -> GGUF: tensors in file order, one expert stack in memory at a time, through gguf-py's writer and ggml's quantizers.
+
+The header's length does not depend on the plan (the expert map is one flag per expert, hashes have fixed length), so the planner knows the
+file's size to the byte before anything is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.checkpoint import read_tensor
+from edgemoe.errors import MachineError
+from edgemoe.families import find_family, rope_theta
+from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
+from edgemoe.scores import importance_of
+from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
+from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
+
+NO_HASH = "0" * 64
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
+FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
+
+
+def tensor_name(role: str, layer: int) -> str:
+    """llama.cpp's name of a tensor."""
+    return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
+
+
+def is_planned(tensor: Tensor) -> bool:
+    """Whether a tensor gets a format from the plan; norms and routers stay F32."""
+    return len(tensor.shape) == 2 and tensor.role != "ffn_gate_inp"
+
+
+def list_units(model: Model) -> list[Unit]:
+    """Everything that gets a format, in file order: one unit per matrix, one per expert stack."""
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor in model.tensors:
+        if is_planned(tensor):
+            sizes[tensor.role, tensor.layer] = sizes.get((tensor.role, tensor.layer), 0) + tensor.n_weights
+    return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n) for (role, layer), n in sizes.items()]
+
+
+def fixed_size(model: Model, count: int) -> int:
+    """Bytes of header, metadata, norms and routers when every MoE layer keeps `count` experts."""
+    total = header_size(model)
+    for tensor in model.tensors:
+        if not is_planned(tensor):
+            total += pad(tensor.n_weights * 4 * (count if tensor.role == "ffn_gate_inp" else model.n_experts) // model.n_experts)
+    return total
+
+
+def header_size(model: Model) -> int:
+    """Bytes before the first tensor, from really writing them."""
+    key = model.fingerprint
+    if key not in _header_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "header.gguf"
+            writer = _open_writer(path, model, None, None, 0)
+            _add_infos(writer, model, lambda unit: "F16", model.n_experts)
+            _write_header(writer)
+            writer.close()
+            _header_sizes[key] = pad(path.stat().st_size)
+    return _header_sizes[key]
+
+
+_header_sizes: dict[str, int] = {}
+
+
+def write(
+    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Artifact:
+    """Write the plan's GGUF into `folder`; it appears under its own name only when complete.
+
+    Args:
+        model: whose weights are stored.
+        stats: the importance matrix.
+        plan: what to keep and how.
+        folder: where to; must exist.
+        shard_max: largest file in bytes before splitting (0: one file).
+        progress: called with (bytes written, all bytes).
+
+    Raises:
+        ModelError: a shard is damaged or holds NaN.
+        MachineError: the disk is full or not writable.
+    """
+    stem = f"{model.name}-E{plan.count}-{_bits_per_weight(model, plan):.2f}bpw"
+    part = folder / f"{stem}.gguf"
+    scratch = folder / ".part"
+    try:
+        scratch.mkdir(exist_ok=True)
+        for old in scratch.iterdir():
+            old.unlink()
+        writer = _open_writer(scratch / part.name, model, stats, plan, shard_max)
+        infos = _add_infos(writer, model, lambda unit: plan.formats[unit.name], plan.count)
+        _write_header(writer)
+        written, total = 0, sum(infos.values())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, data in _tensor_data(model, stats, plan, pool):
+                writer.write_tensor_data(data)
+                written += infos[name]
+                if progress:
+                    progress(written, total)
+        writer.close()
+        names = sorted(p.name for p in scratch.iterdir())
+        for name in names:
+            os.replace(scratch / name, folder / name)
+        scratch.rmdir()
+    except OSError as error:
+        for old in scratch.glob("*"):
+            old.unlink(missing_ok=True)
+        scratch.rmdir() if scratch.is_dir() else None
+        raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
+    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
+    return Artifact(folder=str(folder), target="gguf", plan="", files=files)
+
+
+def _bits_per_weight(model: Model, plan: Plan) -> float:
+    """Of the file, over the weights that are left."""
+    gone = sum(t.n_weights for t in model.tensors if t.expert >= 0 and t.expert not in plan.kept[t.layer])
+    return 8 * plan.file_size / (model.n_weights - gone)
+
+
+def _dominant(plan: Plan) -> str:
+    """The format that holds most bytes."""
+    bytes_by: dict[str, int] = {}
+    for name, kind in plan.formats.items():
+        bytes_by[kind] = bytes_by.get(kind, 0) + plan.sizes[name]
+    return max(sorted(bytes_by), key=lambda kind: bytes_by[kind])
+
+
+def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int) -> Any:
+    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length."""
+    import gguf
+
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
+    family = find_family(model.model_type)
+    config = model.config
+    writer = gguf.GGUFWriter(path, family.gguf_arch, split_max_size=shard_max)
+    count = plan.count if plan else model.n_experts
+    writer.add_name(model.name)
+    writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(model.context_length)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_block_count(model.n_layers)
+    writer.add_head_count(model.n_heads)
+    writer.add_head_count_kv(model.n_kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(model.top_k)
+    for key, value in family.gguf_keys(config).items():
+        writer.add_uint32(f"{family.gguf_arch}.{key}", value)
+    add_vocabulary(writer, read_vocabulary(Path(model.folder), model.vocab_size), arch_vocab_key=False)
+    _add_provenance(writer, model, stats, plan)
+    return writer
+
+
+def _add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan | None) -> None:
+    """What it was made from, and the expert map: one flag per (layer, expert), so the length never changes."""
+    kept = np.zeros((model.n_layers, model.n_experts), bool)
+    for layer, experts in enumerate(plan.kept if plan else ()):
+        kept[layer, list(experts)] = True
+    writer.add_string("edgemoe.version", __version__)
+    writer.add_string("edgemoe.model", model.fingerprint)
+    writer.add_string("edgemoe.stats", stats.key if stats else NO_HASH)
+    writer.add_string("edgemoe.costs", plan.costs if plan else NO_HASH)
+    writer.add_uint32("edgemoe.expert_count_original", model.n_experts)
+    writer.add_array("edgemoe.experts_kept", [bool(flag) for flag in kept.ravel()])
+    writer.add_float64("edgemoe.predicted_kl", plan.predicted_kl if plan else 0.0)
+    writer.add_uint64("edgemoe.budget", plan.budget if plan else 0)
+    writer.add_uint32("quantize.imatrix.entries_count", len(list_units(model)))
+    writer.add_uint32("quantize.imatrix.chunks_count", 0 if stats is None else sum(d.tokens for d in stats.domains) // 512)
+
+
+def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: int) -> dict[str, int]:
+    """Announce every tensor in file order; returns its bytes by name."""
+    import gguf
+
+    units = {unit.name: unit for unit in list_units(model)}
+    infos: dict[str, int] = {}
+    for name, group in group_tensors(model):
+        first = group[0]
+        if name in units:
+            kind = choose(units[name])
+            stack = (count,) if first.expert >= 0 else ()
+            shape = (*stack, first.shape[0], row_bytes(kind, first.shape[1]))
+            if kind in ("F32", "F16"):
+                dtype: type = np.float32 if kind == "F32" else np.float16
+                shape = (*stack, *first.shape)
+            else:
+                dtype = np.uint8
+            infos[name] = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            writer.add_tensor_info(name, shape, np.dtype(dtype), infos[name], gguf.GGMLQuantizationType(FORMATS[kind].id))
+        else:
+            shape = (count, *first.shape[1:]) if first.role == "ffn_gate_inp" else first.shape
+            infos[name] = int(np.prod(shape)) * 4
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), infos[name])
+    return infos
+
+
+def _write_header(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def group_tensors(model: Model) -> list[tuple[str, list[Tensor]]]:
+    """The checkpoint's tensors by the GGUF tensor that they become, in file order; an expert stack is one group."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in model.tensors:
+        groups.setdefault(tensor_name(tensor.role, tensor.layer), []).append(tensor)
+    return list(groups.items())
+
+
+def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecutor) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every tensor's bytes, in file order."""
+    layer, importance = -2, {}
+    for name, group in group_tensors(model):
+        first = group[0]
+        if first.layer != layer:
+            layer, importance = first.layer, importance_of(model, stats, first.layer)
+        if not is_planned(first):
+            values = read_tensor(model.folder, first)
+            yield name, values[list(plan.kept[first.layer])] if first.role == "ffn_gate_inp" else values
+            continue
+        kept = [group[e] for e in plan.kept[first.layer]] if first.expert >= 0 else group
+        kind = plan.formats[name]
+        rows: list[NDArray[np.uint8]] = []
+        for tensor in kept:  # one expert's float32 at a time; only the packed stack grows
+            weights = prepare(model, tensor, read_tensor(model.folder, tensor))
+            rows.append(quantize_parallel([(weights, importance.get((tensor.role, tensor.expert)))], kind, pool))
+        yield name, np.concatenate(rows)
+
+
+def prepare(model: Model, tensor: Tensor, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights as the target wants them: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
+    heads = {"attn_q": model.n_heads, "attn_k": model.n_kv_heads}.get(tensor.role)
+    if heads is None or not find_family(model.model_type).permute_qk:
+        return weights
+    rows, cols = weights.shape
+    paired = weights.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2)
+    return np.ascontiguousarray(paired.reshape(rows, cols))

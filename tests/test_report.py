@@ -1,0 +1,440 @@
+"""The report page, the model card and the terminal summary, on records made by hand."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console, RenderableType
+
+from edgemoe import report as report_module
+from edgemoe.errors import MachineError
+from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, TextScore, Unit, load_record
+from edgemoe.report import render_card, render_html, summarize_plan, summarize_report, write_report
+
+HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} \"' & ]]> --> [bold]x[/bold] | `a`\n---\nkey: !!python/object {} # \u202e\x1b[31m"
+BITS = {"IQ2_XXS": 2.0625, "Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
+
+
+def make_units(n_layers: int, n_experts: int) -> list[Unit]:
+    hidden, expert_size = (128, 256) if n_layers <= 8 else (7168, 2048)
+    shapes = {"attn_q": hidden**2, "attn_k": hidden**2 // 4, "attn_v": hidden**2 // 4, "attn_output": hidden**2}
+    shapes |= {f"ffn_{p}_exps": n_experts * hidden * expert_size for p in ("gate", "up", "down")}
+    ends = [Unit(name=f"{role}.weight", role=role, layer=-1, n_weights=hidden * 4096) for role in ("token_embd", "output")]
+    return ends + [
+        Unit(name=f"blk.{layer}.{role}.weight", role=role, layer=layer, n_weights=n)
+        for layer in range(n_layers)
+        for role, n in shapes.items()
+    ]
+
+
+def make_plan(units: list[Unit], n_layers: int, n_experts: int, count: int, name: str) -> Plan:
+    """Kept sets and expert formats at random, sizes that add up, a budget just above the peak."""
+    rng = np.random.default_rng(n_layers * n_experts)
+    menu = ["Q3_K", "Q4_K", "Q5_K"] if n_layers <= 8 else ["IQ2_XXS", "Q2_K", "Q3_K", "Q4_K"]
+    formats = {u.name: str(rng.choice(menu)) if u.role.endswith("exps") else "Q8_0" if u.role == "attn_v" else "Q6_K" for u in units}
+    left = {u.name: u.n_weights * count // n_experts if u.role.endswith("exps") else u.n_weights for u in units}
+    sizes = {u.name: int(left[u.name] * BITS[formats[u.name]] / 8) for u in units}
+    size = sum(sizes.values()) + n_layers * count * 512 + 200_000
+    memory = {
+        "weights": size,
+        "kv": size // 40,
+        "compute": size // 60,
+        "output": size // 200,
+        "staging": size // 90,
+        "runtime": size // 100,
+    }
+    memory["peak"] = sum(memory.values())
+    kept = tuple(tuple(sorted(int(e) for e in rng.choice(n_experts, count, replace=False))) for _ in range(n_layers))
+    counts = tuple(
+        CountBound(
+            count=n,
+            bound=None if n > count + 2 else 0.02209 + 0.004 * abs(n - count),
+            cost=0.0221 + 0.005 * abs(n - count) if abs(n - count) < 2 else None,
+        )
+        for n in range(max(count - 6, 1), min(count + 5, n_experts) + 1)
+    )
+    return Plan(
+        model="a" * 64, model_name=name, costs="b" * 64, target="gguf", budget=int(memory["peak"] * 1.012), context=8192,
+        solver="ilp-highs", count=count, n_experts=n_experts, top_k=min(4, count), kept=kept, formats=formats, sizes=sizes, file_size=size,
+        memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, counts=counts,
+    )  # fmt: skip
+
+
+def make_report(n_layers: int = 4, n_experts: int = 16, *, count: int = 12, name: str = "acme/tiny-moe") -> Report:
+    """A report as verify makes it."""
+    units = make_units(n_layers, n_experts)
+    plan = make_plan(units, n_layers, n_experts, count, name)
+    scores = tuple(
+        TextScore(
+            name=text, tokens=4096, kl_mean=mean, kl_median=mean / 3, kl_p99=mean * 12, kl_max=mean * 70, top1_agreement=0.96 - mean,
+            perplexity=base * (1 + mean), original_perplexity=base,
+        )
+        for text, mean, base in (("english", 0.031, 9.41), ("german", 0.052, 11.7), ("python", 0.024, 3.18), ("math", 0.0411, 2.2))
+    )  # fmt: skip
+    shares = (0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 1.0, 1.1, 1.25)
+    frontier = tuple({"file_size": plan.file_size * f, "predicted_kl": 0.0312 * (1 / f) ** 3.4} for f in shares)
+    n_weights = sum(u.n_weights for u in units)
+    model = {
+        "name": name, "model_type": "qwen3_moe", "n_layers": n_layers, "n_experts": n_experts, "top_k": plan.top_k, "hidden_size": 128,
+        "n_weights": n_weights, "n_bytes": 2 * n_weights, "base_model": name, "license": "apache-2.0",
+        "command": f"edgemoe build {name} --memory {plan.budget}B --context 8192 -o out",
+    }  # fmt: skip
+    tea = "The history of tea begins"
+    samples = (
+        {"prompt": tea, "text": f"{tea} in the south of China.", "original": f"{tea} in China, where the leaf was chewed.", "loops": False},
+        {"prompt": "def fibonacci(n):", "text": "def fibonacci(n):\n    return n\n    return n\n    return n", "loops": True},
+    )
+    file = ArtifactFile(name=f"tiny-moe-E{count}-Q3_K.gguf", size=plan.file_size, sha256="c" * 64)
+    return Report(
+        model=model, plan=plan, artifact=Artifact(folder="/tmp/out", target="gguf", plan="d" * 64, files=(file,)), units=tuple(units),
+        scores=scores, measured_kl=0.0371, measured_peak=int(plan.memory["peak"] * 0.987), deployment_kl=0.0402,
+        prompt_tokens_per_second=812.4, decode_tokens_per_second=73.25, samples=samples, frontier=frontier, problems=(),
+        runtime="llama.cpp b7071 (CPU)", machine="AMD Ryzen 7 7840HS, 96 GB",
+    )  # fmt: skip
+
+
+def make_hostile() -> Report:
+    """A report in which every text that edgemoe did not write itself is an attack."""
+    report = make_report(name=HOSTILE)
+    return replace(
+        report,
+        model={**report.model, "model_type": HOSTILE, "command": HOSTILE, "license": HOSTILE},
+        scores=tuple(replace(s, name=HOSTILE) for s in report.scores),
+        samples=({"prompt": HOSTILE, "text": HOSTILE, "original": HOSTILE, "loops": True},),
+        problems=(HOSTILE,),
+        runtime=HOSTILE,
+        machine=HOSTILE,
+    )
+
+
+def make_unmeasured() -> Report:
+    """A report of a host that was too small to run the artifact, of a plan that drops nothing."""
+    report = make_report(count=16)
+    return replace(
+        report, scores=(), samples=(), frontier=(), problems=("not run: this machine has too little memory",), measured_kl=0.0,
+        measured_peak=0, deployment_kl=0.0, prompt_tokens_per_second=0.0, decode_tokens_per_second=0.0,
+    )  # fmt: skip
+
+
+REPORTS: dict[str, Callable[[], Report]] = {
+    "small": make_report,
+    "large": lambda: make_report(60, 384, count=192),
+    "hostile": make_hostile,
+    "unmeasured": make_unmeasured,
+    "one expert": lambda: make_report(1, 1, count=1),
+}
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text outside styles, as another parser sees them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._tag = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._tag = tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self._tag != "style" else ""
+
+
+def print_at(renderable: RenderableType, width: int) -> str:
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_page_asks_for_nothing_and_runs_nothing(kind: str) -> None:
+    text = render_html(REPORTS[kind]())
+    page = Page(text)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "iframe", "object", "embed", "base", "form", "img", "video", "audio", "use", "image", "foreignobject"}
+    for tag, attributes in page.elements:
+        assert not [a for a in attributes if a.startswith("on")], tag
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL)) + "".join(a.get("style") or "" for _, a in page.elements)
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policies = [a["content"] for t, a in page.elements if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_page_shows_hostile_text_as_text() -> None:
+    text = render_html(make_hostile())
+    assert "<script" not in text
+    assert "alert(1)</" not in text
+    shown = " ".join(Page(text).text.split())
+    assert "{{7*7}}" in shown
+    assert shown.count("<script>alert(1)</script>") >= 8
+    assert "\x1b" not in text.split("What it writes")[0]
+
+
+@pytest.mark.parametrize(("n_layers", "n_experts", "count"), [(4, 16, 12), (48, 128, 80), (60, 384, 192), (3, 8, 8)])
+def test_map_shows_every_dropped_expert_and_every_kept_one_with_its_formats(n_layers: int, n_experts: int, count: int) -> None:
+    report = make_report(n_layers, n_experts, count=count)
+    cells: dict[tuple[int, int], str] = {}
+    for layer, first, last, what in re.findall(r"<title>layer (\d+), experts? (\d+)(?:-(\d+))?: ([^<]*)</title>", render_html(report)):
+        cells |= {(int(layer), e): what for e in range(int(first), int(last or first) + 1)}
+    assert len(cells) == n_layers * n_experts
+    for (layer, expert), what in cells.items():
+        names = [report.plan.formats[f"blk.{layer}.ffn_{p}_exps.weight"] for p in ("gate", "up", "down")]
+        words = ", ".join(f"{p} {name} {BITS[name]:.2f}" for p, name in zip(("gate", "up", "down"), names, strict=True))
+        assert what == (words if expert in report.plan.kept[layer] else "dropped")
+
+
+def test_map_draws_as_many_cells_as_there_are_experts() -> None:
+    report = make_report()
+    holes = re.findall(r'<path class="hole" d="([^"]*)"', render_html(report))
+    assert sum(path.count("M") for path in holes) == 4 * 4
+    bands = re.findall(r'<path class="f\d+" d="([^"]*)"', render_html(report))
+    assert [path.count("M") for path in bands] == [12] * 12
+
+
+def test_map_labels_layers_by_their_number_in_the_model_when_the_first_is_dense() -> None:
+    report = make_report()
+    units = tuple(replace(u, layer=u.layer + 1) if u.layer >= 0 else u for u in report.units)
+    page = render_html(replace(report, units=units))
+    assert "<title>layer 4, expert" in page
+    assert "<title>layer 0, expert" not in page
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_everything_renders_whatever_was_measured(kind: str) -> None:
+    report = REPORTS[kind]()
+    for text in (
+        render_html(report),
+        render_card(report),
+        print_at(summarize_report(report), 80),
+        print_at(summarize_plan(report.plan), 80),
+    ):
+        assert len(text) > 500
+        assert "None" not in text
+        assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_page_marks_the_file_on_the_curve_and_the_largest_file_allowed() -> None:
+    report = make_report()
+    page = render_html(report)
+    predicted, measured = ([float(v) for v in re.search(f'<circle class="{m}" cx="([^"]*)" cy="([^"]*)" r="6.5"', page).groups()]  # type: ignore[union-attr]
+                           for m in ("predicted", "measured"))  # fmt: skip
+    assert predicted[0] == measured[0]
+    assert predicted[1] > measured[1]  # more loss is higher up
+    curve = [tuple(map(float, point.split())) for point in re.search(r'class="curve" d="M([^"]*)"', page).group(1).split("L")]  # type: ignore[union-attr]
+    assert min(abs(x - predicted[0]) + abs(y - predicted[1]) for x, y in curve) < 0.2  # the frontier passes through the plan
+    allowed = float(re.search(r'class="allowed" d="M([\d.]+)', page).group(1))  # type: ignore[union-attr]
+    slope = (curve[-1][0] - curve[0][0]) / (report.frontier[-1]["file_size"] - report.frontier[0]["file_size"])
+    assert allowed - predicted[0] == pytest.approx(slope * (report.plan.budget - report.plan.memory["peak"]), abs=0.3)
+
+
+def test_page_says_so_when_a_promise_was_broken() -> None:
+    report = make_report()
+    assert "no problems found" in render_html(report)
+    broken = replace(report, measured_peak=report.plan.budget * 2, problems=("peak memory is over the budget",))
+    page = render_html(broken)
+    assert "no problems found" not in page
+    assert "peak memory is over the budget" in page
+    assert "200.0 % of the budget" in page
+
+
+def test_card_front_matter_is_yaml_and_keeps_a_hostile_name() -> None:
+    card = render_card(make_hostile())
+    assert card.startswith("---\n")
+    front, body = card[4:].split("\n---\n", 1)
+    values = yaml.safe_load(front)
+    assert values["base_model"] == HOSTILE
+    assert values["license"] == HOSTILE
+    assert values["base_model_relation"] == "quantized"
+    assert values["library_name"] == "gguf"
+    assert set(values["tags"]) == {"gguf", "moe", "imatrix", "edgemoe"}
+    assert "pipeline_tag" in values
+    assert front.isascii()
+    outside = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<", outside)
+    assert not any(line.startswith("key:") for line in body.splitlines())
+
+
+def test_card_names_no_base_model_that_is_not_known() -> None:
+    report = make_report()
+    front = yaml.safe_load(
+        render_card(replace(report, model={k: v for k, v in report.model.items() if k != "base_model"})).split("---\n")[1]
+    )
+    assert "base_model" not in front
+
+
+def test_card_says_how_to_run_the_file_and_what_it_cost() -> None:
+    report = make_report()
+    card = render_card(report)
+    name = report.artifact.files[0].name
+    assert f"llama-server -m {name} -c 8192 --no-mmap -ub 512" in card
+    assert f"llama-cli -m {name} -c 8192 --no-mmap -ub 512" in card
+    assert f"FROM ./{name}\nPARAMETER num_ctx 8192\n" in card
+    assert report.model["command"] in card
+    assert f"| {report.artifact.size} |" in card
+    assert "keeps 12 of its 16 experts" in card
+    assert "| english | 4096 | 0.0310 |" in card
+    assert card.index("## Limits") > card.index("## Run it")
+
+
+def test_code_block_cannot_be_closed_by_its_text() -> None:
+    report = make_report()
+    card = render_card(replace(report, model={**report.model, "command": "x ```` y"}))
+    assert "`````sh\nx ```` y\n`````" in card
+
+
+def test_summary_prints_promised_and_measured_numbers() -> None:
+    report = make_report()
+    text = print_at(summarize_report(report), 120)
+    numbers = (
+        "12 of 16 kept",
+        str(report.artifact.size),
+        "0.0371 measured, 0.0312 predicted",
+        "812.4 prompt, 73.2 decode",
+        "90.8%",
+        "11.700",
+    )
+    words = ("acme/tiny-moe", "as predicted", "Q3_K", "german", "12.308", "proven by ilp-highs", "report.html")
+    for expected in (*numbers, *words):
+        assert expected in text
+    weights = sum(u.n_weights * (0.75 if u.role.endswith("exps") else 1) for u in report.units)
+    assert f"{8 * sum(report.plan.sizes.values()) / weights:.3f}" in text
+
+
+def test_summary_fits_a_terminal_of_eighty_columns_and_carries_no_escapes() -> None:
+    for report in (make_report(), make_hostile()):
+        for renderable in (summarize_report(report), summarize_plan(report.plan)):
+            text = print_at(renderable, 80)
+            assert max(map(len, text.splitlines())) <= 80
+            assert all(c.isprintable() or c == "\n" for c in text)
+    assert "[bold]x[/bold]" in print_at(summarize_report(make_hostile()), 200)
+    assert re.search(r"english +4096 .* 9\.702", print_at(summarize_report(make_report()), 80))
+
+
+def test_plan_summary_lists_kept_experts_and_bound() -> None:
+    plan = make_report().plan
+    text = print_at(summarize_plan(plan), 120)
+    for layer in range(4):
+        kept = re.search(rf"^ ?{layer} +([\d -]+?)  ", text, re.MULTILINE)
+        assert kept is not None
+        spans = [(int(s.split("-")[0]), int(s.split("-")[-1])) for s in kept.group(1).split()]
+        assert tuple(e for a, b in spans for e in range(a, b + 1)) == plan.kept[layer]
+    assert "no plan costs less than 0.02209, gap 0.045%, proven by ilp-highs" in text
+    assert str(plan.file_size) in text
+    assert "52 layers between" in print_at(summarize_plan(make_report(60, 384, count=192).plan), 100)
+
+
+def test_bytes_by_role_add_up_to_the_file() -> None:
+    plan = make_report().plan
+    shares = report_module._shares_by_group(plan)
+    assert sum(sum(formats.values()) for formats in shares.values()) == plan.file_size
+    assert list(shares) == [*report_module._GROUP_ORDER[:6], "router, norms, header"]
+
+
+def test_written_report_opens_again_and_leaves_no_parts(tmp_path: Path) -> None:
+    report = make_report()
+    write_report(report, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "report.html", "report.json"]
+    assert load_record(tmp_path / "report.json", Report) == report
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html(report)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(report)
+
+
+def test_failed_write_keeps_the_old_page_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(make_report(), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MachineError, match="No space left"):
+        write_report(make_report(count=10), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".part"} == before
+
+
+def test_text_that_is_no_unicode_does_not_stop_the_report(tmp_path: Path) -> None:
+    report = make_report()
+    samples = ({"prompt": "a\ud800b", "text": "\udfff", "loops": False},)
+    model = {**report.model, "name": "n\ud800"}
+    broken = replace(report, samples=samples, model=model)
+    for text in (render_html(broken), render_card(broken)):
+        (tmp_path / "x").write_text(text, encoding="utf-8")
+
+
+def test_same_report_gives_the_same_bytes() -> None:
+    assert render_html(make_report()) == render_html(make_report())
+    assert render_card(make_report()) == render_card(make_report())
+
+
+def test_import_is_light() -> None:
+    code = "import sys, edgemoe.report; print([m for m in ('jinja2', 'rich', 'yaml', 'torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def open_in_chromium(page: Path, folder: Path) -> tuple[str, list[str], list[str]]:
+    """The DOM after loading, the console's lines, and the URLs that the page asked for.
+
+    Chromium asks for updates of its own at every start; those have no origin, a page's requests have one.
+    """
+    log = folder / "net.json"
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        f"--user-data-dir={folder / 'profile'}",
+        *quiet,
+    ]
+    flags += ["--enable-logging=stderr", "--v=0", f"--log-net-log={log}", "--dump-dom", page.as_uri()]
+    run = subprocess.run([shutil.which("chromium") or "chromium", *flags], capture_output=True, text=True, timeout=120, check=True)
+    events = json.loads(log.read_text(encoding="utf-8"))["events"]
+    starts = [e["params"] for e in events if "initiator" in e.get("params", {}) and "url" in e["params"]]
+    asked = [p["url"] for p in starts if p["initiator"] != "not an origin" and p["url"].startswith("http")]
+    return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line], asked
+
+
+@pytest.mark.parametrize("kind", ["small", "large", "hostile"])
+def test_page_opens_in_a_browser_without_errors_or_requests(kind: str, tmp_path: Path) -> None:
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    page = tmp_path / "report.html"
+    page.write_text(render_html(REPORTS[kind]()), encoding="utf-8")
+    dom, console, asked = open_in_chromium(page, tmp_path)
+    assert "</main>" in dom
+    assert html.unescape(dom).count("<title>layer ") > 10
+    assert console == []
+    assert asked == []
+
+
+def test_browser_check_would_notice_a_request_or_a_script(tmp_path: Path) -> None:
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    text = render_html(make_report()).replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>alert(1)</script></main>')
+    page = tmp_path / "report.html"
+    page.write_text(text, encoding="utf-8")
+    _, console, asked = open_in_chromium(page, tmp_path)
+    assert len(console) == 2  # the page's own policy stops both
+    assert asked == []
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>|<script>.*?</script>", "", text), encoding="utf-8")
+    assert open_in_chromium(page, tmp_path)[2] == ["http://127.0.0.1:9/x.png"]
