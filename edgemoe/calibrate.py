@@ -115,6 +115,8 @@ def _run_layers(run: Run, key: str, progress: Progress | None) -> tuple[Probe, .
         for index in run.windows.chunks():
             main.write(index, run.stream.embed(run.windows.tokens[index]))
         add_first_states(run, probe_shape)
+    if progress:
+        progress(start, model.n_layers)
     for layer in range(start, model.n_layers):
         module = run.stream.load_layer(layer)
         following = States(run.work / f"main-{layer + 1}.bin", shape)

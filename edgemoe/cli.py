@@ -414,7 +414,7 @@ def _line_progress() -> Progress:
             return
         last[0] = now
         spent = now - began[stage]
-        left = f", {format_seconds(spent / done * (total - done))} left" if 0 < done < total else ""
+        left = f", about {format_seconds(spent / done * (total - done))} left" if 0 < done < total else ""
         print(f"{stage} {100 * done // max(total, 1)} %, {format_seconds(spent)}{left}", file=sys.stderr, flush=True)
 
     return update

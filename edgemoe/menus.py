@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_COUNTS = 64  # kept counts offered
-SWAP_UP_TO = 32  # experts; above, swaps cost minutes a layer and win little
+SWAP_UP_TO = 16  # experts; above, swaps cost minutes a layer and win little
 COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to be believed alone
 SHRINK_TOKENS = 32.0  # weight of the layer's mean, in tokens
 

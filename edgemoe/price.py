@@ -84,6 +84,8 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
     whole = {bits: 0.0 for bits in (4, 2)}  # Q of the whole-model probes
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
+    if progress:
+        progress(0, model.n_layers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for layer in range(-1, model.n_layers):
             importance = importance_of(model, stats, layer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +33,7 @@ TOKENIZER_LINES = 200
 GENERATE = 64
 ROWS_AT_ONCE = 64  # of logits in float64
 LOOP_SHARE = 0.5  # of repeated 4-grams above which a continuation counts as a loop
+EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
 KL_SURPRISE = 3.0  # times the prediction: worth a line in the report
 
 
@@ -72,28 +73,14 @@ def verify_artifact(
     Raises:
         VerifyError: the artifact does not load or run.
     """
-    from edgemoe.stream import Windows
-
-    windows: Windows = tokenize_heldout(model, heldout, max_tokens)
+    windows = tokenize_heldout(model, heldout, max_tokens)
     states = reference_states(model, windows, work)
-    scores = [_Scores() for _ in heldout]
-    head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))  # type: ignore[arg-type]
-    rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
-
-    def compare(number: int, logits: NDArray[np.float32], into: list[_Scores]) -> None:
-        n = len(rows[number])
-        _score_window(states[number, :n] @ head.T, logits, np.array(rows[number]), into[int(windows.domain[number])])
-        if progress:
-            progress(number + 1, len(rows))
-
-    measured, notes = _measure(target, artifact, _measure_job(plan, heldout, rows))
-    exact = {"windows": rows, "vocab_size": model.vocab_size, "exact": True, "repack": False}
-    target.run(artifact.path, exact, lambda number, logits: compare(number, logits, scores))
-    deployed = [_Scores() for _ in heldout]
-    chosen = np.linspace(0, len(rows) - 1, min(DEPLOYMENT_WINDOWS, len(rows))).round().astype(int).tolist()
-    job = {"windows": [rows[i] for i in chosen], "vocab_size": model.vocab_size, "exact": False, "repack": not notes}
-    target.run(artifact.path, job, lambda number, logits: compare(chosen[number], logits, deployed))
-    texts = tuple(_text_score(t.name, s) for t, s in zip(heldout, scores, strict=True))
+    measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
+    names = [t.name for t in heldout]
+    texts = compare_logits(artifact.path, model, windows, states, names, target, progress=progress)
+    some = np.unique(np.linspace(0, len(windows.tokens) - 1, DEPLOYMENT_WINDOWS).round().astype(int))
+    settings = {"exact": False, "repack": not notes}
+    deployed = compare_logits(artifact.path, model, windows.take(some), states[some], names, target, settings=settings)
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
@@ -104,7 +91,7 @@ def verify_artifact(
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),
-        deployment_kl=float(np.mean(np.concatenate([k for s in deployed for k in s.kl]))),
+        deployment_kl=float(np.average([t.kl_mean for t in deployed], weights=[t.tokens for t in deployed])),
         prompt_tokens_per_second=measured["prompt_tokens_per_second"],
         decode_tokens_per_second=measured["decode_tokens_per_second"],
         samples=samples,
@@ -113,6 +100,38 @@ def verify_artifact(
         runtime=_runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )
+
+
+def compare_logits(
+    path: Path,
+    model: Model,
+    windows: Any,
+    states: NDArray[np.float32],
+    names: Sequence[str],
+    target: Target,
+    *,
+    settings: Mapping[str, bool] = EXACT,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[TextScore, ...]:
+    """KL, perplexity and agreement of a file on windows whose original last states [windows, length, hidden] are known, by text.
+
+    Raises:
+        VerifyError: it does not run, or gives NaN.
+    """
+    scores = [_Scores() for _ in names]
+    head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))  # type: ignore[arg-type]
+    rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
+
+    def compare(number: int, logits: NDArray[np.float32]) -> None:
+        tokens = np.array(rows[number])
+        _score_window(states[number, : len(tokens)] @ head.T, logits, tokens, scores[int(windows.domain[number])])
+        if progress:
+            progress(number + 1, len(rows))
+
+    if progress:
+        progress(0, len(rows))
+    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **settings}, compare)
+    return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
 
 
 def _measure(target: Target, artifact: Artifact, job: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -180,10 +199,11 @@ def _text_score(name: str, scores: _Scores) -> TextScore:
     )
 
 
-def _measure_job(plan: Plan, heldout: Sequence[Text], rows: Sequence[list[int]]) -> dict[str, Any]:
+def _measure_job(plan: Plan, heldout: Sequence[Text], windows: Any) -> dict[str, Any]:
     """A full context of held-out text, and the first words of each text to go on from."""
     prompts = [" ".join("".join(text.documents)[:400].split()[:12]) for text in heldout]
-    return {"context": plan.context, "tokens": [t for row in rows for t in row], "prompts": prompts, "generate": GENERATE}
+    tokens = [int(t) for w, n in zip(windows.tokens, windows.lengths, strict=True) for t in w[:n]]
+    return {"context": plan.context, "tokens": tokens, "prompts": prompts, "generate": GENERATE}
 
 
 def repeats(tokens: Sequence[int], n: int = 4) -> bool:

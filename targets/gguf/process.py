@@ -9,7 +9,8 @@ from edgemoe.ir import Model, Unit
 from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
 
 UBATCH = 512
-RUNTIME = 64 * 2**20  # interpreter, libraries, vocabulary, graph: an empty process that has loaded llama.cpp
+RUNTIME = 48 * 2**20  # a process that has loaded llama.cpp and no model, with the loader's and the graph's own memory
+PER_TOKEN = 400  # bytes of one vocabulary entry in llama.cpp's tables
 
 
 def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
@@ -30,4 +31,4 @@ def memory_parts(model: Model, context: int) -> dict[str, int]:
     hidden, heads = model.hidden_size, model.n_heads * model.head_dim
     expert = model.top_k * (2 * model.expert_size + 2 * hidden)
     compute = 4 * rows * max(model.vocab_size + hidden, expert + 3 * hidden, 4 * heads + 3 * hidden) + 6 * rows * cells
-    return {"kv": kv, "compute": compute, "output": 4 * model.vocab_size, "runtime": RUNTIME}
+    return {"kv": kv, "compute": compute, "output": 4 * model.vocab_size, "runtime": RUNTIME + PER_TOKEN * model.vocab_size}

@@ -240,8 +240,9 @@ def _read_template(files: _Files) -> str | None:
             raise ModelError(f"{file}: cannot be read: {error}") from error
     value, file = files.tokenizer_config.get("chat_template"), files.folder / "tokenizer_config.json"
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default", next(iter(named.values()), None))
+        entries = [expect(entry, dict, file, "chat_template[]") for entry in value]
+        entries.sort(key=lambda entry: entry.get("name") != "default")  # the default, else the first
+        value = entries[0].get("template") if entries else None
     return None if value is None else expect(value, str, file, "chat_template")
 
 

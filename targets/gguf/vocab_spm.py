@@ -111,13 +111,13 @@ def read_model(file: Path, tokens: TokenList) -> tuple[bool, dict[str, int | Non
         # llama.cpp looks for user-defined tokens in the text as it is, before blanks are replaced.
         tokens.put(token_id, text.replace(SPACE, " ") if kind == USER_DEFINED else text, kind, f"pieces[{token_id}]", score)
     _check_bytes(file, tokens)
-    ids = {"bos": _signed(trainer.get(41, 1)), "eos": _signed(trainer.get(42, 2)), "unk": _signed(trainer.get(40, 0))}
-    return bool(normalizer.get(3, 1)), {**ids, "pad": _signed(trainer.get(43, -1))}
-
-
-def _signed(value: int) -> int | None:
-    """An id; protobuf writes -1, for none, as 2^64 - 1."""
-    return value if 0 <= value < 2**31 else None
+    ids: dict[str, int | None] = {}
+    for name, number, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
+        value = expect(trainer.get(number, default), int, file, f"trainer_spec.{name}_id")
+        ids[name] = value if 0 <= value < 2**31 else None  # -1, for none, is written as 2^64 - 1
+        if ids[name] is not None and value >= len(pieces):
+            raise ModelError(f"{file}: trainer_spec.{name}_id is {value}, but there are {len(pieces)} pieces")
+    return bool(normalizer.get(3, 1)), ids
 
 
 def _check_bytes(file: Path, tokens: TokenList) -> None:
@@ -139,7 +139,8 @@ def read_json_model(file: Path, tokenizer: dict[str, Any], tokens: TokenList) ->
     if model.get("ignore_merges"):
         raise ModelError(f"{file}: model.ignore_merges is true, which llama.cpp's SPM tokenizer cannot do")
     vocab = expect(model.get("vocab"), dict, file, "model.vocab")
-    put_tokens(tokens, vocab, list_added(file, tokenizer))
+    added = list_added(file, tokenizer)
+    put_tokens(tokens, vocab, added)
     unknown = model.get("unk_token")
     for text, token_id in vocab.items():
         if text in _BYTES:
@@ -148,11 +149,12 @@ def read_json_model(file: Path, tokenizer: dict[str, Any], tokens: TokenList) ->
             tokens.types[token_id] = UNKNOWN
     _check_bytes(file, tokens)
     tokens.scores = [-float(tokens.size)] * tokens.size
-    for text, rank in _rank_merges(file, read_merges(file, model, vocab), vocab).items():
+    texts = vocab.keys() - _BYTES - {token.text for token in added}
+    for text, rank in _rank_merges(file, read_merges(file, model, vocab), texts).items():
         tokens.scores[vocab[text]] = -float(rank)
 
 
-def _rank_merges(file: Path, merges: list[tuple[str, str]], vocab: dict[str, int]) -> dict[str, int]:
+def _rank_merges(file: Path, merges: list[tuple[str, str]], texts: set[str]) -> dict[str, int]:
     """The order in which tokens are merged.
 
     Raises:
@@ -167,8 +169,8 @@ def _rank_merges(file: Path, merges: list[tuple[str, str]], vocab: dict[str, int
         ranks.setdefault(text, len(ranks))
         last = text
     listed = set(merges)
-    made = ranks.keys() | {text for text in vocab if len(text) == 1}
-    for text in ranks:
+    made = ranks.keys() | {text for text in texts if len(text) == 1}
+    for text in sorted(texts):
         for i in range(1, len(text)):
             if text[:i] in made and text[i:] in made and (text[:i], text[i:]) not in listed:
                 raise ModelError(

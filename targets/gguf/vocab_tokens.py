@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from edgemoe.errors import MachineError, ModelError
 
 MAX_TOKENIZER = 256 * 2**20  # bytes of a tokenizer file; the largest known has 34 MB
+MAX_DEPTH = 8  # of sequences in sequences
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h: enum llama_token_type
 
 T = TypeVar("T")
@@ -75,15 +76,17 @@ def list_added(file: Path, tokenizer: dict[str, Any]) -> list[AddedToken]:
     ]
 
 
-def flatten(file: Path, name: str, node: Any, inner: str) -> list[dict[str, Any]]:
+def flatten(file: Path, name: str, node: Any, inner: str, depth: int = 0) -> list[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or post-processor, sequences unrolled; null is no step."""
     if node is None:
         return []
+    if depth > MAX_DEPTH:
+        raise ModelError(f"{file}: {name} is nested more than {MAX_DEPTH} deep")
     step = expect(node, dict, file, name)
     if step.get("type") != "Sequence":
         return [step]
     nodes = expect(step.get(inner), list, file, f"{name}.{inner}")
-    return [part for node in nodes for part in flatten(file, name, expect(node, dict, file, f"{name}.{inner}"), inner)]
+    return [part for node in nodes for part in flatten(file, name, expect(node, dict, file, f"{name}.{inner}"), inner, depth + 1)]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,55 @@
+# One environment in .venv; every target makes what it needs.  `make demo` and `make test` need python3.11+, a C/C++ compiler, cmake and
+# the package index, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
+
+# llama.cpp is compiled for this machine.  AMX is left out: ggml 0.25.3 crashes in it (docs/decisions/0004-no-amx.md).
+AMX := $(shell echo | $(or $(CC),cc) -march=native -dM -E - 2>/dev/null | grep -q AMX_INT8 && echo -mno-amx-int8)
+LLAMA_ARGS := -DLLAVA_BUILD=OFF $(if $(AMX),-DCMAKE_C_FLAGS=$(AMX) -DCMAKE_CXX_FLAGS=$(AMX))
+
+.PHONY: help setup demo test check bench format clean
+
+help:
+	@echo "make demo    build the bundled model to a budget and show the report"
+	@echo "make test    run the whole test suite"
+	@echo "make check   ruff, mypy --strict, import layers"
+	@echo "make bench   our plans beside the peers on both bundled models (about an hour)"
+	@echo "make format  ruff format and fix"
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@echo "building llama.cpp from source, about 5 minutes on two cores"
+	CMAKE_ARGS="$(LLAMA_ARGS)" $(BIN)/pip install --quiet --constraint constraints.txt --no-binary llama-cpp-python llama-cpp-python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,llama,dev]"
+	touch $@
+
+demo: setup
+	rm -rf demo
+	$(RUN) $(BIN)/edgemoe build examples/tiny-moe --memory 70MB -o demo
+	@echo "the report with pictures: demo/report.html"
+
+test: setup
+	$(RUN) $(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe
+	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe-b
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

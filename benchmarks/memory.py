@@ -1,0 +1,68 @@
+"""Peak memory of every stage and of the running artifact, beside what was promised, on a checkpoint that outweighs the process.
+
+    python benchmarks/memory.py CHECKPOINT [--work DIR] [--share 0.5 0.25]
+
+CHECKPOINT: any, e.g. of make_random_checkpoint.py.  Bound for calibrate, price and emit: two largest F32 layers + 1.5 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from edgemoe.inspect import inspect_model
+from edgemoe.units import format_bytes
+
+TEXTS = Path(__file__).parents[1] / "edgemoe" / "data"
+TOKENS = "8192"
+
+
+def run_stage(*arguments: str) -> tuple[int, float, str]:
+    """Peak bytes of the largest process of one command, its seconds and its output."""
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-m", "edgemoe", *arguments], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        out = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"edgemoe {' '.join(arguments)}: exit {child.returncode}")
+    return usage.ru_maxrss * 1024, time.monotonic() - began, out
+
+
+def main() -> None:
+    """Run the stages one by one and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench/memory"))
+    parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.25], help="budgets as shares of the checkpoint's bytes")
+    options = parser.parse_args()
+    model = inspect_model(options.checkpoint)
+    layer = max(sum(t.n_weights for t in model.tensors if t.layer == i) for i in range(-1, model.n_layers)) * 4
+    bound = 2 * layer + 3 * 2**29
+    work, source = options.work, str(options.checkpoint)
+    print(f"{model.name}: {format_bytes(model.n_bytes)}, largest F32 layer {format_bytes(layer)}, bound {format_bytes(bound)}")
+    peak, seconds, out = run_stage("calibrate", source, "-o", str(work), "--calibration-tokens", TOKENS, "--json")
+    stats = json.loads(out)["stats"]
+    print(f"calibrate  peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
+    peak, seconds, _ = run_stage("price", source, stats, "-o", str(work / "costs.json"))
+    print(f"price      peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
+    for share in options.share:
+        budget, folder = int(model.n_bytes * share), work / f"out-{share}"
+        run_stage("plan", str(work / "costs.json"), "--memory", f"{budget}B", "-o", str(work / "plan.json"))
+        peak, seconds, _ = run_stage("emit", source, stats, str(work / "plan.json"), "-o", str(folder), "--force")
+        print(f"emit       peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
+        _, seconds, out = run_stage("verify", source, str(folder), "--heldout", str(TEXTS / "heldout" / "english.txt"), "--json")
+        report = json.loads(out)
+        predicted, measured = report["plan"]["memory"]["peak"], report["measured_peak"]
+        print(f"run at {share:.0%}: budget {format_bytes(budget)}, predicted {format_bytes(predicted)}, measured {format_bytes(measured)}")
+        print(f"           off by {predicted / measured - 1:+.1%}, {'fits' if measured <= budget else 'DOES NOT FIT'}  {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
