@@ -598,7 +598,8 @@ def test_no_damage_to_a_config_is_more_than_a_model_error(bpe: Path, tmp_path: P
     for _ in range(300):
         name = rng.choice(["tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"])
         value = {key: rng.choice(junk) for key in rng.sample([*keys, "add_bos_token", "add_eos_token", "chat_template"], 4)}
-        folder = changed(bpe, tmp_path, lambda tree, value=value: tree.update(value), name)
+        folder = changed(bpe, tmp_path, value.update, name)
+        write_json(folder / name, {"bos_token": "<|begin|>", "eos_token": "<|end|>", **value})
         try:
             found = read_vocabulary(folder, SIZE)
             assert all(i is None or 0 <= i < SIZE for i in (found.bos_id, found.eos_id, found.eot_id, found.unk_id, found.pad_id))

@@ -1,0 +1,149 @@
+"""Statistics and prices of a trained model, against transformers and against themselves after a kill."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgemoe.calibrate import collect_stats
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Costs, Model, Stats, load_record, save_record
+from edgemoe.menus import offered_counts
+from edgemoe.plan import least_budget, solve_plan
+from edgemoe.price import least_process, price_choices
+from edgemoe.rounding import round_to_nearest
+from edgemoe.scores import SCORES, importance_of, score_experts
+from edgemoe.stream import tokenize
+from edgemoe.targets import find_target
+from edgemoe.texts import SHIPPED, Text, read_text
+
+TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return inspect_model(Path(__file__).parents[1] / "examples" / "tiny-moe-b")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    paths = [SHIPPED / "calibration" / f"{name}.txt" for name in ("english", "math")]
+    return [Text(name=t.name, documents=t.documents, weight=w) for t, w in zip(map(read_text, map(str, paths)), (3.0, 1.0), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def stats(model: Model, texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    return collect_stats(model, texts, tmp_path_factory.mktemp("work"), max_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def costs(model: Model, stats: Stats) -> Costs:
+    return price_choices(model, stats, find_target("gguf"), 512)
+
+
+def test_counts_and_gates_are_those_of_the_original_router(model: Model, stats: Stats, texts: list[Text]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    windows = tokenize(model, texts, TOKENS, 512)
+    original = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    original.model.layers[1].mlp.gate.register_forward_hook(lambda _, __, out: seen.append(out[2].reshape(-1, model.top_k)))
+    expected = np.zeros((2, model.n_experts), np.int64)
+    with torch.no_grad():
+        for row, length, domain in zip(windows.tokens, windows.lengths, windows.domain, strict=True):
+            seen.clear()
+            original(torch.from_numpy(row[:length])[None])
+            np.add.at(expected[domain], seen[0].numpy().ravel(), 1)
+    found = stats.arrays(1)["count"]
+    assert found.sum() == expected.sum() == 2 * windows.lengths.sum()
+    assert np.abs(found - expected).sum() <= 0.005 * expected.sum()  # a tie may fall the other way
+
+
+def test_padding_is_not_counted(model: Model, stats: Stats, texts: list[Text]) -> None:
+    windows = tokenize(model, [Text(name="short", documents=("A short text of a few words.",))], TOKENS, 512)
+    assert windows.tokens.shape == (1, 512)
+    assert 2 < windows.lengths[0] < 20
+    assert stats.arrays(0)["tokens"].sum() == tokenize(model, texts, TOKENS, 512).lengths.sum()
+
+
+def test_importance_is_positive_and_finite_for_every_expert(model: Model, stats: Stats) -> None:
+    for layer in range(model.n_layers):
+        for values in importance_of(model, stats, layer).values():
+            assert np.isfinite(values).all()
+            assert (values >= 0).all() and values.max() > 0
+
+
+def test_every_published_score_ranks_every_expert(stats: Stats) -> None:
+    for name in SCORES:
+        score = score_experts(stats, 0, name)
+        assert np.isfinite(score).all() and len(set(score.tolist())) > 1
+
+
+def test_a_killed_calibration_goes_on_and_gives_the_same_numbers(
+    model: Model, stats: Stats, texts: list[Text], tmp_path: Path
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        collect_stats(model, texts, tmp_path, max_tokens=TOKENS, progress=kill)
+    resumed = collect_stats(model, texts, tmp_path, max_tokens=TOKENS)
+    assert resumed.probes == stats.probes
+    for layer in (-1, 0, 1):
+        first, second = stats.arrays(layer), resumed.arrays(layer)
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_probes_cost_more_with_fewer_bits_and_fewer_experts(stats: Stats) -> None:
+    whole = {p.bits: np.mean(p.kl) for p in stats.probes if p.kind == "all"}
+    assert whole[2] > 4 * whole[4] > 0
+    for layer in (0, 1):
+        drops = sorted((len(p.kept), float(np.mean(p.kl))) for p in stats.probes if p.kind == "drop" and p.layer == layer)
+        assert [kl for _, kl in drops] == sorted((kl for _, kl in drops), reverse=True)
+
+
+def test_prices_fall_with_bits_and_nothing_is_free_but_keeping(costs: Costs) -> None:
+    for u, unit in enumerate(costs.units):
+        by_name = dict(zip(costs.formats, costs.cost[-1, u], strict=True))
+        assert by_name["Q8_0"] < by_name["Q6_K"] < by_name["Q4_K"] < by_name["Q3_K"] < by_name["Q2_K"] < by_name["IQ1_S"], unit.name
+        assert by_name["F16"] < 0.01 * by_name["Q8_0"]
+    assert (costs.drop_cost[-1] == 0).all()
+    assert (np.diff(costs.drop_cost.sum(axis=1)) < 0).all()
+    assert costs.counts == offered_counts(7, 2)
+
+
+def test_costs_survive_saving(costs: Costs, tmp_path: Path) -> None:
+    save_record(tmp_path / "costs.json", costs)
+    again = load_record(tmp_path / "costs.json", Costs)
+    assert again == costs
+    assert np.array_equal(again.cost, costs.cost) and np.array_equal(again.kept, costs.kept)
+
+
+def test_more_memory_never_gives_a_worse_plan(costs: Costs) -> None:
+    least = least_budget(costs)
+    plans = [solve_plan(costs, least + extra) for extra in (0, 300_000, 10**6, 2 * 10**6, 4 * 10**6, 10**8)]
+    assert [p.predicted_kl for p in plans] == sorted((p.predicted_kl for p in plans), reverse=True)
+    assert all(p.memory["peak"] <= p.budget and p.proven for p in plans)
+    assert set(plans[-1].formats.values()) == {"F16"}
+
+
+def test_the_least_budget_is_known_from_shapes_alone(model: Model, costs: Costs) -> None:
+    assert least_process(model, find_target("gguf"), 512) == least_budget(costs)
+
+
+@pytest.fixture
+def matrix() -> Iterator[np.ndarray]:
+    yield np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+
+
+def test_the_reference_rounding_has_the_error_of_its_bits(matrix: np.ndarray) -> None:
+    errors = [float(((round_to_nearest(matrix, bits) - matrix) ** 2).mean()) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert len(np.unique(round_to_nearest(matrix, 2)[0, :32])) <= 4
