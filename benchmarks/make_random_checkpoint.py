@@ -53,12 +53,33 @@ def write_checkpoint(out: Path, layers: int) -> None:
         save_file({name: random_tensor(shape, generator) for name, shape in part.items()}, out / file, {"format": "pt"})
         weight_map |= {name: file for name in part}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "num_experts": EXPERTS}
-    config |= {"num_experts_per_tok": TOP_K, "moe_intermediate_size": EXPERT_SIZE, "intermediate_size": 2 * EXPERT_SIZE, "hidden_act": "silu"}
-    config |= {"max_position_embeddings": 2048, "rope_theta": 10000, "rms_norm_eps": 1e-6, "norm_topk_prob": True, "decoder_sparse_step": 1}
-    config |= {"mlp_only_layers": [], "attention_bias": False, "tie_word_embeddings": False, "sliding_window": None, "torch_dtype": "bfloat16"}
-    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "intermediate_size": 2 * EXPERT_SIZE,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000,
+        "rms_norm_eps": 1e-6,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "bfloat16",
+    }
     (out / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, out / name)

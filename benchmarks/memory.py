@@ -61,7 +61,10 @@ def main() -> None:
         report = json.loads(out)
         predicted, measured = report["plan"]["memory"]["peak"], report["measured_peak"]
         print(f"run at {share:.0%}: budget {format_bytes(budget)}, predicted {format_bytes(predicted)}, measured {format_bytes(measured)}")
-        print(f"           off by {predicted / measured - 1:+.1%}, {'fits' if measured <= budget else 'DOES NOT FIT'}  {seconds:.0f} s", flush=True)
+        print(
+            f"           off by {predicted / measured - 1:+.1%}, {'fits' if measured <= budget else 'DOES NOT FIT'}  {seconds:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

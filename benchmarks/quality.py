@@ -3,8 +3,8 @@
     python benchmarks/quality.py examples/tiny-moe [--work DIR] [--tokens 8192]
 
 Peers, every file with our importance matrix: (a) one ggml type for everything; (b) llama-quantize's own mixes; (c) random drops times those
-mixes, three seeds; (d) drops by frequency times those mixes; (e) drops by REAP's sum times those mixes.  Drops keep 3/4, 1/2 and 1/4 of
-the experts.  At each of our files a peer stands with its smallest file that is not smaller than ours; of each class the table shows the best.
+mixes, three seeds; (d) drops by frequency times those mixes; (e) drops by REAP's sum times those mixes.  Drops
+keep 3/4, 1/2 and 1/4 of the experts.  At each of our files a peer stands with its smallest file that is not smaller than ours; of each class the table shows the best.
 16-bit files are no peers.  Differences below the noise floor (KL of the F16 file) are ties.
 """
 
@@ -37,7 +37,7 @@ from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_XS", "IQ3_XXS")
 MIXES += ("Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
-DROP_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M")  # with drops
+DROP_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M")
 SHARES = (0.75, 0.5, 0.25)
 SEEDS = 3
 BUDGETS = 10
@@ -177,8 +177,8 @@ def best_of(kind: str, size: int, peers: list[Result]) -> Result | None:
     smallest = [min((p for p in mine if p.recipe == recipe), key=lambda p: p.size) for recipe in sorted({p.recipe for p in mine})]
     if kind == "random":
         shares = {r.recipe.split(" ", 1)[1] for r in smallest}
-        groups = [[r for r in smallest if r.recipe.endswith(share)] for share in sorted(shares)]
-        smallest = [replace(g[0], recipe=f"random {g[0].recipe.split(' ', 1)[1]}", kl=float(np.mean([r.kl for r in g]))) for g in groups]
+        groups = {share: [r for r in smallest if r.recipe.endswith(share)] for share in sorted(shares)}
+        smallest = [replace(g[0], recipe=share, kl=float(np.mean([r.kl for r in g]))) for share, g in groups.items()]
     return min(smallest, key=lambda p: p.kl) if smallest else None
 
 
@@ -195,7 +195,9 @@ def main() -> None:
     largest = next(p.size for p in peers if p.recipe == "all experts" and p.name == "Q8_0")
     ours = list(measure_ours(bench, largest))
     print(f"\n# {bench.model.name}: KL (nats/token) at equal bytes; {options.tokens} held-out tokens of {', '.join(bench.names)}")
-    print(f"\n`python benchmarks/quality.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; noise floor (F16) {floor:.1e}\n")
+    print(
+        f"\n`python benchmarks/quality.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; noise floor (F16) {floor:.1e}\n"
+    )
     print("| file MB | kept | ours predicted | ours | " + " | ".join(f"best {kind}" for kind in CLASSES) + " | ours / best peer |")
     print("|" + "---|" * (5 + len(CLASSES)))
     ratios = []
@@ -205,7 +207,9 @@ def main() -> None:
         ratios.append(result.kl / best)
         cells = [f"{f.kl:.4f} ({f.recipe if f.kind != 'one type' else ''} {f.name}, {f.size / 1e6:.2f})" if f else "-" for f in found]
         kept = f"{plan.count} of {plan.n_experts}"
-        print(f"| {result.size / 1e6:.2f} | {kept} | {plan.predicted_kl:.4f} | **{result.kl:.4f}** | {' | '.join(cells)} | {ratios[-1]:.2f} |")
+        print(
+            f"| {result.size / 1e6:.2f} | {kept} | {plan.predicted_kl:.4f} | **{result.kl:.4f}** | {' | '.join(cells)} | {ratios[-1]:.2f} |"
+        )
     print(f"\nGeometric mean of ours / best peer: {float(np.exp(np.mean(np.log(ratios)))):.2f}")
 
 

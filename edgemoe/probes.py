@@ -163,18 +163,23 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
     def measure(index: NDArray[np.int64]) -> NDArray[np.float64]:
         real = torch.from_numpy((np.arange(length)[None] < chosen.lengths[index][:, None]).ravel())
         domain = torch.from_numpy(np.repeat(chosen.domain[index], length))[real]
-        flat = lambda s: apply_norm(s, norm, eps).flatten(0, 1)[real.to(norm.device)]  # noqa: E731
+
+        def flat(states: torch.Tensor) -> torch.Tensor:
+            return apply_norm(states, norm, eps).flatten(0, 1)[real.to(norm.device)]
+
         base = flat(main.read(run.probe_index[index]))
         reference = (base @ output.T).double().log_softmax(-1)
         kls = [_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
         kls.append(_kl(reference, base @ rounded.T))
         sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
-        return sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu()).numpy()
+        sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
+        totals: NDArray[np.float64] = sums.numpy()
+        return totals
 
     with torch.inference_mode():
-        totals = sum(map_ordered(measure, chosen.chunks(), device=run.stream.device))
+        total = sum(map_ordered(measure, chosen.chunks(), device=run.stream.device))
     per_domain = np.maximum(np.bincount(chosen.domain, chosen.lengths, len(run.weights)), 1)
-    kl = np.asarray(totals) / per_domain[:, None]
+    kl = np.asarray(total) / per_domain[:, None]
     for state in states:
         state.close()
     named = probes if tied else [*probes, Probe(kind="round", role="output", bits=OTHER_BITS)]

@@ -11,6 +11,7 @@ the teacher sampled itself (so it has never seen a calibration or held-out text)
 Runs on the CPU (fp32) or on a CUDA GPU (bf16 autocast; give a larger --batch and more --steps there).
 With --minutes the learning-rate schedule follows the clock if that is ahead of the step count; without it a run is repeatable.
 """
+
 import argparse
 import hashlib
 import json
@@ -27,25 +28,30 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import nn
 
 EOS = "<|endoftext|>"
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-MIX = {"english": 0.32, "german": 0.32, "python": 0.24, "math": 0.12}      # share of the sequences
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MIX = {"english": 0.32, "german": 0.32, "python": 0.24, "math": 0.12}  # share of the sequences
 
 
 def make_tokenizer(corpus, vocab_size, per_domain=2_500_000):
     """Byte-level BPE with the pre-tokenizer of Qwen2 (llama.cpp's "qwen2"), trained on the same amount of every domain."""
     tok = Tokenizer(models.BPE(ignore_merges=False))
     tok.normalizer = normalizers.NFC()
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tok.decoder = decoders.ByteLevel()
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     texts = []
     for domain in MIX:
         text = "".join(p.read_text("utf-8") for p in sorted((corpus / "train" / domain).glob("*.txt")))
         step = max(len(text) // 50, 1)
-        texts += [text[i:i + per_domain // 50] for i in range(0, len(text), step)]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        texts += [text[i : i + per_domain // 50] for i in range(0, len(text), step)]
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     return tok
 
 
@@ -79,8 +85,19 @@ def sample_teacher(teacher, cache, tokens, length=256, batch=512):
     device = next(teacher.parameters()).device
     for i in range(math.ceil(tokens / batch / (length + 1))):
         start = torch.full((batch, 1), eos, device=device)
-        rows.append(teacher.generate(start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
-                                     max_new_tokens=length, min_new_tokens=length, eos_token_id=None, pad_token_id=eos).cpu())
+        rows.append(
+            teacher.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                eos_token_id=None,
+                pad_token_id=eos,
+            ).cpu()
+        )
         print(f"sampled {(i + 1) * batch * (length + 1)} tokens", flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save(torch.cat(rows).flatten(), cache)
@@ -114,7 +131,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         cos, sin = rope
-        q, k = (y * cos + torch.cat((-y[..., self.c.head_dim // 2:], y[..., :self.c.head_dim // 2]), -1) * sin for y in (q, k))
+        q, k = (y * cos + torch.cat((-y[..., self.c.head_dim // 2 :], y[..., : self.c.head_dim // 2]), -1) * sin for y in (q, k))
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
@@ -135,7 +152,7 @@ class MoE(nn.Module):
         prob = F.linear(x.float(), self.gate.weight.float()).softmax(-1)
         weight, index = prob.topk(k, -1)
         weight = weight / weight.sum(-1, keepdim=True)
-        order = index.flatten().argsort(stable=True)                     # all copies of a token, grouped by expert
+        order = index.flatten().argsort(stable=True)  # all copies of a token, grouped by expert
         counts = index.flatten().bincount(minlength=n)
         token = order // k
         outs = []
@@ -170,7 +187,7 @@ class TinyMoE(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 scale = 0.02 if name.startswith(("embed", "lm_head")) or "gate.weight" in name else 0.5 * p.shape[-1] ** -0.5
-                nn.init.normal_(p, std=0.0 if "o_proj" in name or "down" in name else scale)      # every layer starts as the identity
+                nn.init.normal_(p, std=0.0 if "o_proj" in name or "down" in name else scale)  # every layer starts as the identity
 
     def forward(self, ids, targets):
         t, half = ids.shape[1], self.c.head_dim // 2
@@ -200,7 +217,7 @@ def warm_start(model, data, device, rounds=40, lr=0.05):
         loss.backward()
         opt.step()
         model.zero_grad(set_to_none=True)
-    model.embed_tokens.weight.data *= 0.15 / model.embed_tokens.weight.std()      # the scale is free before a norm; leave the layers room
+    model.embed_tokens.weight.data *= 0.15 / model.embed_tokens.weight.std()  # the scale is free before a norm; leave the layers room
     print(f"bigram warm start: {loss.item():.3f} nats/token on the training text", flush=True)
 
 
@@ -217,7 +234,7 @@ def seed_routers(model, batch):
         centre = x[torch.linspace(0, len(x) - 1, model.c.experts).long()]
         for _ in range(15):
             score = x @ centre.T
-            for _ in range(20):                                         # soften towards equal shares (Sinkhorn)
+            for _ in range(20):  # soften towards equal shares (Sinkhorn)
                 score = score - 0.05 * (score / 0.05).logsumexp(0)
                 score = score - 0.05 * (score / 0.05).logsumexp(1, keepdim=True)
             centre = F.normalize((score / 0.05).exp().T @ x, dim=1)
@@ -245,22 +262,60 @@ def save(model, tok, folder):
                 out[f"{moe}experts.{e}.{name}.weight"] = p
     save_file({k: v.detach().to("cpu", torch.bfloat16).clone() for k, v in out.items()}, folder / "model.safetensors", {"format": "pt"})
     eos = tok.token_to_id(EOS)
-    config = dict(model_type=c.family, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                  num_key_value_heads=c.kv_heads, head_dim=c.head_dim, vocab_size=c.vocab, max_position_embeddings=c.long_seq,
-                  rope_theta=c.rope_theta, rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=c.tied, torch_dtype="bfloat16",
-                  bos_token_id=eos, eos_token_id=eos, initializer_range=0.02, use_cache=True, attention_dropout=0.0,
-                  num_experts_per_tok=c.top_k, router_aux_loss_coef=c.aux, output_router_logits=False)
+    config = dict(
+        model_type=c.family,
+        hidden_size=c.hidden,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab,
+        max_position_embeddings=c.long_seq,
+        rope_theta=c.rope_theta,
+        rms_norm_eps=1e-6,
+        hidden_act="silu",
+        tie_word_embeddings=c.tied,
+        torch_dtype="bfloat16",
+        bos_token_id=eos,
+        eos_token_id=eos,
+        initializer_range=0.02,
+        use_cache=True,
+        attention_dropout=0.0,
+        num_experts_per_tok=c.top_k,
+        router_aux_loss_coef=c.aux,
+        output_router_logits=False,
+    )
     if mixtral:
         config |= dict(architectures=["MixtralForCausalLM"], num_local_experts=c.experts, intermediate_size=c.inner, sliding_window=None)
     else:
-        config |= dict(architectures=["Qwen3MoeForCausalLM"], num_experts=c.experts, moe_intermediate_size=c.inner, norm_topk_prob=True,
-                       intermediate_size=c.inner * c.top_k, decoder_sparse_step=1, mlp_only_layers=[], attention_bias=False,
-                       rope_scaling=None, use_sliding_window=False, sliding_window=None)
+        config |= dict(
+            architectures=["Qwen3MoeForCausalLM"],
+            num_experts=c.experts,
+            moe_intermediate_size=c.inner,
+            norm_topk_prob=True,
+            intermediate_size=c.inner * c.top_k,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            attention_bias=False,
+            rope_scaling=None,
+            use_sliding_window=False,
+            sliding_window=None,
+        )
     dump = lambda name, obj: (folder / name).write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n")
     dump("config.json", config)
     dump("generation_config.json", dict(bos_token_id=eos, eos_token_id=eos, do_sample=True, temperature=0.8, top_k=40))
-    dump("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=None, eos_token=EOS, pad_token=EOS,
-                                       unk_token=None, model_max_length=c.long_seq, clean_up_tokenization_spaces=False))
+    dump(
+        "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=None,
+            eos_token=EOS,
+            pad_token=EOS,
+            unk_token=None,
+            model_max_length=c.long_seq,
+            clean_up_tokenization_spaces=False,
+        ),
+    )
     tok.save(str(folder / "tokenizer.json"))
 
 
@@ -270,7 +325,7 @@ def evaluate(model, held, device, seq, windows=16):
     result = {}
     for name, ids in held.items():
         starts = torch.linspace(0, len(ids) - seq - 1, windows).long()
-        x = torch.stack([ids[s:s + seq + 1] for s in starts]).to(device)
+        x = torch.stack([ids[s : s + seq + 1] for s in starts]).to(device)
         result[name] = round(model(x[:, :-1], x[:, 1:])[0].item(), 3)
     model.train()
     return result
@@ -285,10 +340,28 @@ def main():
     arg("--out", type=Path, required=True)
     arg("--tokenizer", type=Path, help="reuse this tokenizer.json")
     arg("--family", choices=["qwen3_moe", "mixtral"], default="qwen3_moe")
-    for name, value in dict(vocab=4096, hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, experts=16, top_k=2, inner=256,
-                            seq=256, long_seq=512, batch=8, steps=2000, warmup=50, seed=0, rope_theta=10000).items():
+    for name, value in dict(
+        vocab=4096,
+        hidden=256,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        experts=16,
+        top_k=2,
+        inner=256,
+        seq=256,
+        long_seq=512,
+        batch=8,
+        steps=2000,
+        warmup=50,
+        seed=0,
+        rope_theta=10000,
+    ).items():
         arg("--" + name.replace("_", "-"), type=int, default=value)
-    for name, value in dict(lr=7e-4, embed_lr=3e-4, router_lr=3e-4, weight_decay=0.1, aux=0.02, minutes=0.0, long_from=0.8, decay_from=0.3).items():
+    for name, value in dict(
+        lr=7e-4, embed_lr=3e-4, router_lr=3e-4, weight_decay=0.1, aux=0.02, minutes=0.0, long_from=0.8, decay_from=0.3
+    ).items():
         arg("--" + name.replace("_", "-"), type=float, default=value)
     arg("--save-every", type=int, default=100)
     arg("--tied", action="store_true", help="share the embedding with the output head (no warm start then)")
@@ -316,13 +389,15 @@ def main():
         model.norm.weight.data.copy_(teacher.model.norm.weight)
     elif not c.tied:
         warm_start(model, data, device)
-    first = [ids[s:s + c.seq + 1] for d, ids in data.items() for s in torch.linspace(0, len(ids) - c.seq - 1, round(50 * mix[d])).long()]
+    first = [ids[s : s + c.seq + 1] for d, ids in data.items() for s in torch.linspace(0, len(ids) - c.seq - 1, round(50 * mix[d])).long()]
     seed_routers(model, torch.stack(first).to(device))
     named = list(model.named_parameters())
     matrix = lambda n, p: p.dim() > 1 and not n.startswith(("embed", "lm_head")) and not n.endswith("gate.weight")
-    groups = [dict(params=[p for n, p in named if n.endswith("gate.weight")], lr=c.router_lr, weight_decay=0.0),
-              dict(params=[p for n, p in named if matrix(n, p)], lr=c.lr, weight_decay=c.weight_decay),
-              dict(params=[p for n, p in named if not matrix(n, p) and not n.endswith("gate.weight")], lr=c.embed_lr, weight_decay=0.0)]
+    groups = [
+        dict(params=[p for n, p in named if n.endswith("gate.weight")], lr=c.router_lr, weight_decay=0.0),
+        dict(params=[p for n, p in named if matrix(n, p)], lr=c.lr, weight_decay=c.weight_decay),
+        dict(params=[p for n, p in named if not matrix(n, p) and not n.endswith("gate.weight")], lr=c.embed_lr, weight_decay=0.0),
+    ]
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-10, fused=True)
     for g in opt.param_groups:
         g["peak"] = g["lr"]
@@ -338,14 +413,14 @@ def main():
             break
         seq = c.seq if done < c.long_from else c.long_seq
         picks = []
-        for _ in range(c.batch * c.seq // seq):                              # golden-ratio steps: every stretch of the run has the same mix
+        for _ in range(c.batch * c.seq // seq):  # golden-ratio steps: every stretch of the run has the same mix
             drawn += 1
             picks.append(min(int(torch.searchsorted(weights, drawn * 0.6180339887 % 1)), len(domains) - 1))
         rows = []
         for d in picks:
             ids = data[domains[d]]
             s = torch.randint(len(ids) - seq - 1, (1,), generator=gen).item()
-            rows.append(ids[s:s + seq + 1])
+            rows.append(ids[s : s + seq + 1])
         x = torch.stack(rows).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
             with torch.no_grad():

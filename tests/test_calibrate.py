@@ -1,6 +1,5 @@
 """Statistics and prices of a trained model, against transformers and against themselves after a kill."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +80,7 @@ def test_every_published_score_ranks_every_expert(stats: Stats) -> None:
         assert np.isfinite(score).all() and len(set(score.tolist())) > 1
 
 
-def test_a_killed_calibration_goes_on_and_gives_the_same_numbers(
-    model: Model, stats: Stats, texts: list[Text], tmp_path: Path
-) -> None:
+def test_a_killed_calibration_goes_on_and_gives_the_same_numbers(model: Model, stats: Stats, texts: list[Text], tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
@@ -139,8 +136,8 @@ def test_the_least_budget_is_known_from_shapes_alone(model: Model, costs: Costs)
 
 
 @pytest.fixture
-def matrix() -> Iterator[np.ndarray]:
-    yield np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+def matrix() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
 
 
 def test_the_reference_rounding_has_the_error_of_its_bits(matrix: np.ndarray) -> None:

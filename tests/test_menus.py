@@ -49,7 +49,16 @@ def direct_loss(logits: np.ndarray, outputs: np.ndarray, top_k: int, kept: np.nd
     return float(((block(np.flatnonzero(kept)) - block(np.arange(logits.shape[1]))) ** 2).sum(axis=1).mean())
 
 
-GOLDEN = {(0,): 1.144384, (1,): 0.031558, (2,): 0.031453, (3,): 1.278745, (0, 1): 3.597837, (0, 2): 1.141010, (1, 2): 0.192611, (2, 3): 2.556748}
+GOLDEN = {
+    (0,): 1.144384,
+    (1,): 0.031558,
+    (2,): 0.031453,
+    (3,): 1.278745,
+    (0, 1): 3.597837,
+    (0, 2): 1.141010,
+    (1, 2): 0.192611,
+    (2, 3): 2.556748,
+}
 
 
 @pytest.mark.parametrize(("gone", "loss"), GOLDEN.items())

@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-moe"
-HELDOUT = next(p for p in (ROOT / "edgemoe" / "data" / "heldout", ROOT / "examples" / "texts" / "heldout") if p.is_dir())
+HELDOUT = ROOT / "edgemoe" / "data" / "heldout"
 SIZE = 2000
 SPM_SIZE = 600
 TEXTS = [
