@@ -3,8 +3,8 @@
     python benchmarks/quality.py examples/tiny-moe [--work DIR] [--tokens 8192]
 
 Peers, every file with our importance matrix: (a) one ggml type for everything; (b) llama-quantize's own mixes; (c) random drops times those
-mixes, three seeds; (d) drops by frequency times those mixes; (e) drops by REAP's sum times those mixes.  Drops
-keep 3/4, 1/2 and 1/4 of the experts.  At each of our files a peer stands with its smallest file that is not smaller than ours; of each class the table shows the best.
+mixes, three seeds; (d) drops by frequency times those mixes; (e) drops by REAP's sum times those mixes.  Drops keep 3/4, 1/2 and 1/4 of the
+experts.  At each of our files a peer stands with its smallest file that is not smaller than ours; of each class the table shows the best.
 16-bit files are no peers.  Differences below the noise floor (KL of the F16 file) are ties.
 """
 
@@ -195,9 +195,8 @@ def main() -> None:
     largest = next(p.size for p in peers if p.recipe == "all experts" and p.name == "Q8_0")
     ours = list(measure_ours(bench, largest))
     print(f"\n# {bench.model.name}: KL (nats/token) at equal bytes; {options.tokens} held-out tokens of {', '.join(bench.names)}")
-    print(
-        f"\n`python benchmarks/quality.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; noise floor (F16) {floor:.1e}\n"
-    )
+    made = f"`python benchmarks/quality.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
+    print(f"\n{made}; noise floor (F16) {floor:.1e}\n")
     print("| file MB | kept | ours predicted | ours | " + " | ".join(f"best {kind}" for kind in CLASSES) + " | ours / best peer |")
     print("|" + "---|" * (5 + len(CLASSES)))
     ratios = []

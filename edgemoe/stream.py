@@ -206,7 +206,8 @@ class LayerStream:
             view: torch.Tensor = experts.down_proj.data[expert]
             return view
         rows = slice(0, m) if role == "ffn_gate_exps" else slice(m, 2 * m)
-        return experts.gate_up_proj.data[expert, rows] if isinstance(expert, int) else experts.gate_up_proj.data[:, rows]
+        both: torch.Tensor = experts.gate_up_proj.data
+        return both[expert, rows]
 
     def run_layer(self, module: Any, states: torch.Tensor) -> torch.Tensor:
         """Output states [windows, length, hidden] of a loaded layer."""
