@@ -2,9 +2,10 @@
 
 A budget is the most that the process may hold at its peak (VmHWM of a process that runs stock llama.cpp without mmap at the full context):
 
-    peak = runtime + weights + max(kv + compute + output, staging)
+    peak = runtime + weights + max(kv + compute + output + min(staging, RETAINED), staging)
 
-where staging is the temporary copy of the tensor being repacked at load, gone before the context is made (docs/decisions/0003-memory.md).
+where staging is the temporary copy of the largest tensor that is repacked at load.  It is freed before the context is made, but the C
+library keeps freed pieces of up to 32 MiB for later (docs/decisions/0003-memory.md).
 Each target owns the formulas of its parts.
 """
 
@@ -13,14 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 DEFAULT_CONTEXT = 8192
-PARTS = ("weights", "kv", "compute", "output", "staging", "runtime")
+RETAINED = 32 * 2**20  # glibc's largest dynamic mmap threshold on 64-bit machines (mallopt(3), M_MMAP_THRESHOLD)
 
 
 def peak(parts: Mapping[str, int]) -> int:
     """Peak bytes of a process whose parts are known."""
-    return parts["runtime"] + parts["weights"] + max(parts["kv"] + parts["compute"] + parts["output"], parts["staging"])
+    return parts["weights"] + _beside_weights(parts, parts["staging"])
 
 
 def room_for_weights(budget: int, parts: Mapping[str, int], staging: int) -> int:
     """Bytes left for weights when the largest staged tensor takes `staging`."""
-    return budget - parts["runtime"] - max(parts["kv"] + parts["compute"] + parts["output"], staging)
+    return budget - _beside_weights(parts, staging)
+
+
+def _beside_weights(parts: Mapping[str, int], staging: int) -> int:
+    steady = parts["kv"] + parts["compute"] + parts["output"]
+    return parts["runtime"] + max(steady + min(staging, RETAINED), staging)

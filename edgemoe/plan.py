@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgemoe.units import format_bytes
 
 SOLVERS: dict[str, Solver] = {"highs": ilp.solve, "cbc": partial(ilp.solve, engine="cbc"), "exhaustive": exhaustive.solve}
 DEFAULT_GAP = 1e-4
+STAGING_LIMITS = 8  # how many limits on the staging copy are tried
 
 
 def solve_plan(costs: Costs, budget: int, *, solver: str = "highs", gap: float = DEFAULT_GAP, costs_hash: str = "") -> Plan:
@@ -71,8 +73,7 @@ def _program(costs: Costs, room: int, staging: int | None = None) -> Program:
 
 
 def _solve_with_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> tuple[Solution, Program]:
-    """Solve with no thought of staging copies; if they then do not fit, try every size of copy that could be allowed and take the best."""
-    steady = costs.memory["kv"] + costs.memory["compute"] + costs.memory["output"]
+    """Solve with no thought of staging copies; if the plan then does not fit, try limits on their size and take the best plan that does."""
     program = _program(costs, room_for_weights(budget, costs.memory, 0))
     solution = solve(program, gap)
     if solution is None:
@@ -82,17 +83,20 @@ def _solve_with_staging(costs: Costs, budget: int, solve: Solver, gap: float) ->
             hint=f"ask for --memory {least}B or more, or a smaller --context",
         )
     largest = _largest_staging(costs, solution)
-    if largest <= steady:
+    size = program.evaluate(solution.count_index, solution.picks)[1]
+    if size <= room_for_weights(budget, costs.memory, largest):
         return solution, program
+    limits = np.unique(costs.staging[costs.staging <= largest])
     best: tuple[Solution, Program] | None = None
-    for allowed in sorted({0, *np.unique(costs.staging[costs.staging <= largest]).tolist()}):
-        trial = _program(costs, room_for_weights(budget, costs.memory, int(allowed)), int(allowed))
-        found = solve(trial, gap) if best is None or allowed > steady else None
+    for limit in limits[np.unique(np.linspace(0, len(limits) - 1, STAGING_LIMITS).round().astype(int))].tolist():
+        trial = _program(costs, room_for_weights(budget, costs.memory, limit), limit)
+        found = solve(trial, gap)
         if found is not None and (best is None or found.cost < best[0].cost):
             best = found, trial
     if best is None:
         raise BudgetError(f"no plan of {costs.model_name} fits {format_bytes(budget)} while it loads", hint="ask for a little more memory")
-    return best
+    bounded = replace(best[0], bound=min(best[0].bound, solution.bound))  # the relaxed program bounds every limit that was not tried
+    return replace(bounded, proven=bounded.gap <= gap), best[1]
 
 
 def _largest_staging(costs: Costs, solution: Solution) -> int:

@@ -213,7 +213,7 @@ def _is_added(files: _Files, kind: str, token_id: int | None, texts: Sequence[st
     if value is not None:
         added = expect(value, bool, file, f"add_{kind}_token")
     elif files.tokenizer is None:
-        added = kind == "bos"  # as LlamaTokenizer, the class of SentencePiece families, does
+        added = kind == "bos" and token_id is not None  # as LlamaTokenizer, the class of SentencePiece families, does
     else:
         added = False
         for step in flatten(files.json_file, "post_processor", files.tokenizer.get("post_processor"), "processors"):
