@@ -66,12 +66,15 @@ class Bench:
         self.names = [t.name for t in heldout]
         self.windows = tokenize_heldout(self.model, heldout, tokens)
         self.states = reference_states(self.model, self.windows, work)
+        importance = [importance_of(self.model, self.stats, layer) for layer in range(-1, self.model.n_layers)]
+        digests = [sorted((*k, float(v.sum())) for k, v in found.items()) for found in importance]
+        self.made_from = hash_json(self.model.fingerprint, digests, self.windows.tokens.tolist())
         self.cache = work / "results.json"
         self.known: dict[str, Any] = json.loads(self.cache.read_text()) if self.cache.exists() else {}
 
     def measure(self, key: str, kind: str, recipe: str, name: str, make: Any) -> Result:
         """Make a file (unless it was measured before), measure its KL, delete it."""
-        key = hash_json(key, self.stats.key, self.windows.tokens.tolist())
+        key = hash_json(key, self.made_from)
         if key not in self.known:
             path: Path = make()
             scores = compare_logits(path, self.model, self.windows, self.states, self.names, self.target)

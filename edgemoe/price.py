@@ -19,7 +19,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
-from edgemoe.rounding import round_to_nearest
+from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
@@ -27,7 +27,7 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
-Errors = dict[str, float]  # format, or "probe" / "whole2" / "whole4" for the reference roundings -> mean squared error
+Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
 Progress = Callable[[int, int], None]
 
 
@@ -82,7 +82,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     table = _Table(model, target, units, counts)
     drop = np.zeros((len(counts), model.n_layers))
     kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
-    whole = {bits: 0.0 for bits in (4, 2)}  # Q of the whole-model probes
+    whole = {bits: 0.0 for bits in WHOLE_BITS}  # Q of the whole-model probes
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     if progress:
         progress(0, model.n_layers)
@@ -228,7 +228,7 @@ def _expert_errors(
         scale = matrix.shape[0] / len(rows)
         part = matrix[rows]
         result[role] = {}
-        for name, rounded in _roundings(target, part, importance[role, expert], 2):
+        for name, rounded in _roundings(target, part, importance[role, expert], EXPERT_BITS):
             delta = rounded - part
             if projection == "gate":
                 squares = ((_silu(a[:, rows] + inputs @ delta.T) - _silu(a[:, rows])) * b[:, rows]) ** 2 @ column[rows]
@@ -255,8 +255,8 @@ def _roundings(
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """These rows in every offered format, and in the probes' reference roundings."""
     found = [(name, target.round_rows(rows, name, importance)) for name in target.offered_formats(rows.shape[1])]
-    references = {bits: round_to_nearest(rows, bits) for bits in {probe_bits, 4, 2}}
-    return [*found, ("probe", references[probe_bits]), ("whole4", references[4]), ("whole2", references[2])]
+    whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
+    return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]
 
 
 # --------------------------------------------------------------------------------------------------------------- matrices

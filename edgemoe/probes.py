@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from edgemoe.checkpoint import read_tensor
 from edgemoe.ir import Probe, array_file, load_arrays
 from edgemoe.menus import build_menu, make_replay
-from edgemoe.rounding import round_to_nearest
+from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
 from edgemoe.stream import States, apply_norm, map_ordered
 from edgemoe.watch import Run
 
-EXPERT_BITS, OTHER_BITS, WHOLE_BITS = 2, 3, (4, 2)  # of the rounding probes
 DROP_SHARES = (0.75, 0.5, 0.25)  # kept shares of the dropping probes
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output")
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUP = 32
+EXPERT_BITS, OTHER_BITS = 2, 3  # of a probe of one expert stack, and of any other matrix
+WHOLE_BITS = (6, 4)  # of the probes that round every matrix
 
 
 def round_to_nearest(weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
