@@ -25,7 +25,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@echo "building llama.cpp from source, about 5 minutes on two cores"
-	CMAKE_ARGS="$(LLAMA_ARGS)" $(BIN)/pip install --quiet --constraint constraints.txt --no-binary llama-cpp-python llama-cpp-python
+	# no cache: pip would take a wheel that was compiled with other flags
+	CMAKE_ARGS="$(LLAMA_ARGS)" $(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,llama,dev]"
 	touch $@
 
