@@ -7,6 +7,7 @@ RUN := OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
 # llama.cpp is compiled for this machine.  AMX is left out: ggml 0.25.3 crashes in it (docs/decisions/0004-no-amx.md).
 AMX := $(shell echo | $(or $(CC),cc) -march=native -dM -E - 2>/dev/null | grep -q AMX_INT8 && echo -mno-amx-int8)
+# pip's cache is not used: it would give a wheel that was compiled with other flags.
 LLAMA_ARGS := -DLLAVA_BUILD=OFF $(if $(AMX),-DCMAKE_C_FLAGS=$(AMX) -DCMAKE_CXX_FLAGS=$(AMX))
 
 .PHONY: help setup demo test check bench format clean
@@ -25,7 +26,6 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@echo "building llama.cpp from source, about 5 minutes on two cores"
-	# no cache: pip would take a wheel that was compiled with other flags
 	CMAKE_ARGS="$(LLAMA_ARGS)" $(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,llama,dev]"
 	touch $@

@@ -78,40 +78,64 @@ def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: NDArray[
     )
 
 
+@dataclass(frozen=True, slots=True)
 class _Selection:
-    """What the router picks from a kept set, for all tokens at once."""
+    """What the router picks from a kept set, for all tokens at once, on the columns (candidates) that matter."""
 
-    def __init__(self, replay: Replay, kept: NDArray[np.bool_]) -> None:
-        self.replay, self.kept = replay, kept
-        alive = kept[replay.candidates]
-        rank = alive.cumsum(axis=1)
-        self.chosen = alive & (rank <= replay.top_k)  # [N, K]
-        self.runner_up = alive & (rank == replay.top_k + 1)
-        self.p = np.take_along_axis(replay.probs, replay.candidates, axis=1)
-        self.mass = replay.probs @ kept  # [N] probability of the rows that are left
+    renormalize: bool
+    candidates: NDArray[np.int64]  # [N, W]
+    chosen: NDArray[np.bool_]  # [N, W] the top-k of the kept set
+    runner_up: NDArray[np.bool_]  # [N, W] who would follow
+    original: NDArray[np.float64]  # [N, W] gates with every expert kept
+    p: NDArray[np.float64]  # [N, W]
+    gram: NDArray[np.float64]  # [N, W, W]
+    mass: NDArray[np.float64]  # [N] probability of the rows that are left
 
-    def gates(self, chosen: NDArray[np.bool_], mass: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Gate values [N, K] of a choice, as the runtime computes them from the rows that are left."""
-        raw = self.p * chosen
-        total = raw.sum(axis=1) if self.replay.renormalize else mass
-        gates: NDArray[np.float64] = raw / np.maximum(total, 1e-30)[:, None]
-        return gates
+    def loss(
+        self, chosen: NDArray[np.bool_], mass: NDArray[np.float64], tokens: NDArray[np.bool_] | slice = slice(None)
+    ) -> NDArray[np.float64]:
+        """|y(choice) - y|^2 of some tokens, gates as the runtime computes them from the rows that are left."""
+        raw = self.p[tokens] * chosen[tokens]
+        total = raw.sum(axis=1) if self.renormalize else mass[tokens]
+        return _quadratic(self.gram[tokens], raw / np.maximum(total, 1e-30)[:, None] - self.original[tokens])
+
+
+def _select(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> _Selection:
+    """The selection from a kept set, cut down to the 2k + 1 columns whose gates can be other than zero."""
+    alive = kept[replay.candidates]
+    rank = alive.cumsum(axis=1)
+    chosen, runner_up = alive & (rank <= replay.top_k), alive & (rank == replay.top_k + 1)
+    width = min(2 * replay.top_k + 1, chosen.shape[1])
+    columns = np.argsort(~(chosen | runner_up | (original > 0)), axis=1, kind="stable")[:, :width]
+    rows = np.arange(len(columns))[:, None]
+    candidates = replay.candidates[rows, columns]
+    return _Selection(
+        renormalize=replay.renormalize,
+        candidates=candidates,
+        chosen=chosen[rows, columns],
+        runner_up=runner_up[rows, columns],
+        original=original[rows, columns],
+        p=replay.probs[rows, candidates],
+        gram=replay.gram[rows[:, :, None], columns[:, :, None], columns[:, None, :]],
+        mass=replay.probs @ kept,
+    )
 
 
 def original_gates(replay: Replay) -> NDArray[np.float64]:
-    """Gates of the candidates [N, K] with every expert kept."""
-    everyone = _Selection(replay, np.ones(replay.probs.shape[1], bool))
-    return everyone.gates(everyone.chosen, everyone.mass)
+    """Gates of the candidates [N, K] with every expert kept: the first top-k of each token."""
+    p = np.take_along_axis(replay.probs, replay.candidates, axis=1)
+    p[:, replay.top_k :] = 0
+    return p / p.sum(axis=1, keepdims=True) if replay.renormalize else p
 
 
 def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
     """Loss of one kept set, and mean squared gate of each expert under it [E]."""
-    selection = _Selection(replay, kept)
-    gates = selection.gates(selection.chosen, selection.mass)
-    delta = gates - original_gates(replay)
-    loss = float(replay.weights @ _quadratic(replay.gram, delta)) + float(replay.floor[~kept].sum())
+    selection = _select(replay, kept, original_gates(replay))
+    loss = float(replay.weights @ selection.loss(selection.chosen, selection.mass)) + float(replay.floor[~kept].sum())
+    raw = selection.p * selection.chosen
+    gates = raw / np.maximum(raw.sum(axis=1) if replay.renormalize else selection.mass, 1e-30)[:, None]
     gate_sq = np.zeros(len(kept))
-    np.add.at(gate_sq, replay.candidates, gates**2 * replay.weights[:, None])
+    np.add.at(gate_sq, selection.candidates, gates**2 * replay.weights[:, None])
     return loss, gate_sq
 
 
@@ -122,34 +146,37 @@ def _quadratic(gram: NDArray[np.float64], delta: NDArray[np.float64]) -> NDArray
 
 def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> NDArray[np.float64]:
     """Loss of the kept set without each of its experts [E] (inf for experts not in it): all removals from one pass over the tokens."""
-    selection = _Selection(replay, kept)
-    n_experts = len(kept)
-    base_gates = selection.gates(selection.chosen, selection.mass)
-    change = np.zeros(n_experts)  # against the loss of the set itself
-    base = _quadratic(replay.gram, base_gates - original)
+    selection = _select(replay, kept, original)
+    base = selection.loss(selection.chosen, selection.mass)
+    change = np.zeros(len(kept))  # against the loss of the set itself
+    scaled = None
     if not replay.renormalize:  # every removal scales every token's gates
-        raw = selection.p * selection.chosen
-        g_raw = (replay.gram @ raw[:, :, None])[:, :, 0]
-        aa, ab = (g_raw * raw).sum(axis=1), (g_raw * original).sum(axis=1)
-        cc = _quadratic(replay.gram, original)
-        scale = 1 / np.maximum(selection.mass[:, None] - replay.probs, 1e-30)  # [N, E]
-        scaled = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None] - base[:, None]
+        scaled = _scaled_losses(replay, selection) - base[:, None]
         change += replay.weights @ scaled
     order = selection.chosen.cumsum(axis=1) * selection.chosen
+    every = np.arange(len(order))
     for slot in range(1, replay.top_k + 1):
         here = order == slot
         tokens = here.any(axis=1)
-        column = here.argmax(axis=1)[tokens]
-        expert = replay.candidates[tokens, column]
-        chosen = (selection.chosen & ~here) | selection.runner_up
-        mass = selection.mass - replay.probs[np.arange(len(here)), replay.candidates[np.arange(len(here)), here.argmax(axis=1)]]
-        loss = _quadratic(replay.gram[tokens], (selection.gates(chosen, mass) - original)[tokens])
-        gone = loss - base[tokens]
-        if not replay.renormalize:  # the scaling counted above does not apply where the expert was chosen
-            gone -= scaled[tokens, expert]
-        np.add.at(change, expert, gone * replay.weights[tokens])
+        gone = selection.candidates[every, here.argmax(axis=1)]
+        loss = selection.loss((selection.chosen & ~here) | selection.runner_up, selection.mass - replay.probs[every, gone], tokens)
+        extra = loss - base[tokens]
+        if scaled is not None:  # the scaling counted above does not apply where the expert was chosen
+            extra -= scaled[tokens, gone[tokens]]
+        np.add.at(change, gone[tokens], extra * replay.weights[tokens])
     total = float(replay.weights @ base) + float(replay.floor[~kept].sum()) + change + replay.floor
     return np.where(kept, total, np.inf)
+
+
+def _scaled_losses(replay: Replay, selection: _Selection) -> NDArray[np.float64]:
+    """Loss of each token [N, E] when a row that it has not chosen leaves the softmax: its gates grow by one factor."""
+    raw = selection.p * selection.chosen
+    weighted = (selection.gram @ raw[:, :, None])[:, :, 0]
+    aa, ab = (weighted * raw).sum(axis=1), (weighted * selection.original).sum(axis=1)
+    cc = _quadratic(selection.gram, selection.original)
+    scale = 1 / np.maximum(selection.mass[:, None] - replay.probs, 1e-30)
+    result: NDArray[np.float64] = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None]
+    return result
 
 
 def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bool_] | None = None) -> Menu:
