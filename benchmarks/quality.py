@@ -1,6 +1,6 @@
 """Our plans beside what people do today, at equal bytes: one table, measured in llama.cpp on the same held-out text.
 
-    python benchmarks/quality.py examples/tiny-moe [--work DIR] [--tokens 8192]
+    python benchmarks/quality.py examples/tiny-moe [--work DIR] [--tokens 5120]
 
 Peers, every file with our importance matrix: (a) one ggml type for everything; (b) llama-quantize's own mixes; (c) random drops times those
 mixes, three seeds; (d) drops by frequency times those mixes; (e) drops by REAP's sum times those mixes.  Drops keep 3/4, 1/2 and 1/4 of the
@@ -22,6 +22,7 @@ from typing import Any
 
 import llama_cpp as lc
 import numpy as np
+from picture import draw
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
@@ -185,34 +186,44 @@ def best_of(kind: str, size: int, peers: list[Result]) -> Result | None:
     return min(smallest, key=lambda p: p.kl) if smallest else None
 
 
-def main() -> None:
-    """Measure everything, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("bench"))
-    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens of all five texts")
-    options = parser.parse_args()
-    bench = Bench(options.model, options.work / options.model.name, options.tokens)
-    peers = list(measure_peers(bench))
+def table(bench: Bench, command: str, ours: list[tuple[Result, Plan]], peers: list[Result]) -> str:
+    """The results as Markdown."""
     floor = next(p.kl for p in peers if p.kind == "16-bit")
-    largest = next(p.size for p in peers if p.recipe == "all experts" and p.name == "Q8_0")
-    ours = list(measure_ours(bench, largest))
-    print(f"\n# {bench.model.name}: KL (nats/token) at equal bytes; {options.tokens} held-out tokens of {', '.join(bench.names)}")
-    made = f"`python benchmarks/quality.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
-    print(f"\n{made}; noise floor (F16) {floor:.1e}\n")
-    print("| file MB | kept | ours predicted | ours | " + " | ".join(f"best {kind}" for kind in CLASSES) + " | ours / best peer |")
-    print("|" + "---|" * (5 + len(CLASSES)))
+    tokens = int(bench.windows.lengths.sum())
+    lines = [f"# {bench.model.name}: KL (nats/token) at equal bytes, {tokens} held-out tokens of {', '.join(bench.names)}", ""]
+    lines += [f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; noise floor (the F16 file) {floor:.1e}.", ""]
+    lines += ["In brackets: kept experts, mix, file size in MB of the best peer of each class (what stands where: see quality.py).", ""]
+    lines += ["| file MB | kept | ours predicted | ours | " + " | ".join(f"best {kind}" for kind in CLASSES) + " | ours / best peer |"]
+    lines += ["|" + "---|" * (5 + len(CLASSES))]
     ratios = []
     for result, plan in ours:
         found = [best_of(kind, result.size, peers) for kind in CLASSES]
-        best = min(f.kl for f in found if f)
-        ratios.append(result.kl / best)
-        cells = [f"{f.kl:.4f} ({f.recipe if f.kind != 'one type' else ''} {f.name}, {f.size / 1e6:.2f})" if f else "-" for f in found]
-        kept = f"{plan.count} of {plan.n_experts}"
-        print(
-            f"| {result.size / 1e6:.2f} | {kept} | {plan.predicted_kl:.4f} | **{result.kl:.4f}** | {' | '.join(cells)} | {ratios[-1]:.2f} |"
-        )
-    print(f"\nGeometric mean of ours / best peer: {float(np.exp(np.mean(np.log(ratios)))):.2f}")
+        ratios.append(result.kl / min(f.kl for f in found if f))
+        cells = " | ".join(f"{f.kl:.4f} ({f.recipe}, {f.name}, {f.size / 1e6:.2f})" if f else "-" for f in found)
+        mine = f"{result.size / 1e6:.2f} | {plan.count} of {plan.n_experts} | {plan.predicted_kl:.4f} | **{result.kl:.4f}**"
+        lines += [f"| {mine} | {cells} | {ratios[-1]:.2f} |"]
+    return "\n".join([*lines, "", f"Geometric mean of ours / best peer: {float(np.exp(np.mean(np.log(ratios)))):.2f}", ""])
+
+
+def main() -> None:
+    """Measure everything; write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench"), help="files and results are kept here between runs")
+    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where NAME.md and NAME.svg go")
+    options = parser.parse_args()
+    bench = Bench(options.model, options.work / options.model.name, options.tokens)
+    peers = list(measure_peers(bench))
+    largest = next(p.size for p in peers if p.recipe == "all experts" and p.name == "Q8_0")
+    ours = list(measure_ours(bench, largest))
+    text = table(bench, f"python benchmarks/quality.py {options.model}", ours, peers)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"{bench.model.name}.md").write_text(text)
+    dots = {kind: [(p.size, p.kl) for p in peers if p.kind == kind] for kind in CLASSES}
+    picture = draw(f"{bench.model.name}: quality at equal bytes", [(r.size, r.kl) for r, _ in ours], dots)
+    (options.results / f"{bench.model.name}.svg").write_text(picture)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""KL against file size as an SVG: our plans as a line, every peer's file as a dot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 150, 36, 48
+COLOURS = {"one type": "#c2410c", "mix": "#a16207", "random": "#9ca3af", "frequency": "#7c3aed", "REAP sum": "#0e7490"}
+Point = tuple[float, float]  # file size in bytes, KL in nats per token
+
+
+def draw(title: str, ours: Sequence[Point], peers: dict[str, Sequence[Point]]) -> str:
+    """The picture; sizes beyond our own range are cut off."""
+    low, high = min(s for s, _ in ours) * 0.97, max(s for s, _ in ours) * 1.03
+    shown = {kind: [p for p in points if low <= p[0] <= high] for kind, points in peers.items()}
+    kls = [kl for points in (ours, *shown.values()) for _, kl in points]
+    bottom, top = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)))
+
+    def x(size: float) -> float:
+        return LEFT + (size - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(kl: float) -> float:
+        return TOP + (top - math.log10(kl)) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/><text x="{LEFT}" y="20" font-size="14" fill="#111827">{title}</text>',
+    ]
+    for power in range(bottom, top + 1):
+        line = y(10.0**power)
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{line:.1f}" y2="{line:.1f}" stroke="#e5e7eb"/>')
+        out.append(f'<text x="{LEFT - 8}" y="{line + 4:.1f}" text-anchor="end" fill="#4b5563">{10.0**power:g}</text>')
+    for mb in range(math.ceil(low / 1e6), math.floor(high / 1e6) + 1, max(1, round((high - low) / 8e6))):
+        out.append(f'<text x="{x(mb * 1e6):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#4b5563">{mb}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle" fill="#374151">file size, MB</text>')
+    side = f"translate(16 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)"
+    out.append(f'<text transform="{side}" text-anchor="middle" fill="#374151">KL, nats/token</text>')
+    for row, (kind, points) in enumerate(shown.items()):
+        colour = COLOURS[kind]
+        out += [f'<circle cx="{x(s):.1f}" cy="{y(kl):.1f}" r="3" fill="{colour}" fill-opacity="0.75"/>' for s, kl in points]
+        out.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{TOP + 34 + 20 * row}" r="4" fill="{colour}"/>')
+        out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{TOP + 38 + 20 * row}" fill="#374151">{kind}</text>')
+    path = " ".join(f"{x(s):.1f},{y(kl):.1f}" for s, kl in sorted(ours))
+    out.append(f'<polyline points="{path}" fill="none" stroke="#1d4ed8" stroke-width="2.5"/>')
+    out += [f'<circle cx="{x(s):.1f}" cy="{y(kl):.1f}" r="4.5" fill="#1d4ed8"/>' for s, kl in ours]
+    out.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{TOP + 10}" r="5" fill="#1d4ed8"/>')
+    out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{TOP + 14}" fill="#111827" font-weight="600">edgemoe</text></svg>')
+    return "\n".join(out) + "\n"
