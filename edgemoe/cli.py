@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -282,6 +283,7 @@ def emit(
         )
     save_record(output / "plan.json", chosen)
     save_record(output / "artifact.json", artifact)
+    shutil.rmtree(output / ".work", ignore_errors=True)
     print("\n".join(f"{file.sha256}  {output / file.name}  {file.size}" for file in artifact.files))
 
 
@@ -293,10 +295,10 @@ def verify(
     as_json: JsonOpt = False,
 ) -> None:
     """Run an artifact, measure it against the original, and write the report anew."""
-    from edgemoe.errors import ModelError, VerifyError
+    from edgemoe.errors import VerifyError
     from edgemoe.inspect import inspect_model
-    from edgemoe.ir import Artifact, Plan, Report, load_record
-    from edgemoe.pipeline import finish_output
+    from edgemoe.ir import Plan, Report, load_record
+    from edgemoe.pipeline import find_artifact, finish_output
     from edgemoe.report import summarize_report
     from edgemoe.targets import find_target
     from edgemoe.texts import choose_texts
@@ -304,18 +306,13 @@ def verify(
 
     found, chosen = inspect_model(model), load_record(output / "plan.json", Plan)
     _same_model(found.fingerprint, chosen.model, output / "plan.json")
-    if (output / "artifact.json").exists():
-        artifact, old = load_record(output / "artifact.json", Artifact), None
-    elif (output / "report.json").exists():
-        old = load_record(output / "report.json", Report)
-        artifact = old.artifact
-    else:
-        raise ModelError(f"{output}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
+    artifact = find_artifact(output)
+    old = load_record(output / "report.json", Report) if (output / "report.json").exists() else None
     _, texts = choose_texts([], heldout or [])
     target = find_target(chosen.target)
     with _progress() as progress:
         report = verify_artifact(
-            replace(artifact, folder=str(output)),
+            artifact,
             found,
             chosen,
             texts,

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgemoe.checkpoint import list_shards, read_header, read_json
 from edgemoe.errors import MachineError, ModelError, UsageError
-from edgemoe.families import ENDS, Family, find_family
+from edgemoe.families import ENDS, MODULE_NAMES, Family, find_family
 from edgemoe.ir import PROJECTIONS, Model, Tensor, hash_json
 
 _SAMPLE = 2**20  # bytes read at the start, middle and end of each file for the fingerprint
@@ -52,7 +52,7 @@ def inspect_model(source: str | Path) -> Model:
         vocab_size=_integer(folder, config, "vocab_size"),
         n_heads=n_heads,
         n_kv_heads=_integer(folder, config, "num_key_value_heads"),
-        head_dim=config.get("head_dim") or hidden_size // n_heads,
+        head_dim=hidden_size // n_heads if config.get("head_dim") is None else _integer(folder, config, "head_dim"),
         n_experts=n_experts,
         top_k=_integer(folder, config, "num_experts_per_tok"),
         expert_size=_integer(folder, config, family.expert_size_key),
@@ -130,6 +130,8 @@ def _find_tensors(model: Model, family: Family, header: Header) -> list[Tensor]:
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}."
         for role, name in family.layer_names.items():
+            if prefix + name not in left and prefix + MODULE_NAMES[role] in left:
+                name = MODULE_NAMES[role]  # a stacked checkpoint keeps transformers' names in memory
             tensors.append(_take(model, left, prefix + name, role, _layer_shape(model, role), layer))
         tensors += _take_experts(model, family, left, prefix, layer)
     unknown = [n for n in left if not n.endswith("rotary_emb.inv_freq")]

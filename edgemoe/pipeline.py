@@ -143,9 +143,8 @@ def prepare_output(out: Path, *, force: bool) -> None:
     if out.is_dir() and any(out.iterdir()) and not unfinished:
         if not force:
             raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
-        if (out / "report.json").exists():
-            with suppress(ModelError):  # not ours, or of another version: it stays
-                _remove_result(out, load_record(out / "report.json", Report).artifact)
+        with suppress(ModelError):  # not ours, or of another version: it stays
+            _remove_result(out, find_artifact(out))
     try:
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
@@ -153,8 +152,21 @@ def prepare_output(out: Path, *, force: bool) -> None:
         raise MachineError(f"{out}: cannot be written: {error.strerror}") from error
 
 
+def find_artifact(out: Path) -> Artifact:
+    """The artifact that `emit` or `build` left in a folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if (out / "artifact.json").exists():
+        return replace(load_record(out / "artifact.json", Artifact), folder=str(out))
+    if (out / "report.json").exists():
+        return replace(load_record(out / "report.json", Report).artifact, folder=str(out))
+    raise ModelError(f"{out}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
+
+
 def _remove_result(out: Path, artifact: Artifact) -> None:
-    for name in (*(f.name for f in artifact.files), "plan.json", "report.json", "report.html", "README.md"):
+    for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
         if Path(name).name == name:
             (out / name).unlink(missing_ok=True)
 

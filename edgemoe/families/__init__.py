@@ -67,10 +67,15 @@ def find_family(model_type: str) -> Family:
 
 def refuse_common(config: Mapping[str, Any]) -> str | None:
     """Reasons that hold for every family so far: what neither our calibration nor the GGUF architectures carry."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
-    if kind != "default":
-        return f"rope type {kind!r} (rope_parameters) is not supported"
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+        if kind != "default":
+            return f"rope type {kind!r} ({name}) is not supported"
+    numbers = {"rms_norm_eps": config.get("rms_norm_eps"), "rope_theta": _find_theta(config)}
+    for name, value in numbers.items():  # their defaults differ by family and version: better none than a wrong one
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            return f"{name} is {value!r}, expected a positive number"
     if config.get("hidden_act", "silu") != "silu":
         return f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'"
     if config.get("attention_bias"):
@@ -84,5 +89,8 @@ def refuse_common(config: Mapping[str, Any]) -> str | None:
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Base of the rotary frequencies, wherever this version of the config keeps it."""
-    rope = config.get("rope_parameters") or {}
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    return float(_find_theta(config))
+
+
+def _find_theta(config: Mapping[str, Any]) -> Any:
+    return (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))

@@ -15,6 +15,8 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return f"clip_qkv {config['clip_qkv']}: llama.cpp's olmoe does not clip"
     if config.get("tie_word_embeddings", False):
         return "tie_word_embeddings true: llama.cpp's olmoe needs an output matrix of its own"
+    if config.get("num_key_value_heads") != config.get("num_attention_heads"):
+        return "num_key_value_heads differs from num_attention_heads: llama.cpp's olmoe has one QK-norm width"
     return refuse_common(config)
 
 

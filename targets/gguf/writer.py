@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
 NO_HASH = "0" * 64
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
 FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
+FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 
 
 def tensor_name(role: str, layer: int) -> str:
@@ -61,7 +63,7 @@ def fixed_size(model: Model, count: int) -> int:
 
 def header_size(model: Model) -> int:
     """Bytes before the first tensor, from really writing them."""
-    key = model.fingerprint
+    key = model.fingerprint, model.name
     if key not in _header_sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header.gguf"
@@ -73,7 +75,7 @@ def header_size(model: Model) -> int:
     return _header_sizes[key]
 
 
-_header_sizes: dict[str, int] = {}
+_header_sizes: dict[tuple[str, str], int] = {}
 
 
 def write(
@@ -114,12 +116,10 @@ def write(
         names = sorted(p.name for p in scratch.iterdir())
         for name in names:
             os.replace(scratch / name, folder / name)
-        scratch.rmdir()
     except OSError as error:
-        for old in scratch.glob("*"):
-            old.unlink(missing_ok=True)
-        scratch.rmdir() if scratch.is_dir() else None
         raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
     return Artifact(folder=str(folder), target="gguf", plan="", files=files)
 

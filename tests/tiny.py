@@ -1,0 +1,210 @@
+"""Small random checkpoints of every family, their oracles with experts cut away, and plans and statistics that ask for nothing special."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgemoe.families import MODULE_NAMES, find_family
+from edgemoe.ir import Domain, Model, Plan, Stats, array_file, save_arrays
+from edgemoe.targets.gguf.process import unit_size
+from edgemoe.targets.gguf.writer import fixed_size, list_units
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FAMILIES = ("qwen3_moe", "olmoe", "mixtral")
+VOCAB_SIZE = 4096
+STACK = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+def make_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    stacked: bool = False,
+    sharded: bool = False,
+    tied: bool = False,
+    n_experts: int = 8,
+    top_k: int = 2,
+    hidden: int = 256,
+    expert_size: int = 256,
+    layers: int = 2,
+) -> Path:
+    """A random checkpoint in bf16 with the tokenizer of the bundled model: logits of std about 1, routers that make up their minds.
+
+    Args:
+        folder: made; the checkpoint goes right into it.
+        family: a model_type.
+        seed: of the weights, which do not depend on `stacked` and `sharded`.
+        stacked: experts as `mlp.experts.gate_up_proj` [E, 2M, H] and `down_proj` [E, H, M].
+        sharded: several files with an index.
+        tied: no output matrix of its own.
+        n_experts, top_k, hidden, expert_size, layers: the shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_config(_config(family, n_experts, top_k, hidden, expert_size, layers, tied), dtype=torch.float32)
+    _enliven(module, seed)
+    module.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB" if sharded else "1GB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLES / "tiny-moe" / name, folder)
+    if stacked:
+        _stack(folder, family, n_experts, layers)
+    return folder
+
+
+def _config(family: str, n_experts: int, top_k: int, hidden: int, expert_size: int, layers: int, tied: bool) -> Any:
+    from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if family == "olmoe" else 2,
+        "num_experts_per_tok": top_k,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},  # no family's default
+        "rms_norm_eps": 3e-5,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    if family == "mixtral":
+        return MixtralConfig(**common, intermediate_size=expert_size, num_local_experts=n_experts)
+    if family == "olmoe":
+        return OlmoeConfig(**common, intermediate_size=expert_size, num_experts=n_experts, norm_topk_prob=False)
+    sizes = {"intermediate_size": 3 * expert_size, "moe_intermediate_size": expert_size, "head_dim": 64}  # heads need not fill the width
+    return Qwen3MoeConfig(**common, **sizes, num_experts=n_experts, norm_topk_prob=True)
+
+
+def _enliven(module: nn.Module, seed: int) -> None:
+    """Weights with which every part matters: matrices keep the size of what they are given, norms differ by channel."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(module.named_parameters()):
+            values = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 1:
+                weight.copy_(1 + 0.2 * values)
+            else:
+                gain = 3.0 if name.endswith("mlp.gate.weight") else 1.0
+                weight.copy_(values * gain / math.sqrt(weight.shape[-1]))
+
+
+def _stack(folder: Path, family: str, n_experts: int, layers: int) -> None:
+    """Rewrite the experts in the stacked layout, which is transformers' own in memory, names included."""
+    spec, file = find_family(family), folder / "model.safetensors"
+    weights = load_file(file)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        take = {p: [weights.pop(prefix + spec.expert_names[p].format(expert=e)) for e in range(n_experts)] for p in STACK}
+        both = [torch.cat(pair) for pair in zip(take["gate"], take["up"], strict=True)]
+        weights[prefix + spec.stacked_prefix + "gate_up_proj"] = torch.stack(both)
+        weights[prefix + spec.stacked_prefix + "down_proj"] = torch.stack(take["down"])
+        weights[prefix + MODULE_NAMES["ffn_gate_inp"]] = weights.pop(prefix + spec.layer_names["ffn_gate_inp"])
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def slice_experts(source: Path, kept: Sequence[Sequence[int]], out: Path) -> Path:
+    """The checkpoint without the experts that are not in `kept` [layers][count]: what dropping them means, for transformers to run."""
+    config = json.loads((source / "config.json").read_text())
+    spec = find_family(config["model_type"])
+    weights = load_file(source / "model.safetensors")
+    for layer, experts in enumerate(kept):
+        prefix = f"model.layers.{layer}."
+        router = prefix + spec.layer_names["ffn_gate_inp"]
+        total = len(weights[router])
+        weights[router] = weights[router][list(experts)].clone()
+        for projection in STACK:
+            name = prefix + spec.expert_names[projection]
+            old = [weights.pop(name.format(expert=e)) for e in range(total)]
+            weights |= {name.format(expert=new): old[e] for new, e in enumerate(experts)}
+    config |= {key: len(kept[0]) for key in ("num_experts", "num_local_experts") if key in config}
+    out.mkdir()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, out)
+    return out
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Change fields of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- plan, statistics
+def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence[Sequence[int]] | None = None) -> Plan:
+    """A plan that nobody solved: every unit in one format, or in the format that a dict gives its name."""
+    sets = tuple(tuple(experts) for experts in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
+    count, units = len(sets[0]), list_units(model)
+    formats = {unit.name: fmt if isinstance(fmt, str) else fmt[unit.name] for unit in units}
+    sizes = {}
+    for unit in units:
+        cols = next(t.shape[-1] for t in model.tensors if (t.role, t.layer) == (unit.role, unit.layer))
+        n_weights = unit.n_weights * count // model.n_experts if unit.role.endswith("_exps") else unit.n_weights
+        sizes[unit.name] = unit_size(unit, cols, formats[unit.name], n_weights)
+    return Plan(
+        model=model.fingerprint,
+        model_name=model.name,
+        costs="c" * 64,
+        target="gguf",
+        budget=2**30,
+        context=512,
+        solver="highs",
+        count=count,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kept=sets,
+        formats=formats,
+        sizes=sizes,
+        file_size=fixed_size(model, count) + sum(sizes.values()),
+        memory={"peak": 2**30},
+        q=0.0,
+        drop_q=0.0,
+        predicted_kl=0.0,
+        bound=0.0,
+        gap=0.0,
+        proven=True,
+        counts=(),
+    )
+
+
+def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
+    """Statistics that are enough to write an artifact: uniform importance, or, with a seed, one that differs by column and expert."""
+    generator = np.random.default_rng(seed)
+
+    def sums(*shape: int) -> NDArray[np.float64]:
+        return np.ones(shape) if seed is None else generator.exponential(size=shape)
+
+    folder.mkdir(exist_ok=True)
+    width, hidden, experts = model.n_heads * model.head_dim, model.hidden_size, model.n_experts
+    save_arrays(folder / array_file(-1), {"token_count": np.ones((1, model.vocab_size), np.int64), "output_in_sq": sums(1, hidden)})
+    for layer in range(model.n_layers):
+        arrays = {
+            "tokens": np.ones(1),
+            "count": np.full((1, experts), 100, np.int64),
+            "attn_in_sq": sums(1, hidden),
+            "attn_out_sq": sums(1, width),
+            "expert_importance": np.ones(experts),
+            "expert_in_sq": sums(experts, hidden),
+            "expert_mid_sq": sums(experts, model.expert_size),
+        }
+        save_arrays(folder / array_file(layer), arrays)
+    domain = Domain(name="none", weight=1.0, tokens=model.vocab_size, sha256="d" * 64)
+    return Stats(folder=str(folder), model=model.fingerprint, key="a" * 64, settings={}, domains=(domain,), probes=(), cold=())
