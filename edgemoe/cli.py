@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from edgemoe.ir import Model
     from edgemoe.pipeline import Progress
 
+INTERRUPTED = 130  # exit code
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
+
 app = typer.Typer(
     name="edgemoe",
     no_args_is_help=True,
@@ -270,6 +273,7 @@ def emit(
     found, chosen = inspect_model(model), load_record(plan, Plan)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     _same_model(found.fingerprint, collected.model, stats)
+    _same_model(found.fingerprint, chosen.model, plan)
     prepare_output(output, force=force)
     with _progress() as progress:
         artifact = emit_artifact(
@@ -419,32 +423,32 @@ def _line_progress() -> Progress:
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
-    debug = "--debug" in sys.argv
     try:
         app()
-    except EdgemoeError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
             raise
-        _fail(str(error), error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", "give the same command again to go on", 130)
-    except ImportError as error:
-        if debug:
-            raise
-        _fail(f"a package is missing: {error}", "run `edgemoe doctor`", MachineError.exit_code)
-    except OSError as error:
-        if debug:
-            raise
-        machine = error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOMEM)
-        _fail(str(error), "free some space or choose another folder" if machine else "", MachineError.exit_code if machine else 1)
-    except MemoryError:
-        if debug:
-            raise
-        _fail("this machine has too little memory", "close other programs, or use a larger machine", MachineError.exit_code)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"internal: {type(error).__name__}: {error}", "please report this; --debug shows where", 1)
+        _fail(*_explain(error))
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _fail(*_explain(KeyboardInterrupt()))
+        raise
+
+
+def _explain(error: BaseException) -> tuple[str, str, int]:
+    """An error as message, hint and exit code."""
+    if isinstance(error, EdgemoeError):
+        return str(error), error.hint, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "give the same command again to go on", INTERRUPTED
+    if isinstance(error, ImportError):
+        return f"a package is missing: {error}", "run `edgemoe doctor`", MachineError.exit_code
+    if isinstance(error, OSError):
+        machine = error.errno in MACHINE_ERRORS
+        return str(error), "free some space or choose another folder" if machine else "", MachineError.exit_code if machine else 1
+    if isinstance(error, MemoryError):
+        return "this machine has too little memory", "close other programs, or use a larger machine", MachineError.exit_code
+    return f"internal: {type(error).__name__}: {error}", "please report this; --debug shows where", 1
 
 
 def _fail(message: str, hint: str, code: int) -> None:

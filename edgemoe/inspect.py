@@ -125,8 +125,8 @@ def _find_tensors(model: Model, family: Family, header: Header) -> list[Tensor]:
         shape = (model.hidden_size,) if role == "output_norm" else (model.vocab_size, model.hidden_size)
         tensors.append(_take(model, left, name, role, shape))
     if model.config.get("tie_word_embeddings", False):
-        left.pop(ENDS["output"], None)
-        tensors = [t for t in tensors if t.role != "output"]
+        embedding = tensors[0]  # a copy of it is no output matrix; one that differs is used, as in transformers 5
+        tensors = [t for t in tensors if t.role != "output" or _hash_data(model, t) != _hash_data(model, embedding)]
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}."
         for role, name in family.layer_names.items():
@@ -141,6 +141,15 @@ def _find_tensors(model: Model, family: Family, header: Header) -> list[Tensor]:
         cause = "config.json has the wrong number of layers or experts" if extra else "this family does not have it"
         raise ModelError(f"{Path(model.folder) / found[3]}: unexpected tensor {unknown[0]} ({len(unknown)} in all): {cause}")
     return tensors
+
+
+def _hash_data(model: Model, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256()
+    with (Path(model.folder) / tensor.file).open("rb") as file:
+        file.seek(tensor.offset)
+        for start in range(0, tensor.n_bytes, _SAMPLE):
+            digest.update(file.read(min(_SAMPLE, tensor.n_bytes - start)))
+    return digest.digest()
 
 
 def _layer_shape(model: Model, role: str) -> tuple[int, ...]:

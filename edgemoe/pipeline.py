@@ -18,7 +18,7 @@ from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, Ve
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Costs, Model, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
-from edgemoe.plan import DEFAULT_GAP, solve_plan, sweep_sizes
+from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import least_process, price_choices
 from edgemoe.report import write_report
 from edgemoe.targets import Target, find_target
@@ -57,12 +57,14 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     Raises:
         EdgemoeError: every kind in errors.py; nothing half-written is left under a final name.
     """
-    prepare_output(request.out, force=request.force)
+    check_output(request.out, force=request.force)
+    check_solver(request.solver)
     model = inspect_model(request.model)
     target = find_target(request.target)
     context = choose_context(model, request.context)
     check_budget(model, target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
+    prepare_output(request.out, force=request.force)
     work = open_work(request.out, request.work)
 
     stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
@@ -70,6 +72,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     plan = solve_plan(costs, request.memory, solver=request.solver, gap=request.gap, costs_hash=costs_hash)
     save_record(request.out / ".work" / "plan.json", plan)
     artifact = emit_artifact(model, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
+    save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
     report = replace(report, frontier=frontier_of(costs, plan.file_size), model={**report.model, "command": request.command})
     finish_output(request.out, report)
@@ -110,6 +113,16 @@ def check_budget(model: Model, target: Target, context: int, budget: int) -> Non
         )
 
 
+def check_solver(name: str) -> None:
+    """Refuse an unknown solver before hours of work.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    if name not in SOLVERS:
+        raise UsageError(f"solver {name!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
+
+
 def price_cached(
     model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[Costs, str]:
@@ -127,25 +140,33 @@ def frontier_of(costs: Costs, file_size: int) -> tuple[dict[str, float], ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- folders
-def prepare_output(out: Path, *, force: bool) -> None:
-    """Make OUT ours: new, empty, our unfinished work, or cleared of our last result with `force`.
+def check_output(out: Path, *, force: bool) -> None:
+    """Refuse an OUT that is not new, empty, our unfinished work or, with `force`, any folder; nothing is changed.
 
     Raises:
         UsageError: something else is there.
-        MachineError: it cannot be made.
     """
     for parent in (out, *out.parents):
         if parent.exists() and not parent.is_dir():
             raise UsageError(f"{out}: {parent} is a file, not a folder", hint="choose another -o")
         if parent.exists():
             break
-    unfinished = (out / ".work" / MARKER).exists()
-    if out.is_dir() and any(out.iterdir()) and not unfinished:
-        if not force:
-            raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
-        with suppress(ModelError):  # not ours, or of another version: it stays
-            _remove_result(out, find_artifact(out))
+    if out.is_dir() and any(out.iterdir()) and not force and not (out / ".work" / MARKER).exists():
+        raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
+
+
+def prepare_output(out: Path, *, force: bool) -> None:
+    """Make OUT ours, cleared of our last result or of what an unfinished build emitted.
+
+    Raises:
+        UsageError: something else is there.
+        MachineError: it cannot be made.
+    """
+    check_output(out, force=force)
     try:
+        for folder in (out, out / ".work"):
+            with suppress(ModelError):  # nothing there, not ours, or of another version: it stays
+                _remove_result(out, find_artifact(folder))
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -158,8 +158,12 @@ def reference_states(model: Model, windows: Any, work: Path) -> NDArray[np.float
     key = hash_json(model.fingerprint, windows.tokens.tolist(), windows.lengths.tolist())
     path = work / f"reference-{key[:16]}.safetensors"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=work) as scratch:
-            save_arrays(path, {"states": final_states(model, windows, Path(scratch))})
+        scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
+        scratch.mkdir(exist_ok=True)
+        try:
+            save_arrays(path, {"states": final_states(model, windows, scratch)})
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     states: NDArray[np.float32] = load_arrays(path)["states"]
     return states
 

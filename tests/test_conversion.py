@@ -24,9 +24,11 @@ from tiny import EXAMPLES, FAMILIES, edit_config, flat_plan, flat_stats, make_ch
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import MachineError, ModelError
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Artifact, Model, Plan
+from edgemoe.ir import Artifact, Model, Plan, Tensor
 from edgemoe.scores import importance_of
-from edgemoe.targets.gguf.formats import FORMATS, OFFERED, WIDE, _ggml, dequantize, quantize, quantize_parallel, round_rows
+from edgemoe.stream import Windows, final_states
+from edgemoe.targets.gguf import writer
+from edgemoe.targets.gguf.formats import FORMATS, OFFERED, WIDE, _ggml, dequantize, quantize, quantize_parallel, round_rows, row_bytes
 from edgemoe.targets.gguf.run import check_tokenizer, run
 from edgemoe.targets.gguf.writer import _open_writer, group_tensors, is_planned, list_units, prepare, tensor_name, write
 from edgemoe.texts import SHIPPED
@@ -144,6 +146,24 @@ def test_a_tied_checkpoint_keeps_its_logits(family: str, tmp_path: Path) -> None
     assert agrees(figures := judge(original_logits(tmp_path / "tied"), llama_logits(artifact.path, model))), figures
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_output_matrix_beside_a_tied_embedding_is_used_if_it_differs(copied: bool, copy: Any, tmp_path: Path) -> None:
+    folder = edit_config(copy("qwen3_moe"), tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    if copied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = inspect_model(folder)
+    assert (model.find("output") is None) == copied
+    assert agrees(figures := judge(original_logits(folder), llama_logits(emit(model, tmp_path / "out").path, model))), figures
+
+
+def test_the_older_rope_field_wins_as_in_transformers(copy: Any, tmp_path: Path) -> None:
+    folder = edit_config(copy("qwen3_moe"), rope_scaling={"rope_type": "default", "rope_theta": 1000.0})  # rope_parameters says 50000
+    model = inspect_model(folder)
+    assert agrees(figures := judge(original_logits(folder), llama_logits(emit(model, tmp_path / "out").path, model))), figures
+
+
 @pytest.mark.parametrize(("one", "other"), [("ffn_gate_exps", "ffn_up_exps"), ("attn_norm", "ffn_norm"), ("attn_q_norm", "attn_k_norm")])
 def test_swapping_two_roles_would_be_seen(one: str, other: str, sources: dict[str, Path], tmp_path: Path) -> None:
     model = inspect_model(sources["qwen3_moe"])
@@ -157,6 +177,37 @@ def test_swapping_two_roles_would_be_seen(one: str, other: str, sources: dict[st
     spoilt = dataclasses.replace(model, tensors=swapped)
     figures = judge(original_logits(sources["qwen3_moe"]), llama_logits(emit(spoilt, tmp_path).path, model))
     assert figures["kl"] > 100 * MAX_KL and not agrees(figures)
+
+
+@pytest.mark.parametrize("role", ["ffn_down_exps", "attn_output"])
+def test_a_transposed_square_matrix_would_be_seen(
+    role: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(folder: str, tensor: Tensor) -> NDArray[np.float32]:
+        weights = read_tensor(folder, tensor)
+        return np.ascontiguousarray(weights.T) if (tensor.role, tensor.layer) == (role, 0) else weights
+
+    model = inspect_model(sources["qwen3_moe"])
+    monkeypatch.setattr(writer, "read_tensor", read)
+    figures = judge(original_logits(sources["qwen3_moe"]), llama_logits(emit(model, tmp_path).path, model))
+    assert figures["kl"] > 100 * MAX_KL and not agrees(figures)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_states_are_those_of_transformers(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model, lengths = inspect_model(sources[family]), (64, 37)
+    tokens = np.array([heldout_tokens()[start : start + 64] for start in (0, 256)])
+    found = final_states(model, Windows(tokens=tokens, lengths=np.array(lengths), domain=np.array([0, 1])), tmp_path)
+    assert found.shape == (2, 64, model.hidden_size)
+    module = AutoModel.from_pretrained(sources[family], dtype=torch.float32, attn_implementation="eager").eval()
+    for row, states, length in zip(tokens, found, lengths, strict=True):  # what is padding is not compared
+        with torch.inference_mode():
+            expected = module(torch.from_numpy(row[None, :length])).last_hidden_state[0].numpy()
+        worst = np.sort(np.abs(states[:length] - expected).max(axis=1))
+        assert worst[-2] < 1e-4  # of values of size 1; one token's router may tie
+    assert not list(tmp_path.iterdir())
 
 
 def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Path]) -> None:
@@ -278,10 +329,12 @@ def test_the_format_table_is_ggmls() -> None:
     library = _ggml()
     library.ggml_type_size.argtypes, library.ggml_type_size.restype = [ctypes.c_int], ctypes.c_size_t
     library.ggml_blck_size.argtypes, library.ggml_blck_size.restype = [ctypes.c_int], ctypes.c_int64
+    library.ggml_row_size.argtypes, library.ggml_row_size.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_size_t
     library.ggml_quantize_requires_imatrix.argtypes, library.ggml_quantize_requires_imatrix.restype = [ctypes.c_int], ctypes.c_bool
     for name, kind in FORMATS.items():
         theirs = library.ggml_blck_size(kind.id), library.ggml_type_size(kind.id), library.ggml_quantize_requires_imatrix(kind.id)
         assert (kind.block, kind.block_bytes, kind.needs_importance) == theirs, name
+        assert all(row_bytes(name, cols) == library.ggml_row_size(kind.id, cols) for cols in (256, 768, 4096))
         assert library.ggml_type_name(kind.id).decode().upper() == name
 
 

@@ -93,4 +93,5 @@ def rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def _find_theta(config: Mapping[str, Any]) -> Any:
-    return (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the older field wins, as in transformers 5
+    return rope.get("rope_theta", config.get("rope_theta"))
