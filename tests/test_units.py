@@ -43,7 +43,8 @@ def test_spaces_around_number_and_unit_do_not_matter(amount: int, letter: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("128GB", 128 * 10**9), ("119.2GiB", 127990025420), ("123456B", 123456), ("64Gi", 2**36), (".5k", 500), ("24g", 24 * 10**9)]
+    ("text", "size"),
+    [("128GB", 128 * 10**9), ("119.2GiB", 127990025420), ("123456B", 123456), ("64Gi", 2**36), (".5k", 500), ("24g", 24 * 10**9)],
 )
 def test_documented_spellings(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -69,7 +70,8 @@ def test_negative_sizes_are_refused(amount: int, letter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "GB", "1.2.3GB", "1e9B", "1,5GB", "1GBps", "1iB", "1bB", "1PB", "0x10B", "٣GB", "1_000B", "nanB", "infGB", "1GB 2GB", "."]
+    "text",
+    ["", " ", "GB", "1.2.3GB", "1e9B", "1,5GB", "1GBps", "1iB", "1bB", "1PB", "0x10B", "٣GB", "1_000B", "nanB", "infGB", "1GB 2GB", "."],
 )
 def test_known_garbage_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
@@ -94,6 +96,8 @@ def test_what_is_printed_reads_back_within_its_rounding(size: int) -> None:
         assert parse_bytes(format_bytes(size)) == size
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (8, "8.0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (8, "8.0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
 def test_durations_read_naturally(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
