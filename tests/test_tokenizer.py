@@ -573,7 +573,7 @@ def test_no_damage_to_a_tokenizer_json_is_more_than_a_model_error(bpe: Path, spm
             try:
                 assert len(read_vocabulary(tmp_path, SIZE).tokens) == SIZE
             except ModelError as error:
-                assert "tokenizer.json" in str(error)  # noqa: PT017 - either way is right
+                assert "tokenizer.json" in str(error)
 
 
 def test_no_damage_to_a_config_is_more_than_a_model_error(bpe: Path, tmp_path: Path) -> None:
@@ -604,7 +604,7 @@ def test_no_damage_to_a_config_is_more_than_a_model_error(bpe: Path, tmp_path: P
             found = read_vocabulary(folder, SIZE)
             assert all(i is None or 0 <= i < SIZE for i in (found.bos_id, found.eos_id, found.eot_id, found.unk_id, found.pad_id))
         except ModelError as error:
-            assert str(tmp_path) in str(error)  # noqa: PT017 - either way is right
+            assert str(tmp_path) in str(error)
         (folder / name).unlink()
 
 
@@ -619,7 +619,7 @@ def test_no_damage_to_a_tokenizer_model_is_more_than_a_model_error(spm: Path, tm
         try:
             assert len(read_vocabulary(tmp_path, SPM_SIZE).tokens) == SPM_SIZE
         except ModelError as error:
-            assert str(tmp_path) in str(error)  # noqa: PT017 - either way is right
+            assert str(tmp_path) in str(error)
 
 
 # --------------------------------------------------------------------------------------------------------- check_vocabulary
