@@ -90,9 +90,9 @@ def _check_entry(path: Path, name: str, entry: Any, start: int, size: int) -> tu
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
         begin, end = int(begin), int(end)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{path}: the header entry of {name!r} is malformed: {error!r}") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{path}: {name} has dtype {dtype}, which is not supported", hint=f"supported: {', '.join(DTYPES)}")
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if any(n < 0 for n in shape) or begin < 0 or end - begin != expected:

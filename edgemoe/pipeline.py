@@ -188,8 +188,8 @@ def find_artifact(out: Path) -> Artifact:
 
 def _remove_result(out: Path, artifact: Artifact) -> None:
     for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
-        if Path(name).name == name:
-            (out / name).unlink(missing_ok=True)
+        if Path(name).name == name and (out / name).is_file():
+            (out / name).unlink()
 
 
 def open_work(out: Path, work: Path | None) -> Path:

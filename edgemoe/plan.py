@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,6 @@ from edgemoe.units import format_bytes
 
 SOLVERS: dict[str, Solver] = {"highs": ilp.solve, "cbc": partial(ilp.solve, engine="cbc"), "exhaustive": exhaustive.solve}
 DEFAULT_GAP = 1e-4
-STAGING_LIMITS = 8  # how many limits on the staging copy are tried
 
 
 def solve_plan(costs: Costs, budget: int, *, solver: str = "highs", gap: float = DEFAULT_GAP, costs_hash: str = "") -> Plan:
@@ -73,7 +73,7 @@ def _program(costs: Costs, room: int, staging: int | None = None) -> Program:
 
 
 def _solve_with_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> tuple[Solution, Program]:
-    """Solve with no thought of staging copies; if the plan then does not fit, try limits on their size and take the best plan that does."""
+    """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
     program = _program(costs, room_for_weights(budget, costs.memory, 0))
     solution = solve(program, gap)
     if solution is None:
@@ -82,20 +82,50 @@ def _solve_with_staging(costs: Costs, budget: int, solve: Solver, gap: float) ->
             f"no plan of {costs.model_name} fits {format_bytes(budget)}: the least is {format_bytes(least)} ({least} bytes)",
             hint=f"ask for --memory {least}B or more, or a smaller --context",
         )
-    largest = _largest_staging(costs, solution)
     size = program.evaluate(solution.count_index, solution.picks)[1]
-    if size <= room_for_weights(budget, costs.memory, largest):
+    if size <= room_for_weights(budget, costs.memory, _largest_staging(costs, solution)):
         return solution, program
-    limits = np.unique(costs.staging[costs.staging <= largest])
+    return _branch_on_staging(costs, budget, solve, gap)
+
+
+def _branch_on_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> tuple[Solution, Program]:
+    """Branch and bound over the largest staging copy that the plan may need.
+
+    A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
+    relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
+    """
+    limits = np.unique(costs.staging).tolist()
+
+    def trial(low: int, high: int) -> Program:
+        return _program(costs, room_for_weights(budget, costs.memory, limits[low]), limits[high])
+
+    def bound(low: int, high: int) -> float:
+        program = trial(low, high)
+        found = [relax_count(program, c) for c in range(len(costs.counts))]
+        return min((r.bound for r in found if r is not None), default=np.inf)
+
+    heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
     best: tuple[Solution, Program] | None = None
-    for limit in limits[np.unique(np.linspace(0, len(limits) - 1, STAGING_LIMITS).round().astype(int))].tolist():
-        trial = _program(costs, room_for_weights(budget, costs.memory, limit), limit)
-        found = solve(trial, gap)
-        if found is not None and (best is None or found.cost < best[0].cost):
-            best = found, trial
+    proven = np.inf  # of what has been solved or cut off
+    while heap:
+        least, low, high = heapq.heappop(heap)
+        if least == np.inf or (best is not None and least >= best[0].cost * (1 - gap)):
+            proven = min(proven, least)
+            break
+        if low < high:
+            middle = (low + high) // 2
+            for part in ((low, middle), (middle + 1, high)):
+                heapq.heappush(heap, (max(least, bound(*part)), *part))
+            continue
+        program = trial(low, low)
+        found = solve(program, gap)
+        if found is not None:
+            proven = min(proven, found.bound)
+            if best is None or found.cost < best[0].cost:
+                best = found, program
     if best is None:
         raise BudgetError(f"no plan of {costs.model_name} fits {format_bytes(budget)} while it loads", hint="ask for a little more memory")
-    bounded = replace(best[0], bound=min(best[0].bound, solution.bound))  # the relaxed program bounds every limit that was not tried
+    bounded = replace(best[0], bound=min(best[0].cost, proven))
     return replace(bounded, proven=bounded.gap <= gap), best[1]
 
 

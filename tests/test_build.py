@@ -98,7 +98,7 @@ def test_progress_of_every_stage_goes_to_stderr(built: Built) -> None:
 
 
 def test_no_path_of_this_machine_is_in_what_is_published(built: Built) -> None:
-    needles = [str(built.out.parent).encode(), str(MODEL.parent).encode(), os.uname().nodename.encode()]
+    needles = [str(built.out.parent).encode(), str(MODEL.parent).encode()]
     for file in (gguf_of(built.out), *(built.out / name for name in ("plan.json", "report.html", "README.md"))):
         body = file.read_bytes()
         assert not [n for n in needles if n in body], file.name
