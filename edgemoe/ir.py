@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import ModelError
+from edgemoe.errors import MachineError, ModelError
 
 FORMAT_VERSION = 1
 PROJECTIONS = ("gate", "up", "down")
@@ -236,7 +236,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for layer, kept in enumerate(self.kept):
-            if len(kept) != self.count or list(kept) != sorted(set(kept)) or kept[-1] >= self.n_experts:
+            if len(kept) != self.count or list(kept) != sorted(set(kept)) or any(not 0 <= e < self.n_experts for e in kept):
                 raise ModelError(f"plan: layer {layer} keeps {kept}, which is not {self.count} of {self.n_experts} experts in order")
         if not self.top_k <= self.count <= self.n_experts:
             raise ModelError(f"plan: {self.count} kept experts, but the router picks {self.top_k} of {self.n_experts}")
@@ -313,11 +313,19 @@ R = TypeVar("R", Model, Stats, Costs, Plan, Artifact, Report)
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write arrays to safetensors; the file appears whole or not at all."""
+    """Write arrays to safetensors; the file appears whole or not at all.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     part = path.with_name(path.name + ".part")
-    save_file({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, part)
+    try:
+        save_file({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, part)
+    except SafetensorError as error:  # an OSError in disguise
+        raise MachineError(f"{path}: cannot be written: {error}", hint="free some space, or choose another folder") from error
     os.replace(part, path)
 
 
@@ -376,16 +384,24 @@ def load_record(path: Path, kind: type[R]) -> R:
     hints = get_type_hints(kind)
     array_names = [n for n, hint in hints.items() if getattr(hint, "__origin__", None) is np.ndarray]
     arrays = load_arrays(path.with_suffix(".safetensors")) if array_names else {}
+    values: dict[str, Any] = {n: arrays[n] for n in array_names if n in arrays}
+    for name, hint in hints.items():
+        if name not in (body if name not in array_names else values):
+            raise ModelError(f"{path}: the field {name!r} is missing", hint="make it again")
+        if name not in array_names:
+            try:
+                values[name] = TypeAdapter(hint).validate_python(body[name])
+            except ValidationError as invalid:
+                problem: Any = invalid.errors()[0]
+                place = ".".join([name, *map(str, problem["loc"])])
+                raise ModelError(f"{path}: {place}: {problem['msg']}", hint="make it again") from invalid
+    unknown = sorted(set(body) - set(hints))
+    if unknown:
+        raise ModelError(f"{path}: the field {unknown[0]!r} is not known", hint="make it again")
     try:
-        for name, hint in hints.items():
-            if name not in array_names:
-                body[name] = TypeAdapter(hint).validate_python(body[name])
-        values: dict[str, Any] = {**body, **{n: arrays[n] for n in array_names}}
         return kind(**values)
-    except KeyError as error:
-        raise ModelError(f"{path}: the field {error} is missing", hint="make it again") from error
-    except (ValidationError, TypeError) as error:
-        raise ModelError(f"{path}: {str(error).splitlines()[0]}", hint="make it again") from error
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}", hint="make it again") from error
 
 
 def hash_json(*parts: Any) -> str:

@@ -205,5 +205,5 @@ def open_work(out: Path, work: Path | None) -> Path:
 def finish_output(out: Path, report: Report) -> None:
     """Write plan and report beside the artifact; the work folder inside OUT goes."""
     save_record(out / "plan.json", report.plan)
-    write_report(report, out)
+    write_report(replace(report, artifact=replace(report.artifact, folder=".")), out)  # no path of this machine is published
     shutil.rmtree(out / ".work", ignore_errors=True)

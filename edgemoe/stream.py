@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgemoe.checkpoint import read_tensor
-from edgemoe.errors import ModelError
+from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import MODULE_NAMES, find_family
 from edgemoe.ir import Model, Tensor
 from edgemoe.texts import Text
@@ -106,7 +106,8 @@ class States:
         """Replace the states of these windows."""
         rows = np.ascontiguousarray(values.detach().float().cpu().numpy())
         for row, i in enumerate(index):
-            os.pwrite(self._file, rows[row].tobytes(), int(i) * self._bytes)
+            if os.pwrite(self._file, rows[row].tobytes(), int(i) * self._bytes) < self._bytes:
+                raise MachineError(f"{self.path.parent}: the disk is full", hint="free some space, or choose another --work")
 
     def close(self, *, delete: bool = False) -> None:
         """Close the file, and delete it if asked."""
