@@ -32,7 +32,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	rm -rf demo
-	$(RUN) $(BIN)/edgemoe build examples/tiny-moe --memory 70MB -o demo
+	$(RUN) $(BIN)/edgemoe build examples/tiny-moe --memory 50MB -o demo
 	@echo "the report with pictures: demo/report.html"
 
 test: setup

@@ -20,7 +20,7 @@ from edgemoe.checkpoint import read_header
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Plan, save_record
 
-BUDGET = "68MB"
+BUDGET = "45MB"
 Run = Callable[..., tuple[int, str]]
 
 

@@ -26,7 +26,7 @@ from edgemoe.price import least_process
 from edgemoe.targets import find_target
 from edgemoe.texts import SHIPPED
 
-BUDGET = 68_000_000
+BUDGET = 45_000_000
 TOKENS = ("--calibration-tokens", 8192)
 ONE_CORE = ("taskset", "-c", "0") if shutil.which("taskset") else ()
 PATIENCE = 300  # seconds for a stage to begin

@@ -9,17 +9,29 @@ Jobs:
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as lc
-import numpy as np
 
+def _bindings() -> Any:
+    """llama-cpp-python's ctypes bindings alone: the package around them would bring numpy and 24 MiB, which are no part of llama.cpp."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit("error: llama-cpp-python is not installed")
+    package = types.ModuleType("llama_cpp")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["llama_cpp"] = package
+    return importlib.import_module("llama_cpp.llama_cpp")
+
+
+lc = _bindings()
 UBATCH = 512
 LOAD_WITHOUT_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 0, 1, 0, -1
 _ERROR = 4  # ggml's log level
@@ -49,6 +61,7 @@ class Llama:
             raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["no context"])[-1])
         self.vocab = lc.llama_model_get_vocab(self.model)
         self.n_vocab = lc.llama_vocab_n_tokens(self.vocab)
+        self.sampler = lc.llama_sampler_init_greedy()
 
     def buffers(self) -> list[str]:
         """llama.cpp's own words about the buffers that it made."""
@@ -70,9 +83,13 @@ class Llama:
         if status != 0:
             raise SystemExit(f"error: llama_decode gave {status}")
 
-    def logits(self, n: int) -> Any:
-        """Logits [n, vocab] of the last decode."""
-        return np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape=(n, self.n_vocab))
+    def logits(self, n: int) -> bytes:
+        """Logits [n, vocab] of the last decode, as float32."""
+        return ctypes.string_at(lc.llama_get_logits(self.context), 4 * n * self.n_vocab)
+
+    def most_likely(self) -> int:
+        """The most likely next token after the last decode."""
+        return int(lc.llama_sampler_sample(self.sampler, self.context, -1))
 
     def feed(self, tokens: Sequence[int], start: int = 0) -> None:
         """Run a long text in batches."""
@@ -101,7 +118,7 @@ class Llama:
         self.feed(prompt)
         out: list[int] = []
         while len(out) < n:
-            token = int(self.logits(1)[-1].argmax())
+            token = self.most_likely()
             if lc.llama_vocab_is_eog(self.vocab, token):
                 break
             out.append(token)
@@ -115,7 +132,7 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
     for window in job["windows"]:
         llama.clear()
         llama.decode(window, 0, every=True)
-        sys.stdout.buffer.write(llama.logits(len(window)).astype(np.float32, copy=False).tobytes())
+        sys.stdout.buffer.write(llama.logits(len(window)))
     sys.stdout.buffer.flush()
     return {"buffers": llama.buffers()}
 
@@ -129,11 +146,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     filled = (tokens * (context // len(tokens) + 1))[: context - new]
     begin = time.perf_counter()
     llama.feed(filled)
-    llama.logits(1)
+    llama.most_likely()
     prompt_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
     for i in range(new):
-        token = int(llama.logits(1)[-1].argmax())
+        token = llama.most_likely()
         llama.decode([token], len(filled) + i, every=False)
     decode_seconds = time.perf_counter() - begin
     samples = []

@@ -10,7 +10,7 @@ from edgemoe.memory import RETAINED
 from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
 
 UBATCH = 512
-RUNTIME = 51 * 2**20  # a process that has loaded llama.cpp and no model, with the loader's and the graph's own memory
+RUNTIME = 29 * 2**20  # a process that has loaded llama.cpp and no model, with the loader's and the graph's own memory
 PER_TOKEN = 400  # bytes of one vocabulary entry in llama.cpp's tables
 
 
