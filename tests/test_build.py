@@ -160,11 +160,22 @@ def test_a_budget_below_the_least_is_refused_before_calibration_and_names_the_le
 
 
 # ------------------------------------------------------------------------------------------------------------ interruptions
+def _hear_interrupts() -> None:
+    """A shell that starts a test run in the background lets it ignore SIGINT; the command under test must not inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop_when(command: list[object], begun: Callable[[], bool], delay: float, number: int) -> tuple[int, str]:
     """Send a signal to the whole group of a command `delay` seconds after something has begun; its exit status and stderr."""
     full = [*COMMAND, *map(str, command)]
     with subprocess.Popen(
-        full, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        full,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=_hear_interrupts,
     ) as child:
         deadline = time.monotonic() + PATIENCE
         while not begun() and child.poll() is None and time.monotonic() < deadline:
