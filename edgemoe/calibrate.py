@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import __version__
 from edgemoe.ir import Domain, Model, Probe, Stats, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
 from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
@@ -51,7 +52,7 @@ def collect_stats(
     windows = tokenize(model, texts, max_tokens, WINDOW)
     settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
     stream = LayerStream(model)
-    settings |= {"device": stream.device.type, "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS)}
+    settings |= {"edgemoe": __version__, "device": stream.device.type, "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS)}
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     work = work / f"stats-{key[:16]}"
     done = work / "stats.json"

@@ -374,7 +374,7 @@ def load_record(path: Path, kind: type[R]) -> R:
 
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a {kind.__name__}: {error}") from error
     if not isinstance(body, dict) or body.pop("record", None) != kind.__name__:
         raise ModelError(f"{path}: is not a {kind.__name__} record of edgemoe")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgemoe import __version__
 from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
 from edgemoe.emit import emit_artifact
 from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
@@ -127,7 +128,7 @@ def price_cached(
     model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
-    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context)[:16]}.json"
+    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__)[:16]}.json"
     if not path.exists():
         save_record(path, price_choices(model, stats, target, context, progress))
     return load_record(path, Costs), hash_file(path)
