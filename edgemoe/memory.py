@@ -12,6 +12,7 @@ Each target owns the formulas of its parts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 DEFAULT_CONTEXT = 8192
 RETAINED = 32 * 2**20  # glibc's largest dynamic mmap threshold on 64-bit machines (mallopt(3), M_MMAP_THRESHOLD)
@@ -30,3 +31,42 @@ def room_for_weights(budget: int, parts: Mapping[str, int], staging: int) -> int
 def _beside_weights(parts: Mapping[str, int], staging: int) -> int:
     steady = parts["kv"] + parts["compute"] + parts["output"]
     return parts["runtime"] + max(steady + min(staging, RETAINED), staging)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """What one layer remembers of the past, in numbers (not bytes)."""
+
+    k: int = 0  # per token: KV heads x key length; latent attention (MLA): rank + rotary part, and no v
+    v: int = 0  # per token: KV heads x value length
+    window: int = 0  # sliding window in tokens; 0: the whole context
+    state: int = 0  # recurrent layers: F32 numbers of the sequence, whatever its length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The shapes that memory beside the weights depends on; the target turns them into bytes."""
+
+    caches: tuple[Cache, ...]  # of each layer
+    hidden_size: int
+    n_heads: int
+    key_length: int  # of one head
+    value_length: int
+    vocab_size: int
+    top_k: int
+    expert_size: int  # routed expert's width
+    dense_size: int = 0  # width of the widest dense or shared feed-forward part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the artifact will be run; the defaults are those that budgets are promised for."""
+
+    context: int
+    kv_k: str = "F16"  # ggml type of the key cache
+    kv_v: str = "F16"
+    flash: bool = True  # flash attention (llama.cpp's "auto" turns it on where it can)
+    ubatch: int = 512
+    sequences: int = 1
+    mmap: bool = False
+    repack: bool = True
