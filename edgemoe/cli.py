@@ -117,9 +117,9 @@ def build(
 
     A killed build goes on where it stopped when the same command is given again.
     """
+    budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     from edgemoe.pipeline import BuildRequest, build_artifact
 
-    budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     request = BuildRequest(
         model=model,
         memory=budget,
@@ -248,10 +248,10 @@ def plan(
     as_json: JsonOpt = False,
 ) -> None:
     """Solve for the best plan within a budget: which experts stay, and the format of every tensor."""
+    budget = choose_budget(memory, device)
     from edgemoe.ir import Costs, hash_file, load_record, save_record
     from edgemoe.plan import solve_plan
 
-    budget = choose_budget(memory, device)
     solved = solve_plan(load_record(costs, Costs), budget, solver=solver, gap=gap, costs_hash=hash_file(costs))
     if output:
         save_record(output, solved)
