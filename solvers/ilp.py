@@ -187,7 +187,7 @@ def expected_cost(program: Program, known: Relaxed) -> float:
     if np.isfinite(known.cost):
         return known.cost
     finite = np.where(np.isfinite(program.cost), program.cost, 0.0)
-    return max(known.bound, 1e-4 * float(finite.max(axis=(0, 2)).sum()), 1e-12)
+    return max(known.bound, float(program.constant.min()) + 1e-4 * float(finite.max(axis=(0, 2)).sum()), 1e-12)
 
 
 def add_block_rules(program: Program, items: Items, model: Model) -> None:
