@@ -96,6 +96,27 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     return report
 
 
+def price_model(
+    source: str, work: Path, *, context: int | None = None, target: str = "gguf", calibration_tokens: int = DEFAULT_TOKENS
+) -> Costs:
+    """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
+
+    Args:
+        source: folder of a checkpoint, or a hub id.
+        work: folder for statistics and prices.
+        context: tokens that the process must have memory for; None: as `choose_context`.
+        target: what the plan will be written as.
+        calibration_tokens: of all texts together.
+
+    Raises:
+        EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
+    """
+    model, chosen = inspect_model(source), find_target(target)
+    calibration, _ = choose_texts((), ())
+    stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
+    return price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
+
+
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(name, done, total)
 
