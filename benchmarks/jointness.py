@@ -73,10 +73,10 @@ def main() -> None:
     bench = Bench(options.model, options.work / options.model.name, options.tokens)
     overhead = sum(bench.costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
     lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]
-    lines += [
-        f"`python benchmarks/jointness.py {options.model}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; KL measured (predicted), nats"
-    ]
-    lines += ["per token; kept experts and file MB below.", "", "| budget MB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
+    when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
+    lines += [f"`python benchmarks/jointness.py {options.model}`, {when}.", ""]
+    lines += ["In each cell: KL measured (predicted) in nats per token, kept experts, file MB.", ""]
+    lines += ["| budget MB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
     for share in SIZES:
         budget = overhead + round(share * bench.model.n_bytes)
         joint = solve_plan(bench.costs, budget)

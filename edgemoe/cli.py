@@ -109,6 +109,9 @@ def build(
     """
     budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
+    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective}
+    asked = [part for option, value in given.items() if value for part in (option, str(value))]
+    asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
 
     request = BuildRequest(
@@ -128,7 +131,7 @@ def build(
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         work=work,
         force=force,
-        command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", "-o", output.name]),
+        command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
     )
     if dry_run:
         _dry_run(request, as_json=as_json)
@@ -145,7 +148,7 @@ def build(
 
 def _dry_run(request: Any, *, as_json: bool) -> None:
     from edgemoe.inspect import inspect_model
-    from edgemoe.pipeline import check_budget, choose_context
+    from edgemoe.pipeline import check_budget, choose_context, warn_of_context
     from edgemoe.price import least_process
     from edgemoe.targets import find_target
 
@@ -169,6 +172,8 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
         rows |= {"disk, about": needs["disk"], "memory while building, at most about": needs["memory_to_build"]}
         print(f"{model.name}: {model.n_experts} experts in {model.n_layers} layers, {format_bytes(model.n_bytes)}; context {context}")
         print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
+        if warn_of_context(model, context):
+            print(f"warning: {warn_of_context(model, context)}", file=sys.stderr)
     check_budget(model, target, context, request.memory)
 
 

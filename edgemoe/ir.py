@@ -302,6 +302,13 @@ class Plan:
         return max(map(len, self.kept), default=0)
 
     @property
+    def active_bytes(self) -> int:
+        """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
+        stacks = sum(size for name, size in self.sizes.items() if "_exps" in name)
+        others = sum(size for name, size in self.sizes.items() if "_exps" not in name and not name.startswith("token_embd"))
+        return others + stacks * self.top_k // max(self.count, 1)
+
+    @property
     def has_one_count(self) -> bool:
         """Whether every layer keeps as many experts."""
         return len(set(map(len, self.kept))) <= 1
@@ -366,6 +373,7 @@ class Report:
     deployment_kl: float
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token
     samples: tuple[dict[str, Any], ...]
     frontier: tuple[dict[str, float], ...]  # predicted KL of the best plan at other sizes
     problems: tuple[str, ...]

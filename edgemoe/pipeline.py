@@ -31,6 +31,7 @@ from edgemoe.verify import broken_promises, verify_artifact
 Progress = Callable[[str, int, int], None]  # (stage, done, all)
 MARKER = "build.json"
 CURVE_POINTS = 24
+MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,13 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     artifact = emit_artifact(model, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
-    report = replace(report, frontier=frontier_of(costs, plan.file_size), model={**report.model, "command": request.command})
+    warning = warn_of_context(model, context)
+    report = replace(
+        report,
+        frontier=frontier_of(costs, plan.file_size),
+        model={**report.model, "command": request.command},
+        problems=(*report.problems, *([warning] if warning else [])),
+    )
     finish_output(request.out, report)
     broken = broken_promises(report)
     if broken:
@@ -125,13 +132,20 @@ def choose_context(model: Model, asked: int | None) -> int:
     """The context to plan for: what was asked, else the smaller of 8192 and what the model was trained for.
 
     Raises:
-        UsageError: more than the model was trained for, or less than a token.
+        UsageError: less than a token, or so much that it can only be a mistake.
     """
     if asked is None:
         return min(DEFAULT_CONTEXT, model.context_length)
-    if not 0 < asked <= model.context_length:
-        raise UsageError(f"--context {asked}: {model.name} was trained for 1 to {model.context_length} tokens")
+    if not 0 < asked <= MAX_CONTEXT:
+        raise UsageError(f"--context {asked} is not between 1 and {MAX_CONTEXT} tokens")
     return asked
+
+
+def warn_of_context(model: Model, context: int) -> str:
+    """What to tell a user who asks for more context than the model was trained for; empty when there is nothing to tell."""
+    if context <= model.context_length:
+        return ""
+    return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"
 
 
 def check_budget(model: Model, target: Target, context: int, budget: int) -> None:

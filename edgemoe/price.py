@@ -222,7 +222,7 @@ def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu, n_experts:
         return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
 
     path = price(n_experts - np.arange(len(menu.path)), menu.path)
-    steps = np.maximum(np.diff(path, axis=1), 0.0)
+    steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
     experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
     energy = stats.arrays(layer)["energy"].sum(axis=0)
     experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)

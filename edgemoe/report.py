@@ -208,6 +208,7 @@ def summarize_report(report: Report) -> Group:
     peak = f"{format_bytes(report.measured_peak)} measured" if report.measured_peak else "not measured"
     loss = f"{_nats(report.measured_kl)} measured" if report.scores else "not measured"
     speed = f"{report.prompt_tokens_per_second:.1f} prompt, {report.decode_tokens_per_second:.1f} decode tokens per second"
+    speed += f"; memory bandwidth would allow {report.decode_ceiling:.0f} (estimate)" if report.decode_ceiling else ""
     facts = [
         ("model", f"{model['name']} ({model['model_type']}, {_billions(model['n_weights'])} weights)"),
         *_common_facts(plan),

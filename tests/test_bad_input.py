@@ -208,7 +208,8 @@ def test_a_weight_that_is_no_positive_number(run: Run, tmp_path: Path, out: Path
 
 # ------------------------------------------------------------------------------------------------------------------ options
 @pytest.mark.parametrize(
-    ("option", "value"), [("--solver", "gurobi"), ("--target", "exe"), ("--context", "0"), ("--context", "4096"), ("--shard-max", "big")]
+    ("option", "value"),
+    [("--solver", "gurobi"), ("--target", "exe"), ("--context", "0"), ("--context", "999999999"), ("--shard-max", "big")],
 )
 def test_an_option_with_an_impossible_value_is_refused_before_work(run: Run, out: Path, option: str, value: str) -> None:
     status, errors = run(*build(MODEL, out, option, value))
