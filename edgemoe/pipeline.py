@@ -94,7 +94,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
         report,
         frontier=frontier_of(costs, plan.file_size),
         model={**report.model, "command": request.command},
-        problems=(*report.problems, *([warning] if warning else [])),
+        problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
     )
     finish_output(request.out, report)
     broken = broken_promises(report)
