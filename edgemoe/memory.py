@@ -53,6 +53,7 @@ class Layout:
     key_length: int  # of one head
     value_length: int
     vocab_size: int
+    n_experts: int
     top_k: int
     expert_size: int  # routed expert's width
     dense_size: int = 0  # width of the widest dense or shared feed-forward part
@@ -67,6 +68,8 @@ class Settings:
     kv_v: str = "F16"
     flash: bool = True  # flash attention (llama.cpp's "auto" turns it on where it can)
     ubatch: int = 512
-    sequences: int = 1
+    sequences: int = 1  # each has its own part of the context
+    swa_full: bool = True  # sliding windows get caches of the whole context, which is llama.cpp's default
+    every_logit: bool = False  # logits of every token are asked for, not only of the last
     mmap: bool = False
     repack: bool = True
