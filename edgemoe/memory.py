@@ -57,6 +57,8 @@ class Layout:
     top_k: int
     expert_size: int  # routed expert's width
     dense_size: int = 0  # width of the widest dense or shared feed-forward part
+    latent: int = 0  # latent attention (MLA): the rank of what is kept of keys and values; key_length is then that of an expanded head
+    q_latent: int = 0  # and the rank of the queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -198,6 +198,8 @@ def mla(*, hidden: int = HIDDEN, heads: int = 8, rank: int = 192, rope: int = 64
         n_heads=heads,
         key_length=nope + rope,
         value_length=value,
+        latent=rank,
+        q_latent=q_rank,
         vocab_size=VOCAB,
         n_experts=n_experts,
         top_k=top_k,
