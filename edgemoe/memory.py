@@ -56,7 +56,13 @@ class Layout:
     n_experts: int
     top_k: int
     expert_size: int  # routed expert's width
-    dense_size: int = 0  # width of the widest dense or shared feed-forward part
+    gating: str = "softmax"  # of the router: softmax or sigmoid over all experts, or softmax over the chosen ones' logits (chosen)
+    renormalize: bool = True  # gates of the chosen experts are divided by their sum
+    scale: float = 1.0  # and then multiplied by this
+    expert_bias: bool = False  # experts' outputs have biases
+    dense_layers: int = 0  # leading layers without experts
+    dense_size: int = 0  # their width
+    shared_size: int = 0  # width of the shared expert
     latent: int = 0  # latent attention (MLA): the rank of what is kept of keys and values; key_length is then that of an expanded head
     q_latent: int = 0  # and the rank of the queries
 

@@ -143,6 +143,7 @@ def gqa(
         n_experts=n_experts,
         top_k=top_k,
         expert_size=size,
+        renormalize=arch != "olmoe",
     )
     return Tiny(arch, keys, tensors, layout, types or {})
 
@@ -204,7 +205,11 @@ def mla(*, hidden: int = HIDDEN, heads: int = 8, rank: int = 192, rope: int = 64
         n_experts=n_experts,
         top_k=top_k,
         expert_size=size,
+        gating="sigmoid",
+        scale=2.5,
+        dense_layers=1,
         dense_size=dense,
+        shared_size=size,
     )
     return Tiny("deepseek2", keys, tensors, layout)
 
@@ -243,6 +248,9 @@ def sliding(*, window: int = 128, hidden: int = HIDDEN, heads: int = 8, kv_heads
         n_experts=n_experts,
         top_k=top_k,
         expert_size=size,
+        gating="chosen",
+        renormalize=False,
+        expert_bias=True,
     )
     return Tiny("gpt-oss", keys, tensors, layout)
 
@@ -342,6 +350,8 @@ def short_convolution(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2
         n_experts=n_experts,
         top_k=top_k,
         expert_size=size,
+        gating="sigmoid",
+        dense_layers=1,
         dense_size=dense,
     )
     return Tiny("lfm2moe", keys, tensors, layout)

@@ -114,9 +114,10 @@ class _Batch:
         tokens, embeddings = given((self.rows,)), given((layout.hidden_size, self.rows))
         hidden = self.graph.expand(op((layout.hidden_size, self.rows), OUTSIDE, tokens))
         self.graph.expand(embeddings)  # the other way in, for embeddings instead of tokens, has its place too
-        for number, cache in enumerate(layout.caches):
-            hidden = self._layer(hidden, cache, last=number == len(layout.caches) - 1)
-        self._head(hidden)
+        self.late = any(cache.window for cache in layout.caches)  # gpt-oss picks the wanted rows after the last layer, others before
+        for number in range(len(layout.caches)):
+            hidden = self._layer(hidden, number)
+        self._head(self._pick(hidden) if self.late else hidden)
 
     def _attention_inputs(self, window: int) -> dict[str, Node]:
         """Mask, and where keys and values go."""
@@ -143,14 +144,28 @@ class _Batch:
     def _matmul(self, x: Node, width: int) -> Node:
         return op((width, *x.shape[1:]), OUTSIDE, x)
 
-    def _layer(self, hidden: Node, cache: Cache, *, last: bool) -> Node:
-        attend = self._latent_attention if self.layout.latent else self._attention
-        mixed = attend(self._norm(hidden), cache)
-        if last:
-            size = (self.layout.hidden_size, self.outputs)
-            mixed, hidden = op(size, mixed, self.out_ids), op(size, hidden, self.out_ids)
+    def _layer(self, hidden: Node, number: int) -> Node:
+        layout, cache = self.layout, self.layout.caches[number]
+        mixed = (self._latent_attention if layout.latent else self._attention)(self._norm(hidden), cache)
+        if number == len(layout.caches) - 1 and not self.late:
+            mixed, hidden = self._pick(mixed), self._pick(hidden)
         total = inplace(mixed.shape, mixed, hidden)
-        return inplace(total.shape, self._experts(self._norm(total)), total)
+        x = self._norm(total)
+        if number < layout.dense_layers:
+            return inplace(total.shape, self._dense(x, layout.dense_size), total)
+        out = self._experts(x)
+        if layout.shared_size:
+            out = inplace(out.shape, out, self._dense(x, layout.shared_size))
+        return inplace(total.shape, out, total)
+
+    def _pick(self, x: Node) -> Node:
+        """The rows whose logits are wanted."""
+        return op((x.shape[0], self.outputs), x, self.out_ids)
+
+    def _dense(self, x: Node, size: int) -> Node:
+        """Gate, up, down (build_ffn)."""
+        up, gate = self._matmul(x, size), self._matmul(x, size)
+        return self._matmul(op(up.shape, gate, up), self.layout.hidden_size)
 
     def _attention(self, x: Node, cache: Cache) -> Node:
         """Grouped-query attention (build_qkv, build_attn)."""
@@ -252,21 +267,38 @@ class _Batch:
         layout, rows = self.layout, x.shape[1]
         k, size = layout.top_k, layout.expert_size
         logits = self._matmul(x, layout.n_experts)
-        shares = inplace(logits.shape, logits)
-        chosen = view(op(shares.shape, shares), (k, rows), strided=True)
-        gates = op((1, k, rows), view(shares, (1, layout.n_experts, rows)), chosen)
-        flat = view(gates, (k, rows))
-        gates = view(inplace((k, rows), flat, inplace((1, rows), op((1, rows), flat))), (1, k, rows))
-        self.graph.expand(gates)
+        if layout.expert_bias:
+            logits = inplace(logits.shape, logits, OUTSIDE)
+        shares = logits if layout.gating == "chosen" else inplace(logits.shape, logits)
+        ranked = inplace(shares.shape, shares, OUTSIDE) if layout.gating == "sigmoid" else shares  # a bias for the choice alone
+        chosen = view(op(ranked.shape, ranked), (k, rows), strided=True)
+        gates = self.graph.expand(self._gates(op((1, k, rows), view(shares, (1, layout.n_experts, rows)), chosen)))
         one = view(x, (layout.hidden_size, 1, rows))
-        up, gate = op((size, k, rows), OUTSIDE, one, chosen), op((size, k, rows), OUTSIDE, one, chosen)
-        out = op((layout.hidden_size, k, rows), OUTSIDE, op((size, k, rows), gate, up), chosen)
+
+        def multiply(source: Node, width: int) -> Node:
+            out = op((width, k, rows), OUTSIDE, source, chosen)
+            return inplace(out.shape, out, OUTSIDE, chosen) if layout.expert_bias else out
+
+        up, gate = multiply(one, size), multiply(one, size)
+        out = multiply(op((size, k, rows), gate, up), layout.hidden_size)
         out = self.graph.expand(inplace(out.shape, out, gates))
         parts = [self.graph.expand(view(out, (layout.hidden_size, rows), strided=True)) for _ in range(k)]
         total = parts[0] if k > 1 else op(parts[0].shape, parts[0])
         for part in parts[1:]:
             total = self.graph.expand(inplace(total.shape, total, part))
         return total
+
+    def _gates(self, gates: Node) -> Node:
+        """Gates of the chosen experts, as the router's rule changes them."""
+        layout, shape = self.layout, gates.shape
+        flat = (shape[1], shape[2])
+        if layout.gating == "chosen":
+            gates = view(inplace(flat, view(gates, flat)), shape)
+        if layout.renormalize:
+            seen = view(gates, flat)
+            total = op((1, shape[2]), seen)
+            gates = view(inplace(flat, seen, inplace(total.shape, total)), shape)
+        return gates if layout.scale in (0.0, 1.0) else inplace(shape, gates)
 
     def _head(self, hidden: Node) -> None:
         last = self._norm(hidden)

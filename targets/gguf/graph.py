@@ -35,10 +35,6 @@ class Node:
         """Bytes that it takes in the buffer."""
         return -(-math.prod(self.shape) * self.item // ALIGNMENT) * ALIGNMENT
 
-    def same_layout(self, other: Node) -> bool:
-        """Whether one can be written where the other lies."""
-        return self.shape == other.shape and self.item == other.item and other.kind != "strided"
-
 
 def op(shape: Sequence[int], *sources: Node, item: int = 4) -> Node:
     """A result that needs a place of its own."""
@@ -139,12 +135,10 @@ class _Space:
 
 def _place(node: Node, space: _Space) -> None:
     """Give a result its place: an operand's that nothing else needs, or a hole (ggml_gallocr_allocate_node)."""
-    for parent in node.sources if node.inplace else ():
-        root = parent.root
-        if root.offset < 0 or root.output or not node.same_layout(parent) or parent.children != 1 or parent.views:
-            continue
-        if parent is root or (root.views == 1 and root.children == 0):
-            node.offset, root.offset = root.offset, -1
+    for parent in node.sources if node.inplace else ():  # a view never is "allocated", so nothing takes the place of what it shows
+        reusable = parent.offset >= 0 and not parent.output and parent.children == 1 and not parent.views
+        if reusable and parent.shape == node.shape and parent.item == node.item:
+            node.offset, parent.offset = parent.offset, -1
             return
     node.offset = space.take(node.size)
 
