@@ -96,7 +96,28 @@ def compute_bytes(layout: Layout, settings: Settings, *, outputs: int = 0) -> in
     Raises:
         UsageError: a layer is recurrent.
     """
-    return _Batch(layout, settings, outputs).graph.buffer_size()
+    return _Batch(layout, settings, outputs).graph.lay_out()
+
+
+def touched_bytes(layout: Layout, settings: Settings) -> int:
+    """Bytes of the compute buffer that decoding writes when only the last row's logits are asked for.
+
+    The buffer is laid out for logits of every row; memory is held only where something is written.
+    """
+    whole = _Batch(layout, settings, 0).graph
+    size = whole.lay_out()
+    return size if settings.every_logit else whole.touched(_Batch(layout, settings, settings.sequences).graph)
+
+
+def work_bytes(layout: Layout, settings: Settings) -> int:
+    """Bytes of ggml's work buffer: the left operand of the largest product, in at most 16 bits (ggml_graph_plan in ggml-cpu.c).
+
+    Products of expert stacks also list which rows each expert gets: 8 bytes a row.
+    """
+    rows, heads = rows_of(settings), layout.n_heads * max(layout.key_length, layout.value_length, layout.latent)
+    chosen = layout.top_k * rows
+    dense = rows * max(layout.hidden_size, heads, layout.dense_size, layout.shared_size)
+    return max(2 * dense, 2 * max(chosen * layout.expert_size, rows * layout.hidden_size) + 8 * chosen)
 
 
 class _Batch:
@@ -112,6 +133,7 @@ class _Batch:
         self.positions, self.out_ids = given((self.rows,)), given((self.outputs,))
         self.inputs = {window: self._attention_inputs(window) for window in {cache.window for cache in layout.caches}}
         tokens, embeddings = given((self.rows,)), given((layout.hidden_size, self.rows))
+        embeddings.unused = True
         hidden = self.graph.expand(op((layout.hidden_size, self.rows), OUTSIDE, tokens))
         self.graph.expand(embeddings)  # the other way in, for embeddings instead of tokens, has its place too
         self.late = any(cache.window for cache in layout.caches)  # gpt-oss picks the wanted rows after the last layer, others before

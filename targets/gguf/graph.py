@@ -17,7 +17,7 @@ _ENDLESS = 1 << 62
 class Node:
     """A tensor of the graph: an operation's result, a view of another, an input, or something outside the buffer (weights, caches)."""
 
-    __slots__ = ("children", "inplace", "item", "kind", "offset", "output", "root", "shape", "sources", "views")
+    __slots__ = ("children", "inplace", "item", "kind", "offset", "output", "place", "root", "shape", "sources", "unused", "views")
 
     def __init__(self, kind: str, shape: Sequence[int], sources: Sequence[Node], *, item: int = 4, inplace: bool = False) -> None:
         self.kind = kind  # op, view, strided (a view with holes), input, outside
@@ -26,9 +26,11 @@ class Node:
         self.item = item
         self.inplace = inplace
         self.root: Node = sources[0].root if kind in ("view", "strided") else self
-        self.output = False
+        self.output = False  # stays to the end
+        self.unused = False  # has a place, but nothing is written there
         self.children = self.views = 0
-        self.offset = -1  # in the buffer, -1: not in it
+        self.offset = -1  # in the buffer, -1: not in it, or not any more
+        self.place = -1  # where it was put
 
     @property
     def size(self) -> int:
@@ -82,11 +84,11 @@ class Graph:
                 (self.inputs if node_.kind == "input" else self.nodes).append(node_)
         return node
 
-    def buffer_size(self) -> int:
-        """Bytes that the graph needs (ggml_gallocr_reserve)."""
+    def lay_out(self) -> int:
+        """Give every result its place; bytes of the whole (ggml_gallocr_reserve)."""
         space = _Space()
         for node in self.inputs:
-            node.offset = space.take(node.size)
+            node.offset = node.place = space.take(node.size)
         for node in self.nodes:
             if node.kind in ("view", "strided"):
                 node.root.views += 1
@@ -98,6 +100,15 @@ class Graph:
             for source in node.sources:
                 _release(source, space)
         return space.top
+
+    def touched(self, smaller: Graph) -> int:
+        """Bytes that are written when a smaller batch runs in the places of this one: same nodes, some of them with fewer rows."""
+        pairs = zip([*self.inputs, *self.nodes], [*smaller.inputs, *smaller.nodes], strict=True)
+        end = total = 0
+        for place, size in sorted((mine.place, its.size) for mine, its in pairs if mine.place >= 0 and not its.unused):
+            total += max(0, place + size - max(end, place))
+            end = max(end, place + size)
+        return total
 
 
 class _Space:
@@ -138,9 +149,10 @@ def _place(node: Node, space: _Space) -> None:
     for parent in node.sources if node.inplace else ():  # a view never is "allocated", so nothing takes the place of what it shows
         reusable = parent.offset >= 0 and not parent.output and parent.children == 1 and not parent.views
         if reusable and parent.shape == node.shape and parent.item == node.item:
-            node.offset, parent.offset = parent.offset, -1
+            node.offset = node.place = parent.offset
+            parent.offset = -1
             return
-    node.offset = space.take(node.size)
+    node.offset = node.place = space.take(node.size)
 
 
 def _release(source: Node, space: _Space) -> None:
