@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.memory import Cache, Layout
+from edgemoe.targets.gguf.ask import write_sparse_header
 
 Shapes = dict[str, tuple[int, ...]]
 HIDDEN, VOCAB, LAYERS = 512, 1024, 4
@@ -27,7 +28,20 @@ class Tiny:
     keys: Mapping[str, Any]
     tensors: Shapes
     layout: Layout
-    types: Mapping[str, str] = field(default_factory=dict)  # ggml type by the last part of a role; F32 otherwise
+    types: Mapping[str, str] = field(default_factory=dict)  # ggml type of a role's tensors; F32 otherwise
+    bpe: bool = False  # a byte-pair vocabulary with merges instead of bare numbers
+
+    def kind(self, name: str) -> str:
+        """ggml type of a tensor."""
+        return self.types.get(name.split(".")[-2], "F32") if "." in name else "F32"
+
+    def units(self) -> list[tuple[str, str, int]]:
+        """(role, format, bytes) of every tensor."""
+        import gguf
+
+        sizes = gguf.GGML_QUANT_SIZES
+        kinds = {name: gguf.GGMLQuantizationType[self.kind(name)] for name in self.tensors}
+        return [(n.split(".")[-2] if "." in n else n, k.name, math.prod(self.tensors[n]) // sizes[k][0] * sizes[k][1]) for n, k in kinds.items()]
 
 
 def write_sparse(tiny: Tiny, path: Path) -> Path:
@@ -45,27 +59,31 @@ def write_sparse(tiny: Tiny, path: Path) -> Path:
             writer.add_float32(name, value)
         else:
             writer.add_uint32(name, value)
-    writer.add_string("tokenizer.ggml.model", "none")
-    total = 0
-    for name, shape in tiny.tensors.items():
-        kind = gguf.GGMLQuantizationType[tiny.types.get(name.split(".")[-2], "F32")]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        n_bytes = math.prod(shape) // block * size
-        if kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes)
+    _add_tokens(writer, tiny)
+    units = tiny.units()
+    for (name, shape), (_, format_name, size) in zip(tiny.tensors.items(), units, strict=True):
+        kind = gguf.GGMLQuantizationType[format_name]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if format_name == "F32":
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+        elif format_name == "F16":
+            writer.add_tensor_info(name, shape, np.dtype(np.float16), size)
         else:
-            raw = (*shape[:-1], shape[-1] // block * size)
-            writer.add_tensor_info(name, raw, np.dtype(np.uint8), n_bytes, kind)
-        total += -(-n_bytes // 32) * 32
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with path.open("r+b") as file:
-        file.seek(0, 2)
-        start = -(-file.tell() // 32) * 32
-        file.truncate(start + total)
-    return path
+            writer.add_tensor_info(name, (*shape[:-1], shape[-1] // block * block_bytes), np.dtype(np.uint8), size, kind)
+    return write_sparse_header(writer, [size for _, _, size in units], path)
+
+
+def _add_tokens(writer: Any, tiny: Tiny) -> None:
+    """Tokens as long as real ones are (7 letters), and as many merges."""
+    if not tiny.bpe:
+        writer.add_string("tokenizer.ggml.model", "none")
+        return
+    tokens = [f"tok{i:05x}"[:8] for i in range(tiny.layout.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges([f"{token[:4]} {token[4:]}" for token in tokens])
 
 
 def ends(hidden: int, vocab: int) -> Shapes:

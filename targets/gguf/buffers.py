@@ -69,8 +69,14 @@ def check(layout: Layout, settings: Settings) -> None:
     for name in (settings.kv_k, settings.kv_v):
         if name not in KV_FORMATS:
             raise UsageError(f"{name} is no type of a KV cache", hint=f"known: {', '.join(KV_FORMATS)}")
-    if not settings.flash and KV_FORMATS[settings.kv_v].block > 1 and any(cache.v for cache in layout.caches):
+    if layout.latent and settings.kv_k != settings.kv_v:
+        raise UsageError("latent attention keeps one cache, so K and V have one type", hint=f"take {settings.kv_k} for both")
+    if not settings.flash and KV_FORMATS[settings.kv_v].block > 1:
         raise UsageError(f"a V cache of {settings.kv_v} needs flash attention", hint="turn flash attention on, or take F16")
+    lengths = (layout.latent or layout.key_length, layout.latent or layout.value_length)
+    for name, length in zip((settings.kv_k, settings.kv_v), lengths, strict=True):
+        if length % KV_FORMATS[name].block:
+            raise UsageError(f"{name} stores heads of multiples of {KV_FORMATS[name].block}, not of {length}", hint="take F16")
 
 
 def _pad(tokens: int) -> int:
@@ -79,8 +85,6 @@ def _pad(tokens: int) -> int:
 
 def _kv_row(name: str, width: int) -> int:
     kind = KV_FORMATS[name]
-    if width % kind.block:
-        raise UsageError(f"{name} stores rows of multiples of {kind.block}, not of {width}", hint="take F16 for the KV cache")
     return width // kind.block * kind.block_bytes
 
 
@@ -124,6 +128,7 @@ class _Batch:
     """The graph of one batch of tokens through the first, a middle and the last layer: more layers reuse the same places."""
 
     def __init__(self, layout: Layout, settings: Settings, outputs: int) -> None:
+        check(layout, settings)
         if any(cache.state for cache in layout.caches):
             raise UsageError("the compute buffer of recurrent layers is not predicted", hint="ask llama.cpp (ask_llama_cpp)")
         self.layout, self.settings, self.graph = layout, settings, Graph()

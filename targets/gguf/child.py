@@ -4,8 +4,9 @@ Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
     {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
     continue the prompts greedily;
-    {"asked": [settings]}: nothing is read but the header and nothing runs; what llama.cpp says it would reserve with these settings.
-A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, mmap.
+    {"asked": [settings], "alloc": bool}: what llama.cpp says about its buffers with these settings; without "alloc" nothing is read but the
+    header, and nothing reserved.
+A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, threads, mmap.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Llama:
         options = lc.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, self.ubatch, self.ubatch
         options.n_seq_max = settings.get("sequences", 1)
-        options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+        options.n_threads = options.n_threads_batch = settings.get("threads", os.cpu_count() or 1)
         options.type_k, options.type_v = settings.get("type_k", F16), settings.get("type_v", F16)
         options.flash_attn_type = settings.get("flash", FLASH_AUTO)
         options.swa_full = settings.get("swa_full", True)
@@ -186,9 +187,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(job: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp's words about its buffers, for each of the settings; `no_alloc` keeps it from reading or reserving anything."""
+    """llama.cpp's words about its buffers, for each of the settings."""
     first, *others = job["asked"]
-    llama = Llama(job["path"], first["context"], first, repack=False, alloc=False)
+    llama = Llama(job["path"], first["context"], first, repack=False, alloc=job.get("alloc", False))
     said = [llama.buffers()]
     for settings in others:
         llama.open(settings["context"], settings)

@@ -10,12 +10,16 @@ import dataclasses
 from collections.abc import Iterable
 
 from edgemoe.ir import Model, Unit
-from edgemoe.memory import RETAINED, Cache, Layout, Settings
+from edgemoe.memory import RETAINED, Cache, Layout, Settings, peak
 from edgemoe.targets.gguf.buffers import cells_of, compute_bytes, kv_bytes, output_bytes, state_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
 
-RUNTIME = 29 * 2**20  # a process that has loaded llama.cpp and no model, with the loader's and the graph's own memory
-PER_TOKEN = 400  # bytes of one vocabulary entry in llama.cpp's tables
+# Measured on two installations, docs/decisions/0003-memory.md
+RUNTIME = 27 * 2**20  # bindings, libraries, tokenizer's tables, 2 threads: 24 MiB; 3 MiB for 20 threads more or another installation
+PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables: 245
+PER_CELL = 128  # bytes of one token's entry in the caches' tables: 123
+PER_NODE = 1600  # bytes of one place for a graph's node, three times its tensor and the scheduler's tables: 1526 to 1603
+TENSORS, LATENT_TENSORS = 12, 18  # of a layer, at most, in the families that are written and in DeepSeek's
 
 
 def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
@@ -26,12 +30,14 @@ def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
 def unit_staging(size: int, name: str, role: str) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
-    The embedding is only looked up, never repacked; the output matrix is loaded before the layers, so its copy can only matter for what the
-    C library retains of it.
+    The output matrix is loaded before the layers, so its copy can only matter for what the C library retains of it.
     """
-    if not FORMATS[name].repacked or role == "token_embd" or (role == "output" and size > RETAINED):
-        return 0
-    return size
+    return 0 if not is_repacked(name, role) or (role == "output" and size > RETAINED) else size
+
+
+def is_repacked(name: str, role: str) -> bool:
+    """Whether llama.cpp keeps another copy of a tensor, in an order that the CPU's vectors like; the embedding is only looked up."""
+    return FORMATS[name].repacked and role != "token_embd"
 
 
 def layout_of(model: Model) -> Layout:
@@ -68,5 +74,60 @@ def memory_parts(model: Model | Layout, context: int, settings: Settings | None 
         "kv": kv_bytes(layout, settings) + state_bytes(layout, settings),
         "compute": touched_bytes(layout, settings) + work_bytes(layout, settings),
         "output": output_bytes(layout, settings),
-        "runtime": RUNTIME + PER_TOKEN * layout.vocab_size,
+        "runtime": _runtime(layout, settings),
     }
+
+
+def _runtime(layout: Layout, settings: Settings) -> int:
+    """Bytes of the process without weights, caches and buffers."""
+    tensors = len(layout.caches) * (LATENT_TENSORS if layout.latent else TENSORS)
+    nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
+    cells = settings.sequences * cells_of(settings)
+    return RUNTIME + PER_TOKEN * layout.vocab_size + PER_CELL * cells + PER_NODE * nodes
+
+
+def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Iterable[tuple[str, str, int]]) -> int:
+    """The most that a process holds which loads a file and decodes a full context.
+
+    Args:
+        layout: of the model.
+        settings: of the run.
+        file_size: of the GGUF in bytes.
+        units: (role, format, bytes) of its tensors.
+    """
+    repacked = [unit for unit in units if settings.repack and is_repacked(unit[1], unit[0])]
+    parts = memory_parts(layout, settings.context, settings)
+    if settings.mmap:  # the mapped file stays, and so do the copies of what was repacked, which need no staging
+        return peak({**parts, "weights": file_size + sum(size for _, _, size in repacked), "staging": 0})
+    return peak({**parts, "weights": file_size, "staging": max((unit_staging(size, name, role) for role, name, size in repacked), default=0)})
+
+
+def split_parts(layout: Layout, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int) -> dict[str, dict[str, int]]:
+    """The parts in two pools when expert stacks stay in RAM and all else is in VRAM (`-ngl 99 --cpu-moe`).
+
+    NOT verified on a GPU.  KV cache and states follow the attention into VRAM; the embedding is looked up on the CPU.  A GPU's buffers are
+    held in full, so the whole compute buffer counts there, and with it a copy of one expert stack, because llama.cpp multiplies large batches
+    on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
+
+    Args:
+        layout: of the model.
+        settings: of the run.
+        experts: bytes of all expert stacks.
+        embedding: bytes of the embedding.
+        others: bytes of all other tensors.
+        largest_stack: bytes of the largest expert stack.
+    """
+    parts = memory_parts(layout, settings.context, settings)
+    outputs = 0 if settings.every_logit else settings.sequences
+    on_device = {
+        "weights": others,
+        "kv": parts["kv"],
+        "compute": compute_bytes(layout, settings, outputs=0) + largest_stack,
+    }
+    in_ram = {
+        "weights": experts + embedding,
+        "compute": compute_bytes(layout, settings, outputs=outputs) + work_bytes(layout, settings),
+        "output": parts["output"],
+        "runtime": parts["runtime"],
+    }
+    return {"ram": in_ram, "vram": on_device}
