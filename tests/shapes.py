@@ -1,6 +1,7 @@
 """Tiny GGUFs of every kind of attention, as llama.cpp's loader wants them, and their layouts written down by hand.
 
-The files are sparse: metadata and tensor infos are real, the weights are a hole of the right length (zeros), which is all that memory depends on.
+The files are sparse: metadata and tensor infos are real, the weights are a hole of the right length (zeros), which is all that memory
+depends on.
 """
 
 from __future__ import annotations
@@ -33,15 +34,22 @@ class Tiny:
 
     def kind(self, name: str) -> str:
         """ggml type of a tensor."""
-        return self.types.get(name.split(".")[-2], "F32") if "." in name else "F32"
+        return self.types.get(_role(name), "F32") if name.endswith(".weight") else "F32"
 
     def units(self) -> list[tuple[str, str, int]]:
         """(role, format, bytes) of every tensor."""
         import gguf
 
-        sizes = gguf.GGML_QUANT_SIZES
-        kinds = {name: gguf.GGMLQuantizationType[self.kind(name)] for name in self.tensors}
-        return [(n.split(".")[-2] if "." in n else n, k.name, math.prod(self.tensors[n]) // sizes[k][0] * sizes[k][1]) for n, k in kinds.items()]
+        found = []
+        for name, shape in self.tensors.items():
+            kind = self.kind(name)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            found.append((_role(name), kind, math.prod(shape) // block * block_bytes))
+        return found
+
+
+def _role(name: str) -> str:
+    return name.removesuffix(".weight").split(".")[-1]
 
 
 def write_sparse(tiny: Tiny, path: Path) -> Path:
@@ -49,7 +57,8 @@ def write_sparse(tiny: Tiny, path: Path) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(path, tiny.arch)
-    for key, value in {**tiny.keys, "vocab_size": tiny.layout.vocab_size, "context_length": 65536, "block_count": len(tiny.layout.caches)}.items():
+    sizes = {"vocab_size": tiny.layout.vocab_size, "context_length": 65536, "block_count": len(tiny.layout.caches)}
+    for key, value in {**tiny.keys, **sizes}.items():
         name = f"{tiny.arch}.{key}"
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -166,7 +175,9 @@ def gqa(
     return Tiny(arch, keys, tensors, layout, types or {})
 
 
-def mla(*, hidden: int = HIDDEN, heads: int = 8, rank: int = 192, rope: int = 64, nope: int = 64, value: int = 64, q_rank: int = 256) -> Tiny:
+def mla(
+    *, hidden: int = HIDDEN, heads: int = 8, rank: int = 192, rope: int = 64, nope: int = 64, value: int = 64, q_rank: int = 256
+) -> Tiny:
     """Latent attention (DeepSeek V2/V3): one row of rank + rotary part per token, whatever the heads; no V."""
     n_experts, top_k, size, dense = 8, 2, 256, 1024
     keys: dict[str, Any] = {

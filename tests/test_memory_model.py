@@ -51,8 +51,8 @@ SETTINGS = {
     "no flash": Settings(context=2048, flash=False),
     "F32": Settings(context=4096, kv_k="F32", kv_v="F32"),
     "BF16, no flash": Settings(context=2048, kv_k="BF16", kv_v="BF16", flash=False),
-    "Q8_0": Settings(context=4096, kv_k="Q8_0", kv_v="Q8_0"),
-    "Q4_0": Settings(context=4096, kv_k="Q4_0", kv_v="Q4_0"),
+    "Q8_0": Settings(context=16384, kv_k="Q8_0", kv_v="Q8_0"),
+    "Q4_0": Settings(context=16384, kv_k="Q4_0", kv_v="Q4_0"),
     "small batch": Settings(context=4096, ubatch=64),
     "two sequences": Settings(context=4096, sequences=2),
     "true windows": Settings(context=4096, swa_full=False, ubatch=128),
@@ -114,7 +114,7 @@ def test_what_is_asked_for_is_what_a_real_process_reserves(tmp_path: Path, model
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layout_of_a_checkpoint_is_that_of_the_file_made_from_it(tmp_path: Path, family: str) -> None:
     model = inspect_model(make_checkpoint(tmp_path / family, family, hidden=512, expert_size=384, top_k=3))
-    layout, chosen = layout_of(model), [SETTINGS[name] for name in ("default", "no flash", "Q8_0")]
+    layout, chosen = layout_of(model), [SETTINGS[name] for name in ("default", "no flash", "Q8_0")]  # sizes that two decimals say exactly
     for count in (model.n_experts, 5):
         path = write_hollow(model, count, tmp_path / "hollow.gguf")
         kept = dataclasses.replace(layout, n_experts=count)
@@ -155,7 +155,7 @@ PROCESSES = {
     "repacked from a mapped file": ("Q4_K", Settings(context=1024, mmap=True)),
     "mapped, not repacked": ("Q4_K", Settings(context=1024, mmap=True, repack=False)),
     "no flash attention": ("Q8_0", Settings(context=1536, flash=False)),
-    "quantized cache": ("Q8_0", Settings(context=8192, kv_k="Q8_0", kv_v="Q8_0")),
+    "quantized cache": ("Q8_0", Settings(context=2048, kv_k="Q8_0", kv_v="Q8_0")),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_process_that_fills_its_context_holds_no_more_than_predicted_and_littl
     job = {"context": each.context, "tokens": list(range(1, 200)), "prompts": [], "generate": 0}
     measured = run(path, {**job, "repack": each.repack, "settings": child_settings(each)})["peak"]
     predicted = predict_peak(tiny.layout, each, path.stat().st_size, tiny.units())
-    assert measured <= predicted <= measured + 9 * MIB
+    assert measured <= predicted <= measured + 8 * MIB
 
 
 def test_asking_for_every_logit_costs_what_the_vocabulary_says() -> None:

@@ -1,7 +1,7 @@
 """A GGUF's header -> the buffers that llama.cpp itself would make for it: the exact way, where llama.cpp is installed.
 
-With `no_alloc` llama.cpp reads metadata and tensor infos, builds its graphs and says what it would reserve; no weight is read, so a file that
-ends in a hole (`write_sparse_header`) serves as well, and every architecture that llama.cpp knows is known here.
+With `no_alloc` llama.cpp reads metadata and tensor infos, builds its graphs and says what it would reserve; no weight is read, so a file
+that ends in a hole (`write_sparse_header`) serves as well, and every architecture that llama.cpp knows is known here.
 """
 
 from __future__ import annotations

@@ -114,14 +114,17 @@ def touched_bytes(layout: Layout, settings: Settings) -> int:
 
 
 def work_bytes(layout: Layout, settings: Settings) -> int:
-    """Bytes of ggml's work buffer: the left operand of the largest product, in at most 16 bits (ggml_graph_plan in ggml-cpu.c).
+    """Bytes of ggml's work buffer: the right operand of the largest product, in at most 16 bits (ggml_graph_plan in ggml-cpu.c).
 
-    Products of expert stacks also list which rows each expert gets: 8 bytes a row.
+    Products with expert stacks also list which rows each expert gets, 8 bytes a row.  Without flash attention the scores are such an
+    operand, and a quantized or 16-bit cache has them converted.
     """
     rows, heads = rows_of(settings), layout.n_heads * max(layout.key_length, layout.value_length, layout.latent)
     chosen = layout.top_k * rows
     dense = rows * max(layout.hidden_size, heads, layout.dense_size, layout.shared_size)
-    return max(2 * dense, 2 * max(chosen * layout.expert_size, rows * layout.hidden_size) + 8 * chosen)
+    experts = max(chosen * layout.expert_size, rows * layout.hidden_size)
+    scores = 0 if settings.flash or settings.kv_v == "F32" else rows * layout.n_heads * cells_of(settings)
+    return max(2 * dense, 2 * experts + 8 * chosen, 2 * scores)
 
 
 class _Batch:
@@ -246,7 +249,9 @@ class _Batch:
         else:
             scores = op((cells, each, heads, streams), OUTSIDE, q)
             scores = inplace(scores.shape, scores, mask)
-            values = op((value_length, cells, kv_heads, streams), OUTSIDE, item=KV_FORMATS[settings.kv_k].block_bytes) if self.layout.latent else OUTSIDE
+            values = OUTSIDE
+            if self.layout.latent:  # the latent rows serve as values too, and must be turned
+                values = op((value_length, cells, kv_heads, streams), OUTSIDE, item=KV_FORMATS[settings.kv_k].block_bytes)
             mixed = op((value_length, each, heads, streams), values, scores)
         return self._flatten(mixed, heads)
 
@@ -271,8 +276,10 @@ class _Batch:
         """MLA with absorbed matrices: every head attends to the same latent row (deepseek2.cpp)."""
         layout, inputs, heads, rows = self.layout, self.inputs[cache.window], self.layout.n_heads, self.rows
         rank, rope = layout.latent, cache.k - layout.latent
-        q = self._matmul(self._norm(self._matmul(x, layout.q_latent)), heads * layout.key_length) if layout.q_latent else self._matmul(
-            x, heads * layout.key_length
+        q = (
+            self._matmul(self._norm(self._matmul(x, layout.q_latent)), heads * layout.key_length)
+            if layout.q_latent
+            else self._matmul(x, heads * layout.key_length)
         )
         q = view(q, (layout.key_length, heads, rows))
         both = self._matmul(x, cache.k)

@@ -1,8 +1,8 @@
 """Shapes of a graph's tensors -> bytes of its buffer: ggml's graph allocator, replayed without ggml.
 
-llama.cpp reserves its compute buffer by laying the graph's intermediate tensors out in the order of execution, each in the smallest hole that
-takes it, some in the place of an operand that is no longer needed.  No closed formula gives that number for every shape, because holes of
-one size do or do not take tensors of another; but the rules are short (ggml/src/ggml-alloc.c of llama.cpp 0c1e570), and so is this.
+llama.cpp reserves its compute buffer by laying the graph's intermediate tensors out in the order of execution, each in the smallest hole
+that takes it, some in the place of an operand that is no longer needed.  No closed formula gives that number for every shape, because holes
+of one size do or do not take tensors of another; but the rules are short (ggml/src/ggml-alloc.c of llama.cpp 0c1e570), and so is this.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ ubatch 512, logits of the last token only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from edgemoe.ir import Model, Unit
 from edgemoe.memory import RETAINED, Cache, Layout, Settings, peak
@@ -86,28 +86,37 @@ def _runtime(layout: Layout, settings: Settings) -> int:
     return RUNTIME + PER_TOKEN * layout.vocab_size + PER_CELL * cells + PER_NODE * nodes
 
 
-def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Iterable[tuple[str, str, int]]) -> int:
+def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
     """The most that a process holds which loads a file and decodes a full context.
+
+    From a mapped file, what was repacked is held twice, and needs no staging; when all is loaded, the ends of the file that hold nothing
+    but repacked tensors are unmapped.
 
     Args:
         layout: of the model.
         settings: of the run.
         file_size: of the GGUF in bytes.
-        units: (role, format, bytes) of its tensors.
+        units: (role, format, bytes) of its tensors, in file order.
     """
-    repacked = [unit for unit in units if settings.repack and is_repacked(unit[1], unit[0])]
+    repacked = [settings.repack and is_repacked(name, role) for role, name, _ in units]
     parts = memory_parts(layout, settings.context, settings)
-    if settings.mmap:  # the mapped file stays, and so do the copies of what was repacked, which need no staging
-        return peak({**parts, "weights": file_size + sum(size for _, _, size in repacked), "staging": 0})
-    return peak({**parts, "weights": file_size, "staging": max((unit_staging(size, name, role) for role, name, size in repacked), default=0)})
+    if not settings.mmap:
+        staging = [unit_staging(size, name, role) for (role, name, size), copied in zip(units, repacked, strict=True) if copied]
+        return peak({**parts, "weights": file_size, "staging": max(staging, default=0)})
+    copies = sum(size for (_, _, size), copied in zip(units, repacked, strict=True) if copied)
+    stays = [number for number, copied in enumerate(repacked) if not copied]
+    ends = sum(size for number, (_, _, size) in enumerate(units) if not stays or not stays[0] <= number <= stays[-1])
+    return max(peak({**parts, "weights": file_size - ends + copies, "staging": 0}), parts["runtime"] + file_size + copies)
 
 
-def split_parts(layout: Layout, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int) -> dict[str, dict[str, int]]:
+def split_parts(
+    layout: Layout, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int
+) -> dict[str, dict[str, int]]:
     """The parts in two pools when expert stacks stay in RAM and all else is in VRAM (`-ngl 99 --cpu-moe`).
 
     NOT verified on a GPU.  KV cache and states follow the attention into VRAM; the embedding is looked up on the CPU.  A GPU's buffers are
-    held in full, so the whole compute buffer counts there, and with it a copy of one expert stack, because llama.cpp multiplies large batches
-    on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
+    held in full, so the whole compute buffer counts there, and with it a copy of one expert stack, because llama.cpp multiplies large
+    batches on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
 
     Args:
         layout: of the model.

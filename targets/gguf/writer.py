@@ -80,7 +80,7 @@ _header_sizes: dict[tuple[str, str], int] = {}
 
 
 def write_hollow(model: Model, count: int, path: Path) -> Path:
-    """A GGUF with all metadata and tensor infos of a plan that keeps `count` experts, and a hole for the weights: enough to ask llama.cpp."""
+    """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
     writer = _open_writer(path, model, None, None, 0)
     writer.kv_data[0][f"{find_family(model.model_type).gguf_arch}.expert_count"].value = count
     infos = _add_infos(writer, model, lambda unit: "F16", count)
