@@ -24,6 +24,7 @@ from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import find_family, rope_theta
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
+from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
 
@@ -76,6 +77,14 @@ def header_size(model: Model) -> int:
 
 
 _header_sizes: dict[tuple[str, str], int] = {}
+
+
+def write_hollow(model: Model, count: int, path: Path) -> Path:
+    """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
+    writer = _open_writer(path, model, None, None, 0)
+    writer.kv_data[0][f"{find_family(model.model_type).gguf_arch}.expert_count"].value = count
+    infos = _add_infos(writer, model, lambda unit: "F16", count)
+    return write_sparse_header(writer, list(infos.values()), path)
 
 
 def write(
