@@ -47,7 +47,7 @@ def load_shape(name: str) -> dict[str, Any]:
     models = _read_data("models.yaml")
     if name not in models:
         raise UsageError(f"shape {name!r} is not known", hint=f"known: {', '.join(models)}")
-    return dict(models[name]["config"])
+    return dict(models[name])
 
 
 def shape_families() -> list[str]:
@@ -155,7 +155,9 @@ def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -
     latent = family.get("cache") == "latent"
     blocks = int(config.get("num_nextn_predict_layers") or 0) if mtp else 0
     tensors = tuple(_list_tensors(sizes, family, layer_tags(config, family, blocks)))
-    renormalize = family["renormalize"] == "always" or bool(config.get(family["renormalize"]))
+    n_experts, top_k = sizes.get("experts"), sizes.get("top_k")
+    if top_k > n_experts:
+        raise ModelError(f"config.json: num_experts_per_tok is {top_k}, but there are {n_experts} experts")
     return Model(
         folder="",
         name=name,
@@ -167,10 +169,10 @@ def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -
         n_heads=sizes.get("heads"),
         n_kv_heads=1 if latent else sizes.get("kv_heads"),
         head_dim=sizes.get("qk_nope_head_dim+qk_rope_head_dim" if latent else "head_dim"),
-        n_experts=sizes.get("experts"),
-        top_k=sizes.get("top_k"),
+        n_experts=n_experts,
+        top_k=top_k,
         expert_size=sizes.get("expert_size"),
-        renormalize=renormalize,
+        renormalize=family["renormalize"] == "always" or bool(config.get(family["renormalize"])),
         context_length=int(config.get("max_position_embeddings") or DEFAULT_CONTEXT),
         tensors=tensors,
         fingerprint=hash_json("shapes", config, name, mtp),

@@ -16,10 +16,12 @@ from edgemoe.targets.gguf.writer import is_planned, list_units, tensor_name
 # Type for rows that the block of 256 does not divide; F16 where 32 does not either.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
-# Each rule is "condition:type ...": the first condition that holds decides, a bare type always holds, none leaves the base type.  Conditions:
-# gqa4 (4 or more heads share a KV head), moe4 (that, or 4 or more experts), x8 (exactly 8 experts), blind (no imatrix), first2, first4 (of
-# the attention tensors), eighth, sixteenth (of the layers), early (an eighth of the layers, counted in tensors), middle (three quarters of the
-# layers), more and more_v (use_more_bits of the layer, of the attention tensor).
+# Each rule is "condition:type ...": the first condition that holds decides, a bare type always holds, none leaves the base type.
+# Conditions: gqa4 (4 or more heads share a KV head), moe4 (that, or 4 or more experts), x8 (exactly 8 experts), blind (no imatrix), first2
+# and first4 (of the attention tensors), eighth and sixteenth (of the layers), early (an eighth of the layers, counted in tensors), middle
+# (three quarters of the layers), more and more_v (use_more_bits of the layer, of the attention tensor).
+_LOWEST = {"output": "Q5_K", "embedding": "Q2_K", "v": "moe4:Q4_K Q2_K", "k": "x8:Q4_K", "o": "x8:Q5_K", "down": "early:Q2_K"}
+_LOWER = _LOWEST | {"embedding": "IQ3_S", "v": "moe4:Q4_K IQ3_S", "o": "x8:Q5_K IQ3_S", "down": "early:IQ3_S"}
 MIXES: dict[str, dict[str, str]] = {
     "Q8_0": {"base": "Q8_0"},
     "Q6_K": {"base": "Q6_K", "v": "x8:Q8_0", "k": "x8:Q8_0"},
@@ -55,18 +57,12 @@ MIXES: dict[str, dict[str, str]] = {
         "o": "x8:Q5_K IQ3_S",
         "down": "blind-eighth:Q4_K blind:Q3_K",
     },
-    "IQ2_M": {"base": "IQ2_S", "output": "Q5_K", "embedding": "IQ3_S", "v": "moe4:Q4_K IQ3_S", "k": "x8:Q4_K", "o": "x8:Q5_K IQ3_S"}
-    | {"down": "early:IQ3_S"},
-    "IQ2_S": {"base": "IQ2_XS", "output": "Q5_K", "embedding": "IQ3_S", "v": "moe4:Q4_K IQ3_S", "k": "x8:Q4_K", "o": "x8:Q5_K IQ3_S"}
-    | {"down": "early:IQ3_S"},
-    "IQ2_XS": {"base": "IQ2_XS", "output": "Q5_K", "embedding": "Q2_K", "v": "moe4:Q4_K Q2_K", "k": "x8:Q4_K", "o": "x8:Q5_K"}
-    | {"down": "early:Q2_K"},
-    "IQ2_XXS": {"base": "IQ2_XXS", "output": "Q5_K", "embedding": "Q2_K", "v": "moe4:Q4_K Q2_K", "k": "x8:Q4_K", "o": "x8:Q5_K"}
-    | {"down": "early:Q2_K"},
-    "IQ1_M": {"base": "IQ1_M", "output": "Q5_K", "embedding": "Q2_K", "v": "moe4:Q4_K Q2_K", "k": "x8:Q4_K", "o": "x8:Q5_K IQ2_XXS"}
-    | {"down": "early:Q2_K"},
-    "IQ1_S": {"base": "IQ1_S", "output": "Q5_K", "embedding": "Q2_K", "v": "moe4:Q4_K Q2_K", "k": "x8:Q4_K", "o": "x8:Q5_K IQ2_XXS"}
-    | {"down": "early:Q2_K"},
+    "IQ2_M": _LOWER | {"base": "IQ2_S"},
+    "IQ2_S": _LOWER | {"base": "IQ2_XS"},
+    "IQ2_XS": _LOWEST | {"base": "IQ2_XS"},
+    "IQ2_XXS": _LOWEST | {"base": "IQ2_XXS"},
+    "IQ1_M": _LOWEST | {"base": "IQ1_M", "o": "x8:Q5_K IQ2_XXS"},
+    "IQ1_S": _LOWEST | {"base": "IQ1_S", "o": "x8:Q5_K IQ2_XXS"},
 }
 
 # Kind of a tensor by its role (tensor_get_category: the first name found inside).

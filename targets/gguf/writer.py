@@ -60,7 +60,11 @@ def list_units(model: Model) -> list[Unit]:
 
 def fixed_size(model: Model, count: int) -> int:
     """Bytes of header, metadata, norms and routers when every MoE layer keeps `count` experts."""
-    fixed = (t.n_weights * 4 * (count if t.role in PER_EXPERT else model.n_experts) // model.n_experts for t in model.tensors if not is_planned(t))
+    fixed = (
+        t.n_weights * 4 * (count if t.role in PER_EXPERT else model.n_experts) // model.n_experts
+        for t in model.tensors
+        if not is_planned(t)
+    )
     return header_size(model) + sum(map(pad, fixed))
 
 
