@@ -168,11 +168,11 @@ def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -
         vocab_size=sizes.get("vocab"),
         n_heads=sizes.get("heads"),
         n_kv_heads=1 if latent else sizes.get("kv_heads"),
-        head_dim=sizes.get("qk_nope_head_dim+qk_rope_head_dim" if latent else "head_dim"),
+        head_dim=sizes.get("qk_nope_head_dim+qk_rope_head_dim" if latent else "head_size"),
         n_experts=n_experts,
         top_k=top_k,
         expert_size=sizes.get("expert_size"),
-        renormalize=family["renormalize"] == "always" or bool(config.get(family["renormalize"])),
+        renormalize=_renormalizes(config, family) or family.get("gating") == "chosen",
         context_length=int(config.get("max_position_embeddings") or DEFAULT_CONTEXT),
         tensors=tensors,
         fingerprint=hash_json("shapes", config, name, mtp),
@@ -208,9 +208,9 @@ def _tensor(role: str, shape: tuple[int, ...], layer: int, expert: int = -1) -> 
 def layout_of_config(config: Config) -> Layout:
     """What memory beside the weights depends on, from a config.json.
 
-    Latent attention (MLA) is computed on the latent itself, as llama.cpp does: keys of rank + rotary numbers, values of the rank, nothing
-    stored twice.  A layer with a sparse-attention indexer stores its one key of `index_head_dim` numbers besides.  Gated delta layers hold
-    a convolution window and a state matrix per head (llama-hparams.cpp, n_embd_r and n_embd_s).
+    Latent attention (MLA) keeps one row of rank + rotary numbers per token and no values.  A layer with a sparse-attention indexer keeps
+    its key of `index_head_dim` numbers besides, counted into `k`.  Gated delta layers hold a convolution window and a state matrix per head
+    (llama-hparams.cpp, n_embd_r and n_embd_s).
 
     Raises:
         ModelError: the family is not known or a field is missing; names it.
@@ -221,18 +221,32 @@ def layout_of_config(config: Config) -> Layout:
     tags = layer_tags(config, family, 0)
     latent = family.get("cache") == "latent"
     roles = {role: shape for own in tags for part in _parts(family, own) for role, shape in part.items()}
-    dense = [sizes.get(roles[role][0]) for role in ("ffn_up", "ffn_up_shexp") if role in roles]
     return Layout(
         caches=tuple(_cache(sizes, family, own) for own in tags),
         hidden_size=sizes.get("hidden"),
         n_heads=sizes.get("heads"),
-        key_length=sizes.get("kv_lora_rank+qk_rope_head_dim" if latent else "head_dim"),
-        value_length=sizes.get("kv_lora_rank" if latent else "head_dim"),
+        key_length=sizes.get("qk_nope_head_dim+qk_rope_head_dim" if latent else "head_size"),
+        value_length=sizes.get("v_head_dim" if latent else "head_size"),
         vocab_size=sizes.get("vocab"),
+        n_experts=sizes.get("experts"),
         top_k=sizes.get("top_k"),
         expert_size=sizes.get("expert_size"),
-        dense_size=max(dense, default=0),
+        gating=family.get("gating", "softmax"),
+        renormalize=_renormalizes(config, family),
+        scale=float(config.get("routed_scaling_factor") or 1.0),
+        expert_bias="ffn_down_exps.bias" in roles,
+        dense_layers=next((layer for layer, own in enumerate(tags) if "moe" in own), len(tags)),
+        dense_size=sizes.get("dense_size") if "ffn_up" in roles else 0,
+        shared_size=sizes.get("shared_size") if "ffn_up_shexp" in roles else 0,
+        latent=sizes.get("kv_lora_rank") if latent else 0,
+        q_latent=sizes.get("q_lora_rank") if "attn_q_a" in roles else 0,
     )
+
+
+def _renormalizes(config: Config, family: Mapping[str, Any]) -> bool:
+    """Whether gates of the chosen experts are divided by their sum."""
+    rule = family["renormalize"]
+    return rule == "always" or (rule != "never" and bool(config.get(rule)))
 
 
 def _cache(sizes: _Sizes, family: Mapping[str, Any], tags: set[str]) -> Cache:
@@ -243,5 +257,5 @@ def _cache(sizes: _Sizes, family: Mapping[str, Any], tags: set[str]) -> Cache:
     if family.get("cache") == "latent":
         has_indexer = any("indexer.attn_k" in part for part in _parts(family, tags))
         return Cache(k=sizes.get("kv_lora_rank+qk_rope_head_dim") + (sizes.get("index_head_dim") if has_indexer else 0))
-    width = sizes.get("kv_heads*head_dim")
+    width = sizes.get("kv_heads*head_size")
     return Cache(k=width, v=width, window=sizes.get("sliding_window") if "window" in tags else 0)

@@ -244,7 +244,7 @@ def test_layouts_know_windows_indexers_and_recurrent_states() -> None:
     assert [c.window for c in oss.caches] == [128, 0] * 12
     glm = layout_of_config(load_shape("GLM-5.2"))
     assert sum(c.k for c in glm.caches) == 78 * (512 + 64) + 21 * 128  # the indexer's keys in every fourth layer, and in the first three
-    assert (glm.key_length, glm.value_length, glm.dense_size) == (576, 512, 12288)
+    assert (glm.latent, glm.q_latent, glm.dense_layers, glm.dense_size, glm.shared_size) == (512, 2048, 3, 12288, 2048)
     qwen = layout_of_config(load_shape("Qwen3.5-35B-A3B"))
     assert [bool(c.state) for c in qwen.caches] == [True, True, True, False] * 10
     assert qwen.caches[0].state == 3 * (4096 + 2 * 2048) + 128 * 4096  # llama-hparams.cpp: n_embd_r + n_embd_s
