@@ -6,8 +6,10 @@ Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
 - `types`, measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K; medians.  They follow the
   squared rounding error (which stands in for types that nobody measured).  `whole`, the median nats of Q4_K.
 - share, measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum;
-  means by role and by relative depth.  Sums of single tensors give the whole model's KLD to a median factor of 0.92.
-- Assumed: these shares hold for a model that nobody measured, and at every type (rank correlation between probes of 1 to 2.6 bits: 0.96).
+  means by role and by relative depth, the depth profile at its square root because models differ in it.  Sums of single tensors give the
+  whole model's KLD to a median factor of 0.92.
+- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and at every
+  type (rank correlation between probes of 1 to 2.6 bits: 0.96).
   How many experts stay does not change what rounding costs: the tokens of those that go are served by those that stay.
 - Left out: the floor, about 0.006 nats of KLD that any rounding causes by flipped router choices.  So kappa is 0.
 
@@ -45,6 +47,7 @@ PRIORS = ("pooled", "glm-5.2")
 _DATA = Path(__file__).parent / "data" / "generic"
 _SEED = 20261125  # of the draw that stands in for experts nobody measured
 _FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over the middle of 0.22 to 0.53
+_DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
 _LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
 Floats = NDArray[np.float64]
 
@@ -152,7 +155,8 @@ def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None)
 def _tensor_nats(model: Model, units: list[Unit], prior: str) -> Floats:
     """Each unit's share of what rounding the whole model costs [U], summing to 1."""
     if prior == "pooled":
-        found = np.array([_pooled_share(unit, model.n_layers) for unit in units])
+        roles = _read_priors()["roles"]
+        found = np.array([pooled_share(unit.role, unit.layer, model.n_layers, roles) for unit in units])
     else:
         own = _read_priors()[prior]["nats"]
         missing = [u.name for u in units if str(u.layer) not in own.get(u.role, {})]
@@ -164,17 +168,23 @@ def _tensor_nats(model: Model, units: list[Unit], prior: str) -> Floats:
     return shares
 
 
-def _pooled_share(unit: Unit, n_layers: int) -> float:
-    """A tensor's share by its role and relative depth; a role that nobody measured counts as the median role."""
-    roles = _read_priors()["roles"]
-    entry = roles.get(unit.role)
+def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any]) -> float:
+    """A tensor's share by its role and relative depth; a role that nobody measured counts as the median role.
+
+    Args:
+        role: of the tensor.
+        layer: of the tensor; -1 outside the layers.
+        n_layers: of its model.
+        roles: "roles" of priors.json.
+    """
+    entry = roles.get(role)
     if entry is None:
         return float(np.median([r["density"] for r in roles.values()])) / n_layers
-    if unit.layer < 0:
+    if layer < 0:
         return float(entry["density"])
     profile = entry["profile"]
-    depth = min(len(profile) - 1, int(len(profile) * (unit.layer + 0.5) / n_layers))
-    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) / n_layers)
+    depth = min(len(profile) - 1, int(len(profile) * (layer + 0.5) / n_layers))
+    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / n_layers)
 
 
 def _type_nats(formats: tuple[str, ...], prior: str) -> Floats:
