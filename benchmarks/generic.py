@@ -66,10 +66,9 @@ def main() -> None:
     print("# Generic prices against measured ones\n")
     print("`python benchmarks/generic.py`: each model priced from the others (relatives left out), beside its own published measurements.")
     print("Rank: Spearman, tensors' nats.  Q4_K: nats of the whole model.  Types: largest factor between its curve and the pooled one.")
-    print(
-        "Last columns: own nats of the plan that generic prices choose, over the best by its own prices, at 4 and 3 bits per weight; and,"
-    )
-    print("in brackets, the same for one type everywhere.  Nothing is dropped here.\n")
+    print("Last columns: own nats of the plan that generic prices choose in the bytes of IQ4_XS (Q2_K) everywhere, over the best by its")
+    print("own prices; in brackets, the same for that one type everywhere.  Nothing is dropped here.  GLM-4.7-Flash and Qwen3-VL-235B show")
+    print("how far off a model can be that is unlike the others.\n")
     print("| model | tensors | rank | Q4_K own | Q4_K pooled | types | in IQ4_XS | in Q2_K |\n|---|---|---|---|---|---|---|---|")
     for model, (shape, family) in MODELS.items():
         others = [m for m in nats if not m.startswith(family)]

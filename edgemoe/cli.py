@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from edgemoe import __version__
+from edgemoe.cli_devices import choose_budget, devices_app
 from edgemoe.errors import EdgemoeError, MachineError
 from edgemoe.units import format_bytes, format_seconds, parse_bytes
 
@@ -43,11 +44,17 @@ app = typer.Typer(
     "    edgemoe build Qwen/Qwen3-30B-A3B --memory 16GB -o qwen3-16gb\n\n"
     "`build` does everything; the other commands are its stages, each starting from the file that the one before wrote.",
 )
+app.add_typer(devices_app, name="devices")
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-30B-A3B.")
 ]
 MemoryOpt = Annotated[
-    str, typer.Option("--memory", metavar="SIZE", help="Most that the running process may hold: 128GB (10^9), 119.2GiB (2^30), 123456B.")
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Most that the running process may hold: 128GB (10^9), 119.2GiB (2^30), 123456B."),
+]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Instead of --memory: a box of `edgemoe devices list`, FILE.yaml#ID, or here."),
 ]
 ContextOpt = Annotated[
     int | None, typer.Option("--context", metavar="N", help="Tokens of context to leave room for. [default: 8192, or what the model has]")
@@ -88,8 +95,9 @@ def _options(
 @app.command()
 def build(
     model: ModelArg,
-    memory: MemoryOpt,
     output: OutOpt,
+    memory: MemoryOpt = None,
+    device: DeviceOpt = None,
     context: ContextOpt = None,
     target: Annotated[str, typer.Option(help="What to write: gguf.")] = "gguf",
     calibration: CalibrationOpt = None,
@@ -109,11 +117,12 @@ def build(
 
     A killed build goes on where it stopped when the same command is given again.
     """
+    budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     from edgemoe.pipeline import BuildRequest, build_artifact
 
     request = BuildRequest(
         model=model,
-        memory=parse_bytes(memory),
+        memory=budget,
         out=output,
         context=context,
         target=target,
@@ -125,9 +134,7 @@ def build(
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         work=work,
         force=force,
-        command=shlex.join(
-            ["edgemoe", "build", Path(model).name if Path(model).exists() else model, "--memory", memory, "-o", output.name]
-        ),
+        command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", "-o", output.name]),
     )
     if dry_run:
         _dry_run(request, as_json=as_json)
@@ -233,17 +240,19 @@ def price(
 @app.command()
 def plan(
     costs: Annotated[Path, typer.Argument(metavar="COSTS", help="File that price made.")],
-    memory: MemoryOpt,
+    memory: MemoryOpt = None,
+    device: DeviceOpt = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="Write the plan here.")] = None,
     solver: SolverOpt = "highs",
     gap: GapOpt = 1e-4,
     as_json: JsonOpt = False,
 ) -> None:
     """Solve for the best plan within a budget: which experts stay, and the format of every tensor."""
+    budget = choose_budget(memory, device)
     from edgemoe.ir import Costs, hash_file, load_record, save_record
     from edgemoe.plan import solve_plan
 
-    solved = solve_plan(load_record(costs, Costs), parse_bytes(memory), solver=solver, gap=gap, costs_hash=hash_file(costs))
+    solved = solve_plan(load_record(costs, Costs), budget, solver=solver, gap=gap, costs_hash=hash_file(costs))
     if output:
         save_record(output, solved)
     if as_json:

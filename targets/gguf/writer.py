@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_tensor
-from edgemoe.errors import MachineError
+from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import find_family, rope_theta
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
@@ -101,9 +101,11 @@ def write(
         progress: called with (bytes written, all bytes).
 
     Raises:
-        ModelError: a shard is damaged or holds NaN.
+        ModelError: a shard is damaged or holds NaN, or the plan keeps more experts in some layers than in others.
         MachineError: the disk is full or not writable.
     """
+    if not plan.has_one_count:
+        raise ModelError("the plan keeps different numbers of experts in different layers: no GGUF can hold that", hint="make another plan")
     stem = f"{model.name}-E{plan.count}-{_bits_per_weight(model, plan):.2f}bpw"
     part = folder / f"{stem}.gguf"
     scratch = folder / ".part"
