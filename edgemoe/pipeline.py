@@ -22,6 +22,7 @@ from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import least_process, price_choices
 from edgemoe.report import write_report
+from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
 from edgemoe.texts import choose_texts
 from edgemoe.units import format_bytes
@@ -44,8 +45,11 @@ class BuildRequest:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = DEFAULT_TOKENS
     heldout: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    objective: str = "mean"
     solver: str = "highs"
     gap: float = DEFAULT_GAP
+    seconds: float | None = None
     shard_max: int = 0
     work: Path | None = None
     force: bool = False
@@ -70,7 +74,16 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
 
     stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
     costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
-    plan = solve_plan(costs, request.memory, solver=request.solver, gap=request.gap, costs_hash=costs_hash)
+    plan = solve_plan(
+        costs,
+        request.memory,
+        rules=request.rules,
+        objective=request.objective,
+        solver=request.solver,
+        gap=request.gap,
+        seconds=request.seconds,
+        costs_hash=costs_hash,
+    )
     save_record(request.out / ".work" / "plan.json", plan)
     artifact = emit_artifact(model, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
@@ -81,6 +94,27 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     if broken:
         raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
     return report
+
+
+def price_model(
+    source: str, work: Path, *, context: int | None = None, target: str = "gguf", calibration_tokens: int = DEFAULT_TOKENS
+) -> Costs:
+    """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
+
+    Args:
+        source: folder of a checkpoint, or a hub id.
+        work: folder for statistics and prices.
+        context: tokens that the process must have memory for; None: as `choose_context`.
+        target: what the plan will be written as.
+        calibration_tokens: of all texts together.
+
+    Raises:
+        EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
+    """
+    model, chosen = inspect_model(source), find_target(target)
+    calibration, _ = choose_texts((), ())
+    stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
+    return price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
 
 
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:

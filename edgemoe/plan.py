@@ -200,6 +200,10 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     drop = _drop_costs(costs, compiled, kept)  # [D]
     by_domain = costs.factor[:, stored] @ unit_cost + drop
     q = float(costs.weights @ by_domain)
+    if task.near is not None:  # what was bounded holds the penalty too: at most that of every decision
+        decisions = len(costs.units) + costs.n_layers * costs.n_experts
+        bound = min(q, solution.bound - task.near.nats * decisions)
+        solution = replace(solution, bound=bound, cost=q)
     plan = Plan(
         model=costs.model,
         model_name=costs.model_name,

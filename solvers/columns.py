@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import run
-from edgemoe.solvers.ilp import Items, build, join, prices_of, solve_items, unit_items
+from edgemoe.solvers.ilp import Items, build, expected_cost, join, prices_of, solve_items, unit_items
 from edgemoe.solvers.lagrange import Prices, Relaxed, minimise
 from edgemoe.solvers.program import DROP, Picks, Program
 
@@ -89,7 +89,7 @@ def generate(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Po
         if known.picks is not None:
             pool.add(known.picks)
     bound, prices, feasible = known.bound, known.prices, True
-    expected = known.cost if np.isfinite(known.cost) else max(known.bound, 1e-12)
+    expected = expected_cost(program, known)
     for _ in range(ROUNDS):
         model = build(program, all_items(program, pool), expected, elastic=True)
         if not run(model.problem, engine, mip=False).solved:

@@ -24,7 +24,7 @@ from edgemoe.solvers.lagrange import Prices, Relaxed, fill
 from edgemoe.solvers.program import DROP, Picks, Program
 
 SCALE = 1e4  # of the objective
-ELASTIC = 1e7  # price of breaking a scaled rule in the relaxation, so that first masters are feasible
+ELASTIC = 1e7  # least price of breaking a scaled rule in the relaxation, so that first masters are feasible
 HEADROOM = 2e-6  # of the room: what the solvers' tolerance of 1e-6 on a row of 1 could exceed it by
 Array = NDArray[np.float64]
 
@@ -125,7 +125,8 @@ def build(program: Program, items: Items, best_cost: float, *, headroom: float =
     priced = [(v, s.price * scale) for v, s in zip(model.soft, program.soft, strict=True)]
     if elastic:
         model.elastic = [problem.add_variable(f"z{r:05d}", 0) for r in range(len(program.rows) + 1)]
-        priced += [(z, ELASTIC) for z in model.elastic]
+        dearest = float(np.where(np.isfinite(items.cost), items.cost, 0.0).max(axis=0).sum())  # more than any choice costs
+        priced += [(z, max(ELASTIC, 10 * scale * dearest)) for z in model.elastic]
     if len(program.cost) == 1:
         problem += pulp.LpAffineExpression([*zip(x, (items.cost[0] * scale).tolist(), strict=True), *priced])
     else:
@@ -179,6 +180,14 @@ def _limit_formats(program: Program, items: Items, model: Model) -> None:
             mine = [(model.x[i], 1.0) for i in members if items.owner[i] == s]
             model.problem += _row([*mine, (used[f], -1.0)], 0.0), f"format{f:03d}_{s:06d}"
     model.problem += _row([(y, 1.0) for y in used.values()], float(program.max_formats)), "formats"
+
+
+def expected_cost(program: Program, known: Relaxed) -> float:
+    """What a choice may cost, for the scale: the best known; without one no less than a ten-thousandth of the dearest."""
+    if np.isfinite(known.cost):
+        return known.cost
+    finite = np.where(np.isfinite(program.cost), program.cost, 0.0)
+    return max(known.bound, float(program.constant.min()) + 1e-4 * float(finite.max(axis=(0, 2)).sum()), 1e-12)
 
 
 def add_block_rules(program: Program, items: Items, model: Model) -> None:
@@ -262,7 +271,7 @@ def solve_items(
         exact: the items are all there are, so the solver's bound (and its word that nothing fits) holds for the program.
         seconds: wall-clock limit.
     """
-    expected = known.cost if np.isfinite(known.cost) else max(known.bound, 1e-12)
+    expected = expected_cost(program, known)
     bound, best, cost = known.bound, known.picks, known.cost
     for headroom in (0.0, HEADROOM):
         model = build(program, items, expected, headroom=headroom)
