@@ -49,8 +49,8 @@ class Draft:
         self.pinned = np.zeros(costs.expert_drop.shape[1:], np.int8)  # 1: stays, -1: goes
         self.counts = dict.fromkeys(range(len(costs.counts)), True)  # index -> allowed
         self.least_kept = np.full(costs.n_layers, costs.top_k)
-        self.groups: tuple[int, int] = (1, 0)  # routing groups, least kept of each
-        self.equal_groups = False
+        self.groups: tuple[int, int] = (costs.n_groups, 0)  # routing groups, least kept of each
+        self.equal_groups = costs.n_groups > 1
         self.ties: list[list[int]] = []
         self.bounds: list[Bound] = []
         self.soft: dict[str, SoftVariable] = {}
@@ -60,7 +60,7 @@ class Draft:
     @property
     def chooses_experts(self) -> bool:
         """Whether kept sets must be chosen anew instead of taken from the menu."""
-        grouped = self.equal_groups or self.groups[1] > 0
+        grouped = self.groups[1] > 0 or self.groups[0] != self.costs.n_groups
         return bool(self.pinned.any()) or grouped or any(b.expression.needs_experts for b in self.bounds)
 
     def bound(self, name: str, expression: Linear, sense: str, limit: float) -> None:

@@ -203,6 +203,7 @@ class Costs:
     domains: tuple[str, ...]
     domain_weights: tuple[float, ...]  # summing to 1
     origin: str = ""  # where prices come from when this model was not measured
+    n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
