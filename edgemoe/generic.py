@@ -258,7 +258,7 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
 def _price_drops(
     domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int
 ) -> dict[str, Any]:
-    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), what they and single experts cost by domain."""
+    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain."""
     priors = _read_priors()
     linear = priors["drop"]["linear"]
     nats = np.array([priors["drop"]["nats"]["code" if d in priors["code_domains"] else "general"] for d in domains])
