@@ -20,7 +20,7 @@ from edgemoe.programs import Compiled, Near, compile_program
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
 from edgemoe.solvers.lagrange import relax
 from edgemoe.solvers.program import Program, Solution
-from edgemoe.solvers.search import SOLVERS, solve
+from edgemoe.solvers.search import SOLVERS, search, solve
 from edgemoe.terms import ARRAYS, Linear
 from edgemoe.units import format_bytes
 
@@ -55,11 +55,19 @@ class _Task:
 
         return program
 
-    def solve(self, room: int, staging: int | None = None, cutoff: float = np.inf) -> tuple[Solution, Compiled] | None:
-        """The best choice with this room that costs less than `cutoff`, and the program that it belongs to."""
-        compiled = self.programs(room, staging)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff)
+    def solve(self, room: int) -> tuple[Solution, Compiled] | None:
+        """The best choice with this room, and the program that it belongs to; None when there is none."""
+        compiled = self.programs(room)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds)
         return None if found is None else (found, compiled(found.count_index))
+
+    def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
+        """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
+        compiled = self.programs(room, staging)
+        found, bound = search(
+            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff
+        )
+        return (None if found is None else (found, compiled(found.count_index))), bound
 
 
 def solve_plan(
@@ -136,14 +144,15 @@ def _solve_with_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] |
     size = compiled.program.evaluate(solution.picks)[1]
     if size <= room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
         return found
-    return _branch_on_staging(task, budget)
+    return _branch_on_staging(task, budget, solution)
 
 
-def _branch_on_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
+def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
     """Branch and bound over the largest staging copy that the plan may need.
 
     A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
+    `free` is the answer without thought of staging: its bounds hold here too.
     """
     limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
 
@@ -165,14 +174,14 @@ def _branch_on_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | 
             for part in ((low, middle), (middle + 1, high)):
                 heapq.heappush(heap, (max(least, bound(*part)), *part))
             continue
-        found = task.solve(room_for_weights(budget, parts, limits[low]), limits[low], np.inf if best is None else best[0].cost)
-        if found is not None:
-            proven, best = min(proven, found[0].bound), found
-        elif best is not None:  # nothing better by more than the gap
-            proven = min(proven, best[0].cost * (1 - task.gap))
+        cutoff = np.inf if best is None else best[0].cost
+        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff)
+        proven, best = min(proven, below), found or best
     if best is None:
         return None
-    bounded = replace(best[0], bound=min(best[0].cost, proven))
+    costs = [cost for _, cost in best[0].per_count]
+    per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
+    bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
     return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
 
 

@@ -74,7 +74,8 @@ def compile_program(
     main = np.where(offered, costs.cost[c], np.inf)
     blocked = np.full((*main.shape[:1], 1), np.inf)
     pools = [main] if draft.vram is None else _two_pools(costs, main, np.where(draft.offered, costs.cost[c], np.inf))
-    cost = np.concatenate([blocked, *pools], axis=1)[None] * factor[:, :, None]
+    base = np.concatenate([blocked, *pools], axis=1)
+    cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
     size = np.concatenate(
         [np.zeros((len(main), 1), np.int64), costs.size[c], *([np.zeros_like(costs.size[c])] if draft.vram else [])], axis=1
     )
@@ -107,11 +108,20 @@ def compile_program(
         blocks=blocks,
         rows=tuple(rows),
         soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in draft.soft.values()),
-        format_of=np.array([-1, *[f % len(costs.formats) for f in range(size.shape[1] - 1)]]),
+        format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
         max_formats=draft.max_formats,
     )
     program, units = _tie(program, units, draft)
     return Compiled(program=program, c=c, units=units, n_formats=len(costs.formats), chosen=chosen)
+
+
+def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
+    """Format of every option [U, O]; -1 for dropping, and for experts that are only kept or not."""
+    of_option = np.array([-1, *(f % len(costs.formats) for f in range(shape[1] - 1))])
+    found = np.tile(of_option, (shape[0], 1))
+    if chosen:
+        found[: costs.n_layers * costs.n_experts] = -1
+    return found
 
 
 def _two_pools(costs: Costs, main: Floats, anywhere: Floats) -> list[Floats]:
@@ -224,7 +234,7 @@ def _tie(program: Program, units: NDArray[np.int64], draft: Draft) -> tuple[Prog
         blocks=program.blocks,
         rows=tuple(Row(name=r.name, coef=add(r.coef), limit=r.limit, soft=r.soft) for r in program.rows),
         soft=program.soft,
-        format_of=program.format_of,
+        format_of=None if program.format_of is None else program.format_of[names],
         max_formats=program.max_formats,
     )
     return tied_program, merged[units]
