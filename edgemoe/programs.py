@@ -84,14 +84,18 @@ def compile_program(
         rows.append(_vram_row(costs, draft, c))
     constant = weights @ costs.drop_cost[:, c].sum(axis=1)
     drops = np.tensordot(weights, costs.expert_drop, axes=1)  # [K, L, E]
+    if costs.form == "stacks" and chosen:
+        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
     if near is not None:
-        near.penalise(costs, cost, drops)
+        gone = near.gone(costs)
+        cost = cost + near.of_formats(costs, cost.shape[2])
+        constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
+        drops = drops + np.where(gone, -near.nats, near.nats)
     units = np.arange(len(costs.units))
     blocks = None
     if costs.form == "experts":
         units, cost, size, rows = _experts_first(costs, cost, size, rows, drops)
     elif chosen:
-        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
         cost, size, rows = _with_selection(costs, cost, size, rows, drops, draft.bounds)
         units = units + costs.n_layers * costs.n_experts
     if chosen:
@@ -199,8 +203,8 @@ def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
     return Blocks(
         n=n_layers,
         size=n_experts,
-        least=exact if stacks else draft.least_kept.astype(np.int64),
-        most=exact if stacks else np.full(n_layers, n_experts),
+        least=exact if stacks else np.full(n_layers, draft.least_kept),
+        most=exact if stacks else np.full(n_layers, draft.most_kept),
         curve=np.zeros((n_layers, n_experts + 1)) if stacks else costs.drop_curve,
         group=np.arange(n_experts) // (n_experts // groups),
         group_least=least,
@@ -247,15 +251,15 @@ class Near:
     plan: Plan
     nats: float
 
-    def penalise(self, costs: Costs, cost: Floats, drops: Floats) -> None:
-        """Add the penalty to every other format [K, U, O], and to dropping experts that stayed (and less to those that went)."""
+    def of_formats(self, costs: Costs, n_options: int) -> Floats:
+        """Nats for every option [U, O] of a unit that is stored in another format than before."""
         before = {name: f for f, name in enumerate(costs.formats)}
-        for u, unit in enumerate(costs.units):
-            chosen = before.get(self.plan.formats.get(unit.name, ""), -1)
-            for o in range(1, cost.shape[2]):
-                if (o - 1) % len(costs.formats) != chosen:
-                    cost[:, u, o] += self.nats
-        stayed = np.zeros(drops.shape[1:], bool)
+        chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
+        return np.where((np.arange(n_options) - 1) % len(costs.formats) == chosen[:, None], 0.0, self.nats)
+
+    def gone(self, costs: Costs) -> NDArray[np.bool_]:
+        """Experts that the earlier plan drops [L, E]."""
+        gone = np.ones((costs.n_layers, costs.n_experts), bool)
         for row, kept in enumerate(self.plan.kept):
-            stayed[row, list(kept)] = True
-        drops += np.where(stayed, self.nats, -self.nats)
+            gone[row, list(kept)] = False
+        return gone
