@@ -33,7 +33,6 @@ from edgemoe.errors import EdgemoeError, UsageError
 from edgemoe.ir import Costs
 from edgemoe.terms import ARRAYS, Layers, Linear, find_domain, parse_layers, select_experts, select_units, zero
 
-
 REFUSED = ("__bool__", "__ne__")  # what Python calls where a comparison is taken for a truth value
 
 
@@ -144,7 +143,9 @@ class Problem:
         """A continuous variable of a soft rule."""
         top, label = math.inf if high is None else high, f"{self._name}.{name}"
         if not (math.isfinite(low) and low <= top):
-            raise UsageError(f"rule {self._name!r}: new_var {name!r} is between {low} and {top}", hint="low is a number, and no more than high")
+            raise UsageError(
+                f"rule {self._name!r}: new_var {name!r} is between {low} and {top}", hint="low is a number, and no more than high"
+            )
         if any(v.name == label for v in self._soft.values()):
             raise UsageError(f"rule {self._name!r}: there are two new_var {name!r}", hint="give each a name of its own")
         variable = self._scratch.add_variable(f"new_{len(self._soft)}", low, None if math.isinf(top) else top)
@@ -241,7 +242,7 @@ def _call(costs: Costs, function: Callable[..., Any], name: str) -> tuple[Proble
             items = list(result) if isinstance(result, GeneratorType | list) else [result]
     except EdgemoeError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a user's function raises
+    except Exception as error:
         raise UsageError(f"rule {name!r}: {type(error).__name__}: {error}", hint="the function failed; rules are linear") from error
     if not items or (len(items) == 1 and items[0] is None):
         raise UsageError(f"rule {name!r}: returned nothing", hint="return or yield comparisons such as p.bytes() <= 6 * p.GiB")
@@ -255,9 +256,9 @@ def _call(costs: Costs, function: Callable[..., Any], name: str) -> tuple[Proble
 
 @contextmanager
 def _strict_comparisons(name: str) -> Iterator[None]:
-    """While a user's function runs: refuse to say whether a PuLP comparison or quantity is true, and let comparisons keep what they compared.
+    """While a user's function runs: refuse to say whether a PuLP comparison is true, and let comparisons keep what they compared.
 
-    Python asks for it in `0 <= x <= 1`, `a and b`, `not a`, `if x <= 3`; PuLP says yes.  `!=` between quantities is plain True.  A comparison
+    Python asks for it in `0 <= x <= 1`, `a and b`, `not a`, `if x <= 3`; PuLP says yes.  `!=` is plain True.  A comparison
     refers to its expression, so that `c = x <= 1; x += y` would change c: here it gets a copy.
     """
     import pulp

@@ -219,6 +219,8 @@ class MeanBits:
     def apply(self, draft: Draft) -> None:
         """8 bytes - bits * weights is bounded."""
         _need(self.name, at_least=self.at_least, at_most=self.at_most)
+        if not math.isfinite(self.at_least) or not math.isfinite(self.at_most):
+            raise UsageError(f"rule {self.name!r}: bits are a finite number")
         units = select_units(draft.costs, self.tensors, self.layers, self.name)
         bits, weights = sum_units(draft.costs, "size", units) * 8, sum_units(draft.costs, "weights", units)
         if self.at_least:

@@ -155,7 +155,12 @@ def select_units(costs: Costs, tensors: Sequence[str], layers: Layers, name: str
     if not all(isinstance(t, str) for t in tensors):
         raise UsageError(f"rule {name!r}: tensors are named by text", hint='such as "experts" or "blk.0.*"')
     patterns = [ALIASES.get(t, t) for t in tensors]
-    experts = None if experts is None else check_experts(costs, experts, name)
+    if experts is not None:
+        experts = check_experts(costs, experts, name)
+        if costs.form == "stacks":
+            raise UsageError(
+                f"rule {name!r}: an expert's tensors are stored in its layer's stack", hint="ask for the stack, without experts"
+            )
     wanted = None if layers is None else parse_layers(layers, (u.layer for u in costs.units if u.layer >= 0), name)
     found = [
         i

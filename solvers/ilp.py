@@ -236,7 +236,7 @@ def _add_curve(program: Program, model: Model, b: int, gone: list[tuple[Any, flo
 
 
 def prices_of(program: Program, model: Model, scale: float | None = None) -> Prices:
-    """Lagrange multipliers from the duals of a solved linear relaxation; its objective is scaled by the model's scale unless one is given."""
+    """Lagrange multipliers from the duals of a solved linear relaxation whose objective is scaled by the model, or by `scale`."""
     scale = model.scale if scale is None else scale
 
     def dual(name: str) -> float:

@@ -97,7 +97,7 @@ class Program:
         for row in self.rows if self.soft else ():
             helpers = np.flatnonzero(row.soft < 0)
             short = float(row.coef[every, picks].sum() + row.soft @ values) - row.limit if len(helpers) else 0.0
-            for s in sorted(helpers, key=lambda i: self.soft[i].price / -row.soft[i]):  # noqa: B023 - used at once
+            for s in sorted(helpers, key=lambda i: self.soft[i].price / -row.soft[i]):
                 step = min(max(short, 0.0) / -row.soft[s], self.soft[s].high - values[s])
                 values[s] += step
                 short += step * row.soft[s]

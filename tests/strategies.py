@@ -40,7 +40,7 @@ def random_costs(seed: int, form: str, *, layers: int = 2, experts: int = 4, for
     rng = np.random.default_rng(seed)
     names = FORMATS[-formats:]
     units = _units(form, layers, experts, rng)
-    counts = (experts,) if form == "experts" else tuple(range(2, experts + 1))
+    counts = (experts,) if form == "experts" else tuple(range(min(2, experts), experts + 1))
     importance = rng.lognormal(0, 1.6, (layers, experts)) * rng.lognormal(0, 0.8, (layers, 1)) * 1e-2
     by_domain = rng.lognormal(0, 0.7, (domains, layers, experts))
     weights = rng.dirichlet(np.ones(domains) * 3)
@@ -362,3 +362,16 @@ def budget_between(costs: Costs, share: float) -> int:
 def changed(costs: Costs, **values: Any) -> Costs:
     """The same price list with some fields replaced."""
     return replace(costs, **values)
+
+
+def best_cost(costs: Costs, budget: int, kind: str, ruled: Sequence[Ruled] = ()) -> float | None:
+    """The least objective of all plans that fit and keep the rules, by trying each; None: there is none."""
+    free = kind == "worst" or any(r.frees for r in ruled)
+    fitting = (p for p in choices(costs, free_sets=free) if peak_bytes(costs, p) <= budget and all(r.holds(p) for r in ruled))
+    return min((objective(costs, p, kind) for p in fitting), default=None)
+
+
+def least_peak(costs: Costs, ruled: Sequence[Ruled] = ()) -> int | None:
+    """Bytes of the smallest process of any plan that keeps the rules."""
+    free = any(r.frees for r in ruled)
+    return min((peak_bytes(costs, p) for p in choices(costs, free_sets=free) if all(r.holds(p) for r in ruled)), default=None)
