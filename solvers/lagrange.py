@@ -8,7 +8,7 @@ the sum of these minima less lam room and pi . limit is a lower bound (Everett 1
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,7 @@ def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
     most = np.minimum(blocks.size - blocks.least, (ordered < np.inf).sum(axis=1))
     totals[(gone < fewest[:, None]) | (gone > most[:, None])] = np.inf
     chosen = totals.argmin(axis=1)
+    totals[np.isnan(saves).any(axis=1)] = np.inf
     value = float((base + totals[np.arange(blocks.n), chosen]).sum())
     rank = np.argsort(order, axis=1, kind="stable")
     return value, np.where(rank < chosen[:, None], DROP, best).ravel()
@@ -104,15 +105,17 @@ def _hold_groups(blocks: Blocks, saves: Array) -> Array:
         members = np.flatnonzero(blocks.group == g)
         worst = np.argsort(saves[:, members], axis=1, kind="stable")[:, max(len(members) - blocks.group_least, 0) :]
         np.put_along_axis(held, members[worst], np.inf, axis=1)
+    short = ((held == np.inf) & (saves == -np.inf)).any(axis=1)  # a group must keep what has to go: there is no choice
+    held[short] = np.nan
     return held
 
 
 def least_size(program: Program) -> float:
     """Bytes of the smallest choice when rows are ignored; inf when nothing is allowed."""
-    cost = np.where(np.isfinite(program.cost[:1]), 0.0, np.inf)
+    cost = np.where(np.isfinite(program.cost).all(axis=0), 0.0, np.inf)[None]
     blocks = program.blocks
     if blocks:
-        blocks = Blocks(**{n: getattr(blocks, n) for n in Blocks.__dataclass_fields__} | {"curve": np.zeros_like(blocks.curve)})
+        blocks = replace(blocks, curve=np.zeros_like(blocks.curve))
     bare = Program(cost=cost, size=program.size, constant=np.zeros(1), fixed=program.fixed, room=0, blocks=blocks)
     return minimise(bare, plain_prices(bare, 1.0))[0]
 
@@ -173,8 +176,7 @@ def fill(program: Program, picks: Picks) -> Picks:
     better = (gain > 0) & (extra <= left) & open_units[:, None]
     better[: program.n_experts, DROP] = False
     if program.max_formats and program.format_of is not None:
-        used = np.unique(program.format_of[picks])
-        better &= np.isin(program.format_of, used)[None]
+        better &= np.isin(program.format_of, program.format_of[every, picks])
     heap = [(-gain[u, o] / max(int(extra[u, o]), 1), int(u), int(o)) for u, o in zip(*np.nonzero(better), strict=True)]
     heapq.heapify(heap)
     while heap:
