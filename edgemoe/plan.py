@@ -18,9 +18,8 @@ from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
 from edgemoe.programs import Compiled, Near, compile_program
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
-from edgemoe.solvers.lagrange import relax
-from edgemoe.solvers.program import Program, Solution
-from edgemoe.solvers.search import SOLVERS, search, solve
+from edgemoe.solvers.program import Prices, Program, Solution
+from edgemoe.solvers.search import SOLVERS, bound_at, search, solve
 from edgemoe.terms import Linear
 from edgemoe.units import format_bytes
 
@@ -61,12 +60,11 @@ class _Task:
         found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds)
         return None if found is None else (found, compiled(found.count_index))
 
-    def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
+    def improve(self, room: int, staging: int, cutoff: float, hints: Sequence[Prices]) -> tuple[tuple[Solution, Compiled] | None, float]:
         """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
         compiled = self.programs(room, staging)
-        found, bound = search(
-            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff
-        )
+        n, options = len(self.allowed), {"solver": self.solver, "seconds": self.seconds}
+        found, bound = search(lambda i: compiled(i).program, n, self.gap, cutoff=cutoff, hints=hints, **options)  # type: ignore[arg-type]
         return (None if found is None else (found, compiled(found.count_index))), bound
 
 
@@ -166,12 +164,13 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
     `free` is the answer without thought of staging: its bounds hold here too.
     """
-    limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
+    parts = _beside(task.costs, task.draft)
+    limits = _staging_limits(task.costs, budget, parts)
+    hints = [free.prices]
 
     def bound(low: int, high: int) -> float:
         programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
-        found = [relax(programs(i).program) for i in range(len(task.allowed))]
-        return min((r.bound for r in found if r is not None), default=np.inf)
+        return min(bound_at(programs(i).program, hints) for i in range(len(task.allowed)))
 
     heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
     best: tuple[Solution, Compiled] | None = None
@@ -187,14 +186,22 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
                 heapq.heappush(heap, (max(least, bound(*part)), *part))
             continue
         cutoff = np.inf if best is None else best[0].cost
-        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff)
+        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff, hints)
         proven, best = min(proven, below), found or best
+        if found is not None:
+            hints.append(found[0].prices)
     if best is None:
         return None
     costs = [cost for _, cost in best[0].per_count]
     per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
     bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
     return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
+
+
+def _staging_limits(costs: Costs, budget: int, parts: dict[str, int]) -> list[int]:
+    """Staging copies that matter: of all that leave the same room, the largest."""
+    by_room = {room_for_weights(budget, parts, s): s for s in np.unique(costs.staging).tolist()}
+    return sorted(by_room.values())
 
 
 def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
@@ -249,7 +256,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         bound=solution.bound,
         gap=solution.gap,
         proven=solution.proven,
-        price=solution.price,
+        price=solution.prices.byte,
         counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
         rules=(),
         origin=costs.origin,

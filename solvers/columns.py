@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import run
 from edgemoe.solvers.ilp import Items, Model, build, join, prices_of, solve_items, unit_items
-from edgemoe.solvers.lagrange import Prices, Relaxed, minimise
-from edgemoe.solvers.program import DROP, Picks, Program
+from edgemoe.solvers.lagrange import Relaxed, minimise
+from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 ROUNDS = 80
 EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing

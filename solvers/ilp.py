@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import Outcome, run
-from edgemoe.solvers.lagrange import Prices, Relaxed, fill
-from edgemoe.solvers.program import DROP, Picks, Program
+from edgemoe.solvers.lagrange import Relaxed, fill
+from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 SCALE = 1e4  # of the objective
 CLEAREST = 1e7  # scaled objectives further than this from 10^4 are scaled again: they were expected to be smaller

@@ -13,20 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.solvers.program import DROP, Blocks, Picks, Program
+from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
 STEPS = 100
 CLOSE = 1e-9  # relative width of the price interval at which bisection stops
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prices:
-    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
-
-    byte: float
-    rows: Array  # [R]
-    objectives: Array  # [K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

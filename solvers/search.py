@@ -7,6 +7,7 @@ its bound is proven already.  With rules, the prices found for one kept count bo
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from edgemoe.solvers.columns import all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
 from edgemoe.solvers.lagrange import Relaxed, minimise, relax
-from edgemoe.solvers.program import Program, Programs, Solution
+from edgemoe.solvers.program import Prices, Program, Programs, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
@@ -60,10 +61,12 @@ def search(
     solver: str = "highs",
     seconds: float | None = None,
     cutoff: float = np.inf,
+    hints: Sequence[Prices] = (),
 ) -> tuple[Solution | None, float]:
     """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice at all goes below.
 
-    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for.
+    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for; `hints` are prices at which kept counts
+    are bounded first, so that those beyond the cutoff cost no more time.
     """
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
@@ -74,8 +77,13 @@ def search(
         return (best if best is not None and best.cost < cutoff else None), (np.inf if best is None else best.cost)
     until = None if seconds is None else time.monotonic() + seconds
     known: dict[int, Relaxed] = {}
+    beyond = np.inf  # bound of what the hints put beyond the cutoff
     for c in range(n_counts):
         program = programs(c)
+        quick = bound_at(program, hints) if cutoff < np.inf else -np.inf
+        if quick >= cutoff - gap * abs(cutoff):
+            beyond = min(beyond, quick)
+            continue
         if solver == "lagrange" and not program.is_plain:
             name = program.rows[0].name if program.rows else "at most so many formats" if program.max_formats else "objective: worst"
             raise UsageError(f"solver lagrange cannot honour the rule {name!r}", hint="use --solver highs")
@@ -86,7 +94,15 @@ def search(
         _close_gaps(programs, known, gap, solver, until, cutoff)
     found = _conclude(known, n_counts, gap)
     bound = min((r.bound for r in known.values()), default=np.inf)
+    bound = min(bound, beyond)
     return (found if found is not None and found.cost < cutoff else None), bound
+
+
+def bound_at(program: Program, hints: Sequence[Prices]) -> float:
+    """The best bound of a program at these prices; -inf without any that belong to it."""
+    shape = len(program.rows), len(program.cost)
+    fitting = [p for p in hints if (len(p.rows), len(p.objectives)) == shape]
+    return max((minimise(program, p)[0] for p in fitting), default=-np.inf)
 
 
 def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution | None:
@@ -102,7 +118,7 @@ def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution 
         cost=cost,
         bound=min(bound, cost),
         proven=bound >= cost - gap * abs(cost),
-        price=solved[best].prices.byte,
+        prices=solved[best].prices,
         per_count=tuple(
             (r.bound, r.cost if np.isfinite(r.cost) else None) if (r := known.get(c)) else (None, None) for c in range(n_counts)
         ),
