@@ -26,6 +26,7 @@ from edgemoe.units import format_bytes
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+MOST_PROGRAMS = 2**27  # bytes of programs that are kept between their uses
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
@@ -43,13 +44,15 @@ class _Task:
     seconds: float | None
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
-        """Compiled programs by their place in `allowed`, made once each."""
+        """Compiled programs by their place in `allowed`; the latest are kept, as many as memory allows."""
         made: dict[int, Compiled] = {}
 
         def program(i: int) -> Compiled:
             if i not in made:
                 c = self.allowed[i]
                 made[i] = compile_program(self.costs, self.draft, c, room, staging=staging, objective=self.objective, near=self.near)
+                while len(made) > 2 and len(made) * made[i].program.cost.nbytes > MOST_PROGRAMS:
+                    del made[next(iter(made))]
             return made[i]
 
         return program

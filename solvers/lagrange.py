@@ -118,27 +118,41 @@ def relax(program: Program) -> Relaxed | None:
     """
     if least_size(program) > program.room:
         return None
-    finite = program.cost[np.isfinite(program.cost)]
-    top = float(np.abs(finite).max()) + (float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0)
+    plain = _only_the_budget(program)
+    finite = plain.cost[np.isfinite(plain.cost)]
+    top = float(np.abs(finite).max()) + (float(np.abs(plain.blocks.curve).max()) if plain.blocks else 0.0)
     low, high = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # a byte dearer than everything
-    free, picks = minimise(program, plain_prices(program, 0.0))[0], minimise(program, plain_prices(program, low))[1]
-    if program.evaluate(picks)[1] <= program.room:
+
+    def at(price: float) -> tuple[float, Picks]:
+        return minimise(plain, plain_prices(plain, price))
+
+    free, picks = at(0.0)[0], at(low)[1]
+    if plain.evaluate(picks)[1] <= program.room:
         return _relaxed(program, free, picks, plain_prices(program, 0.0))
     bound, best, best_price = free, None, 0.0
     for _ in range(STEPS):
         price = float(np.sqrt(low * high))
-        value, picks = minimise(program, plain_prices(program, price))
+        value, picks = at(price)
         if value > bound:
             bound, best_price = value, price
-        if program.evaluate(picks)[1] <= program.room:
+        if plain.evaluate(picks)[1] <= program.room:
             high, best = price, picks
         else:
             low = price
         if high / low < 1 + CLOSE:
             break
     if best is None:
-        best = minimise(program, plain_prices(program, high))[1]
+        best = at(high)[1]
     return _relaxed(program, bound, best, plain_prices(program, best_price))
+
+
+def _only_the_budget(program: Program) -> Program:
+    """The program with the mean of its objectives for its one objective, and without rows: a relaxation."""
+    if program.is_plain:
+        return program
+    weights = plain_prices(program, 0.0).objectives
+    mean = np.array([float(weights @ program.constant)])
+    return replace(program, cost=mix_objectives(program, weights)[None], constant=mean, rows=(), soft=(), max_formats=0)
 
 
 def _relaxed(program: Program, bound: float, picks: Picks, prices: Prices) -> Relaxed:
