@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[])
     options = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, MiB\n")
-    print("| file | bytes | context | predicted | measured | off by | |\n|---|---|---|---|---|---|---|")
+    print("| file | size | context | predicted | measured | off by | |\n|---|---|---|---|---|---|---|")
     for name, (tiny, settings) in cases().items():
         if options.only and name not in options.only:
             continue
