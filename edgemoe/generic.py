@@ -278,3 +278,53 @@ def _price_drops(
         "expert_drop": slope[:, :, None] * share,
         "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
     }
+
+
+def price_coverage(saliency: Saliency, count: int) -> Costs:
+    """Costs in lost coverage instead of nats, so that the objective "worst" maximises the least covered domain's coverage.
+
+    The coverage of a domain is the share of its saliency that is kept, relative to its own best `count` experts, mean over layers
+    (scores.domain_coverage).  Nothing but experts is decided: every layer keeps `count`, and there is one tensor of one byte.
+
+    Args:
+        saliency: shares [D, L, E].
+        count: kept experts of each layer.
+    """
+    share = saliency.share
+    domains, n_layers, n_experts = share.shape
+    best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
+    price = share / best / n_layers
+    kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
+    lost: Floats = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
+    stack = [
+        Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
+    ]
+    shape = 1, n_layers, 1
+    return Costs(
+        model=hash_json("coverage", share.shape),
+        model_name="coverage",
+        stats="",
+        target="gguf",
+        form="stacks",
+        formats=("F16",),
+        units=tuple(stack),
+        counts=(count,),
+        n_experts=n_experts,
+        top_k=1,
+        kappa=0.0,
+        memory={"context": 0, "kv": 0, "compute": 0, "output": 0, "runtime": 0},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(1 / domains) for _ in range(domains)),
+        origin="lost coverage, not nats",
+        cost=np.zeros(shape),
+        size=np.ones(shape, np.int64),
+        staging=np.zeros(shape, np.int64),
+        fixed_size=np.zeros(1, np.int64),
+        factor=np.ones((domains, n_layers)),
+        kept=kept[None],
+        drop_cost=lost[:, None, :],
+        expert_drop=price,
+        drop_curve=np.zeros((n_layers, n_experts + 1)),
+        usage=share,
+    )
