@@ -104,7 +104,7 @@ def price_generic(
     nats = _tensor_nats(model, units, prior)
     stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
-    drops = _price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts)
+    drops = price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts)
     cost, size, staging = _price_units(model, target, units, counts, nats, prior)
     key = hash_json("generic", _read_priors(), prior, model.fingerprint)
     return Costs(
@@ -233,11 +233,22 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
     return shares
 
 
-def _price_drops(domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...]) -> dict[str, Any]:
-    """The menu of kept sets (most saliency, domains by weight), and what these and single experts cost in each domain."""
+def price_drops(domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The menu of kept sets (most saliency, domains by weight), and what these and single experts cost in each domain.
+
+    Args:
+        domains: D names; those that begin with "code" lose what code lost, all others what general text lost.
+        weights: [D], summing to 1.
+        share: of each expert in its layer's saliency [D, L, E].
+        layer_weight: [L], summing to 1.
+        counts: kept counts of the menu; the last is E.
+
+    Returns:
+        The fields `kept`, `drop_cost`, `expert_drop` and `drop_curve` of Costs.
+    """
     priors = _read_priors()
     linear = priors["drop"]["linear"]
-    nats = np.array([priors["drop"]["nats"]["code" if d in priors["code_domains"] else "general"] for d in domains])
+    nats = np.array([priors["drop"]["nats"]["code" if d.startswith("code") else "general"] for d in domains])
     scale = nats[:, None] * layer_weight  # [D, L]
     n_experts = share.shape[2]
     order = np.argsort(np.tensordot(weights, share, axes=1), axis=1, kind="stable")  # [L, E] the first to go first
