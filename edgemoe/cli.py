@@ -221,7 +221,8 @@ def price(
         Path | None, typer.Option(metavar="FILE", help="Instead of STATS: an importance matrix that llama-imatrix made (GGUF).")
     ] = None,
     saliency: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="With --imatrix: scores of experts, `layer,expert,score[,domain]`; larger means keep.")
+        Path | None,
+        typer.Option(metavar="CSV", help="With --imatrix: scores of experts, `layer,expert,score[,domain]`; larger means keep."),
     ] = None,
     context: ContextOpt = None,
     target: str = "gguf",
@@ -237,7 +238,8 @@ def price(
 
     if (stats is None) == (imatrix is None):
         raise UsageError(
-            "give exactly one of STATS and --imatrix", hint="STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration"
+            "give exactly one of STATS and --imatrix",
+            hint="STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration",
         )
     if saliency is not None and imatrix is None:
         raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")

@@ -1,8 +1,8 @@
 """Model, imported Stats, target -> Costs from files that people already have: an imatrix, and scores of experts if there are any.
 
-Quantize.  cost(unit, format) = generic cost of the unit in Q4_K * error(format) / error(Q4_K).  The error is what the target's own quantizer
-does to sampled rows of the real weights, squared and weighted by the file's mean x^2 per column; the experts of a stack by how often each
-was chosen.  So which format a unit takes best, and which experts are hard to round, are this model's own; how much one unit matters against
+Quantize.  cost(unit, format) = generic cost of the unit in Q4_K * error(format) / error(Q4_K).  The error is what the target's quantizer
+does to sampled rows of the real weights, squared, its columns weighted by the file's mean x^2, the experts of a stack by how often each was
+chosen.  So which format a unit takes best, and which experts are hard to round, are this model's own; how much one unit matters against
 another, and the scale in nats, are other models' (generic.py).
 
 Drop.  The generic curve over the share of a layer's score that is lost.  Scores are the user's (saliency), else how often the imatrix file
@@ -33,7 +33,7 @@ from edgemoe.targets import Target
 
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB
 COLUMNS = ("layer", "expert", "score")
-SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: ratios of errors need fewer than errors (price.py)
+SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price.py's, whose costs it meets to 7 %
 REFERENCE_BITS = 4.5  # of Q4_K, in which `whole` of generic.py is known best; the offered format nearest to it is the reference
 Progress = Callable[[int, int], None]
 Floats = NDArray[np.float64]
@@ -57,12 +57,16 @@ def read_saliency(path: Path, model: Model) -> Saliency:
             reader = csv.reader(file, strict=True)
             header = tuple(cell.strip() for cell in next(reader, []))
             if header not in (COLUMNS, (*COLUMNS, "domain")):
-                raise ModelError(f"{path}: line 1: the header is {','.join(header)!r}", hint="expected layer,expert,score or layer,expert,score,domain")
+                raise ModelError(
+                    f"{path}: line 1: the header is {','.join(header)!r}", hint="expected layer,expert,score or layer,expert,score,domain"
+                )
             for row in reader:
                 if row:
                     key, score = _parse_row(f"{path}: line {reader.line_num}", row, len(header), model)
                     if key in scores:
-                        raise ModelError(f"{path}: line {reader.line_num}: layer {key[1]}, expert {key[2]} is there twice{_in_domain(key[0])}")
+                        raise ModelError(
+                            f"{path}: line {reader.line_num}: layer {key[1]}, expert {key[2]} is there twice{_in_domain(key[0])}"
+                        )
                     scores[key] = score
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ModelError(f"{path}: cannot be read as CSV: {error}") from error
@@ -103,8 +107,10 @@ def _fill_table(path: Path, scores: dict[Key, float], model: Model) -> Saliency:
         for layer in range(model.n_layers):
             for expert in range(model.n_experts):
                 if (domain, layer, expert) not in scores:
-                    raise ModelError(f"{path}: layer {layer}, expert {expert} is missing{_in_domain(domain)}", hint="one line for each expert")
-    table = np.array([[[scores[d, l, e] for e in range(model.n_experts)] for l in range(model.n_layers)] for d in domains])
+                    raise ModelError(
+                        f"{path}: layer {layer}, expert {expert} is missing{_in_domain(domain)}", hint="one line for each expert"
+                    )
+    table = np.array([[[scores[d, n, e] for e in range(model.n_experts)] for n in range(model.n_layers)] for d in domains])
     largest = table.max(axis=2, keepdims=True)
     if not (largest > 0).all():
         d, layer = np.argwhere(largest[:, :, 0] <= 0)[0]
@@ -114,7 +120,7 @@ def _fill_table(path: Path, scores: dict[Key, float], model: Model) -> Saliency:
 
 
 def _frequency(model: Model, stats: Stats) -> Saliency:
-    """Shares of the routed tokens [1, L, E]; experts that saw little count at least as `drop_floor` says: no evidence is no reason to drop."""
+    """Shares of the routed tokens [1, L, E]; experts that saw little count at least as much as `drop_floor` says."""
     share = np.empty((1, model.n_layers, model.n_experts))
     for layer in range(model.n_layers):
         count = stats.arrays(layer)["count"].sum(axis=0)
@@ -143,7 +149,9 @@ def price_imported(
     scores = saliency or _frequency(model, stats)
     weights = np.full(len(scores.domains), 1 / len(scores.domains))
     reference = _reference_costs(model, target, base)
-    stacks = np.array([sum(reference[u] for u, unit in enumerate(base.units) if unit.is_stack and unit.layer == n) for n in range(model.n_layers)])
+    stacks = np.array(
+        [sum(reference[u] for u, unit in enumerate(base.units) if unit.is_stack and unit.layer == n) for n in range(model.n_layers)]
+    )
     drops = price_drops(scores.domains, weights, scores.share, stacks / stacks.sum(), base.counts)
     cost = np.full(base.cost.shape, np.inf)
     if progress:
