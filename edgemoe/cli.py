@@ -42,7 +42,8 @@ from edgemoe.cli_options import (
 )
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.cli_plan import plan, read_rules
-from edgemoe.errors import EdgemoeError, MachineError, UsageError
+from edgemoe.cli_price import price
+from edgemoe.errors import EdgemoeError, MachineError
 from edgemoe.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -212,62 +213,7 @@ def calibrate(
     print(json.dumps(result, indent=1) if as_json else f"{stats.folder}\ntokens {result['tokens']}, {len(stats.cold)} cold experts")
 
 
-@app.command()
-def price(
-    model: ModelArg,
-    output: OutOpt,
-    stats: Annotated[Path | None, typer.Argument(metavar="[STATS]", help="Folder that calibrate made (with stats.json).")] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Instead of STATS: an importance matrix that llama-imatrix made (GGUF).")
-    ] = None,
-    saliency: Annotated[
-        Path | None,
-        typer.Option(metavar="CSV", help="With --imatrix: scores of experts, `layer,expert,score[,domain]`; larger means keep."),
-    ] = None,
-    context: ContextOpt = None,
-    target: str = "gguf",
-) -> None:
-    """Nats and bytes of every choice -> a costs file.
-
-    With --imatrix nothing is calibrated: less exact prices, from files that exist, and statistics for `emit` in a folder beside OUT.
-    """
-    from edgemoe.inspect import inspect_model
-    from edgemoe.ir import Stats, load_record, save_record
-    from edgemoe.pipeline import choose_context
-    from edgemoe.targets import find_target
-
-    if (stats is None) == (imatrix is None):
-        raise UsageError(
-            "give exactly one of STATS and --imatrix",
-            hint="STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration",
-        )
-    if saliency is not None and imatrix is None:
-        raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
-    found, chosen = inspect_model(model), find_target(target)
-    tokens = choose_context(found, context)
-    with show_progress() as progress:
-        if stats is not None:
-            from edgemoe.price import price_choices
-
-            collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
-            _same_model(found.fingerprint, collected.model, stats)
-            costs = price_choices(found, collected, chosen, tokens, lambda d, n: progress("price", d, n))
-        else:
-            from edgemoe.imatrix import read_imatrix, save_imported_stats
-            from edgemoe.imports import price_imported, read_saliency
-
-            assert imatrix is not None
-            importance = read_imatrix(imatrix, found)
-            scores = read_saliency(saliency, found) if saliency else None
-            collected = save_imported_stats(importance, found, output.parent)
-            costs = price_imported(found, collected, chosen, tokens, scores, lambda d, n: progress("price", d, n))
-    save_record(output, costs)
-    print(f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}")
-    if imatrix is not None:
-        print(f"{collected.folder}: statistics for `edgemoe emit`, {len(collected.cold)} cold experts")
-        print(f"note: {costs.origin}", file=sys.stderr)
-
-
+app.command()(price)
 app.command()(plan)
 
 

@@ -229,8 +229,8 @@ def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, tuple[
 def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
     """Write the part of Stats that an imatrix file knows, enough for `emit` and for `price_imported`.
 
-    There is one domain, "imatrix", and no probe.  Sums are not weighted by gates.  The columns of the output matrix count alike where the file
-    lacks it (llama-imatrix without --process-output).
+    There is one domain, "imatrix", and no probe.  Sums are not weighted by gates.  The columns of the output matrix count alike where the
+    file lacks it (llama-imatrix without --process-output).
 
     Args:
         imatrix: from `read_imatrix` for this model.
