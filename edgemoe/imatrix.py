@@ -97,7 +97,7 @@ def read_imatrix(path: Path, model: Model) -> Imatrix:
         counts = header.tensors.get(f"{base}.counts")
         if counts is None or counts[0] != (shape[0], 1):
             found = "is missing" if counts is None else f"has shape {list(counts[0])}, expected {[shape[0], 1]}"
-            raise ModelError(f"{path}: {base}.counts {found}")
+            raise ModelError(f"{path}: {base + '.counts'!r} {found}")
         entries[base] = Entry(shape=shape, sums_at=at, counts_at=counts[1])
     _check_model(path, entries, model)
     datasets = header.values.get("imatrix.datasets", [])
@@ -114,7 +114,7 @@ def _check_model(path: Path, entries: Mapping[str, Entry], model: Model) -> None
     for name, entry in entries.items():
         layer = re.match(r"blk\.(\d+)\.", name)
         if layer and int(layer[1][:9]) >= model.n_layers:
-            raise ModelError(f"{path}: holds {name}, but {model.name} has {model.n_layers} layers", hint="is it of another model?")
+            raise ModelError(f"{path}: holds {name!r}, but {model.name} has {model.n_layers} layers", hint="is it of another model?")
         if name in expected and entry.shape != expected[name]:
             hint = "is it of another model? files converted from .dat have one count for all experts: make those again"
             raise ModelError(f"{path}: {name}.in_sum2 has shape {list(entry.shape)}, {model.name} needs {list(expected[name])}", hint=hint)
@@ -205,9 +205,9 @@ def _read_header(path: Path) -> _Header:
     tensors: dict[str, tuple[tuple[int, int], int]] = {}
     for name, shape, offset in infos:
         if name in tensors:
-            raise ModelError(f"{path}: {name} is there twice")
+            raise ModelError(f"{path}: {name!r} is there twice")
         if start + offset + 4 * shape[0] * shape[1] > size:
-            raise ModelError(f"{path}: file ends at byte {size}, inside {name} of shape {list(shape)}", hint="copy or make it again")
+            raise ModelError(f"{path}: file ends at byte {size}, inside {name!r} of shape {list(shape)}", hint="copy or make it again")
         tensors[name] = shape, start + offset
     return _Header(values, tensors)
 
@@ -217,11 +217,11 @@ def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, tuple[
     for _ in range(n_tensors):
         name, n_dims = cursor.text(), cursor.number("I")
         if not 1 <= n_dims <= MAX_DIMS:
-            raise ValueError(f"{name} has {n_dims} dimensions")
+            raise ValueError(f"{name!r} has {n_dims} dimensions")
         dims = [cursor.number("Q") for _ in range(n_dims)]
         kind, offset = cursor.number("I"), cursor.number("Q")
         if kind != F32 or any(n != 1 for n in dims[2:]):
-            raise ValueError(f"{name} of type {kind} and dimensions {dims} is not an F32 matrix")
+            raise ValueError(f"{name!r} of type {kind} and dimensions {dims} is not an F32 matrix")
         yield name, (dims[1] if n_dims > 1 else 1, dims[0]), offset
 
 

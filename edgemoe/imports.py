@@ -32,6 +32,7 @@ from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB
+MAX_DOMAIN = 64  # characters; names are printed in tables
 COLUMNS = ("layer", "expert", "score")
 SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price.py's, whose costs it meets to 7 %
 REFERENCE_BITS = 4.5  # of Q4_K, in which `whole` of generic.py is known best; the offered format nearest to it is the reference
@@ -89,8 +90,8 @@ def _parse_row(where: str, row: list[str], n_columns: int, model: Model) -> tupl
     if not (math.isfinite(score) and score >= 0):
         raise ModelError(f"{where}: score {cells[2][:40]!r} is not a number from 0 up")
     domain = cells[3] if n_columns > len(COLUMNS) else "imatrix"
-    if not domain:
-        raise ModelError(f"{where}: the domain is empty")
+    if not domain or not domain.isprintable() or len(domain) > MAX_DOMAIN:
+        raise ModelError(f"{where}: domain {domain[:40]!r} is not a name of 1 to {MAX_DOMAIN} printable characters")
     return (domain, numbers[0], numbers[1]), score
 
 

@@ -333,6 +333,9 @@ def test_tables_that_are_not_one_score_for_each_expert_are_refused(
 def test_tables_that_cannot_be_read_are_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="in domain 'law'"):
         read(table(model, domains=("code", "law"), change=lambda lines: lines.pop()), model, tmp_path)
+    for name in ("", "\x1b[2J", "x" * 65):
+        with pytest.raises(ModelError, match="line 2: domain"):
+            read(table(model, domains=("code", "law"), change=put(2, f"0,0,1,{name}")), model, tmp_path)
     path = tmp_path / "scores.csv"
     path.write_bytes(b"layer,expert,score\n0,0,\xff\n")
     with pytest.raises(ModelError, match="CSV"):
