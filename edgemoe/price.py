@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
+from edgemoe.errors import ModelError
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
@@ -77,7 +78,12 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         progress: called with (layers done, all layers).
+
+    Raises:
+        ModelError: the statistics were imported, not measured.
     """
+    if not stats.probes:
+        raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
     units = target.list_units(model)
     counts = offered_counts(model.n_experts, model.top_k)
     table = _Table(model, target, units, counts)
