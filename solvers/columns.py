@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from edgemoe.solvers.engine import run
 from edgemoe.solvers.ilp import Items, Model, build, join, prices_of, solve_items, unit_items
 from edgemoe.solvers.lagrange import Relaxed, minimise
+from edgemoe.solvers.nearby import nearby_items
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 ROUNDS = 80
 EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing
 CLOSE = 1e-6  # relative distance of master and bound at which generation stops
 AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # byte prices, times the best, that fill the pool at the end
+NEARBY = 12000  # options that single experts and tensors are chosen among where objectives compete
 FIRST = (1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3)  # ... and at the beginning
 
 
@@ -163,6 +165,10 @@ def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap
 
     None: proven that there is no choice.
     """
+    if len(program.cost) > 1:
+        found = solve_items(program, nearby_items(program, known.prices, NEARBY), known, engine, gap, exact=False, seconds=seconds)
+        if found is not None and found.picks is not None:
+            return found
     for factor in AROUND:
         near = Prices(byte=known.prices.byte * factor, rows=known.prices.rows, objectives=known.prices.objectives)
         pool.add(minimise(program, near)[1])

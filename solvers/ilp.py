@@ -277,7 +277,7 @@ def solve_items(
     tighter = np.zeros(1 + len(program.rows))
     for _ in range(TRIES):
         model = build(program, items, expected, tighter=tighter)
-        if exact:
+        if items.n_sets == program.cost.shape[1]:  # unit by unit
             add_block_rules(program, items, model)
         start = None if best is None else _start(program, items, model, best)
         enough = (known.bound / (1 - min(gap, 0.5)) - _constant(program)) * model.scale if known.bound > 0 else None

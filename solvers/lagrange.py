@@ -44,12 +44,18 @@ def mix_objectives(program: Program, weights: Array) -> Array:
     return np.where(offered, np.tensordot(weights, np.where(offered, program.cost, 0.0), axes=1), np.inf)
 
 
-def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
-    """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
+def reduce_costs(program: Program, prices: Prices) -> Array:
+    """What every option costs with its bytes and its share of the rules paid [U, O]."""
     reduced = mix_objectives(program, prices.objectives) + prices.byte * program.size
     for price, row in zip(prices.rows, program.rows, strict=True):
         if price:
             reduced = reduced + price * row.coef
+    return reduced
+
+
+def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
+    """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
+    reduced = reduce_costs(program, prices)
     value = float(prices.objectives @ program.constant) - prices.byte * (program.room - program.fixed)
     value -= float(sum(p * row.limit for p, row in zip(prices.rows, program.rows, strict=True)))
     for s, soft in enumerate(program.soft):

@@ -1,0 +1,55 @@
+"""The options that can matter once prices are known -> an integer program of a bounded size.
+
+At the prices of the relaxation every option has a distance: by how much it is dearer, in reduced nats, than what the relaxation picks.  An
+option whose distance exceeds the gap between a known choice and the bound is in no better choice; of the rest the nearest are kept.  Single
+experts change places this way, which whole-layer columns cannot express: several objectives need that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.solvers.ilp import Items, unit_items
+from edgemoe.solvers.lagrange import minimise, reduce_costs
+from edgemoe.solvers.program import DROP, Prices, Program
+
+
+def nearby_items(program: Program, prices: Prices, most: int) -> Items:
+    """The options nearest to what the relaxation picks, a set for every unit, at most about `most` in all."""
+    distance = _distances(program, prices)
+    finite = np.sort(distance[np.isfinite(distance)])
+    limit = finite[min(most, len(finite) - 1)]
+    near = distance <= max(limit, 0.0)
+    cost = np.where(near[None], program.cost, np.inf)
+    return unit_items(replace(program, cost=cost), np.arange(cost.shape[1]))
+
+
+def _distances(program: Program, prices: Prices) -> NDArray[np.float64]:
+    """By how much each option is dearer than the relaxation's own [U, O]; dropping and keeping are compared across an expert's layer."""
+    reduced = reduce_costs(program, prices)
+    picks = minimise(program, prices)[1]
+    n = program.n_experts
+    least = np.where(np.isfinite(reduced), reduced, np.inf)
+    distance: NDArray[np.float64] = np.full(least.shape, np.inf)
+    distance[n:] = least[n:] - least[n:].min(axis=1, keepdims=True)
+    if program.blocks:
+        b, size = program.blocks.n, program.blocks.size
+        keep = least[:n, DROP + 1 :].min(axis=1)
+        with np.errstate(invalid="ignore"):
+            saves = np.where(np.isinf(least[:n, DROP]), np.inf, np.where(np.isinf(keep), -np.inf, least[:n, DROP] - keep)).reshape(b, size)
+        gone = (picks[:n] == DROP).reshape(b, size)
+        last = np.where(gone, saves, -np.inf).max(axis=1)
+        first = np.where(gone, np.inf, saves).min(axis=1)
+        edge = np.where(np.isfinite(last) & np.isfinite(first), (last + first) / 2, np.where(np.isfinite(first), first, last))
+        flip = np.abs(saves - edge[:, None])  # what it takes to change an expert's fate
+        flip[~np.isfinite(saves)] = np.inf
+        flip = flip.ravel()
+        distance[:n, DROP] = np.where(gone.ravel(), 0.0, flip)
+        with np.errstate(invalid="ignore"):
+            dearer = least[:n, DROP + 1 :] - keep[:, None]
+        distance[:n, DROP + 1 :] = np.where(np.isfinite(dearer), dearer, np.inf) + np.where(gone.ravel(), flip, 0.0)[:, None]
+        distance[:n][~np.isfinite(least[:n])] = np.inf
+    return distance
