@@ -101,6 +101,7 @@ def build(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
     ] = None,
+    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -123,6 +124,7 @@ def build(
         solver=solver,
         gap=gap,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
+        repair=repair,
         work=work,
         force=force,
         command=shlex.join(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
+REPAIRED = 0.6  # what drops cost once the survivors are refitted, of what they cost before (benchmarks/results/repair.md)
 Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
 Progress = Callable[[int, int], None]
 
@@ -124,6 +125,11 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
         kept=kept,
     )
+
+
+def discount_drops(costs: Costs, factor: float = REPAIRED) -> Costs:
+    """The same prices for a build that repairs: drops cost `factor` of what they cost without."""
+    return replace(costs, drop_cost=costs.drop_cost * factor)
 
 
 def _first_tensor(model: Model, unit: Unit) -> Tensor:

@@ -2,7 +2,7 @@
 
 First the closed form: W_down of one expert after another is the least-squares answer to what the others leave.  Then descent on the same
 squared error moves all three matrices of all survivors together.  Tokens set aside decide whether either step is kept.
-Work is split by experts and by fixed blocks of tokens, each with one-thread arithmetic, summed in order: the same weights on any number of cores.
+Work is split by experts and by fixed blocks of tokens, each with one-thread arithmetic, summed in order: the same on any number of cores.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Experts:
         return Experts(gate=self.gate.clone(), up=self.up.clone(), down=self.down.clone())
 
     def hidden(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """h = silu(W_gate x) * (W_up x), [tokens, M]."""
+        """Hidden activations silu(W_gate x) * (W_up x), [tokens, M]."""
         return torch.nn.functional.silu(x @ self.gate[expert].T) * (x @ self.up[expert].T)
 
 
@@ -76,13 +76,15 @@ def factor_ridge(a: torch.Tensor, ridge: float) -> torch.Tensor:
     lift = ridge * a.diagonal().mean()
     if not lift > 0:
         return torch.eye(len(a), dtype=a.dtype, device=a.device)
-    return torch.linalg.cholesky(a + lift * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    factor: torch.Tensor = torch.linalg.cholesky(a + lift * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    return factor
 
 
 def solve_down(phi: torch.Tensor, residual: torch.Tensor, weights: torch.Tensor, ridge: float) -> torch.Tensor:
     """Change of W_down [H, M] that brings sum_t lambda_t |r_t - dW phi_t|^2 down most, for phi_t = g_t h_t; ridge regression."""
     a, b = normal_sums(phi, residual, weights)
-    return torch.cholesky_solve(b, factor_ridge(a, ridge)).T
+    change: torch.Tensor = torch.cholesky_solve(b, factor_ridge(a, ridge)).T
+    return change
 
 
 def refit_down(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], *, ridge: float = RIDGE, sweeps: int = SWEEPS) -> None:

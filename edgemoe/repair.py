@@ -1,8 +1,8 @@
 """Model, texts, Plan -> Model: the same record, its surviving experts refitted to what the dropped ones leave (docs/pricing.md, 8).
 
-Two streams run side by side, a layer at a time: the original, and the pruned one as repaired so far.  In each layer the survivors are fitted
-so that the pruned stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the work
-folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next layer and gives the same bytes.
+Two streams run side by side, a layer at a time: the original, and the pruned one as repaired so far.  In each layer the survivors are
+fitted so that the pruned stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the
+work folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ class _Job:
             target[rows] = wanted.flatten(0, 1).cpu()[real].numpy()
             chosen[rows], gates[rows] = who[real].numpy(), how_much[real].numpy()
             error = (wanted - seen.moe_output.view_as(out)).square().sum(-1).cpu().double().numpy() * self.real[index]
-            return np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights))
+            sums: NDArray[np.float64] = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
+            return sums
 
         with only_experts(module, kept):
             error = sum(map_ordered(run, self.windows.chunks(), device=self.stream.device))

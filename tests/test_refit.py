@@ -8,7 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.refit import RATE, WARM_UP, Experts, Tokens, descend, fill_residual, factor_ridge, normal_sums, refit_down, refit_layer, solve_down
+from edgemoe.refit import (
+    RATE,
+    WARM_UP,
+    Experts,
+    Tokens,
+    descend,
+    factor_ridge,
+    fill_residual,
+    normal_sums,
+    refit_down,
+    refit_layer,
+    solve_down,
+)
 
 H, M = 6, 5
 
@@ -20,8 +32,7 @@ def make_problem(seed: int, n: int = 200, n_experts: int = 3, k: int = 2) -> tup
     chosen = np.argsort(rng.random((n, n_experts)), axis=1)[:, :k].astype(np.int32)
     x = rng.normal(size=(n, H)).astype(np.float32)
     truth, start = (
-        Experts(gate=_random(rng, n_experts, M, H), up=_random(rng, n_experts, M, H), down=_random(rng, n_experts, H, M))
-        for _ in range(2)
+        Experts(gate=_random(rng, n_experts, M, H), up=_random(rng, n_experts, M, H), down=_random(rng, n_experts, H, M)) for _ in range(2)
     )
     target = (output_of(x, chosen, gates, truth) + 0.1 * rng.normal(size=(n, H))).astype(np.float32)
     weights = rng.exponential(size=n).astype(np.float32)

@@ -109,9 +109,7 @@ def test_a_killed_repair_goes_on_and_gives_the_same_bytes(model: Model, plan: Pl
     with pytest.raises(Killed):
         repair_survivors(*arguments, tmp_path / "killed", max_tokens=8192, epochs=0, progress=kill)
     seen: list[int] = []
-    resumed = repair_survivors(
-        *arguments, tmp_path / "killed", max_tokens=8192, epochs=0, progress=lambda done, total: seen.append(done)
-    )
+    resumed = repair_survivors(*arguments, tmp_path / "killed", max_tokens=8192, epochs=0, progress=lambda done, total: seen.append(done))
     assert seen == [2, 3, 4]
     for layer in range(model.n_layers):
         assert (folder_of(whole) / array_file(layer)).read_bytes() == (folder_of(resumed) / array_file(layer)).read_bytes()
