@@ -10,10 +10,13 @@ __version__ = "0.1.0"
 _PUBLIC = {  # name -> module; imported when first used, so that `edgemoe --help` stays fast
     "BuildRequest": "pipeline",
     "build_artifact": "pipeline",
+    "price_model": "pipeline",
     "inspect_model": "inspect",
     "collect_stats": "calibrate",
     "price_choices": "price",
     "solve_plan": "plan",
+    "sweep_budgets": "sweep",
+    "load_recipe": "recipe",
     "emit_artifact": "emit",
     "verify_artifact": "verify",
     "write_report": "report",

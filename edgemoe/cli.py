@@ -8,9 +8,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,12 +20,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from edgemoe import __version__
+from edgemoe.cli_devices import choose_budget, devices_app
+from edgemoe.cli_options import (
+    CalibrationOpt,
+    ContextOpt,
+    DeviceOpt,
+    ForceOpt,
+    GapOpt,
+    HeldoutOpt,
+    JsonOpt,
+    MemoryOpt,
+    ModelArg,
+    ObjectiveOpt,
+    OutOpt,
+    RecipeOpt,
+    RuleOpt,
+    ShardOpt,
+    SolverOpt,
+    TimeOpt,
+    TokensOpt,
+)
+from edgemoe.cli_output import print_rich, show_progress
+from edgemoe.cli_plan import plan, read_rules
 from edgemoe.errors import EdgemoeError, MachineError
-from edgemoe.units import format_bytes, format_seconds, parse_bytes
+from edgemoe.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from edgemoe.ir import Model
-    from edgemoe.pipeline import Progress
 
 INTERRUPTED = 130  # exit code
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
@@ -43,32 +61,7 @@ app = typer.Typer(
     "    edgemoe build Qwen/Qwen3-30B-A3B --memory 16GB -o qwen3-16gb\n\n"
     "`build` does everything; the other commands are its stages, each starting from the file that the one before wrote.",
 )
-ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-30B-A3B.")
-]
-MemoryOpt = Annotated[
-    str, typer.Option("--memory", metavar="SIZE", help="Most that the running process may hold: 128GB (10^9), 119.2GiB (2^30), 123456B.")
-]
-ContextOpt = Annotated[
-    int | None, typer.Option("--context", metavar="N", help="Tokens of context to leave room for. [default: 8192, or what the model has]")
-]
-CalibrationOpt = Annotated[
-    list[str] | None,
-    typer.Option(metavar="FILE[:WEIGHT]", help="Calibration text (UTF-8 or JSONL with 'text'), repeatable. [default: a shipped mix]"),
-]
-HeldoutOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE", help="Held-out text to measure on, repeatable. [default: last tenth of the calibration files, or a shipped mix]"
-    ),
-]
-TokensOpt = Annotated[int, typer.Option("--calibration-tokens", metavar="N", min=1024, help="Calibration tokens of all texts together.")]
-SolverOpt = Annotated[str, typer.Option("--solver", help="highs, cbc, or exhaustive (tiny programs).")]
-GapOpt = Annotated[float, typer.Option("--gap", min=0, help="Relative distance to the optimum that is good enough.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-OutOpt = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where the result goes.")]
-ForceOpt = Annotated[bool, typer.Option("--force", help="Replace what edgemoe wrote to OUT before.")]
-ShardOpt = Annotated[str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF into files of at most this size.")]
+app.add_typer(devices_app, name="devices")
 
 
 def _version(value: bool) -> None:
@@ -88,15 +81,20 @@ def _options(
 @app.command()
 def build(
     model: ModelArg,
-    memory: MemoryOpt,
     output: OutOpt,
+    memory: MemoryOpt = None,
+    device: DeviceOpt = None,
     context: ContextOpt = None,
     target: Annotated[str, typer.Option(help="What to write: gguf.")] = "gguf",
     calibration: CalibrationOpt = None,
     calibration_tokens: TokensOpt = 65_536,
     heldout: HeldoutOpt = None,
+    recipe: RecipeOpt = None,
+    rule: RuleOpt = None,
+    objective: ObjectiveOpt = None,
     solver: SolverOpt = "highs",
     gap: GapOpt = 1e-4,
+    time_limit: TimeOpt = None,
     shard_max: ShardOpt = None,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
@@ -110,43 +108,49 @@ def build(
 
     A killed build goes on where it stopped when the same command is given again.
     """
+    budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
+    rules, aim = read_rules(recipe, rule, objective)
+    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective}
+    asked = [part for option, value in given.items() if value for part in (option, str(value))]
+    asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
 
     request = BuildRequest(
         model=model,
-        memory=parse_bytes(memory),
+        memory=budget,
         out=output,
         context=context,
         target=target,
         calibration=tuple(calibration or ()),
         calibration_tokens=calibration_tokens,
         heldout=tuple(heldout or ()),
+        rules=rules,
+        objective=aim,
         solver=solver,
         gap=gap,
+        seconds=time_limit,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         repair=repair,
         work=work,
         force=force,
-        command=shlex.join(
-            ["edgemoe", "build", Path(model).name if Path(model).exists() else model, "--memory", memory, "-o", output.name]
-        ),
+        command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
     )
     if dry_run:
         _dry_run(request, as_json=as_json)
         return
-    with _progress() as progress:
+    with show_progress() as progress:
         report = build_artifact(request, progress)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
         from edgemoe.report import summarize_report
 
-        _print(summarize_report(report))
+        print_rich(summarize_report(report))
 
 
 def _dry_run(request: Any, *, as_json: bool) -> None:
     from edgemoe.inspect import inspect_model
-    from edgemoe.pipeline import check_budget, choose_context
+    from edgemoe.pipeline import check_budget, choose_context, warn_of_context
     from edgemoe.price import least_process
     from edgemoe.targets import find_target
 
@@ -170,6 +174,8 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
         rows |= {"disk, about": needs["disk"], "memory while building, at most about": needs["memory_to_build"]}
         print(f"{model.name}: {model.n_experts} experts in {model.n_layers} layers, {format_bytes(model.n_bytes)}; context {context}")
         print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
+        if warn_of_context(model, context):
+            print(f"warning: {warn_of_context(model, context)}", file=sys.stderr)
     check_budget(model, target, context, request.memory)
 
 
@@ -200,7 +206,7 @@ def calibrate(
     from edgemoe.texts import choose_texts
 
     texts, _ = choose_texts(calibration or [], [])
-    with _progress() as progress:
+    with show_progress() as progress:
         stats = collect_stats(
             inspect_model(model), texts, output, max_tokens=calibration_tokens, progress=lambda d, n: progress("calibrate", d, n)
         )
@@ -226,34 +232,13 @@ def price(
     found = inspect_model(model)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     _same_model(found.fingerprint, collected.model, stats)
-    with _progress() as progress:
+    with show_progress() as progress:
         costs = price_choices(found, collected, find_target(target), choose_context(found, context), lambda d, n: progress("price", d, n))
     save_record(output, costs)
     print(f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}")
 
 
-@app.command()
-def plan(
-    costs: Annotated[Path, typer.Argument(metavar="COSTS", help="File that price made.")],
-    memory: MemoryOpt,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="Write the plan here.")] = None,
-    solver: SolverOpt = "highs",
-    gap: GapOpt = 1e-4,
-    as_json: JsonOpt = False,
-) -> None:
-    """Solve for the best plan within a budget: which experts stay, and the format of every tensor."""
-    from edgemoe.ir import Costs, hash_file, load_record, save_record
-    from edgemoe.plan import solve_plan
-
-    solved = solve_plan(load_record(costs, Costs), parse_bytes(memory), solver=solver, gap=gap, costs_hash=hash_file(costs))
-    if output:
-        save_record(output, solved)
-    if as_json:
-        print(json.dumps(asdict(solved), indent=1))
-    else:
-        from edgemoe.report import summarize_plan
-
-        _print(summarize_plan(solved))
+app.command()(plan)
 
 
 @app.command()
@@ -277,7 +262,7 @@ def emit(
     _same_model(found.fingerprint, collected.model, stats)
     _same_model(found.fingerprint, chosen.model, plan)
     prepare_output(output, force=force)
-    with _progress() as progress:
+    with show_progress() as progress:
         artifact = emit_artifact(
             found,
             collected,
@@ -316,7 +301,7 @@ def verify(
     old = load_record(output / "report.json", Report) if (output / "report.json").exists() else None
     _, texts = choose_texts([], heldout or [])
     target = find_target(chosen.target)
-    with _progress() as progress:
+    with show_progress() as progress:
         report = verify_artifact(
             artifact,
             found,
@@ -332,7 +317,7 @@ def verify(
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        _print(summarize_report(report))
+        print_rich(summarize_report(report))
     if broken_promises(report):
         raise VerifyError(f"{artifact.files[0].name}: {broken_promises(report)[0]}")
 
@@ -346,7 +331,7 @@ def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report
     loaded = load_record(file, Report)
     output.mkdir(parents=True, exist_ok=True)
     write_report(loaded, output)
-    _print(summarize_report(loaded))
+    print_rich(summarize_report(loaded))
 
 
 @app.command()
@@ -370,57 +355,6 @@ def _same_model(expected: str, found: str, where: Path) -> None:
 
     if expected != found:
         raise ModelError(f"{where}: was made from another checkpoint", hint="make it again from this one")
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Progress on stderr: a bar with time left on a terminal, else a line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_progress()
-        return
-    columns = (
-        TextColumn("{task.description:10s}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update
-
-
-def _line_progress() -> Progress:
-    began: dict[str, float] = {}
-    last = [0.0]
-
-    def update(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began.setdefault(stage, now)
-        if done < total and now - last[0] < 10:
-            return
-        last[0] = now
-        spent = now - began[stage]
-        left = f", about {format_seconds(spent / done * (total - done))} left" if 0 < done < total else ""
-        print(f"{stage} {100 * done // max(total, 1)} %, {format_seconds(spent)}{left}", file=sys.stderr, flush=True)
-
-    return update
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import MachineError, ModelError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMS = ("stacks", "experts")
 PROJECTIONS = ("gate", "up", "down")
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -156,20 +157,33 @@ def array_file(layer: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------- Costs
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What gets one format: a matrix, or the stack of one projection of all kept experts of a layer."""
+    """What gets one format: a matrix; the stack of one projection of all kept experts of a layer; or one expert."""
 
     name: str  # in the artifact
     role: str
     layer: int
     n_weights: int  # with every expert kept
+    expert: int = -1  # in the experts form: whose matrices these are
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the unit's size depends on how many experts stay."""
+        return self.expert < 0 and self.role.endswith("_exps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """Price list: nats and bytes of every choice.
 
-    C kept counts, L layers, U units, F formats.  `cost` and `size` [C, U, F]: nats (inf: not offered) and bytes; `drop_cost` [C, L]: nats;
-    `fixed_size` [C]: bytes of header and unquantized tensors; `kept` [C, L, E]: the kept set of each layer for each count.
+    Two forms.  "stacks" (stock GGUF): one kept count for all layers, a kept set for each layer, a format for each stack and other tensor.
+    "experts": every expert is dropped or gets a format of its own, kept counts are free; there is one count, with every expert kept.
+
+    D domains, C kept counts, L layers, E experts, U units, F formats.  All costs are nats of KL per token.
+    `cost` [C, U, F] (inf: not offered), mean over domains by weight; in domain d a unit costs `factor[d, u]` times as much.
+    `size`, `staging` [C, U, F]: bytes in the artifact, and of the copy that loading needs.  `fixed_size` [C]: header, norms, routers.
+    `kept` [C, L, E]: the menu, a kept set of each layer for each count; `drop_cost` [D, C, L]: what these sets cost.
+    `expert_drop` [D, L, E]: additive price of each expert, for sets that are not on the menu; `drop_curve` [L, E + 1]: nats on top of it
+    when k experts of a layer are gone.  `usage` [D, L, E]: an expert's share of its layer's output (sum of g |f|) in each domain.
     KL is predicted as Q + kappa sqrt(Q), where Q is the sum of the costs (docs/pricing.md, 5).
     """
 
@@ -177,6 +191,7 @@ class Costs:
     model_name: str
     stats: str
     target: str
+    form: str
     formats: tuple[str, ...]
     units: tuple[Unit, ...]
     counts: tuple[int, ...]
@@ -185,12 +200,39 @@ class Costs:
     kappa: float
     memory: dict[str, int]  # what the process needs beside the weights: see memory.py
     cold: tuple[tuple[int, int], ...]
+    domains: tuple[str, ...]
+    domain_weights: tuple[float, ...]  # summing to 1
+    origin: str = ""  # where prices come from when this model was not measured
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
-    drop_cost: NDArray[np.float64] = field(compare=False)
     fixed_size: NDArray[np.int64] = field(compare=False)
+    factor: NDArray[np.float64] = field(compare=False)
     kept: NDArray[np.bool_] = field(compare=False)
+    drop_cost: NDArray[np.float64] = field(compare=False)
+    expert_drop: NDArray[np.float64] = field(compare=False)
+    drop_curve: NDArray[np.float64] = field(compare=False)
+    usage: NDArray[np.float64] = field(compare=False)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that have experts."""
+        return int(self.expert_drop.shape[1])
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Which layers these are, as tensor names count them (leading dense layers have none)."""
+        return sorted({u.layer for u in self.units if u.is_stack or u.expert >= 0})
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weight of each domain [D]."""
+        return np.array(self.domain_weights)
+
+    def kept_weights(self, u: int, c: int) -> int:
+        """Weights of a unit at one kept count."""
+        unit = self.units[u]
+        return unit.n_weights * self.counts[c] // self.n_experts if unit.is_stack else unit.n_weights
 
     def predict_kl(self, q: float) -> float:
         """KL in nats per token that is expected of a plan whose costs add up to `q`."""
@@ -208,8 +250,16 @@ class CountBound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RuleUse:
+    """A user's rule in a plan: its name, and how much room it leaves (in the rule's own unit; None where that has no meaning)."""
+
+    name: str
+    slack: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which experts stay, and the format of every unit.  `proven`: the solver proved that no plan is better by more than `gap`."""
+    """Which experts stay, and the format of every unit.  `proven`: the solver proved that no plan is better by more than the asked gap."""
 
     model: str
     model_name: str
@@ -218,28 +268,50 @@ class Plan:
     budget: int
     context: int
     solver: str
-    count: int
+    objective: str  # "mean" over domains, or the "worst" domain
     n_experts: int
     top_k: int
-    kept: tuple[tuple[int, ...], ...]  # [layers][count], original indices
+    kept: tuple[tuple[int, ...], ...]  # [layers with experts], original indices in order
     formats: dict[str, str]  # unit name -> format
     sizes: dict[str, int]  # unit name -> bytes
+    vram: tuple[str, ...]  # units that live in the second pool, GPU memory
     file_size: int
     memory: dict[str, int]  # predicted, by part; "peak" is their sum as the process sees it
-    q: float
+    q: float  # sum of the costs, mean over domains
     drop_q: float
     predicted_kl: float
-    bound: float
+    domain_q: dict[str, float]  # sum of the costs in each domain
+    bound: float  # of the objective
     gap: float
     proven: bool
+    price: float  # nats that one more byte would save (Lagrange multiplier of the budget)
     counts: tuple[CountBound, ...]
+    rules: tuple[RuleUse, ...]
+    origin: str  # where prices come from when this model was not measured
 
     def __post_init__(self) -> None:
         for layer, kept in enumerate(self.kept):
-            if len(kept) != self.count or list(kept) != sorted(set(kept)) or any(not 0 <= e < self.n_experts for e in kept):
-                raise ModelError(f"plan: layer {layer} keeps {kept}, which is not {self.count} of {self.n_experts} experts in order")
-        if not self.top_k <= self.count <= self.n_experts:
-            raise ModelError(f"plan: {self.count} kept experts, but the router picks {self.top_k} of {self.n_experts}")
+            if list(kept) != sorted(set(kept)) or any(not 0 <= e < self.n_experts for e in kept):
+                raise ModelError(f"plan: layer {layer} keeps {kept}, which are not some of {self.n_experts} experts in order")
+            if not self.top_k <= len(kept):
+                raise ModelError(f"plan: layer {layer} keeps {len(kept)} experts, but the router picks {self.top_k}")
+
+    @property
+    def count(self) -> int:
+        """Kept experts of a layer; the most of any layer where they differ."""
+        return max(map(len, self.kept), default=0)
+
+    @property
+    def active_bytes(self) -> int:
+        """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
+        stacks = sum(size for name, size in self.sizes.items() if "_exps" in name)
+        others = sum(size for name, size in self.sizes.items() if "_exps" not in name and not name.startswith("token_embd"))
+        return others + stacks * self.top_k // max(self.count, 1)
+
+    @property
+    def has_one_count(self) -> bool:
+        """Whether every layer keeps as many experts."""
+        return len(set(map(len, self.kept))) <= 1
 
 
 # ------------------------------------------------------------------------------------------------------ Artifact, Report
@@ -301,6 +373,7 @@ class Report:
     deployment_kl: float
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token
     samples: tuple[dict[str, Any], ...]
     frontier: tuple[dict[str, float], ...]  # predicted KL of the best plan at other sizes
     problems: tuple[str, ...]

@@ -53,9 +53,18 @@ class Layout:
     key_length: int  # of one head
     value_length: int
     vocab_size: int
+    n_experts: int
     top_k: int
     expert_size: int  # routed expert's width
-    dense_size: int = 0  # width of the widest dense or shared feed-forward part
+    gating: str = "softmax"  # of the router: softmax or sigmoid over all experts, or softmax over the chosen ones' logits (chosen)
+    renormalize: bool = True  # gates of the chosen experts are divided by their sum
+    scale: float = 1.0  # and then multiplied by this
+    expert_bias: bool = False  # experts' outputs have biases
+    dense_layers: int = 0  # leading layers without experts
+    dense_size: int = 0  # their width
+    shared_size: int = 0  # width of the shared expert
+    latent: int = 0  # latent attention (MLA): the rank of what is kept of keys and values; key_length is then that of an expanded head
+    q_latent: int = 0  # and the rank of the queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +76,8 @@ class Settings:
     kv_v: str = "F16"
     flash: bool = True  # flash attention (llama.cpp's "auto" turns it on where it can)
     ubatch: int = 512
-    sequences: int = 1
+    sequences: int = 1  # each has its own part of the context
+    swa_full: bool = True  # sliding windows get caches of the whole context, which is llama.cpp's default
+    every_logit: bool = False  # logits of every token are asked for, not only of the last
     mmap: bool = False
     repack: bool = True

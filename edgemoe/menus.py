@@ -48,12 +48,14 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Menu:
-    """For each kept count: the set, its loss (mean |y(S) - y|^2 per token) and how busy each survivor is."""
+    """For each kept count: the set, its loss (mean |y(S) - y|^2 per token) and how busy each survivor is; and the greedy path behind it."""
 
     counts: tuple[int, ...]
     kept: NDArray[np.bool_]  # [C, E]
     loss: NDArray[np.float64]  # [C]
     gate_sq: NDArray[np.float64]  # [C, E] mean over tokens of g(S)^2
+    order: NDArray[np.int64]  # [G] experts in the order in which they went
+    path: NDArray[np.float64]  # [G + 1] loss when 0, 1, .. of them are gone
 
 
 def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: NDArray[np.float64], top_k: int, *, renormalize: bool) -> Replay:
@@ -188,16 +190,26 @@ def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bo
     original = original_gates(replay)
     kept = np.ones(n_experts, bool)
     found: dict[int, NDArray[np.bool_]] = {n_experts: kept.copy()}
+    order, path = [], [0.0]
     for count in range(n_experts - 1, min(counts) - 1, -1):
         losses = removal_losses(replay, kept, original)
         if protected is not None:
             losses[protected] = np.inf
-        kept[int(losses.argmin())] = False
+        order.append(int(losses.argmin()))
+        path.append(float(losses.min()))
+        kept[order[-1]] = False
         if count in counts:
             found[count] = _improve_by_swaps(replay, kept.copy(), original, protected) if n_experts <= SWAP_UP_TO else kept.copy()
     sets = np.stack([found[n] for n in counts])
     priced = [set_loss(replay, s) for s in sets]
-    return Menu(counts=counts, kept=sets, loss=np.array([p[0] for p in priced]), gate_sq=np.stack([p[1] for p in priced]))
+    return Menu(
+        counts=counts,
+        kept=sets,
+        loss=np.array([p[0] for p in priced]),
+        gate_sq=np.stack([p[1] for p in priced]),
+        order=np.array(order, np.int64),
+        path=np.array(path),
+    )
 
 
 def _improve_by_swaps(

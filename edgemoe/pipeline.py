@@ -23,6 +23,7 @@ from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.repair import repair_survivors
 from edgemoe.report import write_report
+from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
 from edgemoe.texts import choose_texts
 from edgemoe.units import format_bytes
@@ -31,6 +32,7 @@ from edgemoe.verify import broken_promises, verify_artifact
 Progress = Callable[[str, int, int], None]  # (stage, done, all)
 MARKER = "build.json"
 CURVE_POINTS = 24
+MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,11 @@ class BuildRequest:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = DEFAULT_TOKENS
     heldout: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    objective: str = "mean"
     solver: str = "highs"
     gap: float = DEFAULT_GAP
+    seconds: float | None = None
     shard_max: int = 0
     repair: bool = True
     work: Path | None = None
@@ -74,7 +79,16 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
     if request.repair:
         costs = discount_drops(costs)
-    plan = solve_plan(costs, request.memory, solver=request.solver, gap=request.gap, costs_hash=costs_hash)
+    plan = solve_plan(
+        costs,
+        request.memory,
+        rules=request.rules,
+        objective=request.objective,
+        solver=request.solver,
+        gap=request.gap,
+        seconds=request.seconds,
+        costs_hash=costs_hash,
+    )
     save_record(request.out / ".work" / "plan.json", plan)
     stored = model
     if request.repair:
@@ -84,12 +98,39 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
-    report = replace(report, frontier=frontier_of(costs, plan.file_size), model={**report.model, "command": request.command})
+    warning = warn_of_context(model, context)
+    report = replace(
+        report,
+        frontier=frontier_of(costs, plan.file_size),
+        model={**report.model, "command": request.command},
+        problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
+    )
     finish_output(request.out, report)
     broken = broken_promises(report)
     if broken:
         raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
     return report
+
+
+def price_model(
+    source: str, work: Path, *, context: int | None = None, target: str = "gguf", calibration_tokens: int = DEFAULT_TOKENS
+) -> Costs:
+    """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
+
+    Args:
+        source: folder of a checkpoint, or a hub id.
+        work: folder for statistics and prices.
+        context: tokens that the process must have memory for; None: as `choose_context`.
+        target: what the plan will be written as.
+        calibration_tokens: of all texts together.
+
+    Raises:
+        EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
+    """
+    model, chosen = inspect_model(source), find_target(target)
+    calibration, _ = choose_texts((), ())
+    stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
+    return price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
 
 
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
@@ -100,13 +141,20 @@ def choose_context(model: Model, asked: int | None) -> int:
     """The context to plan for: what was asked, else the smaller of 8192 and what the model was trained for.
 
     Raises:
-        UsageError: more than the model was trained for, or less than a token.
+        UsageError: less than a token, or so much that it can only be a mistake.
     """
     if asked is None:
         return min(DEFAULT_CONTEXT, model.context_length)
-    if not 0 < asked <= model.context_length:
-        raise UsageError(f"--context {asked}: {model.name} was trained for 1 to {model.context_length} tokens")
+    if not 0 < asked <= MAX_CONTEXT:
+        raise UsageError(f"--context {asked} is not between 1 and {MAX_CONTEXT} tokens")
     return asked
+
+
+def warn_of_context(model: Model, context: int) -> str:
+    """What to tell a user who asks for more context than the model was trained for; empty when there is nothing to tell."""
+    if context <= model.context_length:
+        return ""
+    return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"
 
 
 def check_budget(model: Model, target: Target, context: int, budget: int) -> None:

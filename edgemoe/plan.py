@@ -1,115 +1,163 @@
-"""Costs, a budget -> Plan: the integer program of `solvers`, the memory of the process, and a check that shares nothing with the solver."""
+"""Costs, a budget, rules -> Plan: programs of all kept counts, solved and proven; the plan is then checked on its own numbers.
+
+Budgets are of the process, so what loading copies (staging) and what a second pool holds are part of the search.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from edgemoe.draft import Draft, vram_room
 from edgemoe.errors import BudgetError, EdgemoeError, UsageError
-from edgemoe.ir import Costs, CountBound, Plan
+from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
-from edgemoe.solvers import exhaustive, ilp
-from edgemoe.solvers.lagrange import relax_count
-from edgemoe.solvers.program import Program, Solution, Solver
+from edgemoe.programs import Compiled, Near, compile_program
+from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
+from edgemoe.solvers.lagrange import relax
+from edgemoe.solvers.program import Program, Solution
+from edgemoe.solvers.search import SOLVERS, solve
+from edgemoe.terms import ARRAYS, Linear
 from edgemoe.units import format_bytes
 
-SOLVERS: dict[str, Solver] = {"highs": ilp.solve, "cbc": partial(ilp.solve, engine="cbc"), "exhaustive": exhaustive.solve}
 DEFAULT_GAP = 1e-4
+OBJECTIVES = ("mean", "worst")
+NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
-def solve_plan(costs: Costs, budget: int, *, solver: str = "highs", gap: float = DEFAULT_GAP, costs_hash: str = "") -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """Everything that stays the same while budgets and staging limits are tried."""
+
+    costs: Costs
+    draft: Draft
+    allowed: tuple[int, ...]  # kept counts, by index
+    objective: str
+    near: Near | None
+    solver: str
+    gap: float
+    seconds: float | None
+
+    def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
+        """Compiled programs by their place in `allowed`, made once each."""
+        made: dict[int, Compiled] = {}
+
+        def program(i: int) -> Compiled:
+            if i not in made:
+                c = self.allowed[i]
+                made[i] = compile_program(self.costs, self.draft, c, room, staging=staging, objective=self.objective, near=self.near)
+            return made[i]
+
+        return program
+
+    def solve(self, room: int, staging: int | None = None, cutoff: float = np.inf) -> tuple[Solution, Compiled] | None:
+        """The best choice with this room that costs less than `cutoff`, and the program that it belongs to."""
+        compiled = self.programs(room, staging)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff)
+        return None if found is None else (found, compiled(found.count_index))
+
+
+def solve_plan(
+    costs: Costs,
+    budget: int,
+    *,
+    rules: Sequence[Rule] = (),
+    objective: str = "mean",
+    solver: str = "highs",
+    gap: float = DEFAULT_GAP,
+    seconds: float | None = None,
+    near: Plan | None = None,
+    costs_hash: str = "",
+) -> Plan:
     """The plan with least predicted KL whose process never holds more than `budget` bytes.
 
     Args:
         costs: the price list; its memory parts say what the process needs beside the weights.
-        budget: bytes of the process at its peak.
-        solver: highs, cbc or exhaustive.
+        budget: bytes of the process at its peak (with the rule Vram: of main memory).
+        rules: what the plan must keep: records of rules.py, expressions of recipe.py, functions of a Problem.
+        objective: least mean over the calibration domains by weight, or least cost of the "worst" domain.
+        solver: highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive.
         gap: relative distance to the optimum that is good enough.
+        seconds: wall-clock limit of a solve; then the best plan so far is returned with its proven gap.
+        near: stay close to this plan where it costs (nearly) nothing.
         costs_hash: what to record as the plan's origin.
 
     Raises:
-        BudgetError: nothing fits; names the least budget.
-        UsageError: unknown solver.
+        BudgetError: nothing fits; names the least budget, and rules that conflict.
+        UsageError: unknown solver or objective, or a rule that is no rule.
     """
-    if solver not in SOLVERS:
-        raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
-    solution, program = _solve_with_staging(costs, budget, SOLVERS[solver], gap)
-    broken = ilp.replay(program, solution)
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")
+    draft = apply_rules(costs, rules)
+    task = _make_task(costs, draft, objective, _near(costs, near), solver, gap, seconds)
+    found = _solve_with_staging(task, budget)
+    if found is None:
+        raise _explain_infeasible(task, budget, rules)
+    solution, compiled = found
+    broken = compiled.program.broken(solution.picks)
     if broken:
         raise EdgemoeError(f"the plan of solver {solver} does not hold: {'; '.join(broken)}")
-    return _as_plan(costs, budget, solver, solution, costs_hash)
+    plan = _as_plan(task, budget, solution, compiled, costs_hash, rules)
+    _check(task, plan, budget)
+    return plan
 
 
-def least_budget(costs: Costs) -> int:
-    """Bytes of the smallest process that any plan of these costs makes."""
-    program = _program(costs, 0)
-    sizes = [program.least_size(c) for c in range(len(costs.counts))]
-    parts = {**costs.memory, "weights": min(sizes), "staging": 0}
-    return peak(parts)
+def _make_task(costs: Costs, draft: Draft, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None) -> _Task:
+    allowed = tuple(c for c, yes in draft.counts.items() if yes)
+    return _Task(costs=costs, draft=draft, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, seconds=seconds)
 
 
-def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """Predicted KL of a near-best plan for each file size (Lagrangian answers: within a fraction of a per cent)."""
-    found = []
-    for size in sizes:
-        program = _program(costs, size)
-        options = [r for c in range(len(costs.counts)) if (r := relax_count(program, c))]
-        if options:
-            best = min(r.cost for r in options)
-            found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best)})
-    return tuple(found)
+def _near(costs: Costs, plan: Plan | None) -> Near | None:
+    if plan is None:
+        return None
+    if plan.model != costs.model:
+        raise UsageError("the plan to stay near to was made for another checkpoint")
+    return Near(plan=plan, nats=NEAR_NATS * max(plan.q, 1e-9))
 
 
-def _program(costs: Costs, room: int, staging: int | None = None) -> Program:
-    """The program with `room` bytes for the file; formats whose staging copy is larger than `staging` are not offered."""
-    cost = costs.cost
-    if staging is not None:
-        cost = np.where(costs.staging <= staging, cost, np.inf)
-    return Program(cost=cost, size=costs.size, drop=costs.drop_cost.sum(axis=1), fixed=costs.fixed_size, room=room)
+# ---------------------------------------------------------------------------------------------------------------- staging
+def _beside(costs: Costs, draft: Draft) -> dict[str, int]:
+    """Memory parts of main memory: with a GPU the cache and the buffers are not there."""
+    return costs.memory if draft.vram is None else {**costs.memory, "kv": 0, "compute": 0}
 
 
-def _solve_with_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> tuple[Solution, Program]:
+def _solve_with_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
-    program = _program(costs, room_for_weights(budget, costs.memory, 0))
-    solution = solve(program, gap)
-    if solution is None:
-        least = least_budget(costs)
-        raise BudgetError(
-            f"no plan of {costs.model_name} fits {format_bytes(budget)}: the least is {format_bytes(least)} ({least} bytes)",
-            hint=f"ask for --memory {least}B or more, or a smaller --context",
-        )
-    size = program.evaluate(solution.count_index, solution.picks)[1]
-    if size <= room_for_weights(budget, costs.memory, _largest_staging(costs, solution)):
-        return solution, program
-    return _branch_on_staging(costs, budget, solve, gap)
+    parts = _beside(task.costs, task.draft)
+    found = task.solve(room_for_weights(budget, parts, 0))
+    if found is None:
+        return None
+    solution, compiled = found
+    size = compiled.program.evaluate(solution.picks)[1]
+    if size <= room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
+        return found
+    return _branch_on_staging(task, budget)
 
 
-def _branch_on_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> tuple[Solution, Program]:
+def _branch_on_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Branch and bound over the largest staging copy that the plan may need.
 
     A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
     """
-    limits = np.unique(costs.staging).tolist()
-
-    def trial(low: int, high: int) -> Program:
-        return _program(costs, room_for_weights(budget, costs.memory, limits[low]), limits[high])
+    limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
 
     def bound(low: int, high: int) -> float:
-        program = trial(low, high)
-        found = [relax_count(program, c) for c in range(len(costs.counts))]
+        programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
+        found = [relax(programs(i).program) for i in range(len(task.allowed))]
         return min((r.bound for r in found if r is not None), default=np.inf)
 
     heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
-    best: tuple[Solution, Program] | None = None
+    best: tuple[Solution, Compiled] | None = None
     proven = np.inf  # of what has been solved or cut off
     while heap:
         least, low, high = heapq.heappop(heap)
-        if least == np.inf or (best is not None and least >= best[0].cost * (1 - gap)):
+        if least == np.inf or (best is not None and least >= best[0].cost * (1 - task.gap)):
             proven = min(proven, least)
             break
         if low < high:
@@ -117,51 +165,195 @@ def _branch_on_staging(costs: Costs, budget: int, solve: Solver, gap: float) -> 
             for part in ((low, middle), (middle + 1, high)):
                 heapq.heappush(heap, (max(least, bound(*part)), *part))
             continue
-        program = trial(low, low)
-        found = solve(program, gap)
+        found = task.solve(room_for_weights(budget, parts, limits[low]), limits[low], np.inf if best is None else best[0].cost)
         if found is not None:
-            proven = min(proven, found.bound)
-            if best is None or found.cost < best[0].cost:
-                best = found, program
+            proven, best = min(proven, found[0].bound), found
+        elif best is not None:  # nothing better by more than the gap
+            proven = min(proven, best[0].cost * (1 - task.gap))
     if best is None:
-        raise BudgetError(f"no plan of {costs.model_name} fits {format_bytes(budget)} while it loads", hint="ask for a little more memory")
+        return None
     bounded = replace(best[0], bound=min(best[0].cost, proven))
-    return replace(bounded, proven=bounded.gap <= gap), best[1]
+    return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
 
 
-def _largest_staging(costs: Costs, solution: Solution) -> int:
-    rows = np.arange(len(solution.picks))
-    return int(costs.staging[solution.count_index, rows, solution.picks].max())
+def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
+    formats, vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
+    rows = np.flatnonzero((formats >= 0) & ~vram)
+    return int(costs.staging[compiled.c, rows, formats[rows]].max(initial=0))
 
 
-def _as_plan(costs: Costs, budget: int, solver: str, solution: Solution, costs_hash: str) -> Plan:
-    c = solution.count_index
-    rows = np.arange(len(solution.picks))
-    sizes = costs.size[c, rows, solution.picks]
+# ---------------------------------------------------------------------------------------------------------------- results
+def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, costs_hash: str, rules: Sequence[Rule]) -> Plan:
+    costs, draft, c = task.costs, task.draft, compiled.c
+    formats, in_vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
+    stored = np.flatnonzero(formats >= 0)
+    sizes = costs.size[c, stored, formats[stored]]
     file_size = int(costs.fixed_size[c] + sizes.sum())
-    memory = {**costs.memory, "weights": file_size, "staging": _largest_staging(costs, solution)}
+    on_gpu = int(sizes[in_vram[stored]].sum())
+    memory = {**_beside(costs, draft), "weights": file_size - on_gpu, "staging": _largest_staging(costs, compiled, solution)}
     context = memory.pop("context")
-    return Plan(
+    memory["peak"] = peak(memory)
+    if draft.vram is not None:
+        memory["vram"] = on_gpu + costs.memory["kv"] + costs.memory["compute"]
+    kept = compiled.kept(costs, solution.picks)
+    unit_cost = costs.cost[c, stored, formats[stored]]
+    drop = _drop_costs(costs, compiled, kept)  # [D]
+    by_domain = costs.factor[:, stored] @ unit_cost + drop
+    q = float(costs.weights @ by_domain)
+    if task.near is not None:  # what was bounded holds the penalty too: at most that of every decision
+        decisions = len(costs.units) + costs.n_layers * costs.n_experts
+        bound = min(q, solution.bound - task.near.nats * decisions)
+        solution = replace(solution, bound=bound, cost=q)
+    plan = Plan(
         model=costs.model,
         model_name=costs.model_name,
         costs=costs_hash or costs.stats,
         target=costs.target,
         budget=budget,
         context=context,
-        solver=solver,
-        count=costs.counts[c],
+        solver=task.solver,
+        objective=task.objective,
         n_experts=costs.n_experts,
         top_k=costs.top_k,
-        kept=tuple(tuple(int(e) for e in np.flatnonzero(costs.kept[c, layer])) for layer in range(costs.kept.shape[1])),
-        formats={u.name: costs.formats[f] for u, f in zip(costs.units, solution.picks, strict=True)},
-        sizes={u.name: int(s) for u, s in zip(costs.units, sizes, strict=True)},
+        kept=tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in kept),
+        formats={costs.units[u].name: costs.formats[formats[u]] for u in stored},
+        sizes={costs.units[u].name: int(s) for u, s in zip(stored, sizes, strict=True)},
+        vram=tuple(costs.units[u].name for u in stored if in_vram[u]),
         file_size=file_size,
-        memory={**memory, "peak": peak(memory)},
-        q=solution.cost,
-        drop_q=float(costs.drop_cost[c].sum()),
-        predicted_kl=costs.predict_kl(solution.cost),
+        memory=memory,
+        q=q,
+        drop_q=float(costs.weights @ drop),
+        predicted_kl=costs.predict_kl(q),
+        domain_q={name: float(v) for name, v in zip(costs.domains, by_domain, strict=True)},
         bound=solution.bound,
         gap=solution.gap,
         proven=solution.proven,
-        counts=tuple(CountBound(count=n, bound=b, cost=q) for n, (b, q) in zip(costs.counts, solution.per_count, strict=True)),
+        price=solution.price,
+        counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
+        rules=(),
+        origin=costs.origin,
     )
+    return replace(plan, rules=_rule_uses(task, plan, rules))
+
+
+def _drop_costs(costs: Costs, compiled: Compiled, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Nats of the kept sets by domain [D]: the menu's price, corrected by single experts where the set is another."""
+    if costs.form == "experts":
+        gone = (~kept).sum(axis=1)
+        curve = costs.drop_curve[np.arange(len(gone)), gone].sum()
+        total = (costs.expert_drop * ~kept).sum(axis=(1, 2)) + curve
+    else:
+        menu = costs.kept[compiled.c]
+        changed = (costs.expert_drop * (menu & ~kept)).sum(axis=(1, 2)) - (costs.expert_drop * (~menu & kept)).sum(axis=(1, 2))
+        total = costs.drop_cost[:, compiled.c].sum(axis=1) + changed
+    return np.asarray(total)
+
+
+def _rule_uses(task: _Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:
+    """Every rule with the room that it leaves: how far its expression is from its limit (None: it is no limit)."""
+    left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.draft.bounds) if not b.expression.soft}
+    if task.draft.vram is not None:
+        left[task.draft.vram.name] = vram_room(task.costs, task.draft.vram) - sum(plan.sizes[n] for n in plan.vram)
+    return tuple(RuleUse(name=rule_name(r), slack=left.get(rule_name(r))) for r in rules)
+
+
+def _check(task: _Task, plan: Plan, budget: int) -> None:
+    """Every promise of a finished plan, from its own numbers: bytes, counts, pins, ties and every linear rule.
+
+    Raises:
+        EdgemoeError: the solver's answer breaks one; it is not returned.
+    """
+    costs, draft = task.costs, task.draft
+    problems = []
+    if plan.memory["peak"] > budget:
+        problems.append(f"peak {plan.memory['peak']} of {budget} bytes")
+    for bound in draft.bounds:
+        value, scale = bound.expression.value(costs, plan), _scale(bound.expression)
+        if not bound.expression.soft and value > 1e-9 * scale:
+            problems.append(f"{bound.name} is exceeded by {value:.10g}")
+    kept = np.zeros(draft.pinned.shape, bool)
+    for row, experts in enumerate(plan.kept):
+        kept[row, list(experts)] = True
+    if (kept & (draft.pinned < 0)).any() or (~kept & (draft.pinned > 0)).any():
+        problems.append("an expert that was pinned is not where it should be")
+    for u, unit in enumerate(costs.units):
+        if unit.name in plan.formats and not draft.offered[u, costs.formats.index(plan.formats[unit.name])]:
+            problems.append(f"{unit.name} is stored as {plan.formats[unit.name]}")
+    for tie in draft.ties:
+        if len({plan.formats[costs.units[u].name] for u in tie}) > 1:
+            problems.append(f"{costs.units[tie[0]].name} and others are not stored alike")
+    if draft.max_formats and len(set(plan.formats.values())) > draft.max_formats:
+        problems.append(f"{len(set(plan.formats.values()))} formats")
+    if problems:
+        raise EdgemoeError(f"the plan does not hold: {'; '.join(problems)}", hint="please report this")
+
+
+def _scale(expression: Linear) -> float:
+    return max(1.0, abs(expression.constant), *(float(np.abs(getattr(expression, n)).sum()) for n in ARRAYS))
+
+
+# ------------------------------------------------------------------------------------------------------------- infeasible
+def least_budget(costs: Costs, rules: Sequence[Rule] = ()) -> int | None:
+    """Bytes of the smallest process of any plan that keeps the rules; None when no plan keeps them."""
+    draft = apply_rules(costs, rules)
+    return _least_budget(_make_task(costs, draft, "mean", None, "highs", 1e-6, None))
+
+
+def _least_budget(task: _Task) -> int | None:
+    """Least bytes: the same programs with bytes for costs and room without end."""
+
+    def bytes_as_costs(i: int) -> Program:
+        p = compile_program(task.costs, task.draft, task.allowed[i], 0).program
+        cost = np.where(np.isfinite(p.cost[:1]), p.size.astype(np.float64), np.inf)
+        blocks = None if p.blocks is None else replace(p.blocks, curve=np.zeros_like(p.blocks.curve))
+        soft = tuple(replace(s, price=0.0) for s in p.soft)
+        free = np.zeros_like(p.size)
+        return replace(p, cost=cost, size=free, constant=np.array([float(p.fixed)]), fixed=0, room=1, blocks=blocks, soft=soft)
+
+    found = solve(bytes_as_costs, len(task.allowed), 1e-9, solver="highs")
+    if found is None:
+        return None
+    parts = _beside(task.costs, task.draft)
+    return peak({**parts, "weights": round(found.cost), "staging": 0})
+
+
+def _explain_infeasible(task: _Task, budget: int, rules: Sequence[Rule]) -> BudgetError:
+    """What to tell the user: the least budget that would do, or the rules that exclude each other."""
+    costs = task.costs
+    least = _least_budget(task)
+    if least is not None and budget < least:
+        with_rules = "" if not rules else f" and the rules {', '.join(rule_name(r) for r in rules)}"
+        free = least_budget(costs) if rules else None
+        told = f" (without rules {format_bytes(free)})" if free is not None and free < least else ""
+        wanted = f"{format_bytes(budget)}{with_rules}"
+        message = f"no plan of {costs.model_name} fits {wanted}: the least is {format_bytes(least)} ({least} bytes){told}"
+        return BudgetError(message, hint=f"ask for --memory {least}B or more, or a smaller --context")
+    if least is not None:
+        return BudgetError(f"no plan of {costs.model_name} fits {format_bytes(budget)} while it loads", hint="ask for a little more memory")
+    conflict = minimal_conflict(costs, rules)
+    return BudgetError(
+        f"no plan keeps these rules together, at any size: {'; '.join(describe_rule(r) for r in conflict)}",
+        hint="drop or loosen one of them",
+    )
+
+
+def minimal_conflict(costs: Costs, rules: Sequence[Rule]) -> list[Rule]:
+    """Rules that no plan keeps together though it could keep any of them without one (deletion filter; Chinneck 1991)."""
+    needed = list(rules)
+    for rule in list(rules):
+        without = [r for r in needed if r is not rule]
+        if least_budget(costs, without) is None:
+            needed = without
+    return needed
+
+
+# ------------------------------------------------------------------------------------------------------------------ sweep
+def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
+    """Predicted KL of a near-best plan for each file size (Lagrangian answers: within a fraction of a per cent)."""
+    found = []
+    task = _make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
+    for size in sizes:
+        best = task.solve(size)
+        if best is not None:
+            found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best[0].cost)})
+    return tuple(found)

@@ -63,7 +63,8 @@ class _Layer:
     """One MoE layer, priced: expert errors [E] by projection and format, the menu, and what its probes say."""
 
     menu: Menu
-    drop_cost: NDArray[np.float64]  # [C]
+    drop_cost: NDArray[np.float64]  # [D, C]
+    expert_drop: NDArray[np.float64]  # [D, E]
     errors: dict[str, dict[str, NDArray[np.float64]]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
 
@@ -81,7 +82,9 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     units = target.list_units(model)
     counts = offered_counts(model.n_experts, model.top_k)
     table = _Table(model, target, units, counts)
-    drop = np.zeros((len(counts), model.n_layers))
+    domains = len(stats.domains)
+    drop = np.zeros((domains, len(counts), model.n_layers))
+    expert_drop, usage = (np.zeros((domains, model.n_layers, model.n_experts)) for _ in range(2))
     kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
     whole = {bits: 0.0 for bits in WHOLE_BITS}  # Q of the whole-model probes
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
@@ -92,7 +95,8 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
             importance = importance_of(model, stats, layer)
             priced = _price_layer(model, stats, target, layer, importance, pool, probes) if layer >= 0 else None
             if priced is not None:
-                drop[:, layer], kept[:, layer] = priced.drop_cost, priced.menu.kept
+                drop[:, :, layer], expert_drop[:, layer], kept[:, layer] = priced.drop_cost, priced.expert_drop, priced.menu.kept
+                usage[:, layer] = _shares(stats.arrays(layer)["gate_norm"])
             for u, unit in enumerate(units):
                 if unit.layer != layer:
                     continue
@@ -109,6 +113,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         model=model.fingerprint,
         model_name=model.name,
         stats=stats.key,
+        form="stacks",
         target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
         formats=target.OFFERED,
         units=tuple(units),
@@ -118,18 +123,39 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         kappa=fit_kappa(stats, whole),
         memory={"context": context, **target.memory_parts(model, context)},
         cold=stats.cold,
+        domains=tuple(d.name for d in stats.domains),
+        domain_weights=tuple(float(w) for w in stats.weights),
         cost=table.cost,
         size=table.size,
         staging=table.staging,
-        drop_cost=drop,
         fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        factor=np.stack([_domain_factor(stats, probes[unit.role, unit.layer]) for unit in units], axis=1),
         kept=kept,
+        drop_cost=drop,
+        expert_drop=expert_drop,
+        drop_curve=np.zeros((model.n_layers, model.n_experts + 1)),
+        usage=usage,
     )
 
 
 def discount_drops(costs: Costs, factor: float = REPAIRED) -> Costs:
     """The same prices for a build that repairs: drops cost `factor` of what they cost without."""
-    return replace(costs, drop_cost=costs.drop_cost * factor)
+    scaled = {name: getattr(costs, name) * factor for name in ("drop_cost", "expert_drop", "drop_curve")}
+    return replace(costs, **scaled)
+
+
+def _domain_factor(stats: Stats, probe: Probe) -> NDArray[np.float64]:
+    """How much more the probed tensor's rounding costs in each domain than on average [D]."""
+    mean = probe_kl(stats, probe)
+    factor: NDArray[np.float64] = np.array(probe.kl) / mean if mean > 0 else np.ones(len(probe.kl))
+    return factor
+
+
+def _shares(sums: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Rows scaled to sum to 1."""
+    values = sums.astype(np.float64)
+    shares: NDArray[np.float64] = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
+    return shares
 
 
 def _first_tensor(model: Model, unit: Unit) -> Tensor:
@@ -177,25 +203,38 @@ def _price_layer(
     for role, by_format in errors.items():
         error = float(menu.gate_sq[-1] @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
-    return _Layer(menu, _drop_costs(stats, layer, replay, menu), errors, slope)
+    return _Layer(menu, *_drop_costs(stats, layer, replay, menu, model.n_experts), errors, slope)
 
 
-def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu) -> NDArray[np.float64]:
-    """Nats of each kept set in the menu [C]: its loss times a slope that is interpolated between the probed kept counts."""
-    points: dict[int, float] = {}
+def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu, n_experts: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats by domain of each kept set in the menu [D, C], and the additive price of each expert [D, E].
+
+    A set costs its loss times a slope that is interpolated between the probed kept counts.  An expert's own price is what its step on the
+    greedy path adds; those that never went cost as much as the dearest that did, or more by their energy.
+    """
+    domains = len(stats.domains)
+    points: dict[int, NDArray[np.float64]] = {}
     for probe in stats.probes:
         if probe.kind == "drop" and probe.layer == layer:
-            kept = np.zeros(replay.probs.shape[1], bool)
+            kept = np.zeros(n_experts, bool)
             kept[list(probe.kept)] = True
             loss = set_loss(replay, kept)[0]
             if loss > 0:
-                points[len(probe.kept)] = probe_kl(stats, probe) / loss
+                points[len(probe.kept)] = np.array(probe.kl) / loss
     if not points:
-        return np.zeros(len(menu.counts))
+        return np.zeros((domains, len(menu.counts))), np.zeros((domains, n_experts))
     known = sorted(points)
-    slopes = np.interp(menu.counts, known, [points[n] for n in known])
-    costs: NDArray[np.float64] = slopes * menu.loss
-    return costs
+
+    def price(counts: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
+
+    path = price(n_experts - np.arange(len(menu.path)), menu.path)
+    steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
+    experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
+    energy = stats.arrays(layer)["energy"].sum(axis=0)
+    experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
+    experts[:, menu.order] = steps
+    return price(np.array(menu.counts), menu.loss), experts
 
 
 def _stack_costs(layer: _Layer, role: str, error: NDArray[np.float64]) -> NDArray[np.float64]:

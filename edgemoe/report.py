@@ -185,6 +185,19 @@ def summarize_plan(plan: Plan) -> Group:
     return Group(_pairs(facts), *tables, *more)
 
 
+def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> RenderableType:
+    """A sweep as `edgemoe plan --sweep` prints it, a line for each (budget, plan, carried over from the budget below)."""
+    rows = []
+    for budget, plan, carried_over in points:
+        if plan is None:
+            rows.append((format_bytes(budget), "nothing fits", "", "", ""))
+            continue
+        proof = "as above" if carried_over else f"gap {plan.gap:.3%}"
+        kept = f"{plan.count} of {plan.n_experts}"
+        rows.append((format_bytes(budget), format_bytes(plan.file_size), kept, _nats(plan.predicted_kl), proof))
+    return _grid(("budget", "file", "kept", "KL predicted", "proof"), rows)
+
+
 def summarize_report(report: Report) -> Group:
     """The report as `edgemoe build` prints it at the end: promised beside measured, and where everything lies."""
     from rich.console import Group
@@ -195,6 +208,7 @@ def summarize_report(report: Report) -> Group:
     peak = f"{format_bytes(report.measured_peak)} measured" if report.measured_peak else "not measured"
     loss = f"{_nats(report.measured_kl)} measured" if report.scores else "not measured"
     speed = f"{report.prompt_tokens_per_second:.1f} prompt, {report.decode_tokens_per_second:.1f} decode tokens per second"
+    speed += f"; memory bandwidth would allow {report.decode_ceiling:.0f} (estimate)" if report.decode_ceiling else ""
     facts = [
         ("model", f"{model['name']} ({model['model_type']}, {_billions(model['n_weights'])} weights)"),
         *_common_facts(plan),

@@ -41,6 +41,20 @@ def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
     return SCORES[score](sums)
 
 
+def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """How much of each domain's saliency the kept sets hold, of what its own best sets of that size would hold [D].
+
+    Args:
+        saliency: [D, L, E], in any unit that is the same within a layer; layers count alike.
+        kept: [L, E].
+    """
+    share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-300)
+    best = np.cumsum(-np.sort(-share, axis=2), axis=2)
+    most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
+    coverage: NDArray[np.float64] = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
+    return coverage
+
+
 def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
     """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
     arrays = stats.arrays(layer)

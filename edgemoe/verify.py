@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
+from edgemoe.devices import estimate_speed
 from edgemoe.errors import VerifyError
 from edgemoe.ir import Artifact, Model, Plan, Report, TextScore, hash_json, load_arrays, save_arrays
+from edgemoe.machine import measure_bandwidth
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.units import format_bytes
@@ -94,6 +96,7 @@ def verify_artifact(
         deployment_kl=float(np.average([t.kl_mean for t in deployed], weights=[t.tokens for t in deployed])),
         prompt_tokens_per_second=measured["prompt_tokens_per_second"],
         decode_tokens_per_second=measured["decode_tokens_per_second"],
+        decode_ceiling=estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
         samples=samples,
         frontier=(),
         problems=(*_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl), *notes),

@@ -1,143 +1,318 @@
-"""The integer program in PuLP: every kept count is bounded by the Lagrangian, those that could still win are solved exactly.
+"""The program in PuLP, unit by unit or by columns.
 
-For a kept count c, with options O_u of unit u:
-
-    variables    x[u, f] in {0, 1}                                    unit u is stored in format f
-    minimise     sum_u sum_f scale * cost[c, u, f] * x[u, f]          scaled so that the best known plan costs 10^4 ...
-    subject to   sum_f x[u, f] = 1                        for each u
-                 sum_u sum_f size[c, u, f] / room * x[u, f] <= 1      ... and bytes so that the room is 1:
-                                                                      solvers go wrong on coefficients near their tolerances
+sets         every unit is a set of items, its options; or a whole block is a set whose items are complete layer plans (columns.py)
+variables    x[i] in {0, 1}                                       item i is taken
+minimise     scale * sum_i cost[i] x[i] + soft variables          scaled so that the best known plan costs 10^4: solvers go wrong on
+coefficients near their tolerances, silently
+or t, with t >= scale * (constant_k + sum_i cost[k, i] x[i]) for every objective k
+subject to   sum_{i in set} x[i] = 1                              for each set
+sum_i size[i] / room x[i] <= 1                       bytes, and every rule scaled by its largest coefficient
+fewest <= sum_{e in block} x[e, drop] <= most        unit by unit only: kept counts, groups, the curve
+x[i] <= y[f] for each format f of i, sum_f y[f] <= max_formats
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgemoe.errors import MachineError
-from edgemoe.solvers.lagrange import Relaxed, fill, relax_count
-from edgemoe.solvers.program import Program, Solution
+from edgemoe.solvers.engine import Outcome, run
+from edgemoe.solvers.lagrange import Prices, Relaxed, fill
+from edgemoe.solvers.program import DROP, Picks, Program
 
-SCALE = 1e4
+SCALE = 1e4  # of the objective
+ELASTIC = 1e7  # least price of breaking a scaled rule in the relaxation, so that first masters are feasible
+HEADROOM = 2e-6  # of the room: what the solvers' tolerance of 1e-6 on a row of 1 could exceed it by
+Array = NDArray[np.float64]
 
 
-def solve(program: Program, gap: float, *, engine: str = "highs") -> Solution | None:
-    """The best plan over all kept counts, with proof; None when nothing fits.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """What can be taken, I items in sets: each is a choice for the units `units[i]`."""
 
-    Args:
-        program: the numbers.
-        gap: relative distance to the optimum at which to stop.
-        engine: "highs" or "cbc".
+    owner: NDArray[np.int64]  # [I] set
+    units: list[NDArray[np.int64]]  # [I] the units that the item decides
+    picks: list[Picks]  # [I] their options
+    cost: Array  # [K, I]
+    size: Array  # [I]
+    rows: Array  # [R, I]
+    n_sets: int
 
-    Raises:
-        MachineError: the engine is not installed.
-    """
-    relaxed = [relax_count(program, c) for c in range(len(program.drop))]
-    known: dict[int, Relaxed] = {c: r for c, r in enumerate(relaxed) if r is not None}
-    if not known:
-        return None
-    best_count = min(known, key=lambda c: (known[c].cost, c))
-    best = known[best_count].cost
-    bounds = {c: r.bound for c, r in known.items()}
-    costs = {c: r.cost for c, r in known.items()}
-    picks = {c: r.picks for c, r in known.items()}
-    for c in sorted(known, key=lambda c: (bounds[c], c)):
-        if bounds[c] >= best - gap * abs(best):
-            break  # sorted by bound: no later count can win either
-        solved = solve_count(program, c, known[c], gap, engine)
-        bounds[c] = max(bounds[c], solved.bound)
-        if solved.cost < costs[c]:
-            costs[c], picks[c] = solved.cost, solved.picks
-        if costs[c] < best:
-            best, best_count = costs[c], c
-    bound = min(bounds.values())
-    return Solution(
-        count_index=best_count,
-        picks=picks[best_count],
-        cost=best,
-        bound=min(bound, best),
-        proven=bound >= best - gap * abs(best),
-        per_count=tuple((bounds.get(c), costs.get(c)) for c in range(len(relaxed))),
+
+@dataclass(slots=True)
+class Model:
+    """A PuLP problem and where its parts are."""
+
+    problem: Any
+    x: list[Any]
+    scale: float
+    room: float
+    row_scale: Array
+    soft: list[Any] = field(default_factory=list)
+    elastic: list[Any] = field(default_factory=list)
+
+
+def unit_items(program: Program, units: NDArray[np.int64]) -> Items:
+    """The options of each of these units, a set each; options that another beats in every respect are left out where that is exact."""
+    owner, where, picks = [], [], []
+    for s, u in enumerate(units):
+        for o in _offered(program, int(u)):
+            owner.append(s)
+            where.append(np.array([u]))
+            picks.append(np.array([o]))
+    index, option = np.concatenate(where), np.concatenate(picks)
+    rows = np.stack([r.coef[index, option] for r in program.rows]) if program.rows else np.zeros((0, len(index)))
+    return Items(
+        owner=np.array(owner),
+        units=where,
+        picks=picks,
+        cost=program.cost[:, index, option],
+        size=program.size[index, option].astype(np.float64),
+        rows=rows,
+        n_sets=len(units),
     )
 
 
-def solve_count(program: Program, c: int, start: Relaxed, gap: float, engine: str) -> Relaxed:
-    """One kept count by PuLP; never worse than the start, and its bound is the solver's own."""
+def _offered(program: Program, u: int) -> list[int]:
+    """Options of a unit in order; in a plain program only those that no other beats in both bytes and nats."""
+    finite = np.flatnonzero(np.isfinite(program.cost[:, u]).all(axis=0))
+    expert = u < program.n_experts
+    if not program.is_plain:
+        return [int(o) for o in finite]
+    cost, size = program.cost[0, u], program.size[u]
+    best, front = np.inf, [DROP] if expert and DROP in finite else []
+    for o in finite[np.lexsort((finite, cost[finite], size[finite]))]:
+        if not (expert and o == DROP) and cost[o] < best:
+            best = cost[o]
+            front.append(int(o))
+    return front
+
+
+def join(first: Items, second: Items) -> Items:
+    """Items of both, as separate sets."""
+    return Items(
+        owner=np.concatenate([first.owner, second.owner + first.n_sets]),
+        units=first.units + second.units,
+        picks=first.picks + second.picks,
+        cost=np.concatenate([first.cost, second.cost], axis=1),
+        size=np.concatenate([first.size, second.size]),
+        rows=np.concatenate([first.rows, second.rows], axis=1),
+        n_sets=first.n_sets + second.n_sets,
+    )
+
+
+def build(program: Program, items: Items, best_cost: float, *, headroom: float = 0.0, elastic: bool = False) -> Model:
+    """The problem over some items.
+
+    Args:
+        program: the numbers.
+        items: what can be taken.
+        best_cost: a known (or expected) objective, for the scale.
+        headroom: share of the room that is kept free of the solver's tolerance.
+        elastic: let rules be broken at a high price.
+    """
     import pulp
 
-    room = program.room - int(program.fixed[c])
-    variable_part = max(start.cost - float(program.drop[c]), 1e-30)
-    scale = SCALE / variable_part
-    problem = pulp.LpProblem("formats", pulp.LpMinimize)
-    options = [program.options(c, u) for u in range(len(start.picks))]
-    x = [[problem.add_variable(f"x_{u}_{f}", cat="Binary") for f in offered] for u, offered in enumerate(options)]
-    terms = [(x[u][i], u, f) for u, offered in enumerate(options) for i, f in enumerate(offered)]
-    problem += pulp.LpAffineExpression([(v, float(program.cost[c, u, f]) * scale) for v, u, f in terms])
-    problem += pulp.LpAffineExpression([(v, int(program.size[c, u, f]) / room) for v, u, f in terms]) <= 1, "bytes"
-    for u, choices in enumerate(x):
-        problem += pulp.lpSum(choices) == 1, f"one_format_{u}"
-    with _silence():
-        status = problem.solve(_engine(engine, gap))
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) or status != pulp.LpStatusOptimal:
-        return start
-    picks = np.array([offered[int(np.argmax([v.value() or 0.0 for v in choices]))] for offered, choices in zip(options, x, strict=True)])
-    if program.evaluate(c, picks)[1] > program.room:  # within the solver's tolerance, not within the budget
-        return start
-    picks = fill(program, c, picks)
-    cost = program.evaluate(c, picks)[0]
-    bound = float(program.drop[c]) + _dual_bound(problem, scale, variable_part, gap)
-    return Relaxed(bound, cost, picks) if cost < start.cost else Relaxed(bound, start.cost, start.picks)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the solver's banner off stdout, which is for results."""
-    sys.stdout.flush()
-    saved, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(null)
-
-
-def _engine(name: str, gap: float) -> Any:
-    import pulp
-
-    if name == "highs":
-        engine = pulp.HiGHS(msg=False, threads=1, gapRel=gap / 4, gapAbs=0.0, random_seed=0)
-    elif name == "cbc":
-        engine = pulp.COIN_CMD(msg=False, threads=1, gapRel=gap / 4)
+    problem = pulp.LpProblem("edgemoe", pulp.LpMinimize)
+    room = float(program.room - program.fixed)
+    scale = SCALE / max(abs(best_cost - float(program.constant.min() if len(program.constant) == 1 else 0.0)), 1e-30)
+    x = [problem.add_variable(f"x{i:07d}", 0, 1, pulp.LpInteger) for i in range(len(items.owner))]
+    model = Model(problem, x, scale, room, np.ones(len(program.rows)))
+    model.soft = [problem.add_variable(f"s{s:04d}", v.low, None if np.isinf(v.high) else v.high) for s, v in enumerate(program.soft)]
+    priced = [(v, s.price * scale) for v, s in zip(model.soft, program.soft, strict=True)]
+    if elastic:
+        model.elastic = [problem.add_variable(f"z{r:05d}", 0) for r in range(len(program.rows) + 1)]
+        dearest = float(np.where(np.isfinite(items.cost), items.cost, 0.0).max(axis=0).sum())  # more than any choice costs
+        priced += [(z, max(ELASTIC, 10 * scale * dearest)) for z in model.elastic]
+    if len(program.cost) == 1:
+        problem += pulp.LpAffineExpression([*zip(x, (items.cost[0] * scale).tolist(), strict=True), *priced])
     else:
-        raise MachineError(f"solver {name!r} is not known", hint="use highs or cbc")
-    if not engine.available():
-        raise MachineError(f"the solver {name} is not installed", hint="pip install highspy" if name == "highs" else "install cbc")
-    return engine
+        worst = problem.add_variable("t")
+        problem += pulp.LpAffineExpression([(worst, 1.0), *priced])
+        for k, cost in enumerate(items.cost):
+            terms = [*_terms(x, cost * scale), (worst, -1.0)]
+            problem += _row(terms, -float(program.constant[k]) * scale), f"objective{k:03d}"
+    problem += _row([*_terms(x, items.size / max(room, 1.0)), *_negative(model.elastic[:1])], 1 - headroom), "bytes"
+    for r, row in enumerate(program.rows):
+        most = max(float(np.abs(items.rows[r]).max(initial=0.0)), float(np.abs(row.soft).max(initial=0.0)), abs(row.limit) / 1e3, 1e-300)
+        model.row_scale[r] = 1 / most
+        terms = [*_terms(x, items.rows[r] / most), *_terms(model.soft, row.soft / most), *_negative(model.elastic[r + 1 : r + 2])]
+        problem += _row(terms, row.limit / most), f"rule{r:04d}"
+    by_set: list[list[Any]] = [[] for _ in range(items.n_sets)]
+    for variable, s in zip(x, items.owner, strict=True):
+        by_set[s].append((variable, 1.0))
+    for s, members in enumerate(by_set):
+        problem += _row(members, 1.0, sense=0), f"one{s:06d}"
+    _limit_formats(program, items, model)
+    return model
 
 
-def _dual_bound(problem: Any, scale: float, variable_part: float, gap: float) -> float:
-    """The solver's proven bound in nats: HiGHS tells it, of others the asked gap is known."""
-    info = getattr(getattr(problem, "solverModel", None), "getInfo", None)
-    if info is not None:
-        return float(info().mip_dual_bound) / scale
-    return float(problem.objective.value()) / scale * (1 - gap / 4)
+def _terms(variables: list[Any], coefficients: Array) -> list[tuple[Any, float]]:
+    return [(v, float(c)) for v, c in zip(variables, coefficients, strict=True) if c]
 
 
-def replay(program: Program, solution: Solution) -> list[str]:
-    """What a plan breaks when its numbers are added up afresh; empty when it keeps every promise."""
-    cost, size = program.evaluate(solution.count_index, solution.picks)
-    broken = []
-    if size > program.room:
-        broken.append(f"takes {size} bytes of {program.room}")
-    if not np.isfinite(cost) or abs(cost - solution.cost) > 1e-9 * max(abs(cost), 1e-12):
-        broken.append(f"costs {cost} nats, not {solution.cost}")
-    if solution.bound > solution.cost * (1 + 1e-12) + 1e-15:
-        broken.append(f"bound {solution.bound} lies above its cost {solution.cost}")
-    return broken
+def _negative(variables: list[Any]) -> list[tuple[Any, float]]:
+    return [(v, -1.0) for v in variables]
+
+
+def _row(terms: list[tuple[Any, float]], limit: float, sense: int = -1) -> Any:
+    import pulp
+
+    return pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, rhs=limit)
+
+
+def _limit_formats(program: Program, items: Items, model: Model) -> None:
+    """At most so many formats: y[f] says that format f is used."""
+    if not program.max_formats or program.format_of is None:
+        return
+    import pulp
+
+    users: dict[int, list[int]] = {}
+    for i, options in enumerate(items.picks):
+        for f in sorted({int(f) for f in program.format_of[options] if f >= 0}):
+            users.setdefault(f, []).append(i)
+    used = {f: model.problem.add_variable(f"y{f:03d}", 0, 1, pulp.LpInteger) for f in sorted(users)}
+    for f, members in sorted(users.items()):
+        for s in sorted({int(items.owner[i]) for i in members}):
+            mine = [(model.x[i], 1.0) for i in members if items.owner[i] == s]
+            model.problem += _row([*mine, (used[f], -1.0)], 0.0), f"format{f:03d}_{s:06d}"
+    model.problem += _row([(y, 1.0) for y in used.values()], float(program.max_formats)), "formats"
+
+
+def expected_cost(program: Program, known: Relaxed) -> float:
+    """What a choice may cost, for the scale: the best known; without one no less than a ten-thousandth of the dearest."""
+    if np.isfinite(known.cost):
+        return known.cost
+    finite = np.where(np.isfinite(program.cost), program.cost, 0.0)
+    return max(known.bound, float(program.constant.min()) + 1e-4 * float(finite.max(axis=(0, 2)).sum()), 1e-12)
+
+
+def add_block_rules(program: Program, items: Items, model: Model) -> None:
+    """Kept counts, groups and the curve of blocks whose experts are sets of their own (the first sets)."""
+    blocks, problem = program.blocks, model.problem
+    if blocks is None:
+        return
+    gone: dict[int, Any] = {}
+    for i, (s, option) in enumerate(zip(items.owner, items.picks, strict=True)):
+        if s < program.n_experts and option[0] == DROP:
+            gone[int(s)] = model.x[i]
+    for b in range(blocks.n):
+        members = [(gone[u], 1.0) for u in range(b * blocks.size, (b + 1) * blocks.size) if u in gone]
+        problem += _row(members, float(blocks.size - blocks.least[b])), f"most_gone{b:04d}"
+        if blocks.most[b] < blocks.size:
+            problem += _row(members, float(blocks.size - blocks.most[b]), sense=1), f"least_gone{b:04d}"
+        for g in np.unique(blocks.group) if blocks.group_least else ():
+            mine = [(gone[b * blocks.size + int(e)], 1.0) for e in np.flatnonzero(blocks.group == g) if b * blocks.size + int(e) in gone]
+            problem += _row(mine, float((blocks.group == g).sum() - blocks.group_least)), f"group{b:04d}_{int(g):03d}"
+        _add_curve(program, model, b, members)
+
+
+def _add_curve(program: Program, model: Model, b: int, gone: list[tuple[Any, float]]) -> None:
+    """The curve of one block: steps z[j] in [0, 1] where it is convex, else one binary for each count."""
+    import pulp
+
+    assert program.blocks is not None
+    curve = program.blocks.curve[b]
+    if not curve.any():
+        return
+    steps = np.diff(curve)
+    if curve[0] == 0 and (np.diff(steps) >= -1e-15).all():
+        z = [model.problem.add_variable(f"c{b:04d}_{j:04d}", 0, 1) for j in range(len(steps))]
+        model.problem += _row([*gone, *_negative(z)], 0.0, sense=0), f"curve{b:04d}"
+        priced = _terms(z, steps * model.scale)
+    else:
+        z = [model.problem.add_variable(f"c{b:04d}_{j:04d}", 0, 1, pulp.LpInteger) for j in range(len(curve))]
+        model.problem += _row([(v, 1.0) for v in z], 1.0, sense=0), f"curve_one{b:04d}"
+        model.problem += _row([*gone, *[(v, -float(j)) for j, v in enumerate(z) if j]], 0.0, sense=0), f"curve{b:04d}"
+        priced = _terms(z, curve * model.scale)
+    if len(program.cost) == 1:
+        model.problem.objective.addInPlace(pulp.LpAffineExpression(priced))
+    else:
+        for k in range(len(program.cost)):
+            model.problem.get_constraint_by_name(f"objective{k:03d}").addInPlace(pulp.LpAffineExpression(priced))
+
+
+def prices_of(program: Program, model: Model) -> Prices:
+    """Lagrange multipliers from the duals of a solved linear relaxation."""
+
+    def dual(name: str) -> float:
+        return max(0.0, -float(model.problem.get_constraint_by_name(name).pi or 0.0))
+
+    rows = np.array([dual(f"rule{r:04d}") * s for r, s in enumerate(model.row_scale)]) / model.scale
+    if len(program.cost) == 1:
+        objectives = np.ones(1)
+    else:
+        objectives = np.array([dual(f"objective{k:03d}") for k in range(len(program.cost))])
+        objectives = objectives / max(objectives.sum(), 1e-300)
+    return Prices(byte=dual("bytes") / model.scale / max(model.room, 1.0), rows=rows, objectives=objectives)
+
+
+def solve_items(
+    program: Program,
+    items: Items,
+    known: Relaxed,
+    engine: str,
+    gap: float,
+    *,
+    exact: bool,
+    seconds: float | None = None,
+) -> Relaxed | None:
+    """The best choice among these items; never worse than the known one.  None: proven that there is no choice.
+
+    Args:
+        program: the numbers.
+        items: what can be taken.
+        known: bound and choice so far.
+        engine: highs or cbc.
+        gap: at which to stop.
+        exact: the items are all there are, so the solver's bound (and its word that nothing fits) holds for the program.
+        seconds: wall-clock limit.
+    """
+    expected = expected_cost(program, known)
+    bound, best, cost = known.bound, known.picks, known.cost
+    for headroom in (0.0, HEADROOM):
+        model = build(program, items, expected, headroom=headroom)
+        if exact:
+            add_block_rules(program, items, model)
+        start = None if best is None else _start(program, items, model, best)
+        outcome = run(model.problem, engine, gap=gap / 4, start=start, seconds=seconds)
+        if outcome.infeasible and exact and headroom == 0.0 and best is None:
+            return None
+        if exact and headroom == 0.0 and outcome.bound > -np.inf:
+            bound = max(bound, _in_nats(program, model, outcome))
+        if not outcome.solved:
+            break
+        picks = _decode(program, items, model)
+        if not program.broken(picks):
+            picks = fill(program, picks)
+            if program.objective(picks) < cost:
+                best, cost = picks, program.objective(picks)
+            break  # else it was feasible only within the solver's tolerance
+    return Relaxed(bound=min(bound, cost), cost=cost, picks=best, prices=known.prices)
+
+
+def _in_nats(program: Program, model: Model, outcome: Outcome) -> float:
+    constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
+    return outcome.bound / model.scale + constant
+
+
+def _decode(program: Program, items: Items, model: Model) -> Picks:
+    picks = np.zeros(program.cost.shape[1], np.int64)
+    values = np.array([v.varValue or 0.0 for v in model.x])
+    for i in np.flatnonzero(values > 0.5):
+        picks[items.units[i]] = items.picks[i]
+    return picks
+
+
+def _start(program: Program, items: Items, model: Model, picks: Picks) -> list[float] | None:
+    """Values of all variables for a known choice, in PuLP's order; None when the items cannot express it."""
+    taken = np.array([bool((picks[u] == p).all()) for u, p in zip(items.units, items.picks, strict=True)])
+    if int(taken.sum()) < items.n_sets or len(program.cost) > 1 or program.soft or program.max_formats or program.blocks is not None:
+        return None
+    first = {int(s): int(i) for i, s in reversed(list(zip(np.flatnonzero(taken), items.owner[taken], strict=True)))}
+    values = dict.fromkeys((v.name for v in model.problem.variables()), 0.0)
+    values |= {model.x[i].name: 1.0 for i in first.values()}
+    return [values[v.name] for v in model.problem.variables()]

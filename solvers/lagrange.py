@@ -1,7 +1,8 @@
-"""Lagrangian bisection: for one kept count, a valid lower bound and a good feasible choice in milliseconds.
+"""Lagrangian relaxation: a valid lower bound and a good feasible choice in milliseconds.
 
-For a price lam >= 0 (nats per byte) every unit picks alone the option with least cost + lam * size.  Whatever lam,
-sum of these minima - lam * room is a lower bound; the best lam is found by bisection of its logarithm (Everett 1963).
+With prices for bytes (lam), rows (pi) and weights of the objectives (w), every unit picks alone the option of least reduced cost
+r = w . cost + lam size + pi . coef, and every block drops those experts where that saves most.  Whatever the prices (>= 0, w summing to 1),
+the sum of these minima less lam room and pi . limit is a lower bound (Everett 1963).  Without rows the best lam is found by bisection.
 """
 
 from __future__ import annotations
@@ -12,72 +13,180 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.solvers.program import Program
+from edgemoe.solvers.program import DROP, Blocks, Picks, Program
 
-STEPS = 80
+STEPS = 100
+CLOSE = 1e-9  # relative width of the price interval at which bisection stops
+Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
+
+    byte: float
+    rows: Array  # [R]
+    objectives: Array  # [K]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxed:
-    """Bound and feasible choice of one kept count."""
+    """Bound, and the best feasible choice known (None: none found) with its cost."""
 
     bound: float
     cost: float
-    picks: NDArray[np.int64]
+    picks: Picks | None
+    prices: Prices
 
 
-def relax_count(program: Program, c: int) -> Relaxed | None:
-    """Bound and choice for one kept count; None when its smallest plan does not fit."""
-    room = program.room - int(program.fixed[c])
-    if program.least_size(c) > program.room:
+def plain_prices(program: Program, byte: float) -> Prices:
+    """Prices of a program whose rows are ignored and whose objectives count alike."""
+    return Prices(byte=byte, rows=np.zeros(len(program.rows)), objectives=np.full(len(program.cost), 1 / len(program.cost)))
+
+
+def mix_objectives(program: Program, weights: Array) -> Array:
+    """Costs [U, O] under a weighted mean of the objectives; inf where an option is not offered, whatever the weights."""
+    if len(program.cost) == 1:
+        only: Array = program.cost[0]
+        return only
+    offered = np.isfinite(program.cost[0])
+    return np.where(offered, np.tensordot(weights, np.where(offered, program.cost, 0.0), axes=1), np.inf)
+
+
+def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
+    """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
+    reduced = mix_objectives(program, prices.objectives) + prices.byte * program.size
+    for price, row in zip(prices.rows, program.rows, strict=True):
+        if price:
+            reduced = reduced + price * row.coef
+    value = float(prices.objectives @ program.constant) - prices.byte * (program.room - program.fixed)
+    value -= float(sum(p * row.limit for p, row in zip(prices.rows, program.rows, strict=True)))
+    for s, soft in enumerate(program.soft):
+        slope = soft.price + float(sum(p * row.soft[s] for p, row in zip(prices.rows, program.rows, strict=True)))
+        value += slope * soft.low if slope >= -1e-12 * soft.price else slope * soft.high
+    n = program.n_experts
+    picks = reduced.argmin(axis=1)
+    value += float(reduced[np.arange(n, len(picks)), picks[n:]].sum())
+    if program.blocks:
+        least, picks[:n] = _minimise_blocks(program.blocks, reduced[:n])
+        value += least
+    return value, picks
+
+
+def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
+    """Each block's cheapest choice, exactly: drop in the order of what dropping saves, as many as pays."""
+    r = reduced.reshape(blocks.n, blocks.size, -1)
+    best = 1 + r[:, :, 1:].argmin(axis=2)
+    keep = np.take_along_axis(r, best[:, :, None], axis=2)[:, :, 0]
+    drop = r[:, :, DROP]
+    with np.errstate(invalid="ignore"):
+        saves = np.where(np.isinf(drop), np.inf, np.where(np.isinf(keep), -np.inf, drop - keep))  # by keeping
+    if blocks.group_least > 0:
+        saves = _hold_groups(blocks, saves)
+    order = np.argsort(saves, axis=1, kind="stable")
+    ordered = np.take_along_axis(saves, order, axis=1)
+    base = np.where(np.isinf(keep), drop, keep).sum(axis=1)
+    totals = np.concatenate([np.zeros((blocks.n, 1)), np.where(np.isfinite(ordered), ordered, 0.0).cumsum(axis=1)], axis=1) + blocks.curve
+    gone = np.arange(blocks.size + 1)
+    fewest = np.maximum(blocks.size - blocks.most, (ordered == -np.inf).sum(axis=1))
+    most = np.minimum(blocks.size - blocks.least, (ordered < np.inf).sum(axis=1))
+    totals[(gone < fewest[:, None]) | (gone > most[:, None])] = np.inf
+    chosen = totals.argmin(axis=1)
+    value = float((base + totals[np.arange(blocks.n), chosen]).sum())
+    rank = np.argsort(order, axis=1, kind="stable")
+    return value, np.where(rank < chosen[:, None], DROP, best).ravel()
+
+
+def _hold_groups(blocks: Blocks, saves: Array) -> Array:
+    """Make undroppable what each routing group must keep: its members that are worth most (greedy is exact on a partition matroid)."""
+    held = saves.copy()
+    for g in np.unique(blocks.group):
+        members = np.flatnonzero(blocks.group == g)
+        worst = np.argsort(saves[:, members], axis=1, kind="stable")[:, max(len(members) - blocks.group_least, 0) :]
+        np.put_along_axis(held, members[worst], np.inf, axis=1)
+    return held
+
+
+def least_size(program: Program) -> float:
+    """Bytes of the smallest choice when rows are ignored; inf when nothing is allowed."""
+    cost = np.where(np.isfinite(program.cost[:1]), 0.0, np.inf)
+    blocks = program.blocks
+    if blocks:
+        blocks = Blocks(**{n: getattr(blocks, n) for n in Blocks.__dataclass_fields__} | {"curve": np.zeros_like(blocks.curve)})
+    bare = Program(cost=cost, size=program.size, constant=np.zeros(1), fixed=program.fixed, room=0, blocks=blocks)
+    return minimise(bare, plain_prices(bare, 1.0))[0]
+
+
+def relax(program: Program) -> Relaxed | None:
+    """Bound and choice by bisection over the price of a byte; None when even the smallest choice does not fit.
+
+    Rows are ignored, so with rows only the bound is valid; the choice is returned only where it keeps them.
+    """
+    if least_size(program) > program.room:
         return None
-    cost = program.cost[c]
-    size = np.where(np.isfinite(cost), program.size[c], 0).astype(np.float64)
-    rows = np.arange(len(cost))
-    free = np.lexsort((size, cost), axis=1)[:, 0]  # cheapest in nats, then in bytes
-    if size[rows, free].sum() <= room:
-        total = float(program.drop[c] + cost[rows, free].sum())
-        return Relaxed(total, total, free)
-    low, high = 1e-25, 16 * float(cost[np.isfinite(cost)].max()) / max(float(size[size > 0].min()), 1) + 1e-20
-    bound, best = -np.inf, None
+    finite = program.cost[np.isfinite(program.cost)]
+    top = float(np.abs(finite).max()) + (float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0)
+    low, high = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # a byte dearer than everything
+    free, picks = minimise(program, plain_prices(program, 0.0))[0], minimise(program, plain_prices(program, low))[1]
+    if program.evaluate(picks)[1] <= program.room:
+        return _relaxed(program, free, picks, plain_prices(program, 0.0))
+    bound, best, best_price = free, None, 0.0
     for _ in range(STEPS):
-        price = np.sqrt(low * high)
-        picks = (cost + price * size).argmin(axis=1)
-        used = size[rows, picks].sum()
-        bound = max(bound, float((cost + price * size)[rows, picks].sum() - price * room))
-        if used <= room:
+        price = float(np.sqrt(low * high))
+        value, picks = minimise(program, plain_prices(program, price))
+        if value > bound:
+            bound, best_price = value, price
+        if program.evaluate(picks)[1] <= program.room:
             high, best = price, picks
         else:
             low = price
-        if high / low < 1 + 1e-12:
+        if high / low < 1 + CLOSE:
             break
     if best is None:
-        best = np.where(np.isfinite(cost), size, np.inf).argmin(axis=1)
-    picks = fill(program, c, best)
-    return Relaxed(float(program.drop[c]) + bound, program.evaluate(c, picks)[0], picks)
+        best = minimise(program, plain_prices(program, high))[1]
+    return _relaxed(program, bound, best, plain_prices(program, best_price))
 
 
-def fill(program: Program, c: int, picks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Spend the bytes that are left: best improvement per byte first, whatever fits."""
+def _relaxed(program: Program, bound: float, picks: Picks, prices: Prices) -> Relaxed:
+    if program.evaluate(picks)[1] <= program.room and not program.broken(picks):
+        picks = fill(program, picks)
+        cost = program.objective(picks)
+        return Relaxed(bound=min(bound, cost), cost=cost, picks=picks, prices=prices)
+    return Relaxed(bound=bound, cost=np.inf, picks=None, prices=prices)
+
+
+def fill(program: Program, picks: Picks) -> Picks:
+    """Spend the bytes that are left on a feasible choice: best improvement per byte first, whatever fits and keeps the rules.
+
+    Experts that were dropped stay dropped; with several objectives their mean must fall, and the worst must not rise.
+    """
     picks = picks.copy()
-    left = program.room - program.evaluate(c, picks)[1]
-    heap: list[tuple[float, int, int, int]] = []
-
-    def push(u: int) -> None:
-        now = picks[u]
-        for f in program.options(c, u):
-            gain = program.cost[c, u, now] - program.cost[c, u, f]
-            extra = int(program.size[c, u, f] - program.size[c, u, now])
-            if gain > 0 and extra <= left:
-                heapq.heappush(heap, (-gain / max(extra, 1), u, int(f), int(now)))
-
-    for u in range(len(picks)):
-        push(u)
+    every = np.arange(len(picks))
+    cost = mix_objectives(program, np.full(len(program.cost), 1 / len(program.cost)))
+    left = program.room - program.evaluate(picks)[1]
+    slack = np.array([row.limit - float(row.coef[every, picks].sum()) for row in program.rows])
+    open_units = np.ones(len(picks), bool)
+    open_units[: program.n_experts] = picks[: program.n_experts] != DROP
+    now = cost[every, picks]
+    extra = program.size - program.size[every, picks][:, None]
+    gain = now[:, None] - np.where(np.isfinite(cost), cost, np.inf)
+    better = (gain > 0) & (extra <= left) & open_units[:, None]
+    better[: program.n_experts, DROP] = False
+    if program.max_formats and program.format_of is not None:
+        used = np.unique(program.format_of[picks])
+        better &= np.isin(program.format_of, used)[None]
+    heap = [(-gain[u, o] / max(int(extra[u, o]), 1), int(u), int(o)) for u, o in zip(*np.nonzero(better), strict=True)]
+    heapq.heapify(heap)
     while heap:
-        _, u, f, then = heapq.heappop(heap)
-        extra = int(program.size[c, u, f] - program.size[c, u, picks[u]])
-        if then == picks[u] and extra <= left:
-            picks[u] = f
-            left -= extra
-            push(u)
+        _, u, o = heapq.heappop(heap)
+        more = int(program.size[u, o] - program.size[u, picks[u]])
+        if more > left or cost[u, o] >= cost[u, picks[u]]:
+            continue
+        if len(program.cost) > 1 and (program.cost[:, u, o] > program.cost[:, u, picks[u]]).any():
+            continue
+        change = np.array([row.coef[u, o] - row.coef[u, picks[u]] for row in program.rows])
+        if ((change > 0) & (change > slack)).any():
+            continue
+        picks[u], left = o, left - more
+        slack = slack - change if len(change) else slack
     return picks

@@ -1,9 +1,14 @@
-"""The stock-GGUF form of the program: one kept count for all layers, one format for each unit.
+"""The integer program, as numbers: pick one option for every unit.
 
-    minimise    sum_l drop[c, l] + sum_u cost[c, u, f_u]      over the kept count c and the formats f_u
-    subject to  fixed[c] + sum_u size[c, u, f_u] <= room      and f_u offered for u
+    minimise    max_k ( constant_k + sum_u cost[k, u, o_u] + sum_b curve[b, gone_b] )           nats; k: objectives, usually one
+    subject to  fixed + sum_u size[u, o_u] <= room                                              bytes
+                sum_u coef_r[u, o_u] <= limit_r                          for every row r         the users' rules
+                least_b <= kept experts of block b <= most_b, and of each routing group g at least group_least
+                at most `max_formats` different formats
 
-Costs are nats, sizes bytes.  For a fixed c this is a multiple-choice knapsack (Sinha & Zoltners 1979).
+A unit is a tensor (an expert stack, an expert), an option a format in a memory pool; option 0 of an expert is to drop it.  Experts come
+first, in blocks of equal length, one block for each layer: what couples them (kept counts, groups, the curve) stays inside their block.
+Without blocks and rows this is a multiple-choice knapsack (Sinha & Zoltners 1979).
 """
 
 from __future__ import annotations
@@ -14,37 +19,125 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+DROP = 0  # the option "drop it" of a unit in a block
+Picks = NDArray[np.int64]  # [U] options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A linear rule: the sum of `coef` [U, O] over the picks, plus `soft` times the soft variables, is at most `limit`."""
+
+    name: str
+    coef: NDArray[np.float64]
+    limit: float
+    soft: NDArray[np.float64]  # [S]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soft:
+    """A continuous variable of a user's soft rule, and its price in nats for each unit of it."""
+
+    name: str
+    low: float
+    high: float
+    price: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Experts that share a layer: B blocks of E units each, the first B * E units of the program."""
+
+    n: int
+    size: int
+    least: NDArray[np.int64]  # [B] kept experts
+    most: NDArray[np.int64]  # [B]
+    curve: NDArray[np.float64]  # [B, E + 1] nats when so many are gone, beside their own prices
+    group: NDArray[np.int64]  # [E] routing group of each expert
+    group_least: int  # kept experts of each group
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """The numbers of one program: C counts, U units, F formats; cost is inf where a format is not offered."""
+    """The numbers of one program: K objectives, U units, O options; cost is inf where an option is not offered."""
 
-    cost: NDArray[np.float64]  # [C, U, F]
-    size: NDArray[np.int64]  # [C, U, F]
-    drop: NDArray[np.float64]  # [C]
-    fixed: NDArray[np.int64]  # [C]
+    cost: NDArray[np.float64]  # [K, U, O]
+    size: NDArray[np.int64]  # [U, O]
+    constant: NDArray[np.float64]  # [K]
+    fixed: int
     room: int
+    blocks: Blocks | None = None
+    rows: tuple[Row, ...] = ()
+    soft: tuple[Soft, ...] = ()
+    format_of: NDArray[np.int64] | None = None  # [O], for `max_formats`; -1: none
+    max_formats: int = 0  # 0: any number
 
-    def options(self, c: int, u: int) -> NDArray[np.int64]:
-        """Formats of a unit that no other beats in both bytes and nats, by falling size; decided once for all solvers."""
-        cost, size = self.cost[c, u], self.size[c, u]
-        order = np.lexsort((np.arange(len(cost)), cost, size))
-        best, front = np.inf, []
-        for f in order:  # by rising size: keep what costs less than everything smaller
-            if np.isfinite(cost[f]) and cost[f] < best:
-                best = cost[f]
-                front.append(int(f))
-        return np.array(front[::-1], np.int64)
+    @property
+    def n_experts(self) -> int:
+        """Units that are in blocks."""
+        return self.blocks.n * self.blocks.size if self.blocks else 0
 
-    def least_size(self, c: int) -> int:
-        """Bytes of the smallest plan with this count."""
-        offered = np.where(np.isfinite(self.cost[c]), self.size[c], np.iinfo(np.int64).max)
-        return int(self.fixed[c] + offered.min(axis=1).sum())
+    @property
+    def is_plain(self) -> bool:
+        """Whether only the budget couples the units outside blocks."""
+        return len(self.cost) == 1 and not self.rows and not self.max_formats
 
-    def evaluate(self, c: int, picks: NDArray[np.int64]) -> tuple[float, int]:
-        """Nats and bytes of a complete choice, added up afresh."""
+    def evaluate(self, picks: Picks) -> tuple[NDArray[np.float64], int]:
+        """Nats under each objective [K] (soft variables aside), and bytes, of a complete choice, added up afresh."""
         rows = np.arange(len(picks))
-        return float(self.drop[c] + self.cost[c, rows, picks].sum()), int(self.fixed[c] + self.size[c, rows, picks].sum())
+        total: NDArray[np.float64] = self.constant + self.cost[:, rows, picks].sum(axis=1)
+        if self.blocks:
+            gone = (picks[: self.n_experts].reshape(self.blocks.n, -1) == DROP).sum(axis=1)
+            total = total + self.blocks.curve[np.arange(self.blocks.n), gone].sum()
+        return total, self.fixed + int(self.size[rows, picks].sum())
+
+    def soft_values(self, picks: Picks) -> NDArray[np.float64]:
+        """The cheapest values [S] of the soft variables for a choice, each raised alone until its rows hold."""
+        values = np.array([v.low for v in self.soft])
+        every = np.arange(len(picks))
+        for row in self.rows:
+            short = float(row.coef[every, picks].sum() + row.soft @ values) - row.limit
+            helpers = np.flatnonzero(row.soft < 0)
+            if short > 0 and len(helpers):
+                s = int(helpers[np.argmin([self.soft[i].price / -row.soft[i] for i in helpers])])
+                values[s] += short / -row.soft[s]
+        return values
+
+    def objective(self, picks: Picks) -> float:
+        """What is minimised: the worst objective, and the price of soft rules."""
+        soft = float(self.soft_values(picks) @ [v.price for v in self.soft]) if self.soft else 0.0
+        return float(self.evaluate(picks)[0].max()) + soft
+
+    def broken(self, picks: Picks) -> list[str]:
+        """What a choice breaks; empty when it is feasible."""
+        found = []
+        cost, size = self.evaluate(picks)
+        every = np.arange(len(picks))
+        if not np.isfinite(cost).all():
+            found.append("an option that is not offered")
+        if size > self.room:
+            found.append(f"{size} bytes of {self.room}")
+        soft = self.soft_values(picks)
+        for row in self.rows:
+            value = float(row.coef[every, picks].sum() + (row.soft @ soft if len(soft) else 0.0))
+            if value > row.limit + 1e-9 * max(1.0, abs(row.limit), float(np.abs(row.coef[every, picks]).sum())):
+                found.append(f"{row.name}: {value:.10g} > {row.limit:.10g}")
+        found += [
+            f"{v.name} = {x:.6g} is out of its bounds" for v, x in zip(self.soft, soft, strict=True) if x > v.high * (1 + 1e-9) + 1e-12
+        ]
+        if self.max_formats and self.format_of is not None:
+            used = {int(f) for f in self.format_of[picks] if f >= 0}
+            if len(used) > self.max_formats:
+                found.append(f"{len(used)} formats of {self.max_formats}")
+        return found + self._broken_blocks(picks)
+
+    def _broken_blocks(self, picks: Picks) -> list[str]:
+        if not self.blocks:
+            return []
+        kept = picks[: self.n_experts].reshape(self.blocks.n, -1) != DROP
+        counts = kept.sum(axis=1)
+        found = [f"layer block {b} keeps {counts[b]}" for b in np.flatnonzero((counts < self.blocks.least) | (counts > self.blocks.most))]
+        groups = np.stack([kept[:, self.blocks.group == g].sum(axis=1) for g in np.unique(self.blocks.group)], axis=1)
+        return found + [f"layer block {b} leaves a group short" for b in np.flatnonzero(groups.min(axis=1) < self.blocks.group_least)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +145,11 @@ class Solution:
     """A feasible choice and what is proven about it: no choice costs less than `bound`."""
 
     count_index: int
-    picks: NDArray[np.int64]  # [U] formats
+    picks: Picks
     cost: float
     bound: float
     proven: bool
+    price: float  # nats that one more byte saves
     per_count: tuple[tuple[float | None, float | None], ...]  # [C] (bound, best cost found)
 
     @property
@@ -64,5 +158,5 @@ class Solution:
         return max(0.0, self.cost - self.bound) / max(abs(self.cost), 1e-30)
 
 
-Solver = Callable[[Program, float], Solution | None]
-"""(program, relative gap) -> the best choice, or None when nothing fits."""
+Programs = Callable[[int], Program]
+"""The program of a kept count, by its index."""

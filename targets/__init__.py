@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import UsageError
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.memory import Layout
 
 TARGETS = ("gguf",)
 
@@ -41,8 +42,8 @@ class Target(Protocol):
         """Bytes of everything that gets no format: header, metadata, norms, routers."""
         ...
 
-    def memory_parts(self, model: Model, context: int) -> dict[str, int]:
-        """What the process needs beside the weights (see memory.py)."""
+    def memory_parts(self, model: Model | Layout, context: int) -> dict[str, int]:
+        """What the process needs beside the weights (see memory.py); a layout is enough."""
         ...
 
     def round_rows(self, rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None) -> NDArray[np.float32]:

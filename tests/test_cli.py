@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command import MODEL, environment, error_of, run_cli
 
-COMMANDS = ("build", "inspect", "calibrate", "price", "plan", "emit", "verify", "report", "doctor")
+COMMANDS = ("build", "inspect", "calibrate", "price", "plan", "emit", "verify", "report", "devices", "doctor")
 
 
 def test_help_lists_every_command() -> None:
@@ -69,7 +69,7 @@ def test_doctor_finds_what_these_tests_run_on() -> None:
     assert "MISSING" in run_cli("doctor").stdout if missing else shown.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [("build", MODEL, "--memori", "1GB"), ("inspect",), ("bild",), ("build", MODEL, "-o", "x")])
+@pytest.mark.parametrize("arguments", [("build", MODEL, "--memori", "1GB"), ("inspect",), ("bild",), ("build", MODEL, "--memory", "1GB")])
 def test_a_command_line_that_is_not_understood_is_exit_2(arguments: tuple[object, ...], tmp_path: Path) -> None:
     shown = run_cli(*arguments, cwd=tmp_path)
     assert shown.returncode == 2 and shown.stdout == ""

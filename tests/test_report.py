@@ -67,8 +67,9 @@ def make_plan(units: list[Unit], n_layers: int, n_experts: int, count: int, name
     )
     return Plan(
         model="a" * 64, model_name=name, costs="b" * 64, target="gguf", budget=int(memory["peak"] * 1.012), context=8192,
-        solver="ilp-highs", count=count, n_experts=n_experts, top_k=min(4, count), kept=kept, formats=formats, sizes=sizes, file_size=size,
-        memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, counts=counts,
+        solver="ilp-highs", n_experts=n_experts, top_k=min(4, count), kept=kept, formats=formats, sizes=sizes, file_size=size,
+        memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, price=1e-9, counts=counts,
+        objective="mean", vram=(), domain_q={"english": 0.02, "math": 0.03}, rules=(), origin="",
     )  # fmt: skip
 
 
@@ -100,7 +101,8 @@ def make_report(n_layers: int = 4, n_experts: int = 16, *, count: int = 12, name
     return Report(
         model=model, plan=plan, artifact=Artifact(folder="/tmp/out", target="gguf", plan="d" * 64, files=(file,)), units=tuple(units),
         scores=scores, measured_kl=0.0371, measured_peak=int(plan.memory["peak"] * 0.987), deployment_kl=0.0402,
-        prompt_tokens_per_second=812.4, decode_tokens_per_second=73.25, samples=samples, frontier=frontier, problems=(),
+        prompt_tokens_per_second=812.4, decode_tokens_per_second=73.25,
+        decode_ceiling=140.0, samples=samples, frontier=frontier, problems=(),
         runtime="llama.cpp b7071 (CPU)", machine="AMD Ryzen 7 7840HS, 96 GB",
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def make_unmeasured() -> Report:
     report = make_report(count=16)
     return replace(
         report, scores=(), samples=(), frontier=(), problems=("not run: this machine has too little memory",), measured_kl=0.0,
-        measured_peak=0, deployment_kl=0.0, prompt_tokens_per_second=0.0, decode_tokens_per_second=0.0,
+        measured_peak=0, deployment_kl=0.0, prompt_tokens_per_second=0.0, decode_tokens_per_second=0.0, decode_ceiling=0.0,
     )  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence
         budget=2**30,
         context=512,
         solver="highs",
-        count=count,
+        objective="mean",
         n_experts=model.n_experts,
         top_k=model.top_k,
         kept=sets,
@@ -181,7 +181,12 @@ def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence
         bound=0.0,
         gap=0.0,
         proven=True,
+        price=0.0,
         counts=(),
+        vram=(),
+        domain_q={},
+        rules=(),
+        origin="",
     )
 
 

@@ -3,7 +3,10 @@
 Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
     {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
-    continue the prompts greedily.
+    continue the prompts greedily;
+    {"asked": [settings], "alloc": bool}: what llama.cpp says about its buffers with these settings; without "alloc" nothing is read but the
+    header, and nothing reserved.
+A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, threads, mmap.
 """
 
 from __future__ import annotations
@@ -33,39 +36,52 @@ def _bindings() -> Any:
 
 lc = _bindings()
 UBATCH = 512
-LOAD_WITHOUT_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 0, 1, 0, -1
+LOAD_WITHOUT_MMAP, LOAD_WITH_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 1, 0, 1, 0, -1
+EXACT = {"type_k": F32, "type_v": F32, "flash": FLASH_OFF}
 _ERROR = 4  # ggml's log level
 
 
 class Llama:
     """A loaded model with one context."""
 
-    def __init__(self, path: str, context: int, *, exact: bool, repack: bool = True) -> None:
+    def __init__(self, path: str, context: int, settings: dict[str, Any], *, repack: bool = True, alloc: bool = True) -> None:
         self._log: list[str] = []
         self._callback = lc.llama_log_callback(lambda level, text, _: self._log.append(text.decode(errors="replace")))
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
         lc.llama_backend_init()
         params = lc.llama_model_default_params()
-        params.n_gpu_layers, params.load_mode = 0, LOAD_WITHOUT_MMAP
-        params.use_extra_bufts = repack and not exact
+        params.n_gpu_layers, params.load_mode = 0, LOAD_WITH_MMAP if settings.get("mmap") else LOAD_WITHOUT_MMAP
+        params.use_extra_bufts, params.no_alloc = repack, not alloc
         self.model = lc.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["the model does not load"])[-1])
-        options = lc.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = context, min(context, UBATCH), min(context, UBATCH)
-        options.n_threads = options.n_threads_batch = os.cpu_count() or 1
-        options.type_k = options.type_v = F32 if exact else F16
-        options.flash_attn_type = FLASH_OFF if exact else FLASH_AUTO
-        self.context = lc.llama_init_from_model(self.model, options)
-        if not self.context:
-            raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["no context"])[-1])
+        self.context = None
+        self.open(context, settings)
         self.vocab = lc.llama_model_get_vocab(self.model)
         self.n_vocab = lc.llama_vocab_n_tokens(self.vocab)
         self.sampler = lc.llama_sampler_init_greedy()
 
+    def open(self, context: int, settings: dict[str, Any]) -> None:
+        """Make a context, in the place of the one before."""
+        if self.context:
+            lc.llama_free(self.context)
+            self._log.clear()
+        self.ubatch = min(context, settings.get("ubatch", UBATCH))
+        options = lc.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = context, self.ubatch, self.ubatch
+        options.n_seq_max = settings.get("sequences", 1)
+        options.n_threads = options.n_threads_batch = settings.get("threads", os.cpu_count() or 1)
+        options.type_k, options.type_v = settings.get("type_k", F16), settings.get("type_v", F16)
+        options.flash_attn_type = settings.get("flash", FLASH_AUTO)
+        options.swa_full = settings.get("swa_full", True)
+        options.n_outputs_max = settings.get("outputs", 0)
+        self.context = lc.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["no context"])[-1])
+
     def buffers(self) -> list[str]:
         """llama.cpp's own words about the buffers that it made."""
-        return [line.strip() for line in "".join(self._log).splitlines() if "buffer size" in line or "KV self size" in line]
+        return [line.strip() for line in "".join(self._log).splitlines() if "buffer size" in line or "size = " in line]
 
     def clear(self) -> None:
         """Forget the context."""
@@ -93,8 +109,8 @@ class Llama:
 
     def feed(self, tokens: Sequence[int], start: int = 0) -> None:
         """Run a long text in batches."""
-        for i in range(0, len(tokens), UBATCH):
-            self.decode(tokens[i : i + UBATCH], start + i, every=False)
+        for i in range(0, len(tokens), self.ubatch):
+            self.decode(tokens[i : i + self.ubatch], start + i, every=False)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a prompt, special tokens recognised."""
@@ -128,7 +144,9 @@ class Llama:
 
 def give_logits(job: dict[str, Any]) -> dict[str, Any]:
     """Logits of every window to stdout."""
-    llama = Llama(job["path"], max(len(w) for w in job["windows"]), exact=job["exact"], repack=job["repack"])
+    settings = EXACT if job["exact"] else {}
+    longest = max(len(w) for w in job["windows"])
+    llama = Llama(job["path"], longest, settings, repack=job["repack"] and not job["exact"])
     for window in job["windows"]:
         llama.clear()
         llama.decode(window, 0, every=True)
@@ -140,7 +158,7 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Fill the context as a user would; peak memory, speed, samples."""
     context, generate = int(job["context"]), int(job["generate"])
-    llama = Llama(job["path"], context, exact=False, repack=job["repack"])
+    llama = Llama(job["path"], context, job.get("settings", {}), repack=job["repack"])
     tokens = job["tokens"]
     new = min(32, max(1, context // 4))
     filled = (tokens * (context // len(tokens) + 1))[: context - new]
@@ -168,6 +186,17 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def ask(job: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's words about its buffers, for each of the settings."""
+    first, *others = job["asked"]
+    llama = Llama(job["path"], first["context"], first, repack=False, alloc=job.get("alloc", False))
+    said = [llama.buffers()]
+    for settings in others:
+        llama.open(settings["context"], settings)
+        said.append(llama.buffers())
+    return {"said": said}
+
+
 def peak_bytes() -> int:
     """The most that this process ever held (VmHWM)."""
     try:
@@ -183,7 +212,8 @@ def peak_bytes() -> int:
 def main() -> None:
     """Do the job in the file that the command line names."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    result = give_logits(job) if "windows" in job else measure(job)
+    does = give_logits if "windows" in job else ask if "asked" in job else measure
+    result = does(job)
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 

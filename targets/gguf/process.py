@@ -1,17 +1,25 @@
-"""Bytes that a llama.cpp process holds, from shapes alone (docs/decisions/0003-memory.md has the measurements).
+"""What a llama.cpp process holds beside the weights, in parts, from shapes alone (docs/decisions/0003-memory.md has the measurements).
 
-Settings: no mmap (what is held cannot be given back), repacking on, KV in F16, flash attention as llama.cpp chooses, ubatch 512.
+A budget is promised for the defaults of `Settings`: no mmap (what is held cannot be given back), repacking on, KV in F16, flash attention,
+ubatch 512, logits of the last token only.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from edgemoe.ir import Model, Unit
-from edgemoe.memory import RETAINED
+from edgemoe.memory import RETAINED, Cache, Layout, Settings, peak
+from edgemoe.targets.gguf.buffers import cells_of, compute_bytes, kv_bytes, output_bytes, state_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
 
-UBATCH = 512
-RUNTIME = 29 * 2**20  # a process that has loaded llama.cpp and no model, with the loader's and the graph's own memory
-PER_TOKEN = 400  # bytes of one vocabulary entry in llama.cpp's tables
+# Measured on two installations, docs/decisions/0003-memory.md
+RUNTIME = 27 * 2**20  # bindings, libraries, tokenizer's tables, 2 threads: 24 MiB; 3 MiB for 20 threads more or another installation
+PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables: 245
+PER_CELL = 128  # bytes of one token's entry in the caches' tables: 123
+PER_NODE = 1600  # bytes of one place for a graph's node, three times its tensor and the scheduler's tables: 1526 to 1603
+TENSORS, LATENT_TENSORS = 12, 18  # of a layer, at most, in the families that are written and in DeepSeek's
 
 
 def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
@@ -22,21 +30,113 @@ def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
 def unit_staging(size: int, name: str, role: str) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
-    The embedding is only looked up, never repacked; the output matrix is loaded before the layers, so its copy can only matter for what the
-    C library retains of it.
+    The output matrix is loaded before the layers, so its copy can only matter for what the C library retains of it.
     """
-    if not FORMATS[name].repacked or role == "token_embd" or (role == "output" and size > RETAINED):
-        return 0
-    return size
+    return 0 if not is_repacked(name, role) or (role == "output" and size > RETAINED) else size
 
 
-def memory_parts(model: Model, context: int) -> dict[str, int]:
-    """KV cache, touched compute buffer, output buffer and runtime in bytes, for one sequence of `context` tokens."""
-    cells = -(-context // 256) * 256
-    kv = model.n_layers * cells * 2 * model.n_kv_heads * model.head_dim * 2
-    rows = min(UBATCH, context)
-    hidden, heads = model.hidden_size, model.n_heads * model.head_dim
-    expert = model.top_k * (2 * model.expert_size + 2 * hidden)
-    # what decoding touches; logits of a whole batch are reserved too (vocab x 512 x 4 bytes) but only the last row is ever written
-    compute = 4 * rows * max(expert + 3 * hidden, 4 * heads + 3 * hidden) + 3 * rows * cells
-    return {"kv": kv, "compute": compute, "output": 4 * model.vocab_size, "runtime": RUNTIME + PER_TOKEN * model.vocab_size}
+def is_repacked(name: str, role: str) -> bool:
+    """Whether llama.cpp keeps another copy of a tensor, in an order that the CPU's vectors like; the embedding is only looked up."""
+    return FORMATS[name].repacked and role != "token_embd"
+
+
+def layout_of(model: Model) -> Layout:
+    """The layout of a model of the families that are written: grouped-query attention, experts in every layer."""
+    cache = Cache(k=model.n_kv_heads * model.head_dim, v=model.n_kv_heads * model.head_dim)
+    return Layout(
+        caches=(cache,) * model.n_layers,
+        hidden_size=model.hidden_size,
+        n_heads=model.n_heads,
+        key_length=model.head_dim,
+        value_length=model.head_dim,
+        vocab_size=model.vocab_size,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        expert_size=model.expert_size,
+        renormalize=model.renormalize,
+    )
+
+
+def memory_parts(model: Model | Layout, context: int, settings: Settings | None = None) -> dict[str, int]:
+    """KV cache (with recurrent states), touched compute buffer, output buffer and runtime in bytes.
+
+    Args:
+        model: or its layout.
+        context: tokens, shared out among the sequences.
+        settings: of the run, if they are not the default; their context is not looked at.
+
+    Raises:
+        UsageError: llama.cpp would refuse these settings.
+    """
+    layout = model if isinstance(model, Layout) else layout_of(model)
+    settings = dataclasses.replace(settings, context=context) if settings else Settings(context=context)
+    return {
+        "kv": kv_bytes(layout, settings) + state_bytes(layout, settings),
+        "compute": touched_bytes(layout, settings) + work_bytes(layout, settings),
+        "output": output_bytes(layout, settings),
+        "runtime": _runtime(layout, settings),
+    }
+
+
+def _runtime(layout: Layout, settings: Settings) -> int:
+    """Bytes of the process without weights, caches and buffers."""
+    tensors = len(layout.caches) * (LATENT_TENSORS if layout.latent else TENSORS)
+    nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
+    cells = settings.sequences * cells_of(settings)
+    return RUNTIME + PER_TOKEN * layout.vocab_size + PER_CELL * cells + PER_NODE * nodes
+
+
+def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
+    """The most that a process holds which loads a file and decodes a full context.
+
+    From a mapped file, what was repacked is held twice, and needs no staging; when all is loaded, the ends of the file that hold nothing
+    but repacked tensors are unmapped.
+
+    Args:
+        layout: of the model.
+        settings: of the run.
+        file_size: of the GGUF in bytes.
+        units: (role, format, bytes) of its tensors, in file order.
+    """
+    repacked = [settings.repack and is_repacked(name, role) for role, name, _ in units]
+    parts = memory_parts(layout, settings.context, settings)
+    if not settings.mmap:
+        staging = [unit_staging(size, name, role) for (role, name, size), copied in zip(units, repacked, strict=True) if copied]
+        return peak({**parts, "weights": file_size, "staging": max(staging, default=0)})
+    copies = sum(size for (_, _, size), copied in zip(units, repacked, strict=True) if copied)
+    stays = [number for number, copied in enumerate(repacked) if not copied]
+    ends = sum(size for number, (_, _, size) in enumerate(units) if not stays or not stays[0] <= number <= stays[-1])
+    return max(peak({**parts, "weights": file_size - ends + copies, "staging": 0}), parts["runtime"] + file_size + copies)
+
+
+def split_parts(
+    layout: Layout, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int
+) -> dict[str, dict[str, int]]:
+    """The parts in two pools when expert stacks stay in RAM and all else is in VRAM (`-ngl 99 --cpu-moe`).
+
+    NOT verified on a GPU.  KV cache and states follow the attention into VRAM; the embedding is looked up on the CPU.  A GPU's buffers are
+    held in full, so the whole compute buffer counts there, and with it a copy of one expert stack, because llama.cpp multiplies large
+    batches on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
+
+    Args:
+        layout: of the model.
+        settings: of the run.
+        experts: bytes of all expert stacks.
+        embedding: bytes of the embedding.
+        others: bytes of all other tensors.
+        largest_stack: bytes of the largest expert stack.
+    """
+    parts = memory_parts(layout, settings.context, settings)
+    outputs = 0 if settings.every_logit else settings.sequences
+    on_device = {
+        "weights": others,
+        "kv": parts["kv"],
+        "compute": compute_bytes(layout, settings, outputs=0) + largest_stack,
+    }
+    in_ram = {
+        "weights": experts + embedding,
+        "compute": compute_bytes(layout, settings, outputs=outputs) + work_bytes(layout, settings),
+        "output": parts["output"],
+        "runtime": parts["runtime"],
+    }
+    return {"ram": in_ram, "vram": on_device}

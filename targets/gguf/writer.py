@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_tensor
-from edgemoe.errors import MachineError
+from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import find_family, rope_theta
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
+from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
 
@@ -33,14 +34,20 @@ FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31
 FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 
 
+# Tensors that stay F32 and have a row or number for each expert.
+PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
+# Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
+HEADER_PER_ENTRY = 64
+
+
 def tensor_name(role: str, layer: int) -> str:
     """llama.cpp's name of a tensor."""
     return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
 
 
 def is_planned(tensor: Tensor) -> bool:
-    """Whether a tensor gets a format from the plan; norms and routers stay F32."""
-    return len(tensor.shape) == 2 and tensor.role != "ffn_gate_inp"
+    """Whether a tensor gets a format from the plan; vectors, routers, biases and convolutions stay F32, as in llama-quantize."""
+    return len(tensor.shape) == 2 and tensor.role not in ("ffn_gate_inp", "ssm_conv1d") and not tensor.role.endswith(".bias")
 
 
 def list_units(model: Model) -> list[Unit]:
@@ -54,15 +61,18 @@ def list_units(model: Model) -> list[Unit]:
 
 def fixed_size(model: Model, count: int) -> int:
     """Bytes of header, metadata, norms and routers when every MoE layer keeps `count` experts."""
-    total = header_size(model)
-    for tensor in model.tensors:
-        if not is_planned(tensor):
-            total += pad(tensor.n_weights * 4 * (count if tensor.role == "ffn_gate_inp" else model.n_experts) // model.n_experts)
-    return total
+    fixed = (
+        t.n_weights * 4 * (count if t.role in PER_EXPERT else model.n_experts) // model.n_experts
+        for t in model.tensors
+        if not is_planned(t)
+    )
+    return header_size(model) + sum(map(pad, fixed))
 
 
 def header_size(model: Model) -> int:
-    """Bytes before the first tensor, from really writing them."""
+    """Bytes before the first tensor, from really writing them; an estimate for a model of which only the shapes are known."""
+    if not model.folder:
+        return pad(HEADER_PER_ENTRY * model.vocab_size)
     key = model.fingerprint, model.name
     if key not in _header_sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +86,14 @@ def header_size(model: Model) -> int:
 
 
 _header_sizes: dict[tuple[str, str], int] = {}
+
+
+def write_hollow(model: Model, count: int, path: Path) -> Path:
+    """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
+    writer = _open_writer(path, model, None, None, 0)
+    writer.kv_data[0][f"{find_family(model.model_type).gguf_arch}.expert_count"].value = count
+    infos = _add_infos(writer, model, lambda unit: "F16", count)
+    return write_sparse_header(writer, list(infos.values()), path)
 
 
 def write(
@@ -92,9 +110,11 @@ def write(
         progress: called with (bytes written, all bytes).
 
     Raises:
-        ModelError: a shard is damaged or holds NaN.
+        ModelError: a shard is damaged or holds NaN, or the plan keeps more experts in some layers than in others.
         MachineError: the disk is full or not writable.
     """
+    if not plan.has_one_count:
+        raise ModelError("the plan keeps different numbers of experts in different layers: no GGUF can hold that", hint="make another plan")
     stem = f"{model.name}-E{plan.count}-{_bits_per_weight(model, plan):.2f}bpw"
     part = folder / f"{stem}.gguf"
     scratch = folder / ".part"

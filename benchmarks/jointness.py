@@ -1,0 +1,100 @@
+"""What deciding jointly is worth: the joint optimum beside the usual ways to get into the same bytes, on the same prices.
+
+    python benchmarks/jointness.py examples/tiny-moe [--work DIR] [--tokens 5120]
+
+Every way is solved to optimality within its own limits, so the differences are those of the limits:
+    bits only         every expert kept, types free
+    drops only        every tensor Q8_0 (or F16 where a row allows no Q8_0), kept count free
+    round ratio       3/4, 1/2 or 1/4 of the experts kept, whichever is best (tuned), then types free
+    one type          kept count free (tuned), then one type for the whole file
+    equal layers      as joint, but every layer gets the same bytes for its experts
+KL is measured in llama.cpp on held-out text; the joint plan is also the one that `edgemoe build` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from quality import Bench
+
+from edgemoe.errors import BudgetError
+from edgemoe.ir import Costs, Plan, hash_json
+from edgemoe.plan import solve_plan
+from edgemoe.rules import ByteLimit, KeptCount, MaxFormats, Pin, Rule
+
+SHARES = (0.75, 0.5, 0.25)
+SIZES = (0.45, 0.33, 0.24, 0.17, 0.12)  # of the checkpoint's bytes
+WAYS = ("joint", "bits only", "drops only", "round ratio", "one type", "equal layers")
+
+
+def tries(costs: Costs, way: str, joint: Plan) -> Iterator[list[Rule]]:
+    """The limits of one way; the best of several tries counts."""
+    if way == "joint":
+        yield []
+    elif way == "bits only":
+        yield [KeptCount(at_least=costs.n_experts)]
+    elif way == "drops only":
+        yield [Pin(tensors=("*",), format="Q8_0")]
+    elif way == "round ratio":
+        for share in SHARES:
+            count = max(costs.top_k, round(share * costs.n_experts))
+            yield [KeptCount(at_least=count, at_most=count)]
+    elif way == "one type":
+        yield [MaxFormats(at_most=1)]
+    else:
+        experts = sum(size for name, size in joint.sizes.items() if "_exps" in name)
+        each = experts // costs.n_layers
+        yield [ByteLimit(tensors=("experts",), layers=(layer,), at_most=f"{each}B", name=f"layer {layer}") for layer in costs.expert_layers]
+
+
+def best_of(costs: Costs, budget: int, way: str, joint: Plan) -> Plan | None:
+    """The best plan of one way; None when it cannot get into these bytes."""
+    found = []
+    for rules in tries(costs, way, joint):
+        try:
+            found.append(solve_plan(costs, budget, rules=rules))
+        except BudgetError:
+            continue
+    return min(found, key=lambda p: p.q) if found else None
+
+
+def main() -> None:
+    """Plan, emit and measure every way at every size; write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("bench"))
+    parser.add_argument("--tokens", type=int, default=5120)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    bench = Bench(options.model, options.work / options.model.name, options.tokens)
+    overhead = sum(bench.costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
+    lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]
+    when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
+    lines += [f"`python benchmarks/jointness.py {options.model}`, {when}.", ""]
+    lines += ["In each cell: KL measured (predicted) in nats per token, kept experts, file MB.", ""]
+    lines += ["| budget MB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
+    for share in SIZES:
+        budget = overhead + round(share * bench.model.n_bytes)
+        joint = solve_plan(bench.costs, budget)
+        cells = []
+        for way in WAYS:
+            plan = best_of(bench.costs, budget, way, joint)
+            if plan is None:
+                cells.append("does not fit")
+                continue
+            key = f"ours {hash_json(plan.kept, plan.formats)}"
+            made = bench.measure(key, way, "jointness", f"E{plan.count}", lambda plan=plan: bench.write(plan))
+            cells.append(f"**{made.kl:.4f}** ({plan.predicted_kl:.4f}), {plan.count}, {made.size / 1e6:.2f}")
+        lines.append(f"| {budget / 1e6:.1f} | " + " | ".join(cells) + " |")
+    text = "\n".join([*lines, ""])
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"jointness-{bench.model.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-30B-A3B.")
+]
+MemoryOpt = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Most that the running process may hold: 128GB (10^9), 119.2GiB (2^30), 123456B."),
+]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Instead of --memory: a box of `edgemoe devices list`, FILE.yaml#ID, or here."),
+]
+ContextOpt = Annotated[
+    int | None, typer.Option("--context", metavar="N", help="Tokens of context to leave room for. [default: 8192, or what the model has]")
+]
+CalibrationOpt = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:WEIGHT]", help="Calibration text (UTF-8 or JSONL with 'text'), repeatable. [default: a shipped mix]"),
+]
+HeldoutOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE", help="Held-out text to measure on, repeatable. [default: last tenth of the calibration files, or a shipped mix]"
+    ),
+]
+TokensOpt = Annotated[int, typer.Option("--calibration-tokens", metavar="N", min=1024, help="Calibration tokens of all texts together.")]
+SolverOpt = Annotated[
+    str, typer.Option("--solver", help="highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive (tiny programs).")
+]
+GapOpt = Annotated[float, typer.Option("--gap", min=0, help="Relative distance to the optimum that is good enough.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutOpt = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where the result goes.")]
+ForceOpt = Annotated[bool, typer.Option("--force", help="Replace what edgemoe wrote to OUT before.")]
+ShardOpt = Annotated[str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF into files of at most this size.")]
+RecipeOpt = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="YAML with rules that the plan must keep, and the objective."),
+]
+RuleOpt = Annotated[
+    list[str] | None,
+    typer.Option("--rule", metavar="EXPRESSION", help="A rule, repeatable: 'bytes(layers=range(40, 48)) <= 6*GiB', 'kept() >= 900'."),
+]
+ObjectiveOpt = Annotated[
+    str | None, typer.Option("--objective", help="mean over the calibration domains, or worst: the domain that loses most. [default: mean]")
+]
+TimeOpt = Annotated[
+    float | None, typer.Option("--time-limit", metavar="SECONDS", min=0.1, help="Then take the best plan so far, with its proven gap.")
+]

@@ -1,0 +1,152 @@
+"""`edgemoe plan`: one budget or many, with rules; why a plan is so; what changed; files for other tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgemoe.cli_devices import choose_budget
+from edgemoe.cli_options import DeviceOpt, GapOpt, JsonOpt, MemoryOpt, ObjectiveOpt, RecipeOpt, RuleOpt, SolverOpt, TimeOpt
+from edgemoe.cli_output import print_rich, show_progress
+from edgemoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgemoe.ir import Costs, Plan
+    from edgemoe.rules import Rule
+
+
+def plan(
+    costs: Annotated[Path | None, typer.Argument(metavar="COSTS", help="File that price made.")] = None,
+    memory: MemoryOpt = None,
+    device: DeviceOpt = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Write the plan here; with --sweep: a folder for table and page.")
+    ] = None,
+    recipe: RecipeOpt = None,
+    rule: RuleOpt = None,
+    objective: ObjectiveOpt = None,
+    solver: SolverOpt = "highs",
+    gap: GapOpt = 1e-4,
+    time_limit: TimeOpt = None,
+    near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each rule costs and what more memory buys (solves again).")] = False,
+    why: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TENSOR|LAYER:EXPERT", help="Say why a tensor has its format, or an expert went; repeatable."),
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH:STEP", help="Plans for many budgets, e.g. 64GB:192GB:8GB.")] = None,
+    diff: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Say what changed between two plans.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a keep list and a --tensor-type-file for llama-quantize.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Solve for the best plan within a budget: which experts stay, and the format of every tensor.
+
+    Rules come from a recipe (--recipe) or one by one (--rule).  --sweep solves for many budgets and shows them on a page with a slider.
+    """
+    if diff is not None:
+        _print_lines(_diff(*diff), as_json=as_json)
+        return
+    if costs is None:
+        raise UsageError("COSTS is missing", hint="give the file that `edgemoe price` made")
+    rules, aim = read_rules(recipe, rule, objective)
+    from edgemoe.ir import Costs, Plan, hash_file, load_record, save_record
+
+    prices = load_record(costs, Costs)
+    if sweep is not None:
+        if memory or device:
+            raise UsageError("--sweep names the budgets; leave --memory and --device out")
+        _sweep(prices, sweep, rules, aim, solver, gap, hash_file(costs), output, as_json=as_json)
+        return
+    budget = choose_budget(memory, device)
+    from edgemoe.plan import solve_plan
+
+    before = load_record(near, Plan) if near else None
+    origin = hash_file(costs)
+    solved = solve_plan(
+        prices, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=time_limit, near=before, costs_hash=origin
+    )
+    if output:
+        save_record(output, solved)
+    _show(prices, solved, rules, why or [], explain=explain, as_json=as_json)
+    if export:
+        from edgemoe.exchange import export_plan
+
+        export_plan(solved, export)
+
+
+def read_rules(recipe: Path | None, expressions: list[str] | None, objective: str | None) -> tuple[tuple[Rule, ...], str]:
+    """Rules of a recipe and of the command line, and the objective (the command line wins).
+
+    Raises:
+        UsageError: not rules, or an objective that is not known.
+    """
+    from edgemoe.recipe import OBJECTIVES, expression_rule, load_recipe
+
+    if objective is not None and objective not in OBJECTIVES:
+        raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")
+    loaded = load_recipe(recipe) if recipe else None
+    rules = (*(loaded.rules if loaded else ()), *(expression_rule(text) for text in expressions or ()))
+    return rules, objective or (loaded.objective if loaded else "mean")
+
+
+def _diff(a: Path, b: Path) -> list[str]:
+    from edgemoe.exchange import diff_plans
+    from edgemoe.ir import Plan, load_record
+
+    return diff_plans(load_record(a, Plan), load_record(b, Plan))
+
+
+def _show(costs: Costs, solved: Plan, rules: tuple[Rule, ...], why: list[str], *, explain: bool, as_json: bool) -> None:
+    from edgemoe.exchange import gpu_flags
+    from edgemoe.explain import describe_plan, describe_why
+
+    reasons = describe_plan(costs, solved, rules) if explain else []
+    for what in why:
+        reasons += describe_why(costs, solved, what)
+    if as_json:
+        print(json.dumps({**asdict(solved), **({"explanation": reasons} if reasons else {})}, indent=1))
+        return
+    from edgemoe.report import summarize_plan
+
+    print_rich(summarize_plan(solved))
+    _print_lines(reasons, as_json=False)
+    if solved.vram:
+        _print_lines(["llama.cpp flags: " + " ".join(gpu_flags(solved))], as_json=False)
+
+
+def _print_lines(lines: list[str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(lines, indent=1))
+    elif lines:
+        print("\n".join(lines))
+
+
+def _sweep(
+    costs: Costs, text: str, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, origin: str, output: Path | None, *, as_json: bool
+) -> None:
+    from edgemoe.ir import write_text
+    from edgemoe.sweep import COLUMNS, parse_budgets, render_sweep, rows_of, sweep_budgets, write_csv
+
+    budgets = parse_budgets(text)
+    with show_progress() as progress:
+        points = sweep_budgets(
+            costs, budgets, rules=rules, objective=aim, solver=solver, gap=gap, costs_hash=origin,
+            progress=lambda done, total: progress("sweep", done, total),
+        )  # fmt: skip
+    if output:
+        page = render_sweep(costs, points)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "sweep.csv", write_csv(points))
+        write_text(output / "sweep.html", page)
+    if as_json:
+        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows_of(points)], indent=1))
+    else:
+        from edgemoe.report import summarize_sweep
+
+        print_rich(summarize_sweep((p.budget, p.plan, p.carried_over) for p in points))

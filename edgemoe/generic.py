@@ -1,0 +1,255 @@
+"""Model, target -> Costs without weights or calibration: prices from what others measured on other models, flagged in `origin`.
+
+Good enough to plan with before a download, never as good as `price_choices`.  What is measured and what is assumed:
+
+Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
+- `types`, measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K; medians.  They follow the
+  squared rounding error (which stands in for types that nobody measured).  `whole`, the median nats of Q4_K.
+- share, measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum;
+  means by role and by relative depth, the depth profile at its square root because models differ in it.  Sums of single tensors give the
+  whole model's KLD to a median factor of 0.92.
+- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and at every
+  type (rank correlation between probes of 1 to 2.6 bits: 0.96).
+  How many experts stay does not change what rounding costs: the tokens of those that go are served by those that stay.
+- Left out: the floor, about 0.006 nats of KLD that any rounding causes by flipped router choices.  So kappa is 0.
+
+Drop.  cost(set of a layer, domain) = nats[domain] * w_layer * (0.14 lost + 0.86 lost^2), lost = the dropped share of the layer's saliency
+(REAP sum) there.
+- Measured, on GLM-5.2 only: the saliency of every expert in ten domains; perplexities of three pruned files on code and on general text,
+  from which two `nats` (of dropping everything: 1.1 and 2.6) and the linear part are fitted.  That fits all six to 14 %, where a third to
+  two thirds of the saliency is lost; smaller drops are an extrapolation.  w_layer, summing to 1, is the share of the layer's expert stacks
+  above: raw saliency grows 2,000-fold with depth while the damage falls, so it is only compared inside a layer.
+- Assumed: mathematics and reasoning behave as general text; another model loses what GLM-5.2 loses for the same lost share, and its experts
+  are as unlike as GLM-5.2's at the same relative depth (drawn from them by a fixed seed: which of them may go says nothing).  Models of few
+  experts use them more evenly (Mixtral-8x7B: Gini 0.06 against 0.22 to 0.53), so the spread of logarithms is a quarter up to 16 experts.
+- Single experts are priced along the tangent where half of the experts are gone; `drop_curve` adds the rest, as a mean over domains.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.errors import ModelError, UsageError
+from edgemoe.ir import Costs, Model, Unit, hash_json
+from edgemoe.menus import offered_counts
+from edgemoe.shapes import layout_of_config
+from edgemoe.targets import Target
+
+PRIORS = ("pooled", "glm-5.2")
+_DATA = Path(__file__).parent / "data" / "generic"
+_SEED = 20261125  # of the draw that stands in for experts nobody measured
+_FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over the middle of 0.22 to 0.53
+_DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
+_LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saliency:
+    """Shares of each expert in its layer's saliency [D, L, E], and published keep lists by name [L, E]."""
+
+    domains: tuple[str, ...]
+    share: Floats
+    kept: Mapping[str, NDArray[np.bool_]]
+
+
+@functools.cache
+def _read_priors() -> dict[str, Any]:
+    priors: dict[str, Any] = json.loads((_DATA / "priors.json").read_text(encoding="utf-8"))
+    return priors
+
+
+def load_saliency() -> Saliency:
+    """What Dorijan10/glm-expert-pruning measured on GLM-5.2: 10 domains, 75 layers, 256 experts."""
+    with np.load(_DATA / "glm-5.2.npz") as file:
+        share = file["share"].astype(np.float64)
+        kept = {n.removeprefix("keep_"): np.unpackbits(file[n], axis=1).astype(bool) for n in file.files if n.startswith("keep_")}
+        domains = tuple(str(d) for d in file["domains"])
+    return Saliency(domains=domains, share=share / share.sum(axis=2, keepdims=True), kept=kept)
+
+
+def price_generic(
+    model: Model, target: Target, context: int, *, prior: str = "pooled", domain_weights: Mapping[str, float] | None = None
+) -> Costs:
+    """Price a model of which only the shapes are known.
+
+    Args:
+        model: from `model_of_config`, without prediction blocks (or from `inspect_model`).
+        target: whose formats and bytes count.
+        context: tokens of context that the process must have memory for.
+        prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
+        domain_weights: weight of each of GLM-5.2's domains in the mean; those not named count 0, by default all count alike.
+
+    Raises:
+        UsageError: unknown prior or domain.
+        ModelError: the model has prediction blocks, or not the shapes of the prior.
+    """
+    if prior not in PRIORS:
+        raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
+    if any(t.layer >= model.n_layers for t in model.tensors):
+        raise ModelError(f"{model.name}: next-token-prediction blocks are not priced", hint="model_of_config(config, name)")
+    saliency = load_saliency()
+    weights = _weigh_domains(saliency.domains, domain_weights)
+    units = target.list_units(model)
+    layers = sorted({unit.layer for unit in units if unit.is_stack})
+    counts = offered_counts(model.n_experts, model.top_k)
+    nats = _tensor_nats(model, units, prior)
+    stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
+    share = _expert_shares(saliency, len(layers), model.n_experts, prior)
+    drops = _price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts)
+    cost, size, staging = _price_units(model, target, units, counts, nats, prior)
+    key = hash_json("generic", _read_priors(), prior, model.fingerprint)
+    return Costs(
+        model=model.fingerprint,
+        model_name=model.name,
+        stats=key,
+        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
+        form="stacks",
+        formats=target.OFFERED,
+        units=tuple(units),
+        counts=counts,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kappa=0.0,
+        memory={"context": context, **target.memory_parts(layout_of_config(model.config), context)},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(w) for w in weights),
+        origin=_origin(prior),
+        cost=cost,
+        size=size,
+        staging=staging,
+        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        factor=np.ones((len(saliency.domains), len(units))),
+        usage=share,
+        **drops,
+    )
+
+
+def _origin(prior: str) -> str:
+    if prior == "pooled":
+        return "generic: types and tensors as in 16 other MoE models; which experts may go is a stand-in, not a measurement of this model"
+    return "generic: published single-tensor KLD, type curve and expert saliency of GLM-5.2; nothing was measured here"
+
+
+def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None) -> Floats:
+    unknown = sorted(set(chosen or ()) - set(domains))
+    if unknown:
+        raise UsageError(f"domain {unknown[0]!r} is not known", hint=f"known: {', '.join(domains)}")
+    weights = np.array([1.0 if chosen is None else float(chosen.get(d, 0.0)) for d in domains])
+    if not weights.sum() > 0 or (weights < 0).any():
+        raise UsageError("domain_weights: no weight may be negative, and one must be positive")
+    shares: Floats = weights / weights.sum()
+    return shares
+
+
+# -------------------------------------------------------------------------------------------------------------- quantize
+def _tensor_nats(model: Model, units: list[Unit], prior: str) -> Floats:
+    """Each unit's share of what rounding the whole model costs [U], summing to 1."""
+    if prior == "pooled":
+        roles = _read_priors()["roles"]
+        found = np.array([pooled_share(unit.role, unit.layer, model.n_layers, roles) for unit in units])
+    else:
+        own = _read_priors()[prior]["nats"]
+        missing = [u.name for u in units if str(u.layer) not in own.get(u.role, {})]
+        if missing or model.n_experts != load_saliency().share.shape[2]:
+            raise ModelError(f"{model.name}: has not the shapes of {prior}{f', which has no {missing[0]}' if missing else ''}")
+        found = np.array([own[unit.role][str(unit.layer)] for unit in units])
+        found = np.maximum(found, np.quantile(found[found > 0], _LEAST_SHARE))
+    shares: Floats = found / found.sum()
+    return shares
+
+
+def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any]) -> float:
+    """A tensor's share by its role and relative depth; a role that nobody measured counts as the median role.
+
+    Args:
+        role: of the tensor.
+        layer: of the tensor; -1 outside the layers.
+        n_layers: of its model.
+        roles: "roles" of priors.json.
+    """
+    entry = roles.get(role)
+    if entry is None:
+        return float(np.median([r["density"] for r in roles.values()])) / n_layers
+    if layer < 0:
+        return float(entry["density"])
+    profile = entry["profile"]
+    depth = min(len(profile) - 1, int(len(profile) * (layer + 0.5) / n_layers))
+    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / n_layers)
+
+
+def _type_nats(formats: tuple[str, ...], prior: str) -> Floats:
+    """What storing the whole model in each format costs [F]; where a prior lacks a type the pooled models stand in."""
+    priors = _read_priors()
+    own = priors if prior == "pooled" else priors[prior]
+    return np.array([own["q4_k_nats"] * own["types"].get(name, priors["types"][name]) for name in formats], dtype=np.float64)
+
+
+def _price_units(
+    model: Model, target: Target, units: list[Unit], counts: tuple[int, ...], nats: Floats, prior: str
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
+    """Nats, bytes and staging copies of every choice [C, U, F]."""
+    by_type = _type_nats(target.OFFERED, prior)
+    cols = {(t.role, t.layer): t.shape[-1] for t in model.tensors if t.expert <= 0}
+    cost = np.full((len(counts), len(units), len(target.OFFERED)), np.inf)
+    size, staging = np.zeros(cost.shape, np.int64), np.zeros(cost.shape, np.int64)
+    for u, unit in enumerate(units):
+        width = cols[unit.role, unit.layer]
+        for f, name in enumerate(target.OFFERED):
+            if name not in target.offered_formats(width):
+                continue
+            cost[:, u, f] = nats[u] * by_type[f]
+            for c, count in enumerate(counts if unit.is_stack else counts[:1]):
+                n = unit.n_weights * count // model.n_experts if unit.is_stack else unit.n_weights
+                bytes_ = target.unit_size(unit, width, name, n)
+                where = c if unit.is_stack else slice(None)
+                size[where, u, f], staging[where, u, f] = bytes_, target.unit_staging(bytes_, name, unit.role)
+    return cost, size, staging
+
+
+# ------------------------------------------------------------------------------------------------------------------ drop
+def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str) -> Floats:
+    """Saliency shares [D, L, E]: as measured, or drawn from the measured layers at the same relative depth."""
+    measured = saliency.share
+    if prior != "pooled" and measured.shape[1:] == (n_layers, n_experts):
+        return measured
+    rng = np.random.default_rng(_SEED)
+    result = np.empty((measured.shape[0], n_layers, n_experts))
+    spread = _FEW_SPREAD if n_experts <= _FEW_EXPERTS else 1.0
+    for layer in range(n_layers):
+        source = measured[:, int(measured.shape[1] * (layer + 0.5) / n_layers)]
+        draws = [rng.permutation(source.shape[1]) for _ in range(-(-n_experts // source.shape[1]))]
+        result[:, layer] = source[:, np.concatenate(draws)[:n_experts]] ** spread
+    shares: Floats = result / result.sum(axis=2, keepdims=True)
+    return shares
+
+
+def _price_drops(domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The menu of kept sets (most saliency, domains by weight), and what these and single experts cost in each domain."""
+    priors = _read_priors()
+    linear = priors["drop"]["linear"]
+    nats = np.array([priors["drop"]["nats"]["code" if d in priors["code_domains"] else "general"] for d in domains])
+    scale = nats[:, None] * layer_weight  # [D, L]
+    n_experts = share.shape[2]
+    order = np.argsort(np.tensordot(weights, share, axes=1), axis=1, kind="stable")  # [L, E] the first to go first
+    ranked = np.take_along_axis(share, order[None], axis=2)
+    lost = np.concatenate([np.zeros((*share.shape[:2], 1)), np.cumsum(ranked, axis=2)], axis=2)  # [D, L, E + 1] when k are gone
+    rank = np.argsort(order, axis=1)
+    kept = np.stack([rank >= n_experts - count for count in counts])
+    slope = scale * (linear + 2 * (1 - linear) * (weights @ lost[:, :, n_experts // 2]))
+    price = scale[:, :, None] * (linear * lost + (1 - linear) * lost**2)
+    return {
+        "kept": kept,
+        "drop_cost": np.stack([price[:, :, n_experts - count] for count in counts], axis=1),
+        "expert_drop": slope[:, :, None] * share,
+        "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
+    }
