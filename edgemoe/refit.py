@@ -245,7 +245,7 @@ def _step(tokens: Tokens, experts: Experts, adam: _Adam, rows: NDArray[np.int64]
 def refit_layer(
     tokens: Tokens, experts: Experts, residual: NDArray[np.float32], *, epochs: int, ridge: float = RIDGE, store: Callable[[Experts], None]
 ) -> tuple[float, float, float]:
-    """Closed form, then descent, each kept only if the guard tokens' residual falls; then round as stored.
+    """Closed form, then descent, each kept as far as the guard tokens' residual falls; then round as stored.
 
     Args:
         tokens: what the layer sees.
@@ -264,11 +264,20 @@ def refit_layer(
     if epochs:
         start = experts.copy()
         descend(tokens, experts, epochs=epochs)
-        if not fill_residual(tokens, experts, residual)[1] < closed:
-            for stack, old in zip(experts.stacks, start.stacks, strict=True):
-                stack.copy_(old)
+        _search_back(tokens, experts, residual, start, closed)
     store(experts)
     return before, closed, fill_residual(tokens, experts, residual)[1]
+
+
+def _search_back(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], start: Experts, closed: float) -> None:
+    """Go half the way back towards `start`, at most twice, while the guard tokens are no better off than there; then all the way."""
+    for _ in range(3):
+        if fill_residual(tokens, experts, residual)[1] < closed:
+            return
+        for stack, old in zip(experts.stacks, start.stacks, strict=True):
+            stack.lerp_(old, 0.5)
+    for stack, old in zip(experts.stacks, start.stacks, strict=True):
+        stack.copy_(old)
 
 
 # ------------------------------------------------------------------------------------------------------------------ pieces

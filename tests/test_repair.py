@@ -43,6 +43,13 @@ def repaired(model: Model, plan: Plan, texts: list[Text], tmp_path_factory: pyte
     return repair_survivors(model, texts, plan, tmp_path_factory.mktemp("repair"), max_tokens=TOKENS, epochs=1)
 
 
+@pytest.fixture(scope="module")
+def small(texts: list[Text]) -> tuple[Model, list[Text], Plan]:
+    """Something quick to repair."""
+    model = inspect_model(EXAMPLES / "tiny-moe-b")
+    return model, texts, flat_plan(model, kept=[(0, 1, 4), (2, 3, 6)])
+
+
 def heldout_kl(original: Model, model: Model, plan: Plan) -> np.ndarray:
     """KL of the pruned model on each held-out text, by transformers' modules."""
     texts = [read_text(str(path)) for path in sorted((SHIPPED / "heldout").glob("*.txt"))]
@@ -96,22 +103,21 @@ def test_a_finished_repair_is_opened_and_leaves_no_scratch(model: Model, repaire
     assert repair_survivors(model, texts, plan, folder.parent, max_tokens=TOKENS, epochs=1) == repaired
 
 
-def test_a_killed_repair_goes_on_and_gives_the_same_bytes(model: Model, plan: Plan, texts: list[Text], tmp_path: Path) -> None:
+def test_a_killed_repair_goes_on_and_gives_the_same_bytes(small: tuple[Model, list[Text], Plan], tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
     def kill(done: int, total: int) -> None:
-        if done == 2:
+        if done == 1:
             raise Killed
 
-    arguments = (model, texts, plan)
-    whole = repair_survivors(*arguments, tmp_path / "whole", max_tokens=8192, epochs=0)
-    with pytest.raises(Killed):
-        repair_survivors(*arguments, tmp_path / "killed", max_tokens=8192, epochs=0, progress=kill)
     seen: list[int] = []
-    resumed = repair_survivors(*arguments, tmp_path / "killed", max_tokens=8192, epochs=0, progress=lambda done, total: seen.append(done))
-    assert seen == [2, 3, 4]
-    for layer in range(model.n_layers):
+    whole = repair_survivors(*small, tmp_path / "whole", max_tokens=4096, epochs=1)
+    with pytest.raises(Killed):
+        repair_survivors(*small, tmp_path / "killed", max_tokens=4096, epochs=1, progress=kill)
+    resumed = repair_survivors(*small, tmp_path / "killed", max_tokens=4096, epochs=1, progress=lambda done, total: seen.append(done))
+    assert seen == [1, 2]
+    for layer in (0, 1):
         assert (folder_of(whole) / array_file(layer)).read_bytes() == (folder_of(resumed) / array_file(layer)).read_bytes()
 
 
@@ -126,10 +132,14 @@ def test_a_stale_repair_is_refused(model: Model, repaired: Model, plan: Plan, te
         record.write_text(good)
 
 
-def test_other_texts_or_kept_sets_make_another_repair(model: Model, repaired: Model, plan: Plan, texts: list[Text], tmp_path: Path) -> None:
-    other = repair_survivors(model, texts[:1], plan, tmp_path, max_tokens=2048, epochs=0)
-    third = repair_survivors(model, texts[:1], flat_plan(model, kept=[(0, 1, 2)] * 4), tmp_path, max_tokens=2048, epochs=0)
-    assert len({folder_of(m).name for m in (repaired, other, third)}) == 3
+def test_other_texts_or_kept_sets_make_another_repair(small: tuple[Model, list[Text], Plan], tmp_path: Path) -> None:
+    model, texts, plan = small
+    other = flat_plan(model, kept=[(0, 1, 2)] * 2)
+    made = [
+        repair_survivors(model, some, p, tmp_path, max_tokens=2048, epochs=0)
+        for some, p in ((texts, plan), (texts[:1], plan), (texts, other))
+    ]
+    assert len({folder_of(m).name for m in made}) == 3
     with pytest.raises(ModelError, match="another checkpoint"):
         repair_survivors(model, texts, replace(plan, model="f" * 64), tmp_path)
 
