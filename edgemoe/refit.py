@@ -176,25 +176,6 @@ def fill_residual(tokens: Tokens, experts: Experts, residual: NDArray[np.float32
     return fitted / max(len(tokens.guard) - n_guard, 1), kept_back / max(n_guard, 1)
 
 
-def column_sums(tokens: Tokens, experts: Experts, weights: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
-    """The importance matrix's sums, named as in Stats: g^2 x^2 [n, H], g^2 h^2 [n, M] and g^2 [n], tokens weighted; and tokens seen [n]."""
-    device = experts.down.device
-
-    def one(expert: int) -> tuple[NDArray[np.float64], ...]:
-        rows, slots = np.nonzero(tokens.chosen == expert)
-        total = [np.zeros(tokens.x.shape[1]), np.zeros(experts.gate.shape[1]), np.zeros(())]
-        for i in range(0, len(rows), BLOCK):
-            block = slice(i, i + BLOCK)
-            squares = _to(weights[rows[block]] * tokens.gates[rows[block], slots[block]] ** 2, device)
-            x = _at(tokens.x, rows[block], device)
-            for into, values in zip(total, (squares @ x**2, squares @ experts.hidden(expert, x) ** 2, squares.sum()), strict=True):
-                into += values.cpu().double().numpy()
-        return *total, np.array(float(len(rows)))
-
-    found = zip(*map_ordered(one, range(len(experts)), device=device), strict=True)
-    return {name: np.stack(v) for name, v in zip(("expert_in_sq", "expert_mid_sq", "expert_importance", "count"), found, strict=True)}
-
-
 # ---------------------------------------------------------------------------------------------------------------- descent
 class _Adam:
     """Adam (Kingma and Ba, 2015) on the three matrices of each survivor; steps are in root-mean-squares of the matrix."""

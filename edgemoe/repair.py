@@ -20,21 +20,8 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.checkpoint import DTYPES, read_header
 from edgemoe.errors import ModelError
-from edgemoe.ir import (
-    PROJECTIONS,
-    Model,
-    Plan,
-    Stats,
-    Tensor,
-    array_file,
-    hash_json,
-    load_arrays,
-    load_record,
-    save_arrays,
-    save_record,
-    write_text,
-)
-from edgemoe.refit import RATE, RIDGE, Experts, Tokens, column_sums, refit_layer
+from edgemoe.ir import PROJECTIONS, Model, Plan, Tensor, hash_json, load_record, save_arrays, save_record, write_text
+from edgemoe.refit import RATE, RIDGE, Experts, Tokens, refit_layer
 from edgemoe.stream import LayerStream, Recorder, States, Windows, map_ordered, only_experts, recording, tokenize
 from edgemoe.texts import Text
 
@@ -128,38 +115,6 @@ def _overlay(tensor: Tensor, work: Path) -> Tensor:
     return replace(tensor, dtype=dtype, file=str(path), offset=offset)
 
 
-def repaired_stats(stats: Stats, repaired: Model, plan: Plan) -> Stats:
-    """The statistics with the survivors' importance as it is after the drop and the repair; what only pricing needs is left out.
-
-    Args:
-        stats: of the original.
-        repaired: from `repair_survivors`.
-        plan: what it was repaired for.
-    """
-    files = [Path(t.file) for t in repaired.tensors if t.expert >= 0 and Path(t.file).is_absolute()]
-    if not files:
-        return stats
-    work = files[0].parent
-    for layer in range(-1, repaired.n_layers):
-        arrays = {n: a for n, a in stats.arrays(layer).items() if not n.startswith("replay") and n not in ("gram", "candidates")}
-        if layer >= 0:
-            kept = list(plan.kept[layer])
-            for name, values in load_arrays(work / _sums_file(layer)).items():
-                changed = arrays[name].astype(np.float64)
-                if name == "count":  # [D, E]; only its sum over the domains matters here
-                    changed[:, kept] = values / len(changed)
-                else:
-                    changed[kept] = values
-                arrays[name] = changed
-        (work / "stats").mkdir(exist_ok=True)
-        save_arrays(work / "stats" / array_file(layer), arrays)
-    return replace(stats, folder=str(work / "stats"))
-
-
-def _sums_file(layer: int) -> str:
-    return f"importance-{layer:04d}.safetensors"
-
-
 def _layer_file(layer: int) -> str:
     return f"layer-{layer:04d}.safetensors"
 
@@ -237,9 +192,6 @@ class _Job:
             for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
             for n, expert in enumerate(kept)
         }
-        by_domain = self.weights / np.bincount(self.windows.domain, self.windows.lengths, len(self.weights))
-        tokens_count = np.repeat((by_domain / by_domain.max())[self.windows.domain], self.windows.lengths).astype(np.float32)
-        save_arrays(self.work / _sums_file(layer), column_sums(tokens, experts, tokens_count))
         save_arrays(self.work / _layer_file(layer), arrays)
         self._leave(layer, following, residual)
 
