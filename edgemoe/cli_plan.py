@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemoe.cli_devices import choose_budget
-from edgemoe.cli_options import DeviceOpt, GapOpt, JsonOpt, MemoryOpt, ObjectiveOpt, RecipeOpt, RuleOpt, SolverOpt, TimeOpt
+from edgemoe.cli_options import ContextOpt, DeviceOpt, GapOpt, JsonOpt, MemoryOpt, ObjectiveOpt, RecipeOpt, RuleOpt, SolverOpt, TimeOpt
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.errors import UsageError
 
@@ -33,6 +33,11 @@ def plan(
     gap: GapOpt = 1e-4,
     time_limit: TimeOpt = None,
     near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
+    generic: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|CONFIG", help="Plan a model that nobody measured: a known shape (deepseek-v3 ...) or a config.json."),
+    ] = None,
+    context: ContextOpt = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what each rule costs and what more memory buys (solves again).")] = False,
     why: Annotated[
         list[str] | None,
@@ -52,22 +57,19 @@ def plan(
     if diff is not None:
         _print_lines(_diff(*diff), as_json=as_json)
         return
-    if costs is None:
-        raise UsageError("COSTS is missing", hint="give the file that `edgemoe price` made")
     rules, aim = read_rules(recipe, rule, objective)
-    from edgemoe.ir import Costs, Plan, hash_file, load_record, save_record
+    prices, origin = _open_costs(costs, generic, context)
+    from edgemoe.ir import Plan, load_record, save_record
 
-    prices = load_record(costs, Costs)
     if sweep is not None:
         if memory or device:
             raise UsageError("--sweep names the budgets; leave --memory and --device out")
-        _sweep(prices, sweep, rules, aim, solver, gap, hash_file(costs), output, as_json=as_json)
+        _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
     budget = choose_budget(memory, device)
     from edgemoe.plan import solve_plan
 
     before = load_record(near, Plan) if near else None
-    origin = hash_file(costs)
     solved = solve_plan(
         prices, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=time_limit, near=before, costs_hash=origin
     )
@@ -78,6 +80,27 @@ def plan(
         from edgemoe.exchange import export_plan
 
         export_plan(solved, export)
+
+
+def _open_costs(path: Path | None, generic: str | None, context: int | None) -> tuple[Costs, str]:
+    """The price list and its hash: from a file, or generic prices for a shape or a config.json.
+
+    Raises:
+        UsageError: neither, or both.
+    """
+    from edgemoe.ir import Costs, hash_file, hash_json, load_record
+
+    if (path is None) == (generic is None):
+        raise UsageError("give either COSTS or --generic", hint="COSTS is the file that `edgemoe price` made")
+    if path is not None:
+        if context is not None:
+            raise UsageError("--context belongs to `edgemoe price`", hint="the price list has its context already")
+        return load_record(path, Costs), hash_file(path)
+    from edgemoe.generic import price_config
+
+    assert generic is not None
+    costs = price_config(generic, context)
+    return costs, hash_json(costs.model, costs.stats, costs.memory)
 
 
 def read_rules(recipe: Path | None, expressions: list[str] | None, objective: str | None) -> tuple[tuple[Rule, ...], str]:

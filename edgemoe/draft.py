@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +49,9 @@ class Draft:
         self.offered = np.ones((len(costs.units), len(costs.formats)), bool)
         self.pinned = np.zeros(costs.expert_drop.shape[1:], np.int8)  # 1: stays, -1: goes
         self.counts = dict.fromkeys(range(len(costs.counts)), True)  # index -> allowed
-        self.least_kept = np.full(costs.n_layers, costs.top_k)
-        self.groups: tuple[int, int] = (1, 0)  # routing groups, least kept of each
-        self.equal_groups = False
+        self.least_kept, self.most_kept = costs.top_k, costs.n_experts  # in the experts form, of every layer
+        self.groups: tuple[int, int] = (costs.n_groups, 0)  # routing groups, least kept of each
+        self.equal_groups = costs.n_groups > 1
         self.ties: list[list[int]] = []
         self.bounds: list[Bound] = []
         self.soft: dict[str, SoftVariable] = {}
@@ -60,15 +61,34 @@ class Draft:
     @property
     def chooses_experts(self) -> bool:
         """Whether kept sets must be chosen anew instead of taken from the menu."""
-        grouped = self.equal_groups or self.groups[1] > 0
+        grouped = self.groups[1] > 0 or self.groups[0] != self.costs.n_groups
         return bool(self.pinned.any()) or grouped or any(b.expression.needs_experts for b in self.bounds)
 
     def bound(self, name: str, expression: Linear, sense: str, limit: float) -> None:
-        """Add expression <= limit, >= limit or == limit."""
+        """Add expression <= limit, >= limit or == limit.
+
+        Raises:
+            UsageError: a number in it is no number, or bytes are to be equal to something.
+        """
+        if not (expression.is_finite and math.isfinite(limit)):
+            raise UsageError(f"rule {name!r}: a number in it is not finite")
+        if sense == "==" and not expression.soft and (expression.size.any() or expression.active.any() or expression.weights.any()):
+            raise UsageError(f"rule {name!r}: bytes can hardly be equal to a number", hint="give a range with >= and <=")
         if sense in ("<=", "=="):
             self.bounds.append(Bound(name, expression - limit))
         if sense in (">=", "=="):
             self.bounds.append(Bound(name, -expression + limit))
+
+    def group(self, groups: int, at_least: int, name: str, *, equal: bool) -> None:
+        """Ask for so many kept experts of every routing group, or for as many of each.
+
+        Raises:
+            UsageError: other groups were asked for before.
+        """
+        if self.groups[0] not in (1, groups):
+            raise UsageError(f"rule {name!r}: asks for {groups} groups, another rule for {self.groups[0]}")
+        self.groups = groups, max(at_least, self.groups[1] if self.groups[0] == groups else 0)
+        self.equal_groups |= equal
 
     def pin(self, mask: NDArray[np.bool_], keep: int, name: str) -> None:
         """Experts that stay (1) or go (-1).

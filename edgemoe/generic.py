@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.checkpoint import read_json
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.ir import Costs, Model, Unit, hash_json
+from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.menus import offered_counts
-from edgemoe.shapes import layout_of_config
-from edgemoe.targets import Target
+from edgemoe.shapes import layout_of_config, load_shape, model_of_config
+from edgemoe.targets import Target, find_target
 
 PRIORS = ("pooled", "glm-5.2")
 _DATA = Path(__file__).parent / "data" / "generic"
@@ -76,6 +79,23 @@ def load_saliency() -> Saliency:
     return Saliency(domains=domains, share=share / share.sum(axis=2, keepdims=True), kept=kept)
 
 
+def price_config(source: str, context: int | None = None, target: str = "gguf") -> Costs:
+    """Generic prices of a known shape (`shapes.list_shapes`) or of a config.json (or the folder that holds it).
+
+    GLM-5.2 is priced from its own published measurements.
+
+    Raises:
+        UsageError: no such shape or file.
+        ModelError: the config is malformed, or of a family whose shapes are not known.
+    """
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    config = read_json(path) if path.is_file() else load_shape(source)
+    name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.is_file() else source).strip("-.") or "model"
+    model = model_of_config(config, name)
+    prior = "glm-5.2" if source == "glm-5.2" else "pooled"
+    return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior)
+
+
 def price_generic(
     model: Model, target: Target, context: int, *, prior: str = "pooled", domain_weights: Mapping[str, float] | None = None
 ) -> Costs:
@@ -100,11 +120,12 @@ def price_generic(
     weights = _weigh_domains(saliency.domains, domain_weights)
     units = target.list_units(model)
     layers = sorted({unit.layer for unit in units if unit.is_stack})
-    counts = offered_counts(model.n_experts, model.top_k)
+    groups = int(model.config.get("n_group") or 1)
+    counts = offered_counts(model.n_experts, model.top_k, groups)
     nats = _tensor_nats(model, units, prior)
     stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
-    drops = _price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts)
+    drops = _price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts, groups)
     cost, size, staging = _price_units(model, target, units, counts, nats, prior)
     key = hash_json("generic", _read_priors(), prior, model.fingerprint)
     return Costs(
@@ -124,6 +145,7 @@ def price_generic(
         domains=saliency.domains,
         domain_weights=tuple(float(w) for w in weights),
         origin=_origin(prior),
+        n_groups=groups,
         cost=cost,
         size=size,
         staging=staging,
@@ -233,23 +255,26 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
     return shares
 
 
-def _price_drops(domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...]) -> dict[str, Any]:
-    """The menu of kept sets (most saliency, domains by weight), and what these and single experts cost in each domain."""
+def _price_drops(
+    domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int
+) -> dict[str, Any]:
+    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain."""
     priors = _read_priors()
     linear = priors["drop"]["linear"]
     nats = np.array([priors["drop"]["nats"]["code" if d in priors["code_domains"] else "general"] for d in domains])
     scale = nats[:, None] * layer_weight  # [D, L]
-    n_experts = share.shape[2]
-    order = np.argsort(np.tensordot(weights, share, axes=1), axis=1, kind="stable")  # [L, E] the first to go first
-    ranked = np.take_along_axis(share, order[None], axis=2)
-    lost = np.concatenate([np.zeros((*share.shape[:2], 1)), np.cumsum(ranked, axis=2)], axis=2)  # [D, L, E + 1] when k are gone
-    rank = np.argsort(order, axis=1)
-    kept = np.stack([rank >= n_experts - count for count in counts])
+    n_layers, n_experts = share.shape[1:]
+    mean = np.tensordot(weights, share, axes=1).reshape(n_layers, groups, -1)
+    rank = np.argsort(np.argsort(mean, axis=2, kind="stable"), axis=2).reshape(n_layers, n_experts)  # 0: the first of its group to go
+    kept = np.stack([rank >= (n_experts - count) // groups for count in counts])
+    by_set = np.stack([(share * ~k).sum(axis=2) for k in kept], axis=1)  # [D, C, L] saliency lost
+    gone = np.take_along_axis(share, np.argsort(mean.reshape(n_layers, -1), axis=1, kind="stable")[None], axis=2)
+    lost = np.concatenate([np.zeros((*share.shape[:2], 1)), np.cumsum(gone, axis=2)], axis=2)  # [D, L, E + 1] when the k least are gone
     slope = scale * (linear + 2 * (1 - linear) * (weights @ lost[:, :, n_experts // 2]))
     price = scale[:, :, None] * (linear * lost + (1 - linear) * lost**2)
     return {
         "kept": kept,
-        "drop_cost": np.stack([price[:, :, n_experts - count] for count in counts], axis=1),
+        "drop_cost": scale[:, None] * (linear * by_set + (1 - linear) * by_set**2),
         "expert_drop": slope[:, :, None] * share,
         "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
     }

@@ -18,10 +18,10 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.checks import check_costs
 from edgemoe.errors import MachineError, ModelError
 
 FORMAT_VERSION = 2
-FORMS = ("stacks", "experts")
 PROJECTIONS = ("gate", "up", "down")
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -203,6 +203,7 @@ class Costs:
     domains: tuple[str, ...]
     domain_weights: tuple[float, ...]  # summing to 1
     origin: str = ""  # where prices come from when this model was not measured
+    n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
@@ -213,6 +214,9 @@ class Costs:
     expert_drop: NDArray[np.float64] = field(compare=False)
     drop_curve: NDArray[np.float64] = field(compare=False)
     usage: NDArray[np.float64] = field(compare=False)
+
+    def __post_init__(self) -> None:
+        check_costs(self)
 
     @property
     def n_layers(self) -> int:

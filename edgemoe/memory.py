@@ -19,7 +19,7 @@ RETAINED = 32 * 2**20  # glibc's largest dynamic mmap threshold on 64-bit machin
 
 
 def peak(parts: Mapping[str, int]) -> int:
-    """Peak bytes of a process whose parts are known."""
+    """Peak bytes of a process whose parts are known; `retained`, where it is known, is what the C library really keeps of `staging`."""
     return parts["weights"] + _beside_weights(parts, parts["staging"])
 
 
@@ -30,7 +30,7 @@ def room_for_weights(budget: int, parts: Mapping[str, int], staging: int) -> int
 
 def _beside_weights(parts: Mapping[str, int], staging: int) -> int:
     steady = parts["kv"] + parts["compute"] + parts["output"]
-    return parts["runtime"] + max(steady + min(staging, RETAINED), staging)
+    return parts["runtime"] + max(steady + parts.get("retained", min(staging, RETAINED)), staging)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,14 @@ COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to
 SHRINK_TOKENS = 32.0  # weight of the layer's mean, in tokens
 
 
-def offered_counts(n_experts: int, top_k: int) -> tuple[int, ...]:
-    """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread."""
-    counts = np.linspace(top_k, n_experts, min(MAX_COUNTS, n_experts - top_k + 1))
-    return tuple(int(n) for n in np.unique(np.rint(counts)))
+def offered_counts(n_experts: int, top_k: int, groups: int = 1) -> tuple[int, ...]:
+    """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread.
+
+    With routing groups as many of each must stay, and two at least: a group's value is the sum of its two best (DeepSeek-V3).
+    """
+    least = -(-top_k // groups) if groups == 1 else max(2, -(-top_k // groups))
+    counts = np.linspace(least, n_experts // groups, min(MAX_COUNTS, n_experts // groups - least + 1))
+    return tuple(int(n) * groups for n in np.unique(np.rint(counts)))
 
 
 def drop_floor(count: NDArray[np.int64], energy: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,15 +18,15 @@ from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
 from edgemoe.programs import Compiled, Near, compile_program
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
-from edgemoe.solvers.lagrange import relax
-from edgemoe.solvers.program import Program, Solution
-from edgemoe.solvers.search import SOLVERS, solve
-from edgemoe.terms import ARRAYS, Linear
+from edgemoe.solvers.program import Prices, Program, Solution
+from edgemoe.solvers.search import SOLVERS, bound_at, search, solve
+from edgemoe.terms import Linear
 from edgemoe.units import format_bytes
 
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+MOST_PROGRAMS = 2**27  # bytes of programs that are kept between their uses
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
@@ -44,22 +44,31 @@ class _Task:
     seconds: float | None
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
-        """Compiled programs by their place in `allowed`, made once each."""
+        """Compiled programs by their place in `allowed`; the latest are kept, as many as memory allows."""
         made: dict[int, Compiled] = {}
 
         def program(i: int) -> Compiled:
             if i not in made:
                 c = self.allowed[i]
                 made[i] = compile_program(self.costs, self.draft, c, room, staging=staging, objective=self.objective, near=self.near)
+                while len(made) > 2 and len(made) * made[i].program.cost.nbytes > MOST_PROGRAMS:
+                    del made[next(iter(made))]
             return made[i]
 
         return program
 
-    def solve(self, room: int, staging: int | None = None, cutoff: float = np.inf) -> tuple[Solution, Compiled] | None:
-        """The best choice with this room that costs less than `cutoff`, and the program that it belongs to."""
-        compiled = self.programs(room, staging)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff)
+    def solve(self, room: int) -> tuple[Solution, Compiled] | None:
+        """The best choice with this room, and the program that it belongs to; None when there is none."""
+        compiled = self.programs(room)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds)
         return None if found is None else (found, compiled(found.count_index))
+
+    def improve(self, room: int, staging: int, cutoff: float, hints: Sequence[Prices]) -> tuple[tuple[Solution, Compiled] | None, float]:
+        """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
+        compiled = self.programs(room, staging)
+        n, options = len(self.allowed), {"solver": self.solver, "seconds": self.seconds}
+        found, bound = search(lambda i: compiled(i).program, n, self.gap, cutoff=cutoff, hints=hints, **options)  # type: ignore[arg-type]
+        return (None if found is None else (found, compiled(found.count_index))), bound
 
 
 def solve_plan(
@@ -98,7 +107,7 @@ def solve_plan(
     found = _solve_with_staging(task, budget)
     if found is None:
         raise _explain_infeasible(task, budget, rules)
-    solution, compiled = found
+    solution, compiled = found if task.near is None else _price_without_near(task, budget, *found)
     broken = compiled.program.broken(solution.picks)
     if broken:
         raise EdgemoeError(f"the plan of solver {solver} does not hold: {'; '.join(broken)}")
@@ -120,6 +129,18 @@ def _near(costs: Costs, plan: Plan | None) -> Near | None:
     return Near(plan=plan, nats=NEAR_NATS * max(plan.q, 1e-9))
 
 
+def _price_without_near(task: _Task, budget: int, solution: Solution, compiled: Compiled) -> tuple[Solution, Compiled]:
+    """The same choice at its own price, bounded by the best plan of all: the nats of staying near are no part of what is promised."""
+    free = replace(task, near=None)
+    best = _solve_with_staging(free, budget)
+    if best is None:
+        raise EdgemoeError("there is a plan near the earlier one, but none without it", hint="please report this")
+    own = free.programs(compiled.program.room)(solution.count_index)
+    cost = own.program.objective(solution.picks)
+    bounded = replace(solution, cost=cost, bound=min(cost, best[0].bound), per_count=best[0].per_count)
+    return replace(bounded, proven=bounded.gap <= task.gap), own
+
+
 # ---------------------------------------------------------------------------------------------------------------- staging
 def _beside(costs: Costs, draft: Draft) -> dict[str, int]:
     """Memory parts of main memory: with a GPU the cache and the buffers are not there."""
@@ -136,21 +157,23 @@ def _solve_with_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] |
     size = compiled.program.evaluate(solution.picks)[1]
     if size <= room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
         return found
-    return _branch_on_staging(task, budget)
+    return _branch_on_staging(task, budget, solution)
 
 
-def _branch_on_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
+def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
     """Branch and bound over the largest staging copy that the plan may need.
 
     A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
+    `free` is the answer without thought of staging: its bounds hold here too.
     """
-    limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
+    parts = _beside(task.costs, task.draft)
+    limits = _staging_limits(task.costs, budget, parts)
+    hints = [free.prices]
 
     def bound(low: int, high: int) -> float:
         programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
-        found = [relax(programs(i).program) for i in range(len(task.allowed))]
-        return min((r.bound for r in found if r is not None), default=np.inf)
+        return min(bound_at(programs(i).program, hints) for i in range(len(task.allowed)))
 
     heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
     best: tuple[Solution, Compiled] | None = None
@@ -165,15 +188,23 @@ def _branch_on_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | 
             for part in ((low, middle), (middle + 1, high)):
                 heapq.heappush(heap, (max(least, bound(*part)), *part))
             continue
-        found = task.solve(room_for_weights(budget, parts, limits[low]), limits[low], np.inf if best is None else best[0].cost)
+        cutoff = np.inf if best is None else best[0].cost
+        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff, hints)
+        proven, best = min(proven, below), found or best
         if found is not None:
-            proven, best = min(proven, found[0].bound), found
-        elif best is not None:  # nothing better by more than the gap
-            proven = min(proven, best[0].cost * (1 - task.gap))
+            hints.append(found[0].prices)
     if best is None:
         return None
-    bounded = replace(best[0], bound=min(best[0].cost, proven))
+    costs = [cost for _, cost in best[0].per_count]
+    per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
+    bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
     return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
+
+
+def _staging_limits(costs: Costs, budget: int, parts: dict[str, int]) -> list[int]:
+    """Staging copies that matter: of all that leave the same room, the largest."""
+    by_room = {room_for_weights(budget, parts, s): s for s in np.unique(costs.staging).tolist()}
+    return sorted(by_room.values())
 
 
 def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
@@ -228,7 +259,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         bound=solution.bound,
         gap=solution.gap,
         proven=solution.proven,
-        price=solution.price,
+        price=solution.prices.byte,
         counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
         rules=(),
         origin=costs.origin,
@@ -268,8 +299,8 @@ def _check(task: _Task, plan: Plan, budget: int) -> None:
     if plan.memory["peak"] > budget:
         problems.append(f"peak {plan.memory['peak']} of {budget} bytes")
     for bound in draft.bounds:
-        value, scale = bound.expression.value(costs, plan), _scale(bound.expression)
-        if not bound.expression.soft and value > 1e-9 * scale:
+        value, scale = bound.expression.value(costs, plan), _scale(bound.expression, plan)
+        if not bound.expression.soft and value > 1e-8 * scale:
             problems.append(f"{bound.name} is exceeded by {value:.10g}")
     kept = np.zeros(draft.pinned.shape, bool)
     for row, experts in enumerate(plan.kept):
@@ -288,8 +319,11 @@ def _check(task: _Task, plan: Plan, budget: int) -> None:
         raise EdgemoeError(f"the plan does not hold: {'; '.join(problems)}", hint="please report this")
 
 
-def _scale(expression: Linear) -> float:
-    return max(1.0, abs(expression.constant), *(float(np.abs(getattr(expression, n)).sum()) for n in ARRAYS))
+def _scale(expression: Linear, plan: Plan) -> float:
+    """What the sums of a rule can be as large as, for the rounding of floats; the programs were held to their own numbers, exactly."""
+    sizes = float(np.abs(expression.size).max() + np.abs(expression.active).max()) * plan.file_size
+    counts = float(np.abs(expression.keep).sum() + np.abs(expression.use).sum())
+    return max(abs(expression.constant), sizes, counts, 1e-300)
 
 
 # ------------------------------------------------------------------------------------------------------------- infeasible
@@ -300,21 +334,35 @@ def least_budget(costs: Costs, rules: Sequence[Rule] = ()) -> int | None:
 
 
 def _least_budget(task: _Task) -> int | None:
-    """Least bytes: the same programs with bytes for costs and room without end."""
-
-    def bytes_as_costs(i: int) -> Program:
-        p = compile_program(task.costs, task.draft, task.allowed[i], 0).program
-        cost = np.where(np.isfinite(p.cost[:1]), p.size.astype(np.float64), np.inf)
-        blocks = None if p.blocks is None else replace(p.blocks, curve=np.zeros_like(p.blocks.curve))
-        soft = tuple(replace(s, price=0.0) for s in p.soft)
-        free = np.zeros_like(p.size)
-        return replace(p, cost=cost, size=free, constant=np.array([float(p.fixed)]), fixed=0, room=1, blocks=blocks, soft=soft)
-
-    found = solve(bytes_as_costs, len(task.allowed), 1e-9, solver="highs")
-    if found is None:
-        return None
+    """Least bytes: the same programs with bytes for costs and room without end; smaller staging copies may be worth larger weights."""
     parts = _beside(task.costs, task.draft)
-    return peak({**parts, "weights": round(found.cost), "staging": 0})
+
+    def least(limit: int | None) -> tuple[int, int] | None:
+        """Weights and staging copy of the smallest weights whose copies are no larger than the limit."""
+        compiled = task.programs(0, limit)
+        found = solve(lambda i: _bytes_as_costs(compiled(i).program), len(task.allowed), 1e-9, solver="highs")
+        return None if found is None else (round(found.cost), _largest_staging(task.costs, compiled(found.count_index), found))
+
+    first = least(None)
+    if first is None:
+        return None
+    best = peak({**parts, "weights": first[0], "staging": first[1]})
+    for limit in np.unique(task.costs.staging).tolist():
+        if limit >= first[1] or peak({**parts, "weights": first[0], "staging": limit}) >= best:
+            break
+        found = least(limit)
+        if found is not None:
+            best = min(best, peak({**parts, "weights": found[0], "staging": found[1]}))
+    return best
+
+
+def _bytes_as_costs(program: Program) -> Program:
+    """The program whose cheapest choice is the smallest."""
+    cost = np.where(np.isfinite(program.cost).all(axis=0), program.size.astype(np.float64), np.inf)[None]
+    blocks = None if program.blocks is None else replace(program.blocks, curve=np.zeros_like(program.blocks.curve))
+    soft = tuple(replace(s, price=0.0) for s in program.soft)
+    no_size, constant = np.zeros_like(program.size), np.array([float(program.fixed)])
+    return replace(program, cost=cost, size=no_size, constant=constant, fixed=0, room=1, blocks=blocks, soft=soft)
 
 
 def _explain_infeasible(task: _Task, budget: int, rules: Sequence[Rule]) -> BudgetError:
@@ -329,7 +377,9 @@ def _explain_infeasible(task: _Task, budget: int, rules: Sequence[Rule]) -> Budg
         message = f"no plan of {costs.model_name} fits {wanted}: the least is {format_bytes(least)} ({least} bytes){told}"
         return BudgetError(message, hint=f"ask for --memory {least}B or more, or a smaller --context")
     if least is not None:
-        return BudgetError(f"no plan of {costs.model_name} fits {format_bytes(budget)} while it loads", hint="ask for a little more memory")
+        raise EdgemoeError(
+            f"solver {task.solver} says that no plan fits {format_bytes(budget)}, but one of {least} bytes does", hint="please report this"
+        )
     conflict = minimal_conflict(costs, rules)
     return BudgetError(
         f"no plan keeps these rules together, at any size: {'; '.join(describe_rule(r) for r in conflict)}",

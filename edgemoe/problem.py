@@ -13,23 +13,27 @@
         yield p.active_bytes() - over <= 3 * p.GiB
 
 Variables stand for whole quantities (bytes of a tensor, an expert that stays), so the same function works for every kept count and solver.
-PuLP lets some mistakes pass silently; they are caught here by what comes out.
+PuLP lets some mistakes pass silently: `0 <= x <= 1` keeps only `x <= 1`, `a and b` only b, `x != 3` is True.  They are refused, either by
+what comes out or while the function runs, when a comparison is asked whether it is true.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 
 from edgemoe.draft import Draft, SoftVariable
-from edgemoe.errors import UsageError
+from edgemoe.errors import EdgemoeError, UsageError
 from edgemoe.ir import Costs
 from edgemoe.terms import ARRAYS, Layers, Linear, find_domain, parse_layers, select_experts, select_units, zero
+
+REFUSED = ("__bool__", "__ne__")  # what Python calls where a comparison is taken for a truth value
 
 
 class Ratio:
@@ -37,6 +41,14 @@ class Ratio:
 
     def __init__(self, bits: Any, weights: Any) -> None:
         self.bits, self.weights = bits, weights
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, number: object) -> Any:
+        raise TypeError("mean bits can hardly be equal to a number; use >= or <=")
+
+    def __bool__(self) -> bool:
+        raise TypeError("mean bits are not true or false; compare them with >= or <=")
 
     def __ge__(self, number: float) -> Any:
         return self.bits - number * self.weights >= 0
@@ -129,8 +141,15 @@ class Problem:
 
     def new_var(self, name: str, low: float = 0.0, high: float | None = None) -> Any:
         """A continuous variable of a soft rule."""
-        variable = self._scratch.add_variable(f"new_{len(self._soft)}", low, high)
-        self._soft[id(variable)] = SoftVariable(name=f"{self._name}.{name}", low=low, high=math.inf if high is None else high, price=0.0)
+        top, label = math.inf if high is None else high, f"{self._name}.{name}"
+        if not (math.isfinite(low) and low <= top):
+            raise UsageError(
+                f"rule {self._name!r}: new_var {name!r} is between {low} and {top}", hint="low is a number, and no more than high"
+            )
+        if any(v.name == label for v in self._soft.values()):
+            raise UsageError(f"rule {self._name!r}: there are two new_var {name!r}", hint="give each a name of its own")
+        variable = self._scratch.add_variable(f"new_{len(self._soft)}", low, None if math.isinf(top) else top)
+        self._soft[id(variable)] = SoftVariable(name=label, low=float(low), high=float(top), price=0.0)
         self._meaning[id(variable)] = ("soft", len(self._soft) - 1, 0)
         return variable
 
@@ -158,6 +177,8 @@ class Problem:
         """The new variables with their prices."""
         prices: dict[int, float] = {}
         for expression in self._penalties:
+            if expression.constant or not len(expression):
+                raise UsageError(f"rule {self._name!r}: a penalty is a sum of prices times variables of new_var(), and nothing else")
             for variable, price in expression.items():
                 if id(variable) not in self._soft:
                     raise UsageError(f"rule {self._name!r}: a penalty can only price variables of new_var()")
@@ -199,13 +220,15 @@ def apply_function(draft: Draft, function: Callable[..., Any]) -> None:
     Raises:
         UsageError: what came out is no rule; names the function and the rule.
     """
-    name = str(getattr(function, "__name__", "rule"))
+    name = function_name(function)
     once, again = (_call(draft.costs, function, name) for _ in range(2))
     if [(label, sense) for label, _, sense in once[1]] != [(label, sense) for label, _, sense in again[1]] or not all(
         _same(a, b) for (_, a, _), (_, b, _) in zip(once[1], again[1], strict=True)
     ):
         raise UsageError(f"rule {name!r}: gives other rules when called again", hint="a rule must not be random")
     for variable in once[0].soft_variables():
+        if variable.name in draft.soft:
+            raise UsageError(f"rule {name!r}: another function has this name and a variable {variable.name!r}", hint="rename one of them")
         draft.soft[variable.name] = variable
     for label, expression, sense in once[1]:
         draft.bound(label, expression, sense, 0.0)
@@ -213,23 +236,65 @@ def apply_function(draft: Draft, function: Callable[..., Any]) -> None:
 
 def _call(costs: Costs, function: Callable[..., Any], name: str) -> tuple[Problem, list[tuple[str, Linear, str]]]:
     problem = Problem(costs, name)
-    result = function(problem)
-    items = list(result) if inspect.isgenerator(result) or isinstance(result, list) else [result]
-    if not items or items == [None]:
+    try:
+        with _strict_comparisons(name):
+            result = function(problem)
+            items = list(result) if isinstance(result, GeneratorType | list) else [result]
+    except EdgemoeError:
+        raise
+    except Exception as error:
+        raise UsageError(f"rule {name!r}: {type(error).__name__}: {error}", hint="the function failed; rules are linear") from error
+    if not items or (len(items) == 1 and items[0] is None):
         raise UsageError(f"rule {name!r}: returned nothing", hint="return or yield comparisons such as p.bytes() <= 6 * p.GiB")
     found = []
     for number, item in enumerate(items):
         constraint, label = item if isinstance(item, tuple) and len(item) == 2 else (item, f"{name}[{number}]" if len(items) > 1 else name)
-        expression, sense = _check(problem, constraint, str(label))
+        expression, sense = _check(problem, constraint, str(label) if str(label).startswith(name) else f"{name}: {label}")
         found.append((str(label), expression, sense))
     return problem, found
+
+
+@contextmanager
+def _strict_comparisons(name: str) -> Iterator[None]:
+    """While a user's function runs: refuse to say whether a PuLP comparison is true, and let comparisons keep what they compared.
+
+    Python asks for it in `0 <= x <= 1`, `a and b`, `not a`, `if x <= 3`; PuLP says yes.  `!=` is plain True.  A comparison
+    refers to its expression, so that `c = x <= 1; x += y` would change c: here it gets a copy.
+    """
+    import pulp
+
+    def refuse(*_: object) -> bool:
+        raise UsageError(
+            f"rule {name!r}: Python asked whether a comparison or quantity is true, which only the plan decides",
+            hint="write two rules for a <= x <= b, one rule each instead of `and`, and no `if`, `not`, `in` or `!=`",
+        )
+
+    def copying(compare: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda expression, other: compare(expression.copy(), other)
+
+    expression, variable, constraint = pulp.LpAffineExpression, pulp.LpVariable, pulp.LpConstraint
+    changes: list[tuple[type, str, Any]] = [(kind, method, refuse) for kind in (expression, variable, constraint) for method in REFUSED]
+    changes += [(expression, method, copying(getattr(expression, method))) for method in ("__le__", "__ge__", "__eq__")]
+    before = [(kind, method, kind.__dict__.get(method)) for kind, method, _ in changes]
+    try:
+        for kind, method, new in changes:
+            setattr(kind, method, new)
+        yield
+    finally:
+        for kind, method, old in before:
+            delattr(kind, method) if old is None else setattr(kind, method, old)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """How a user's function is called in messages."""
+    return str(getattr(function, "__name__", "") or type(function).__name__)
 
 
 def _check(problem: Problem, constraint: Any, label: str) -> tuple[Linear, str]:
     """A constraint as expression and sense, with every check of what PuLP lets through."""
     import pulp
 
-    if isinstance(constraint, bool):
+    if isinstance(constraint, bool | np.bool_):
         raise UsageError(
             f"rule {label!r}: Python evaluated the comparison to {constraint}",
             hint="an empty sum, `!=`, or a number was compared with a number",
@@ -251,4 +316,4 @@ def _same(a: Linear, b: Linear) -> bool:
 
 def iterate_rules(function: Callable[..., Any], costs: Costs) -> Iterator[tuple[str, Linear, str]]:
     """The rules that a function makes for a price list: (name, expression, sense against 0)."""
-    yield from _call(costs, function, str(getattr(function, "__name__", "rule")))[1]
+    yield from _call(costs, function, function_name(function))[1]

@@ -74,7 +74,8 @@ def compile_program(
     main = np.where(offered, costs.cost[c], np.inf)
     blocked = np.full((*main.shape[:1], 1), np.inf)
     pools = [main] if draft.vram is None else _two_pools(costs, main, np.where(draft.offered, costs.cost[c], np.inf))
-    cost = np.concatenate([blocked, *pools], axis=1)[None] * factor[:, :, None]
+    base = np.concatenate([blocked, *pools], axis=1)
+    cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
     size = np.concatenate(
         [np.zeros((len(main), 1), np.int64), costs.size[c], *([np.zeros_like(costs.size[c])] if draft.vram else [])], axis=1
     )
@@ -83,14 +84,18 @@ def compile_program(
         rows.append(_vram_row(costs, draft, c))
     constant = weights @ costs.drop_cost[:, c].sum(axis=1)
     drops = np.tensordot(weights, costs.expert_drop, axes=1)  # [K, L, E]
+    if costs.form == "stacks" and chosen:
+        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
     if near is not None:
-        near.penalise(costs, cost, drops)
+        gone = near.gone(costs)
+        cost = cost + near.of_formats(costs, cost.shape[2])
+        constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
+        drops = drops + np.where(gone, -near.nats, near.nats)
     units = np.arange(len(costs.units))
     blocks = None
     if costs.form == "experts":
         units, cost, size, rows = _experts_first(costs, cost, size, rows, drops)
     elif chosen:
-        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
         cost, size, rows = _with_selection(costs, cost, size, rows, drops, draft.bounds)
         units = units + costs.n_layers * costs.n_experts
     if chosen:
@@ -107,11 +112,20 @@ def compile_program(
         blocks=blocks,
         rows=tuple(rows),
         soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in draft.soft.values()),
-        format_of=np.array([-1, *[f % len(costs.formats) for f in range(size.shape[1] - 1)]]),
+        format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
         max_formats=draft.max_formats,
     )
     program, units = _tie(program, units, draft)
     return Compiled(program=program, c=c, units=units, n_formats=len(costs.formats), chosen=chosen)
+
+
+def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
+    """Format of every option [U, O]; -1 for dropping, and for experts that are only kept or not."""
+    of_option = np.array([-1, *(f % len(costs.formats) for f in range(shape[1] - 1))])
+    found = np.tile(of_option, (shape[0], 1))
+    if chosen:
+        found[: costs.n_layers * costs.n_experts] = -1
+    return found
 
 
 def _two_pools(costs: Costs, main: Floats, anywhere: Floats) -> list[Floats]:
@@ -189,8 +203,8 @@ def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
     return Blocks(
         n=n_layers,
         size=n_experts,
-        least=exact if stacks else draft.least_kept.astype(np.int64),
-        most=exact if stacks else np.full(n_layers, n_experts),
+        least=exact if stacks else np.full(n_layers, draft.least_kept),
+        most=exact if stacks else np.full(n_layers, draft.most_kept),
         curve=np.zeros((n_layers, n_experts + 1)) if stacks else costs.drop_curve,
         group=np.arange(n_experts) // (n_experts // groups),
         group_least=least,
@@ -224,7 +238,7 @@ def _tie(program: Program, units: NDArray[np.int64], draft: Draft) -> tuple[Prog
         blocks=program.blocks,
         rows=tuple(Row(name=r.name, coef=add(r.coef), limit=r.limit, soft=r.soft) for r in program.rows),
         soft=program.soft,
-        format_of=program.format_of,
+        format_of=None if program.format_of is None else program.format_of[names],
         max_formats=program.max_formats,
     )
     return tied_program, merged[units]
@@ -237,15 +251,15 @@ class Near:
     plan: Plan
     nats: float
 
-    def penalise(self, costs: Costs, cost: Floats, drops: Floats) -> None:
-        """Add the penalty to every other format [K, U, O], and to dropping experts that stayed (and less to those that went)."""
+    def of_formats(self, costs: Costs, n_options: int) -> Floats:
+        """Nats for every option [U, O] of a unit that is stored in another format than before."""
         before = {name: f for f, name in enumerate(costs.formats)}
-        for u, unit in enumerate(costs.units):
-            chosen = before.get(self.plan.formats.get(unit.name, ""), -1)
-            for o in range(1, cost.shape[2]):
-                if (o - 1) % len(costs.formats) != chosen:
-                    cost[:, u, o] += self.nats
-        stayed = np.zeros(drops.shape[1:], bool)
+        chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
+        return np.where((np.arange(n_options) - 1) % len(costs.formats) == chosen[:, None], 0.0, self.nats)
+
+    def gone(self, costs: Costs) -> NDArray[np.bool_]:
+        """Experts that the earlier plan drops [L, E]."""
+        gone = np.ones((costs.n_layers, costs.n_experts), bool)
         for row, kept in enumerate(self.plan.kept):
-            stayed[row, list(kept)] = True
-        drops += np.where(stayed, self.nats, -self.nats)
+            gone[row, list(kept)] = False
+        return gone

@@ -71,7 +71,7 @@ def load_recipe(path: Path) -> Recipe:
         body = yaml.load(path.read_text(encoding="utf-8"), Loader=_plain_loader())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers and dates that YAML knows and Python cannot make
         raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(body, dict):
         raise UsageError(f"{path}: is not a recipe", hint="it has the keys rules and objective")
@@ -112,9 +112,9 @@ def _read_rule(item: Any, place: str) -> Rule:
     kind = kinds[0]
     if kind == "expression":
         return expression_rule(item[kind], name)
-    if kind not in RECORDS:
+    if not isinstance(kind, str) or kind not in RECORDS:
         raise UsageError(f"{place}: unknown rule {kind!r}", hint=f"known: expression, {', '.join(RECORDS)}")
-    return _read_record(RECORDS[kind], item[kind] or {}, name, f"{place}.{kind}")
+    return _read_record(RECORDS[kind], {} if item[kind] is None else item[kind], name, f"{place}.{kind}")
 
 
 def _read_record(record: type, values: Any, name: str, place: str) -> Rule:
@@ -163,7 +163,11 @@ class TextRule:
     def apply(self, draft: Draft) -> None:
         """Bound what it compares."""
         reader = _Reader(draft.costs, self.text)
-        for number, (left, sense, right) in enumerate(reader.compare(self.tree)):
+        try:
+            compared = reader.compare(self.tree)
+        except RecursionError as error:
+            raise UsageError(f"rule {self.text[:40]!r}...: is nested too deeply") from error
+        for number, (left, sense, right) in enumerate(compared):
             label = self.name if number == 0 else f"{self.name} ({number + 1})"
             draft.bound(label, reader.difference(left, right, self.tree), sense, 0.0)
 
@@ -197,11 +201,12 @@ class _Reader:
                 raise self.fail(node, "bits() can only be compared with a number", "write bits(...) >= 4")
             found = quotient.bits - quotient.weights * float(number)
             return found if isinstance(left, Quotient) else -found
-        if isinstance(left, float | int):
-            if isinstance(right, float | int):
-                raise self.fail(node, "nothing that the plan decides is in this comparison")
-            return -right + float(left)
-        found = left - right
+        if isinstance(left, Linear):
+            found = left - right
+        elif isinstance(right, Linear):
+            found = -right + left
+        else:
+            raise self.fail(node, "nothing that the plan decides is in this comparison")
         if found.is_constant:
             raise self.fail(node, "nothing that the plan decides is left in this comparison")
         return found
@@ -231,8 +236,8 @@ class _Reader:
         if isinstance(node.op, ast.Div):
             if not isinstance(right, int | float):
                 raise self.fail(node, "the divisor depends on the plan", "multiply both sides by it instead")
-            if right == 0:
-                raise self.fail(node, "division by zero")
+            if abs(right) < 1e-30:
+                raise self.fail(node, "division by zero, or nearly")
             return self.multiply(node, left, 1.0 / right)
         if not isinstance(node.op, ast.Add | ast.Sub):
             raise self.fail(node, f"operator {type(node.op).__name__} is not linear")
@@ -265,6 +270,10 @@ class _Reader:
             if keyword.arg not in KEYWORDS:
                 raise self.fail(node, f"unknown keyword {keyword.arg!r}", f"known: {', '.join(KEYWORDS)}")
             given[keyword.arg] = self.argument(keyword.value, whole=keyword.arg == "top")
+        if "domain" in given and not isinstance(given["domain"], str):
+            raise self.fail(node, "domain is the name of a calibration domain")
+        if "top" in given and not (isinstance(given["top"], int) and given["top"] > 0 and "domain" in given):
+            raise self.fail(node, "top is a whole number of experts of a domain", "write domain='...', top=4")
         name = node.func.id
         experts = name in ("kept", "dropped")
         wrong = set(given) & ({"tensors"} if experts else {"domain", "top"})

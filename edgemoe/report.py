@@ -170,6 +170,7 @@ def summarize_plan(plan: Plan) -> Group:
     parts = [f"{word} {format_bytes(plan.memory[part])}" for part, word in _MEMORY_PARTS.items() if plan.memory.get(part)]
     facts = [
         ("model", plan.model_name),
+        *([("prices", plan.origin)] if plan.origin else []),
         *_common_facts(plan),
         ("file", f"{format_bytes(plan.file_size)}, {plan.file_size} bytes; the budget allows {_allowed_size(plan)}"),
         ("peak memory", f"{format_bytes(plan.memory['peak'])}: {', '.join(parts)}"),

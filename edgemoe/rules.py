@@ -5,6 +5,7 @@ Pin, Keep, Drop, Protect, KeptCount, GroupKept, DomainKept, SameFormat, MaxForma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ class Pin:
 
     def apply(self, draft: Draft) -> None:
         """Mask what is not wanted."""
+        _need(self.name, format=self.format, at_least=self.at_least, at_most=self.at_most)
         costs = draft.costs
         for wanted in filter(None, (self.format, self.at_least, self.at_most)):
             if wanted.upper() not in costs.formats:
@@ -108,14 +110,12 @@ class KeptCount:
     def apply(self, draft: Draft) -> None:
         """Rule counts out; in the experts form a bound on each layer."""
         costs, most = draft.costs, self.at_most or draft.costs.n_experts
+        if self.multiple_of < 1 or self.at_least < 0 or self.at_most < 0 or self.at_least > most:
+            raise UsageError(f"rule {self.name!r}: no number of experts is at least {self.at_least}, at most {most}, {self.multiple_of} n")
         if costs.form == "experts":
             if self.multiple_of > 1:
                 raise UsageError(f"rule {self.name!r}: multiple_of needs one kept count for all layers", hint="use at_least and at_most")
-            draft.least_kept = np.maximum(draft.least_kept, self.at_least)
-            for layer in range(costs.n_layers if most < costs.n_experts else 0):
-                mask = np.zeros(costs.expert_drop.shape[1:], bool)
-                mask[layer] = True
-                draft.bound(self.name, sum_kept(costs, mask), "<=", most)
+            draft.least_kept, draft.most_kept = max(draft.least_kept, self.at_least), min(draft.most_kept, most)
             return
         for c, count in enumerate(costs.counts):
             if not self.at_least <= count <= most or count % self.multiple_of:
@@ -138,7 +138,9 @@ class GroupKept:
             raise UsageError(f"rule {self.name!r}: {costs.n_experts} experts are not {self.groups} equal groups")
         if self.equal and costs.form == "experts":
             raise UsageError(f"rule {self.name!r}: equal groups need one kept count for all layers", hint="use at_least")
-        draft.groups, draft.equal_groups = (self.groups, self.at_least), self.equal
+        if not 0 <= self.at_least <= costs.n_experts // self.groups:
+            raise UsageError(f"rule {self.name!r}: a group has {costs.n_experts // self.groups} experts, not {self.at_least}")
+        draft.group(self.groups, self.at_least, self.name, equal=self.equal)
         if self.equal:
             KeptCount(at_least=self.groups * self.at_least, multiple_of=self.groups, name=self.name).apply(draft)
 
@@ -156,14 +158,14 @@ class DomainKept:
     def apply(self, draft: Draft) -> None:
         """Pin the most used, or bound the share."""
         costs, d = draft.costs, find_domain(draft.costs, self.domain, self.name)
+        if not 0 <= self.top <= costs.n_experts or not 0 <= self.share <= 1 or not (self.top or self.share):
+            raise UsageError(f"rule {self.name!r}: needs top (1 to {costs.n_experts}) or a share (0 to 1)")
         chosen: NDArray[np.bool_] = np.asarray(select_experts(costs, self.layers, None, self.name).any(axis=1))
         if self.top:
             best = np.argsort(-costs.usage[d], axis=1, kind="stable")[:, : self.top]
             mask = np.zeros(costs.expert_drop.shape[1:], bool)
             np.put_along_axis(mask, best, values=True, axis=1)
             draft.pin(mask & chosen[:, None], 1, self.name)
-        if not 0 <= self.share <= 1:
-            raise UsageError(f"rule {self.name!r}: share {self.share} is not between 0 and 1")
         for layer in np.flatnonzero(chosen) if self.share else ():
             weights = np.zeros(costs.expert_drop.shape[1:])
             weights[layer] = costs.usage[d, layer]
@@ -216,6 +218,9 @@ class MeanBits:
 
     def apply(self, draft: Draft) -> None:
         """8 bytes - bits * weights is bounded."""
+        _need(self.name, at_least=self.at_least, at_most=self.at_most)
+        if not math.isfinite(self.at_least) or not math.isfinite(self.at_most):
+            raise UsageError(f"rule {self.name!r}: bits are a finite number")
         units = select_units(draft.costs, self.tensors, self.layers, self.name)
         bits, weights = sum_units(draft.costs, "size", units) * 8, sum_units(draft.costs, "weights", units)
         if self.at_least:
@@ -236,6 +241,7 @@ class ByteLimit:
 
     def apply(self, draft: Draft) -> None:
         """Bound them."""
+        _need(self.name, at_least=self.at_least, at_most=self.at_most)
         size = sum_units(draft.costs, "size", select_units(draft.costs, self.tensors, self.layers, self.name))
         if self.at_least:
             draft.bound(self.name, size, ">=", parse_bytes(self.at_least))
@@ -268,6 +274,8 @@ class Speed:
 
     def apply(self, draft: Draft) -> None:
         """Bound active bytes."""
+        if not 0 < self.tokens_per_second < math.inf:
+            raise UsageError(f"rule {self.name!r}: {self.tokens_per_second} tokens per second are no speed")
         room = parse_bytes(self.bandwidth.removesuffix("/s")) / self.tokens_per_second - draft.costs.memory.get("kv", 0)
         if room <= 0:
             raise UsageError(f"rule {self.name!r}: reading the KV cache alone takes longer than that", hint="a smaller --context")
@@ -289,7 +297,15 @@ class Vram:
         """Note the pool."""
         if draft.costs.form != "stacks":
             raise UsageError(f"rule {self.name!r}: a second pool is planned for llama.cpp only")
+        if draft.vram is not None:
+            raise UsageError(f"rule {self.name!r}: there is one GPU memory already", hint="give one vram rule")
         draft.vram = Pool(name=self.name, size=parse_bytes(self.size), reserve=parse_bytes(self.reserve))
+
+
+def _need(name: str, **values: object) -> None:
+    """Refuse a rule that asks for nothing."""
+    if not any(values.values()):
+        raise UsageError(f"rule {name!r}: asks for nothing", hint=f"give {' or '.join(values)}")
 
 
 class Record(Protocol):

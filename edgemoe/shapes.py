@@ -45,9 +45,10 @@ def load_shape(name: str) -> dict[str, Any]:
         UsageError: no such model.
     """
     models = _read_data("models.yaml")
-    if name not in models:
-        raise UsageError(f"shape {name!r} is not known", hint=f"known: {', '.join(models)}")
-    return dict(models[name])
+    known = {model.lower(): model for model in models}
+    if name.lower() not in known:
+        raise UsageError(f"shape {name!r} is not known", hint=f"known: {', '.join(models)}; or give a config.json")
+    return dict(models[known[name.lower()]])
 
 
 def shape_families() -> list[str]:

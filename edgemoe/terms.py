@@ -7,6 +7,7 @@ quantities: experts kept, formats used, bytes, weights and bytes read per token 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +55,12 @@ class Linear:
     def is_constant(self) -> bool:
         """Whether nothing that a plan decides is in it."""
         return not self.soft and not any(getattr(self, n).any() for n in ARRAYS)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are."""
+        numbers = (self.constant, *self.soft.values())
+        return all(map(math.isfinite, numbers)) and all(bool(np.isfinite(getattr(self, n)).all()) for n in ARRAYS)
 
     @property
     def needs_experts(self) -> bool:
@@ -114,15 +121,29 @@ def parse_layers(layers: Layers, known: Iterable[int], name: str) -> list[int]:
     known = sorted(set(known))
     if layers is None:
         return known
-    if isinstance(layers, str):
-        parts = [p.strip().partition("-") for p in layers.split(",")]
-        if not all(a.strip().isdecimal() and (not dash or b.strip().isdecimal()) for a, dash, b in parts):
-            raise UsageError(f"rule {name!r}: layers {layers!r} cannot be read", hint='write them like "0-3,10"')
-        layers = [n for a, dash, b in parts for n in range(int(a), (int(b) if dash else int(a)) + 1)][:10_000]
-    for layer in layers:
-        if layer not in known:
-            raise UsageError(f"rule {name!r}: layer {layer} is outside {known[0]}..{known[-1]}")
-    return list(layers)
+    wanted = _read_layers(layers, name) if isinstance(layers, str) else [(layer, layer) for layer in layers]
+    found: list[int] = []
+    for first, last in wanted:
+        for layer in (first, last):
+            if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or layer not in known:
+                raise UsageError(f"rule {name!r}: layer {layer!r} is outside {known[0]}..{known[-1]}")
+        found += [n for n in range(first, last + 1) if n in known]
+    if not found:
+        raise UsageError(f"rule {name!r}: names no layer", hint=f"layers: {known[0]}..{known[-1]}")
+    return found
+
+
+def _read_layers(text: str, name: str) -> list[tuple[int, int]]:
+    """Pairs of first and last layer in a text such as "0-3,10"."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = (p.strip() for p in part.partition("-"))
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or len(first) > 9 or len(last) > 9:
+            raise UsageError(f"rule {name!r}: layers {text[:80]!r} cannot be read", hint='write them like "0-3,10"')
+        found.append((int(first), int(last) if dash else int(first)))
+        if found[-1][0] > found[-1][1]:
+            raise UsageError(f"rule {name!r}: layers {part.strip()!r} end before they begin", hint='write them like "0-3,10"')
+    return found
 
 
 def select_units(costs: Costs, tensors: Sequence[str], layers: Layers, name: str, experts: Sequence[int] | None = None) -> list[int]:
@@ -131,7 +152,15 @@ def select_units(costs: Costs, tensors: Sequence[str], layers: Layers, name: str
     Raises:
         UsageError: nothing is named so.
     """
+    if not all(isinstance(t, str) for t in tensors):
+        raise UsageError(f"rule {name!r}: tensors are named by text", hint='such as "experts" or "blk.0.*"')
     patterns = [ALIASES.get(t, t) for t in tensors]
+    if experts is not None:
+        experts = check_experts(costs, experts, name)
+        if costs.form == "stacks":
+            raise UsageError(
+                f"rule {name!r}: an expert's tensors are stored in its layer's stack", hint="ask for the stack, without experts"
+            )
     wanted = None if layers is None else parse_layers(layers, (u.layer for u in costs.units if u.layer >= 0), name)
     found = [
         i
@@ -156,13 +185,24 @@ def select_experts(costs: Costs, layers: Layers, experts: Sequence[int] | None, 
     """
     mask = np.zeros(costs.expert_drop.shape[1:], bool)
     rows = {layer: row for row, layer in enumerate(costs.expert_layers)}
-    columns = list(range(costs.n_experts)) if experts is None else list(experts)
-    for expert in columns:
-        if not 0 <= expert < costs.n_experts:
-            raise UsageError(f"rule {name!r}: expert {expert} is outside 0..{costs.n_experts - 1}")
+    columns = list(range(costs.n_experts)) if experts is None else check_experts(costs, experts, name)
     for layer in parse_layers(layers, rows, name):
         mask[rows[layer], columns] = True
     return mask
+
+
+def check_experts(costs: Costs, experts: Sequence[int], name: str) -> list[int]:
+    """The experts as numbers.
+
+    Raises:
+        UsageError: they are none, or not of this model.
+    """
+    for expert in experts:
+        if isinstance(expert, bool) or not isinstance(expert, int | np.integer) or not 0 <= expert < costs.n_experts:
+            raise UsageError(f"rule {name!r}: expert {expert!r} is outside 0..{costs.n_experts - 1}")
+    if not len(experts):
+        raise UsageError(f"rule {name!r}: names no expert", hint=f"experts: 0..{costs.n_experts - 1}")
+    return [int(e) for e in experts]
 
 
 def find_domain(costs: Costs, domain: str, name: str) -> int:

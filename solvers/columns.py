@@ -7,15 +7,18 @@ master's value is the bound of all of them (Dantzig & Wolfe 1960).  The integer 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import run
-from edgemoe.solvers.ilp import Items, build, expected_cost, join, prices_of, solve_items, unit_items
-from edgemoe.solvers.lagrange import Prices, Relaxed, minimise
-from edgemoe.solvers.program import DROP, Picks, Program
+from edgemoe.solvers.ilp import Items, Model, build, join, prices_of, solve_items, unit_items
+from edgemoe.solvers.lagrange import Relaxed, minimise
+from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 ROUNDS = 80
+EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing
 CLOSE = 1e-6  # relative distance of master and bound at which generation stops
 AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # byte prices, times the best, that fill the pool at the end
 FIRST = (1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3)  # ... and at the beginning
@@ -26,7 +29,6 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         assert program.blocks is not None
-        self.program = program
         self.n, self.width = program.blocks.n, program.blocks.size
         self.columns: list[tuple[int, Picks]] = []
         self.seen: set[tuple[int, bytes]] = set()
@@ -43,9 +45,9 @@ class Pool:
                 fresh += 1
         return fresh
 
-    def items(self) -> Items:
-        """The columns as items, one set for each block."""
-        program, blocks = self.program, self.program.blocks
+    def items(self, program: Program) -> Items:
+        """The columns as items, one set for each block, at a program's costs."""
+        blocks = program.blocks
         assert blocks is not None
         where = [np.arange(b * self.width, (b + 1) * self.width) for b, _ in self.columns]
         gone = [int((p == DROP).sum()) for _, p in self.columns]
@@ -74,40 +76,93 @@ def all_items(program: Program, pool: Pool | None) -> Items:
     if pool is None:
         return unit_items(program, np.arange(program.cost.shape[1]))
     free = free_units(program)
-    return join(pool.items(), unit_items(program, free)) if len(free) else pool.items()
+    return join(pool.items(program), unit_items(program, free)) if len(free) else pool.items(program)
 
 
 def generate(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Pool | None, bool]:
-    """Bound and prices of the linear relaxation with all rows; the pool of columns; and whether rules and budget can hold together."""
-    pool = Pool(program) if program.blocks else None
-    scale = known.prices.byte or 1e-18
-    if pool is not None:
-        for factor in FIRST:
-            pool.add(
-                minimise(program, Prices(byte=scale * factor, rows=np.zeros(len(program.rows)), objectives=known.prices.objectives))[1]
-            )
-        if known.picks is not None:
-            pool.add(known.picks)
-    bound, prices, feasible = known.bound, known.prices, True
-    expected = expected_cost(program, known)
+    """Bound and prices of the linear relaxation with all rows; the pool of columns; and False when budget and rules cannot hold together.
+
+    A solver that fails leaves what is known as it is: only a proof says that there is no choice.
+    """
+    if program.blocks is None:
+        return _relax_items(program, known, engine)
+    pool = Pool(program)
+    for factor in FIRST:
+        start = Prices(byte=(known.prices.byte or 1e-18) * factor, rows=np.zeros(len(program.rows)), objectives=known.prices.objectives)
+        pool.add(minimise(program, start)[1])
+    if known.picks is not None:
+        pool.add(known.picks)
+    elif not _reach_feasible(program, pool, engine):
+        return known, pool, False
+    bound, prices, expected = known.bound, known.prices, known.cost if np.isfinite(known.cost) else known.bound
     for _ in range(ROUNDS):
-        model = build(program, all_items(program, pool), expected, elastic=True)
+        model = build(program, all_items(program, pool), expected)
         if not run(model.problem, engine, mip=False).solved:
-            return Relaxed(bound=bound, cost=known.cost, picks=known.picks, prices=prices), pool, False
-        broken = sum(float(z.varValue or 0.0) for z in model.elastic)
+            break
         found = prices_of(program, model)
         value, picks = minimise(program, found)
         if value > bound:
             bound, prices = value, found
-        master = float(model.problem.objective.value()) / model.scale + (float(program.constant[0]) if len(program.cost) == 1 else 0.0)
-        feasible = broken < 1e-7
-        if pool is None or pool.add(picks) == 0 or (feasible and master - value <= CLOSE * abs(master)):
+        expected = master = _master_value(program, model)
+        if pool.add(picks) == 0 or master - value <= CLOSE * abs(master):
             break
-    return Relaxed(bound=bound, cost=known.cost, picks=known.picks, prices=prices), pool, feasible
+    return Relaxed(bound=min(bound, known.cost), cost=known.cost, picks=known.picks, prices=prices), pool, True
 
 
-def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap: float, seconds: float | None = None) -> Relaxed:
-    """The best choice among the generated layer plans and some around them."""
+def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Pool | None, bool]:
+    """The same without blocks: all options are items, so one linear program says it all."""
+    expected = known.cost if np.isfinite(known.cost) else known.bound
+    model = build(program, all_items(program, None), expected)
+    outcome = run(model.problem, engine, mip=False)
+    if not outcome.solved:
+        return known, None, not outcome.infeasible
+    prices = prices_of(program, model)
+    value = minimise(program, prices)[0]
+    if value <= known.bound:
+        return known, None, True
+    return Relaxed(bound=min(value, known.cost), cost=known.cost, picks=known.picks, prices=prices), None, True
+
+
+def _master_value(program: Program, model: Model) -> float:
+    constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
+    return float(model.problem.objective.value()) / model.scale + constant
+
+
+def _reach_feasible(program: Program, pool: Pool, engine: str) -> bool:
+    """Add layer plans until some mixture of them keeps budget and rules; False when none can.
+
+    The same generation with no costs: what is minimised is by how much rows are exceeded.  Prices at which even the cheapest choice costs
+    more than nothing prove that no choice keeps them (Farkas).
+    """
+    blocks = program.blocks
+    assert blocks is not None
+    free = replace(
+        program,
+        cost=np.where(np.isfinite(program.cost).all(axis=0), 0.0, np.inf)[None],
+        constant=np.zeros(1),
+        blocks=replace(blocks, curve=np.zeros_like(blocks.curve)),
+        soft=tuple(replace(s, price=0.0) for s in program.soft),
+    )
+    for _ in range(ROUNDS):
+        model = build(free, all_items(free, pool), 1.0, elastic=True)
+        if not run(model.problem, engine, mip=False).solved:
+            return True  # nothing is proven
+        if sum(float(z.varValue or 0.0) for z in model.elastic) <= EXCEEDED:
+            return True
+        prices = prices_of(free, model, scale=1.0)
+        value, picks = minimise(free, prices)
+        if value > EXCEEDED:
+            return False
+        if pool.add(picks) == 0:
+            return True
+    return True
+
+
+def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap: float, seconds: float | None = None) -> Relaxed | None:
+    """The best choice among the generated layer plans and some around them; if none of these fit together, among all there are.
+
+    None: proven that there is no choice.
+    """
     for factor in AROUND:
         near = Prices(byte=known.prices.byte * factor, rows=known.prices.rows, objectives=known.prices.objectives)
         pool.add(minimise(program, near)[1])
@@ -115,4 +170,6 @@ def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap
         if program.rows:
             pool.add(minimise(program, near)[1])
     found = solve_items(program, all_items(program, pool), known, engine, gap, exact=False, seconds=seconds)
-    return found or known
+    if found is not None and found.picks is not None:
+        return found
+    return solve_items(program, all_items(program, None), known, engine, gap, exact=True, seconds=seconds)

@@ -3,12 +3,12 @@
 sets         every unit is a set of items, its options; or a whole block is a set whose items are complete layer plans (columns.py)
 variables    x[i] in {0, 1}                                       item i is taken
 minimise     scale * sum_i cost[i] x[i] + soft variables          scaled so that the best known plan costs 10^4: solvers go wrong on
-coefficients near their tolerances, silently
-or t, with t >= scale * (constant_k + sum_i cost[k, i] x[i]) for every objective k
+             coefficients near their tolerances, silently
+             or t, with t >= scale * (constant_k + sum_i cost[k, i] x[i]) for every objective k
 subject to   sum_{i in set} x[i] = 1                              for each set
-sum_i size[i] / room x[i] <= 1                       bytes, and every rule scaled by its largest coefficient
-fewest <= sum_{e in block} x[e, drop] <= most        unit by unit only: kept counts, groups, the curve
-x[i] <= y[f] for each format f of i, sum_f y[f] <= max_formats
+             sum_i size[i] / room x[i] <= 1                       bytes, and every rule scaled by its largest coefficient
+             fewest <= sum_{e in block} x[e, drop] <= most        unit by unit only: kept counts, groups, the curve
+             x[i] <= y[f] for each format f of i, sum_f y[f] <= max_formats
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import Outcome, run
-from edgemoe.solvers.lagrange import Prices, Relaxed, fill
-from edgemoe.solvers.program import DROP, Picks, Program
+from edgemoe.solvers.lagrange import Relaxed, fill
+from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 SCALE = 1e4  # of the objective
-ELASTIC = 1e7  # least price of breaking a scaled rule in the relaxation, so that first masters are feasible
-HEADROOM = 2e-6  # of the room: what the solvers' tolerance of 1e-6 on a row of 1 could exceed it by
+CLEAREST = 1e7  # scaled objectives further than this from 10^4 are scaled again: they were expected to be smaller
+TRIES = 4  # solves of one program: a choice that keeps a row only within the solver's tolerance is cut off, and the row solved again
+MARGIN = 2.0  # times that by which a row was exceeded: what it is then tightened by
 Array = NDArray[np.float64]
 
 
@@ -50,7 +51,7 @@ class Model:
     x: list[Any]
     scale: float
     room: float
-    row_scale: Array
+    row_scale: Array  # [R] of the rules' rows; the bytes are scaled by `room`
     soft: list[Any] = field(default_factory=list)
     elastic: list[Any] = field(default_factory=list)
 
@@ -104,30 +105,30 @@ def join(first: Items, second: Items) -> Items:
     )
 
 
-def build(program: Program, items: Items, best_cost: float, *, headroom: float = 0.0, elastic: bool = False) -> Model:
+def build(program: Program, items: Items, best_cost: float, *, tighter: Array | None = None, elastic: bool = False) -> Model:
     """The problem over some items.
 
     Args:
         program: the numbers.
         items: what can be taken.
         best_cost: a known (or expected) objective, for the scale.
-        headroom: share of the room that is kept free of the solver's tolerance.
-        elastic: let rules be broken at a high price.
+        tighter: by how much the scaled rows are tightened [1 + R], bytes first.
+        elastic: minimise how far rules and budget are broken; costs do not matter.
     """
     import pulp
 
     problem = pulp.LpProblem("edgemoe", pulp.LpMinimize)
     room = float(program.room - program.fixed)
-    scale = SCALE / max(abs(best_cost - float(program.constant.min() if len(program.constant) == 1 else 0.0)), 1e-30)
+    scale = _scale(program, items, best_cost)
+    tighter = np.zeros(1 + len(program.rows)) if tighter is None else tighter
     x = [problem.add_variable(f"x{i:07d}", 0, 1, pulp.LpInteger) for i in range(len(items.owner))]
     model = Model(problem, x, scale, room, np.ones(len(program.rows)))
     model.soft = [problem.add_variable(f"s{s:04d}", v.low, None if np.isinf(v.high) else v.high) for s, v in enumerate(program.soft)]
     priced = [(v, s.price * scale) for v, s in zip(model.soft, program.soft, strict=True)]
     if elastic:
         model.elastic = [problem.add_variable(f"z{r:05d}", 0) for r in range(len(program.rows) + 1)]
-        dearest = float(np.where(np.isfinite(items.cost), items.cost, 0.0).max(axis=0).sum())  # more than any choice costs
-        priced += [(z, max(ELASTIC, 10 * scale * dearest)) for z in model.elastic]
-    if len(program.cost) == 1:
+        problem += pulp.LpAffineExpression([(z, 1.0) for z in model.elastic])
+    elif len(program.cost) == 1:
         problem += pulp.LpAffineExpression([*zip(x, (items.cost[0] * scale).tolist(), strict=True), *priced])
     else:
         worst = problem.add_variable("t")
@@ -135,12 +136,12 @@ def build(program: Program, items: Items, best_cost: float, *, headroom: float =
         for k, cost in enumerate(items.cost):
             terms = [*_terms(x, cost * scale), (worst, -1.0)]
             problem += _row(terms, -float(program.constant[k]) * scale), f"objective{k:03d}"
-    problem += _row([*_terms(x, items.size / max(room, 1.0)), *_negative(model.elastic[:1])], 1 - headroom), "bytes"
+    problem += _row([*_terms(x, items.size / max(room, 1.0)), *_negative(model.elastic[:1])], 1 - tighter[0]), "bytes"
     for r, row in enumerate(program.rows):
         most = max(float(np.abs(items.rows[r]).max(initial=0.0)), float(np.abs(row.soft).max(initial=0.0)), abs(row.limit) / 1e3, 1e-300)
         model.row_scale[r] = 1 / most
         terms = [*_terms(x, items.rows[r] / most), *_terms(model.soft, row.soft / most), *_negative(model.elastic[r + 1 : r + 2])]
-        problem += _row(terms, row.limit / most), f"rule{r:04d}"
+        problem += _row(terms, row.limit / most - tighter[r + 1]), f"rule{r:04d}"
     by_set: list[list[Any]] = [[] for _ in range(items.n_sets)]
     for variable, s in zip(x, items.owner, strict=True):
         by_set[s].append((variable, 1.0))
@@ -148,6 +149,13 @@ def build(program: Program, items: Items, best_cost: float, *, headroom: float =
         problem += _row(members, 1.0, sense=0), f"one{s:06d}"
     _limit_formats(program, items, model)
     return model
+
+
+def _scale(program: Program, items: Items, best_cost: float) -> float:
+    """What makes a plan of the best cost known 10^4, constants aside; never so large that a coefficient is infinite to the solver."""
+    constant = float(program.constant[0]) if len(program.constant) == 1 else 0.0
+    largest = float(np.abs(items.cost).max(initial=0.0))
+    return SCALE / max(abs(best_cost - constant), 1e-12 * largest, 1e-200)
 
 
 def _terms(variables: list[Any], coefficients: Array) -> list[tuple[Any, float]]:
@@ -172,7 +180,7 @@ def _limit_formats(program: Program, items: Items, model: Model) -> None:
 
     users: dict[int, list[int]] = {}
     for i, options in enumerate(items.picks):
-        for f in sorted({int(f) for f in program.format_of[options] if f >= 0}):
+        for f in sorted({int(f) for f in program.format_of[items.units[i], options] if f >= 0}):
             users.setdefault(f, []).append(i)
     used = {f: model.problem.add_variable(f"y{f:03d}", 0, 1, pulp.LpInteger) for f in sorted(users)}
     for f, members in sorted(users.items()):
@@ -180,14 +188,6 @@ def _limit_formats(program: Program, items: Items, model: Model) -> None:
             mine = [(model.x[i], 1.0) for i in members if items.owner[i] == s]
             model.problem += _row([*mine, (used[f], -1.0)], 0.0), f"format{f:03d}_{s:06d}"
     model.problem += _row([(y, 1.0) for y in used.values()], float(program.max_formats)), "formats"
-
-
-def expected_cost(program: Program, known: Relaxed) -> float:
-    """What a choice may cost, for the scale: the best known; without one no less than a ten-thousandth of the dearest."""
-    if np.isfinite(known.cost):
-        return known.cost
-    finite = np.where(np.isfinite(program.cost), program.cost, 0.0)
-    return max(known.bound, float(program.constant.min()) + 1e-4 * float(finite.max(axis=(0, 2)).sum()), 1e-12)
 
 
 def add_block_rules(program: Program, items: Items, model: Model) -> None:
@@ -235,19 +235,20 @@ def _add_curve(program: Program, model: Model, b: int, gone: list[tuple[Any, flo
             model.problem.get_constraint_by_name(f"objective{k:03d}").addInPlace(pulp.LpAffineExpression(priced))
 
 
-def prices_of(program: Program, model: Model) -> Prices:
-    """Lagrange multipliers from the duals of a solved linear relaxation."""
+def prices_of(program: Program, model: Model, scale: float | None = None) -> Prices:
+    """Lagrange multipliers from the duals of a solved linear relaxation whose objective is scaled by the model, or by `scale`."""
+    scale = model.scale if scale is None else scale
 
     def dual(name: str) -> float:
         return max(0.0, -float(model.problem.get_constraint_by_name(name).pi or 0.0))
 
-    rows = np.array([dual(f"rule{r:04d}") * s for r, s in enumerate(model.row_scale)]) / model.scale
+    rows = np.array([dual(f"rule{r:04d}") * s for r, s in enumerate(model.row_scale)]) / scale
     if len(program.cost) == 1:
         objectives = np.ones(1)
     else:
         objectives = np.array([dual(f"objective{k:03d}") for k in range(len(program.cost))])
         objectives = objectives / max(objectives.sum(), 1e-300)
-    return Prices(byte=dual("bytes") / model.scale / max(model.room, 1.0), rows=rows, objectives=objectives)
+    return Prices(byte=dual("bytes") / scale / max(model.room, 1.0), rows=rows, objectives=objectives)
 
 
 def solve_items(
@@ -271,32 +272,50 @@ def solve_items(
         exact: the items are all there are, so the solver's bound (and its word that nothing fits) holds for the program.
         seconds: wall-clock limit.
     """
-    expected = expected_cost(program, known)
-    bound, best, cost = known.bound, known.picks, known.cost
-    for headroom in (0.0, HEADROOM):
-        model = build(program, items, expected, headroom=headroom)
+    best, cost, bound = known.picks, known.cost, known.bound
+    expected = cost if np.isfinite(cost) else bound
+    tighter = np.zeros(1 + len(program.rows))
+    for _ in range(TRIES):
+        model = build(program, items, expected, tighter=tighter)
         if exact:
             add_block_rules(program, items, model)
         start = None if best is None else _start(program, items, model, best)
         outcome = run(model.problem, engine, gap=gap / 4, start=start, seconds=seconds)
-        if outcome.infeasible and exact and headroom == 0.0 and best is None:
+        if outcome.infeasible and exact and best is None and not tighter.any():
             return None
-        if exact and headroom == 0.0 and outcome.bound > -np.inf:
+        if exact and not tighter.any() and outcome.bound > -np.inf:
             bound = max(bound, _in_nats(program, model, outcome))
         if not outcome.solved:
             break
         picks = _decode(program, items, model)
+        exceeded = _exceeded(program, model, picks)
         if not program.broken(picks):
             picks = fill(program, picks)
             if program.objective(picks) < cost:
                 best, cost = picks, program.objective(picks)
-            break  # else it was feasible only within the solver's tolerance
+            if abs(float(model.problem.objective.value())) < CLEAREST or tighter.any():
+                break
+            expected = cost
+        elif (exceeded > 0).any():
+            tighter = np.where(exceeded > 0, tighter + MARGIN * exceeded, tighter)
+        else:
+            break  # no row is to blame: the solver's values are no choice at all
     return Relaxed(bound=min(bound, cost), cost=cost, picks=best, prices=known.prices)
 
 
+def _exceeded(program: Program, model: Model, picks: Picks) -> Array:
+    """By how much a choice exceeds the scaled rows [1 + R]."""
+    every, soft = np.arange(len(picks)), program.soft_values(picks)
+    over = [(program.evaluate(picks)[1] - program.room) / max(model.room, 1.0)]
+    for row, scale in zip(program.rows, model.row_scale, strict=True):
+        over.append((float(row.coef[every, picks].sum() + row.soft @ soft) - row.limit) * scale)
+    return np.maximum(over, 0.0)
+
+
 def _in_nats(program: Program, model: Model, outcome: Outcome) -> float:
+    """The solver's bound, less what its tolerance of 1e-6 on the objective of 10^4 could be worth."""
     constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
-    return outcome.bound / model.scale + constant
+    return (outcome.bound - 1e-6) / model.scale + constant
 
 
 def _decode(program: Program, items: Items, model: Model) -> Picks:

@@ -8,25 +8,16 @@ the sum of these minima less lam room and pi . limit is a lower bound (Everett 1
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.solvers.program import DROP, Blocks, Picks, Program
+from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
 STEPS = 100
 CLOSE = 1e-9  # relative width of the price interval at which bisection stops
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prices:
-    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
-
-    byte: float
-    rows: Array  # [R]
-    objectives: Array  # [K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +83,7 @@ def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
     most = np.minimum(blocks.size - blocks.least, (ordered < np.inf).sum(axis=1))
     totals[(gone < fewest[:, None]) | (gone > most[:, None])] = np.inf
     chosen = totals.argmin(axis=1)
+    totals[np.isnan(saves).any(axis=1)] = np.inf
     value = float((base + totals[np.arange(blocks.n), chosen]).sum())
     rank = np.argsort(order, axis=1, kind="stable")
     return value, np.where(rank < chosen[:, None], DROP, best).ravel()
@@ -104,15 +96,17 @@ def _hold_groups(blocks: Blocks, saves: Array) -> Array:
         members = np.flatnonzero(blocks.group == g)
         worst = np.argsort(saves[:, members], axis=1, kind="stable")[:, max(len(members) - blocks.group_least, 0) :]
         np.put_along_axis(held, members[worst], np.inf, axis=1)
+    short = ((held == np.inf) & (saves == -np.inf)).any(axis=1)  # a group must keep what has to go: there is no choice
+    held[short] = np.nan
     return held
 
 
 def least_size(program: Program) -> float:
     """Bytes of the smallest choice when rows are ignored; inf when nothing is allowed."""
-    cost = np.where(np.isfinite(program.cost[:1]), 0.0, np.inf)
+    cost = np.where(np.isfinite(program.cost).all(axis=0), 0.0, np.inf)[None]
     blocks = program.blocks
     if blocks:
-        blocks = Blocks(**{n: getattr(blocks, n) for n in Blocks.__dataclass_fields__} | {"curve": np.zeros_like(blocks.curve)})
+        blocks = replace(blocks, curve=np.zeros_like(blocks.curve))
     bare = Program(cost=cost, size=program.size, constant=np.zeros(1), fixed=program.fixed, room=0, blocks=blocks)
     return minimise(bare, plain_prices(bare, 1.0))[0]
 
@@ -124,27 +118,41 @@ def relax(program: Program) -> Relaxed | None:
     """
     if least_size(program) > program.room:
         return None
-    finite = program.cost[np.isfinite(program.cost)]
-    top = float(np.abs(finite).max()) + (float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0)
+    plain = _only_the_budget(program)
+    finite = plain.cost[np.isfinite(plain.cost)]
+    top = float(np.abs(finite).max()) + (float(np.abs(plain.blocks.curve).max()) if plain.blocks else 0.0)
     low, high = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # a byte dearer than everything
-    free, picks = minimise(program, plain_prices(program, 0.0))[0], minimise(program, plain_prices(program, low))[1]
-    if program.evaluate(picks)[1] <= program.room:
+
+    def at(price: float) -> tuple[float, Picks]:
+        return minimise(plain, plain_prices(plain, price))
+
+    free, picks = at(0.0)[0], at(low)[1]
+    if plain.evaluate(picks)[1] <= program.room:
         return _relaxed(program, free, picks, plain_prices(program, 0.0))
     bound, best, best_price = free, None, 0.0
     for _ in range(STEPS):
         price = float(np.sqrt(low * high))
-        value, picks = minimise(program, plain_prices(program, price))
+        value, picks = at(price)
         if value > bound:
             bound, best_price = value, price
-        if program.evaluate(picks)[1] <= program.room:
+        if plain.evaluate(picks)[1] <= program.room:
             high, best = price, picks
         else:
             low = price
         if high / low < 1 + CLOSE:
             break
     if best is None:
-        best = minimise(program, plain_prices(program, high))[1]
+        best = at(high)[1]
     return _relaxed(program, bound, best, plain_prices(program, best_price))
+
+
+def _only_the_budget(program: Program) -> Program:
+    """The program with the mean of its objectives for its one objective, and without rows: a relaxation."""
+    if program.is_plain:
+        return program
+    weights = plain_prices(program, 0.0).objectives
+    mean = np.array([float(weights @ program.constant)])
+    return replace(program, cost=mix_objectives(program, weights)[None], constant=mean, rows=(), soft=(), max_formats=0)
 
 
 def _relaxed(program: Program, bound: float, picks: Picks, prices: Prices) -> Relaxed:
@@ -173,8 +181,7 @@ def fill(program: Program, picks: Picks) -> Picks:
     better = (gain > 0) & (extra <= left) & open_units[:, None]
     better[: program.n_experts, DROP] = False
     if program.max_formats and program.format_of is not None:
-        used = np.unique(program.format_of[picks])
-        better &= np.isin(program.format_of, used)[None]
+        better &= np.isin(program.format_of, program.format_of[every, picks])
     heap = [(-gain[u, o] / max(int(extra[u, o]), 1), int(u), int(o)) for u, o in zip(*np.nonzero(better), strict=True)]
     heapq.heapify(heap)
     while heap:

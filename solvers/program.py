@@ -68,7 +68,7 @@ class Program:
     blocks: Blocks | None = None
     rows: tuple[Row, ...] = ()
     soft: tuple[Soft, ...] = ()
-    format_of: NDArray[np.int64] | None = None  # [O], for `max_formats`; -1: none
+    format_of: NDArray[np.int64] | None = None  # [U, O], for `max_formats`; -1: none
     max_formats: int = 0  # 0: any number
 
     @property
@@ -91,15 +91,16 @@ class Program:
         return total, self.fixed + int(self.size[rows, picks].sum())
 
     def soft_values(self, picks: Picks) -> NDArray[np.float64]:
-        """The cheapest values [S] of the soft variables for a choice, each raised alone until its rows hold."""
+        """Values [S] of the soft variables for a choice: row by row, the cheapest helper is raised first, until the row holds."""
         values = np.array([v.low for v in self.soft])
         every = np.arange(len(picks))
-        for row in self.rows:
-            short = float(row.coef[every, picks].sum() + row.soft @ values) - row.limit
+        for row in self.rows if self.soft else ():
             helpers = np.flatnonzero(row.soft < 0)
-            if short > 0 and len(helpers):
-                s = int(helpers[np.argmin([self.soft[i].price / -row.soft[i] for i in helpers])])
-                values[s] += short / -row.soft[s]
+            short = float(row.coef[every, picks].sum() + row.soft @ values) - row.limit if len(helpers) else 0.0
+            for s in sorted(helpers, key=lambda i: self.soft[i].price / -row.soft[i]):
+                step = min(max(short, 0.0) / -row.soft[s], self.soft[s].high - values[s])
+                values[s] += step
+                short += step * row.soft[s]
         return values
 
     def objective(self, picks: Picks) -> float:
@@ -119,16 +120,23 @@ class Program:
         soft = self.soft_values(picks)
         for row in self.rows:
             value = float(row.coef[every, picks].sum() + (row.soft @ soft if len(soft) else 0.0))
-            if value > row.limit + 1e-9 * max(1.0, abs(row.limit), float(np.abs(row.coef[every, picks]).sum())):
+            if value > row.limit + self._rounding(row, picks):
                 found.append(f"{row.name}: {value:.10g} > {row.limit:.10g}")
         found += [
             f"{v.name} = {x:.6g} is out of its bounds" for v, x in zip(self.soft, soft, strict=True) if x > v.high * (1 + 1e-9) + 1e-12
         ]
         if self.max_formats and self.format_of is not None:
-            used = {int(f) for f in self.format_of[picks] if f >= 0}
+            used = {int(f) for f in self.format_of[every, picks] if f >= 0}
             if len(used) > self.max_formats:
                 found.append(f"{len(used)} formats of {self.max_formats}")
         return found + self._broken_blocks(picks)
+
+    def _rounding(self, row: Row, picks: Picks) -> float:
+        """What float sums may be off by: nothing where all numbers are whole, as bytes and counts are."""
+        used = row.coef[np.arange(len(picks)), picks]
+        whole = not row.soft.any() and float(row.limit).is_integer() and bool((used == np.rint(used)).all())
+        size = float(np.abs(used).sum()) + abs(row.limit)
+        return 0.0 if whole and size < 2**53 else 1e-9 * max(size, 1e-300)
 
     def _broken_blocks(self, picks: Picks) -> list[str]:
         if not self.blocks:
@@ -141,6 +149,15 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
+
+    byte: float
+    rows: NDArray[np.float64]  # [R]
+    objectives: NDArray[np.float64]  # [K]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """A feasible choice and what is proven about it: no choice costs less than `bound`."""
 
@@ -149,7 +166,7 @@ class Solution:
     cost: float
     bound: float
     proven: bool
-    price: float  # nats that one more byte saves
+    prices: Prices  # at which it was bounded; that of a byte is what one more would save
     per_count: tuple[tuple[float | None, float | None], ...]  # [C] (bound, best cost found)
 
     @property

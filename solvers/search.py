@@ -7,16 +7,17 @@ its bound is proven already.  With rules, the prices found for one kept count bo
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.errors import UsageError
+from edgemoe.errors import EdgemoeError, UsageError
 from edgemoe.solvers.columns import all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
 from edgemoe.solvers.lagrange import Relaxed, minimise, relax
-from edgemoe.solvers.program import Program, Programs, Solution
+from edgemoe.solvers.program import Prices, Program, Programs, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
@@ -29,9 +30,8 @@ def solve(
     *,
     solver: str = "highs",
     seconds: float | None = None,
-    cutoff: float = np.inf,
 ) -> Solution | None:
-    """The best choice over all kept counts; None when nothing fits budget and rules.
+    """The best choice over all kept counts; None when it is proven that nothing fits budget and rules.
 
     Args:
         programs: the program of each kept count, by its place.
@@ -39,21 +39,51 @@ def solve(
         gap: relative distance to the optimum at which to stop.
         solver: highs, cbc, lagrange (the relaxation's answer, no integer program) or exhaustive.
         seconds: wall-clock limit; the best choice so far is returned with its proven gap.
-        cutoff: nats; choices that cost more are of no interest, None says that there is no better one (by more than the gap).
 
     Raises:
         UsageError: the solver cannot honour a rule, or is not known.
+        EdgemoeError: the solver found no choice and did not prove that there is none.
+    """
+    found, bound = search(programs, n_counts, gap, solver=solver, seconds=seconds)
+    if found is None and bound < np.inf:
+        raise EdgemoeError(
+            f"the solver {solver} found no plan that keeps every rule, and did not prove that there is none",
+            hint="try --solver highs or cbc, more time, or rules that leave a little room",
+        )
+    return found
+
+
+def search(
+    programs: Programs,
+    n_counts: int,
+    gap: float,
+    *,
+    solver: str = "highs",
+    seconds: float | None = None,
+    cutoff: float = np.inf,
+    hints: Sequence[Prices] = (),
+) -> tuple[Solution | None, float]:
+    """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice at all goes below.
+
+    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for; `hints` are prices at which kept counts
+    are bounded first, so that those beyond the cutoff cost no more time.
     """
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
     if solver == "exhaustive":
         from edgemoe.solvers import exhaustive
 
-        return exhaustive.solve(programs, n_counts)
+        best = exhaustive.solve(programs, n_counts)
+        return (best if best is not None and best.cost < cutoff else None), (np.inf if best is None else best.cost)
     until = None if seconds is None else time.monotonic() + seconds
     known: dict[int, Relaxed] = {}
+    beyond = np.inf  # bound of what the hints put beyond the cutoff
     for c in range(n_counts):
         program = programs(c)
+        quick = bound_at(program, hints) if cutoff < np.inf else -np.inf
+        if quick >= cutoff - gap * abs(cutoff):
+            beyond = min(beyond, quick)
+            continue
         if solver == "lagrange" and not program.is_plain:
             name = program.rows[0].name if program.rows else "at most so many formats" if program.max_formats else "objective: worst"
             raise UsageError(f"solver lagrange cannot honour the rule {name!r}", hint="use --solver highs")
@@ -63,7 +93,16 @@ def solve(
     if solver != "lagrange":
         _close_gaps(programs, known, gap, solver, until, cutoff)
     found = _conclude(known, n_counts, gap)
-    return found if found is not None and found.cost < cutoff else None
+    bound = min((r.bound for r in known.values()), default=np.inf)
+    bound = min(bound, beyond)
+    return (found if found is not None and found.cost < cutoff else None), bound
+
+
+def bound_at(program: Program, hints: Sequence[Prices]) -> float:
+    """The best bound of a program at these prices; -inf without any that belong to it."""
+    shape = len(program.rows), len(program.cost)
+    fitting = [p for p in hints if (len(p.rows), len(p.objectives)) == shape]
+    return max((minimise(program, p)[0] for p in fitting), default=-np.inf)
 
 
 def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution | None:
@@ -79,16 +118,11 @@ def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution 
         cost=cost,
         bound=min(bound, cost),
         proven=bound >= cost - gap * abs(cost),
-        price=solved[best].prices.byte,
+        prices=solved[best].prices,
         per_count=tuple(
             (r.bound, r.cost if np.isfinite(r.cost) else None) if (r := known.get(c)) else (None, None) for c in range(n_counts)
         ),
     )
-
-
-def _told(relaxed: Relaxed | None) -> tuple[float | None, float | None]:
-    """Bound and best cost of a kept count, None for what is not known."""
-    return (None, None) if relaxed is None else (relaxed.bound, relaxed.cost if np.isfinite(relaxed.cost) else None)
 
 
 def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engine: str, until: float | None, cutoff: float) -> None:
@@ -138,7 +172,7 @@ def solve_program(program: Program, known: Relaxed, engine: str, gap: float, sec
     binaries = int(np.isfinite(program.cost[0]).sum())
     if program.blocks is None or binaries <= MONOLITH:
         return solve_items(program, all_items(program, None), known, engine, gap, exact=True, seconds=seconds)
-    known, pool, feasible = generate(program, known, engine)
-    if pool is None or not feasible:
+    known, pool, possible = generate(program, known, engine)
+    if pool is None or not possible:
         return None
     return solve_columns(program, known, pool, engine, gap, seconds)

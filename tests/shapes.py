@@ -176,10 +176,21 @@ def gqa(
 
 
 def mla(
-    *, hidden: int = HIDDEN, heads: int = 8, rank: int = 192, rope: int = 64, nope: int = 64, value: int = 64, q_rank: int = 256
+    *,
+    hidden: int = HIDDEN,
+    heads: int = 8,
+    rank: int = 192,
+    rope: int = 64,
+    nope: int = 64,
+    value: int = 64,
+    q_rank: int = 256,
+    n_experts: int = 8,
+    size: int = 256,
+    layers: int = LAYERS,
+    types: Mapping[str, str] | None = None,
 ) -> Tiny:
     """Latent attention (DeepSeek V2/V3): one row of rank + rotary part per token, whatever the heads; no V."""
-    n_experts, top_k, size, dense = 8, 2, 256, 1024
+    top_k, dense = 2, 1024
     keys: dict[str, Any] = {
         "embedding_length": hidden,
         "feed_forward_length": dense,
@@ -215,7 +226,7 @@ def mla(
         "ffn_norm.weight": (hidden,),
     }
     tensors = ends(hidden, VOCAB)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         if layer == 0:
             part: Shapes = {"ffn_gate.weight": (dense, hidden), "ffn_up.weight": (dense, hidden), "ffn_down.weight": (hidden, dense)}
         else:
@@ -223,7 +234,7 @@ def mla(
             part |= {f"ffn_{n}_shexp.weight": (size, hidden) for n in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, size)}
         tensors |= in_layer(layer, {**mixer, **part})
     layout = Layout(
-        caches=(Cache(k=rank + rope),) * LAYERS,
+        caches=(Cache(k=rank + rope),) * layers,
         hidden_size=hidden,
         n_heads=heads,
         key_length=nope + rope,
@@ -240,12 +251,23 @@ def mla(
         dense_size=dense,
         shared_size=size,
     )
-    return Tiny("deepseek2", keys, tensors, layout)
+    return Tiny("deepseek2", keys, tensors, layout, types or {})
 
 
-def sliding(*, window: int = 128, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, dim: int = 64) -> Tiny:
+def sliding(
+    *,
+    window: int = 128,
+    hidden: int = HIDDEN,
+    heads: int = 8,
+    kv_heads: int = 2,
+    dim: int = 64,
+    n_experts: int = 8,
+    size: int = 256,
+    layers: int = LAYERS,
+    types: Mapping[str, str] | None = None,
+) -> Tiny:
     """Sliding windows in every other layer (gpt-oss)."""
-    n_experts, top_k, size = 8, 2, 256
+    top_k = 2
     keys: dict[str, Any] = {
         "embedding_length": hidden,
         "feed_forward_length": size,
@@ -261,14 +283,14 @@ def sliding(*, window: int = 128, hidden: int = HIDDEN, heads: int = 8, kv_heads
         "expert_feed_forward_length": size,
     }
     tensors = ends(hidden, VOCAB)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         part = {**attention(hidden, heads, kv_heads, dim), **experts(hidden, n_experts, size)}
         part |= {"post_attention_norm.weight": (hidden,), "attn_sinks.weight": (heads,), "attn_output.bias": (hidden,)}
         part |= {"ffn_gate_inp.bias": (n_experts,), "ffn_down_exps.bias": (n_experts, hidden)}
         part |= {f"ffn_{n}_exps.bias": (n_experts, size) for n in ("gate", "up")}
         tensors |= in_layer(layer, part)
     layout = Layout(
-        caches=tuple(Cache(k=kv_heads * dim, v=kv_heads * dim, window=window if layer % 2 == 0 else 0) for layer in range(LAYERS)),
+        caches=tuple(Cache(k=kv_heads * dim, v=kv_heads * dim, window=window if layer % 2 == 0 else 0) for layer in range(layers)),
         hidden_size=hidden,
         n_heads=heads,
         key_length=dim,
@@ -281,7 +303,7 @@ def sliding(*, window: int = 128, hidden: int = HIDDEN, heads: int = 8, kv_heads
         renormalize=False,
         expert_bias=True,
     )
-    return Tiny("gpt-oss", keys, tensors, layout)
+    return Tiny("gpt-oss", keys, tensors, layout, types or {})
 
 
 def granite_hybrid(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, dim: int = 64) -> Tiny:

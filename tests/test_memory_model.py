@@ -19,7 +19,8 @@ from edgemoe.errors import EdgemoeError, UsageError, VerifyError
 from edgemoe.inspect import inspect_model
 from edgemoe.memory import Settings
 from edgemoe.targets.gguf.ask import ask_llama_cpp, child_settings
-from edgemoe.targets.gguf.buffers import compute_bytes, kv_bytes, output_bytes, state_bytes
+from edgemoe.targets.gguf.batch import compute_bytes
+from edgemoe.targets.gguf.buffers import kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.graph import OUTSIDE, Graph, Node, inplace, op, view
 from edgemoe.targets.gguf.graph import given as given_node
 from edgemoe.targets.gguf.process import layout_of, memory_parts, predict_peak, split_parts

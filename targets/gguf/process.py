@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from edgemoe.ir import Model, Unit
 from edgemoe.memory import RETAINED, Cache, Layout, Settings, peak
-from edgemoe.targets.gguf.buffers import cells_of, compute_bytes, kv_bytes, output_bytes, state_bytes, touched_bytes, work_bytes
+from edgemoe.targets.gguf.batch import compute_bytes, touched_bytes, work_bytes
+from edgemoe.targets.gguf.buffers import cells_of, kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
 
 # Measured on two installations, docs/decisions/0003-memory.md
@@ -102,7 +103,10 @@ def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequ
     parts = memory_parts(layout, settings.context, settings)
     if not settings.mmap:
         staging = [unit_staging(size, name, role) for (role, name, size), copied in zip(units, repacked, strict=True) if copied]
-        return peak({**parts, "weights": file_size, "staging": max(staging, default=0)})
+        retained = max((size for size in staging if size <= RETAINED), default=0)
+        if parts["kv"] <= retained:  # then the cache is made where the last copies were
+            retained -= parts["kv"]
+        return peak({**parts, "weights": file_size, "staging": max(staging, default=0), "retained": retained})
     copies = sum(size for (_, _, size), copied in zip(units, repacked, strict=True) if copied)
     stays = [number for number, copied in enumerate(repacked) if not copied]
     ends = sum(size for number, (_, _, size) in enumerate(units) if not stays or not stays[0] <= number <= stays[-1])

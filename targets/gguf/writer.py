@@ -90,8 +90,7 @@ _header_sizes: dict[tuple[str, str], int] = {}
 
 def write_hollow(model: Model, count: int, path: Path) -> Path:
     """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
-    writer = _open_writer(path, model, None, None, 0)
-    writer.kv_data[0][f"{find_family(model.model_type).gguf_arch}.expert_count"].value = count
+    writer = _open_writer(path, model, None, None, 0, count)
     infos = _add_infos(writer, model, lambda unit: "F16", count)
     return write_sparse_header(writer, list(infos.values()), path)
 
@@ -158,15 +157,15 @@ def _dominant(plan: Plan) -> str:
     return max(sorted(bytes_by), key=lambda kind: bytes_by[kind])
 
 
-def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int) -> Any:
-    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length."""
+def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int, count: int = 0) -> Any:
+    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts, or `count` of them."""
     import gguf
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     family = find_family(model.model_type)
     config = model.config
     writer = gguf.GGUFWriter(path, family.gguf_arch, split_max_size=shard_max)
-    count = plan.count if plan else model.n_experts
+    count = plan.count if plan else count or model.n_experts
     writer.add_name(model.name)
     writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -1,0 +1,512 @@
+"""The planner against trying every plan, and what must hold however the numbers look."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    Choice,
+    as_choice,
+    best_cost,
+    budget_between,
+    changed,
+    choices,
+    least_peak,
+    objective,
+    peak_bytes,
+    random_costs,
+    random_rules,
+)
+
+from edgemoe.errors import BudgetError, EdgemoeError, ModelError, UsageError
+from edgemoe.ir import Costs, Plan, Unit, load_record, save_record
+from edgemoe.plan import least_budget, minimal_conflict, solve_plan
+from edgemoe.rules import Drop, Keep, KeptCount, MeanBits, Pin, Rule, Vram
+from edgemoe.solvers import engine, ilp, search
+from edgemoe.solvers.engine import Outcome
+
+GAP = 1e-6
+FORMS = ("stacks", "experts")
+SEEDS = st.integers(0, 10**6)
+SHARES = st.floats(0, 1)
+
+
+def make_costs(seed: int, form: str) -> Costs:
+    return random_costs(seed, form, formats=3 if form == "stacks" else 2)
+
+
+def plan_or_none(costs: Costs, budget: int, rules: list[Rule], **options: Any) -> Plan | None:
+    try:
+        return solve_plan(costs, budget, rules=rules, **{"gap": GAP, **options})
+    except (BudgetError, UsageError):
+        return None
+
+
+def told(plan: Plan, kind: str = "mean") -> float:
+    return plan.q if kind == "mean" else max(plan.domain_q.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ the optimum
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["mean", "worst"])
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, share=SHARES, n_rules=st.integers(0, 3))
+def test_a_plan_is_the_best_of_all_that_fit_and_keep_every_rule(form: str, kind: str, seed: int, share: float, n_rules: int) -> None:
+    costs = make_costs(seed, form)
+    budget, ruled = budget_between(costs, share), random_rules(costs, seed, n_rules)
+    plan, best = plan_or_none(costs, budget, [r.rule for r in ruled], objective=kind), best_cost(costs, budget, kind, ruled)
+    assert (plan is None) == (best is None)
+    if plan is None or best is None:
+        return
+    choice = as_choice(costs, plan)
+    assert all(r.holds(choice) for r in ruled)
+    assert plan.memory["peak"] == peak_bytes(costs, choice) <= budget
+    assert told(plan, kind) == pytest.approx(objective(costs, choice, kind), rel=1e-9)
+    assert told(plan, kind) <= best * (1 + GAP) + 1e-15
+    assert plan.bound <= best * (1 + 1e-9)
+    assert plan.proven
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, share=SHARES, n_rules=st.integers(0, 3), kind=st.sampled_from(["mean", "worst"]))
+def test_columns_keep_every_rule_find_a_plan_where_there_is_one_and_bound_it(
+    form: str, seed: int, share: float, n_rules: int, kind: str
+) -> None:
+    costs = make_costs(seed, form)
+    budget, ruled = budget_between(costs, share), random_rules(costs, seed, n_rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "MONOLITH", 0)
+        plan = plan_or_none(costs, budget, [r.rule for r in ruled], objective=kind)
+    best = best_cost(costs, budget, kind, ruled)
+    assert (plan is None) == (best is None)
+    if plan is not None and best is not None:
+        assert all(r.holds(as_choice(costs, plan)) for r in ruled)
+        assert plan.memory["peak"] <= budget
+        assert plan.bound <= best * (1 + 1e-9)
+        assert best <= told(plan, kind) * (1 + 1e-9)
+        assert told(plan, kind) <= best * (1 + plan.gap) + plan.gap * told(plan, kind) + 1e-15
+
+
+@pytest.mark.skipif(not engine.is_available("cbc"), reason="CBC is not installed")
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, share=SHARES, n_rules=st.integers(0, 2), form=st.sampled_from(FORMS))
+def test_highs_and_cbc_agree(seed: int, share: float, n_rules: int, form: str) -> None:
+    costs = make_costs(seed, form)
+    budget, rules = budget_between(costs, share), [r.rule for r in random_rules(costs, seed, n_rules)]
+    first, second = (plan_or_none(costs, budget, rules, solver=s) for s in ("highs", "cbc"))
+    assert (first is None) == (second is None)
+    if first is not None and second is not None:
+        assert first.q == pytest.approx(second.q, rel=2 * GAP)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, share=SHARES, form=st.sampled_from(FORMS))
+def test_the_relaxation_alone_gives_a_plan_that_fits_and_a_bound_below_the_optimum(seed: int, share: float, form: str) -> None:
+    costs = make_costs(seed, form)
+    budget = budget_between(costs, share)
+    plan, best = plan_or_none(costs, budget, [], solver="lagrange"), best_cost(costs, budget, "mean")
+    assert (plan is None) == (best is None)
+    if plan is not None and best is not None:
+        assert plan.memory["peak"] == peak_bytes(costs, as_choice(costs, plan)) <= budget
+        assert plan.bound <= best * (1 + 1e-9)
+        assert best <= plan.q * (1 + 1e-9)
+        assert not plan.proven or plan.q <= best * (1 + GAP)
+
+
+# ---------------------------------------------------------------------------------------------------- what must not change
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, form=st.sampled_from(FORMS))
+def test_more_memory_never_costs_more(seed: int, form: str) -> None:
+    costs = make_costs(seed, form)
+    plans = [plan_or_none(costs, budget_between(costs, share), []) for share in np.linspace(0, 1.1, 7)]
+    found = [p.q for p in plans if p is not None]
+    assert None not in plans[len(plans) - len(found) :]
+    assert all(more <= less * (1 + GAP) for less, more in itertools.pairwise(found))
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, share=st.floats(0.2, 1), form=st.sampled_from(FORMS))
+def test_a_further_rule_never_makes_a_plan_cheaper(seed: int, share: float, form: str) -> None:
+    costs = make_costs(seed, form)
+    budget, rules = budget_between(costs, share), [r.rule for r in random_rules(costs, seed, 3)]
+    plans = [plan_or_none(costs, budget, rules[:n]) for n in range(4)]
+    known = [np.inf if p is None else p.q for p in plans]
+    assert all(more >= fewer * (1 - GAP) for fewer, more in itertools.pairwise(known))
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, share=st.floats(0.1, 0.9), form=st.sampled_from(FORMS))
+def test_a_rule_that_the_plan_keeps_anyway_costs_nothing(seed: int, share: float, form: str) -> None:
+    costs = make_costs(seed, form)
+    plan = plan_or_none(costs, budget_between(costs, share), [])
+    if plan is None:
+        return
+    rules: list[Rule] = [Keep(layers=[layer], experts=kept) for layer, kept in enumerate(plan.kept)]
+    rules += [Pin(tensors=(name,), format=f) for name, f in plan.formats.items()]
+    again = solve_plan(costs, plan.budget, rules=rules, gap=GAP)
+    assert again.q == pytest.approx(plan.q, rel=2 * GAP)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, share=st.floats(0.1, 0.9), form=st.sampled_from(FORMS))
+def test_the_order_of_formats_and_units_does_not_matter(seed: int, share: float, form: str) -> None:
+    costs = make_costs(seed, form)
+    budget = budget_between(costs, share)
+    rng = np.random.default_rng(seed)
+    f, u = rng.permutation(len(costs.formats)), rng.permutation(len(costs.units))
+    shuffled = changed(
+        costs,
+        formats=tuple(costs.formats[i] for i in f),
+        units=tuple(costs.units[i] for i in u),
+        cost=costs.cost[:, u][:, :, f],
+        size=costs.size[:, u][:, :, f],
+        staging=costs.staging[:, u][:, :, f],
+        factor=costs.factor[:, u],
+    )
+    plan, other = plan_or_none(costs, budget, []), plan_or_none(shuffled, budget, [])
+    assert (plan is None) == (other is None)
+    if plan is not None and other is not None:
+        assert plan.q == pytest.approx(other.q, rel=2 * GAP)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, share=st.floats(0.1, 0.9))
+def test_the_order_of_experts_does_not_matter(seed: int, share: float) -> None:
+    costs = make_costs(seed, "experts")
+    order = np.random.default_rng(seed).permutation(costs.n_experts)
+    moved = {int(old): new for new, old in enumerate(order)}
+    units = tuple(dataclasses.replace(u, expert=moved[u.expert]) if u.expert >= 0 else u for u in costs.units)
+    shuffled = changed(costs, units=units, expert_drop=costs.expert_drop[:, :, order], usage=costs.usage[:, :, order])
+    plan, other = (plan_or_none(c, budget_between(costs, share), []) for c in (costs, shuffled))
+    assert (plan is None) == (other is None)
+    if plan is not None and other is not None:
+        assert plan.q == pytest.approx(other.q, rel=2 * GAP)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-6, 1e-3, 1e3, 1e6])
+def test_the_unit_of_costs_does_not_matter(form: str, scale: float) -> None:
+    costs = make_costs(11, form)
+    names = ("cost", "drop_cost", "expert_drop", "drop_curve")
+    scaled = changed(costs, **{n: getattr(costs, n) * scale for n in names})
+    budget, rules = budget_between(costs, 0.3), [MeanBits(at_most=6.0)]
+    plan, other = solve_plan(costs, budget, rules=rules, gap=GAP), solve_plan(scaled, budget, rules=rules, gap=GAP)
+    assert other.q == pytest.approx(plan.q * scale, rel=2 * GAP)
+    assert other.proven
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [10**3, 10**6, 10**9])
+def test_the_unit_of_bytes_does_not_matter(form: str, scale: int) -> None:
+    costs = changed(make_costs(12, form), staging=np.zeros_like(make_costs(12, form).staging))
+    memory = {part: size * scale for part, size in costs.memory.items()}
+    scaled = changed(costs, size=costs.size * scale, fixed_size=costs.fixed_size * scale, memory=memory)
+    budget = budget_between(costs, 0.3)
+    plan, other = solve_plan(costs, budget, gap=GAP), solve_plan(scaled, budget * scale, gap=GAP)
+    assert other.q == pytest.approx(plan.q, rel=2 * GAP)
+    assert plan_or_none(scaled, least_budget(scaled) or 0, []) is not None
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, share=st.floats(0.05, 0.9), form=st.sampled_from(FORMS))
+def test_a_twin_format_changes_nothing_and_a_worse_one_is_never_chosen(seed: int, share: float, form: str) -> None:
+    costs = make_costs(seed, form)
+    budget = budget_between(costs, share)
+    plan = plan_or_none(costs, budget, [])
+    staging = np.concatenate([costs.staging, costs.staging[:, :, :1], costs.staging[:, :, :1]], axis=2)
+    more = changed(
+        costs,
+        formats=(*costs.formats, "TWIN", "WORSE"),
+        cost=np.concatenate([costs.cost, costs.cost[:, :, :1], costs.cost[:, :, :1] * 1.1 + 1e-6], axis=2),
+        size=np.concatenate([costs.size, costs.size[:, :, :1], np.where(costs.size[:, :, :1] > 0, costs.size[:, :, :1] + 1, 0)], axis=2),
+        staging=staging,
+    )
+    other = plan_or_none(more, budget, [])
+    assert (plan is None) == (other is None)
+    if plan is not None and other is not None:
+        assert other.q == pytest.approx(plan.q, rel=2 * GAP)
+        assert "WORSE" not in other.formats.values()
+
+
+def test_plans_are_the_same_bytes_every_time_and_under_another_hash_seed(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from strategies import budget_between, random_costs
+from edgemoe.ir import save_record
+from edgemoe.plan import solve_plan
+from edgemoe.rules import Keep, MaxFormats, MeanBits
+for form in ("stacks", "experts"):
+    costs = random_costs(5, form)
+    rules = [MeanBits(at_most=6.0), Keep(layers=[0], experts=(0, 1)), MaxFormats(at_most=2), lambda p: p.kept(layers=[1]) >= 2]
+    save_record(Path(sys.argv[1]) / f"{form}.json", solve_plan(costs, budget_between(costs, 0.6), rules=rules, objective="worst"))
+"""
+    found = []
+    for number, seed in enumerate(("0", "0", "1")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        root = Path(__file__).parents[1]
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment, cwd=root)
+        found.append([(folder / f"{form}.json").read_bytes() for form in FORMS])
+    assert found[0] == found[1] == found[2]
+
+
+# -------------------------------------------------------------------------------------------------------------- no plan
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, n_rules=st.integers(0, 2), form=st.sampled_from(FORMS))
+def test_the_least_budget_that_is_named_is_the_least_that_does(seed: int, n_rules: int, form: str) -> None:
+    costs = make_costs(seed, form)
+    ruled = random_rules(costs, seed, n_rules)
+    rules = [r.rule for r in ruled]
+    least = least_peak(costs, ruled)
+    try:
+        assert least_budget(costs, rules) == least
+    except UsageError:
+        assert least is None
+        return
+    if least is None:
+        with pytest.raises(BudgetError, match="no plan keeps these rules together"):
+            solve_plan(costs, 10**9, rules=rules)
+        return
+    assert solve_plan(costs, least, rules=rules, gap=GAP).memory["peak"] == least
+    with pytest.raises(BudgetError, match=re.escape(f"({least} bytes)")):
+        solve_plan(costs, least - 1, rules=rules, gap=GAP)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, form=st.sampled_from(FORMS))
+def test_a_named_conflict_is_one_and_needs_every_rule_that_is_named(seed: int, form: str) -> None:
+    costs = make_costs(seed, form)
+    ruled = random_rules(costs, seed, 5)
+    try:
+        if least_peak(costs, ruled) is not None:
+            return
+        conflict = minimal_conflict(costs, [r.rule for r in ruled])
+    except UsageError:  # two rules that exclude each other when they are read
+        return
+    named = [r for r in ruled if any(r.rule is c for c in conflict)]
+    assert least_peak(costs, named) is None
+    assert all(least_peak(costs, [r for r in named if r is not left]) is not None for left in named)
+
+
+def test_a_conflict_of_equal_rules_names_one_of_them() -> None:
+    costs = make_costs(3, "stacks")
+    rules: list[Rule] = [MeanBits(at_least=8.4, name="fine"), MeanBits(at_most=3.0, name="coarse"), MeanBits(at_least=8.4, name="fine")]
+    conflict = minimal_conflict(costs, rules)
+    assert sorted(r.name for r in conflict if isinstance(r, MeanBits)) == ["coarse", "fine"]
+
+
+@pytest.mark.parametrize("budget", [-(10**9), -1, 0, 1, 100])
+def test_no_budget_at_all_is_a_budget_error(budget: int) -> None:
+    with pytest.raises(BudgetError, match="the least is"):
+        solve_plan(make_costs(1, "stacks"), budget)
+
+
+# --------------------------------------------------------------------------------------------------- impossible price lists
+def _put(name: str, value: float) -> dict[str, Any]:
+    array = getattr(make_costs(1, "stacks"), name).copy()
+    array.reshape(-1)[0] = value
+    return {name: array}
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("cost", _put("cost", np.nan)),
+    ("cost", _put("cost", -np.inf)),
+    ("cost", {"cost": np.full_like(make_costs(1, "stacks").cost, np.inf)}),
+    ("size", _put("size", -1)),
+    ("size", {"size": np.zeros_like(make_costs(1, "stacks").size)}),
+    ("staging", _put("staging", -5)),
+    ("fixed_size", _put("fixed_size", -1)),
+    ("fixed_size", _put("fixed_size", 2**60)),
+    ("size", {"size": make_costs(1, "stacks").size.astype(np.float64)}),
+    ("factor", _put("factor", np.nan)),
+    ("factor", _put("factor", -1)),
+    ("drop_cost", _put("drop_cost", np.inf)),
+    ("expert_drop", _put("expert_drop", np.nan)),
+    ("drop_curve", _put("drop_curve", np.nan)),
+    ("usage", _put("usage", np.inf)),
+    ("kept", _put("kept", False) if make_costs(1, "stacks").kept.reshape(-1)[0] else _put("kept", True)),
+    ("counts", {"counts": (2, 2, 4)}),
+    ("counts", {"top_k": 3}),
+    ("formats", {"formats": ("Q8_0", "Q8_0", "IQ2_S")}),
+    ("formats", {"formats": ()}),
+    ("domains", {"domains": ("d0", "d0")}),
+    ("domain_weights", {"domain_weights": (0.5, 0.6)}),
+    ("domain_weights", {"domain_weights": (np.nan, 1.0)}),
+    ("units", {"units": ()}),
+    ("units", {"units": (*make_costs(1, "stacks").units[:-1], make_costs(1, "stacks").units[0])}),
+    ("memory", {"memory": {}}),
+    ("memory", {"memory": {**make_costs(1, "stacks").memory, "kv": -1}}),
+    ("kappa", {"kappa": np.nan}),
+    ("form", {"form": "layers"}),
+]
+
+
+@pytest.mark.parametrize(("field", "values"), BAD)
+def test_an_impossible_price_list_is_refused_by_field(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=rf"costs: [a-z, _]*{field}"):
+        changed(make_costs(1, "stacks"), **values)
+
+
+def test_an_expert_that_is_missing_or_there_twice_is_refused() -> None:
+    costs = make_costs(1, "experts")
+    units = (dataclasses.replace(costs.units[0], expert=1), *costs.units[1:])
+    with pytest.raises(ModelError, match="every expert"):
+        changed(costs, units=units)
+
+
+def test_a_price_list_that_was_tampered_with_is_refused_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    save_record(path, make_costs(1, "stacks"))
+    path.write_text(path.read_text(encoding="utf-8").replace('"top_k": 1', '"top_k": 9'), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"costs\.json: costs: counts"):
+        load_record(path, Costs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_expert_one_format_and_one_layer_are_planned_like_any_other(form: str) -> None:
+    for options in ({"experts": 1}, {"formats": 1}, {"layers": 1}, {"experts": 1, "formats": 1, "layers": 1, "domains": 1}):
+        costs = random_costs(4, form, **options)  # type: ignore[arg-type]
+        budget = budget_between(costs, 0.7)
+        plan, best = plan_or_none(costs, budget, []), best_cost(costs, budget, "mean")
+        assert (None if plan is None else plan.q) == (None if best is None else pytest.approx(best, rel=GAP))
+
+
+# ----------------------------------------------------------------------------------------------------- solvers that fail
+@pytest.mark.parametrize(
+    "outcome", [Outcome(solved=False, infeasible=False, bound=-np.inf), Outcome(solved=True, infeasible=False, bound=-np.inf)]
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rules", [[], [MeanBits(at_most=6.0)]])
+@pytest.mark.parametrize("monolith", [20_000, 0])
+def test_a_solver_that_fails_or_answers_zeros_gives_the_relaxations_plan_or_an_error(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome, form: str, rules: list[Rule], monolith: int
+) -> None:
+    from edgemoe.solvers import columns
+
+    def fail(problem: Any, *_: Any, **__: Any) -> Outcome:
+        for variable in problem.variables():
+            variable.varValue = 0.0
+        return outcome
+
+    monkeypatch.setattr(ilp, "run", fail)
+    monkeypatch.setattr(columns, "run", fail)
+    monkeypatch.setattr(search, "MONOLITH", monolith)
+    costs = make_costs(21, form)
+    budget = budget_between(costs, 0.4)
+    try:
+        plan = solve_plan(costs, budget, rules=rules, gap=GAP)
+    except EdgemoeError as error:
+        assert not isinstance(error, BudgetError)  # it is not proven that nothing fits
+        return
+    best = best_cost(costs, budget, "mean")
+    assert best is not None
+    assert plan.memory["peak"] == peak_bytes(costs, as_choice(costs, plan)) <= budget
+    assert plan.bound <= best * (1 + 1e-9)
+    assert not plan.proven or plan.q <= best * (1 + GAP)
+
+
+def test_a_time_limit_of_nothing_gives_a_plan_with_its_gap_or_an_error() -> None:
+    costs = make_costs(22, "stacks")
+    plan = solve_plan(costs, budget_between(costs, 0.4), seconds=1e-9, gap=0.0)
+    best = best_cost(costs, plan.budget, "mean")
+    assert best is not None
+    assert plan.bound <= best * (1 + 1e-9) <= plan.q * (1 + 2e-9)
+
+
+# -------------------------------------------------------------------------------------------------- near, GPU memory, T8
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_near_another_is_priced_and_bounded_without_the_nats_of_staying_near(form: str, seed: int) -> None:
+    costs = make_costs(seed, form)
+    before = solve_plan(costs, budget_between(costs, 0.6), gap=GAP)
+    budget = budget_between(costs, 0.5)
+    near, best = solve_plan(costs, budget, near=before, gap=GAP), best_cost(costs, budget, "mean")
+    assert best is not None
+    decisions = len(costs.units) + costs.n_layers * costs.n_experts
+    assert near.bound <= best * (1 + 1e-9) <= near.q * (1 + 2e-9)
+    assert near.q <= best * (1 + GAP) + decisions * 1e-5 * before.q
+    assert solve_plan(costs, before.budget, near=before, gap=GAP).formats == before.formats
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_memories_are_filled_as_well_as_by_trying_every_split(seed: int) -> None:
+    costs = make_costs(seed, "stacks")
+    stack = [u for u, unit in enumerate(costs.units) if unit.is_stack]
+    rng = np.random.default_rng(seed)
+    vram = int(rng.uniform(0.1, 0.6) * costs.size[-1, stack].max(axis=1).sum()) + 1
+    budget = budget_between(costs, 0.15) - 800
+    rule = Vram(size=f"{vram + 800 + 1}B", reserve="1B")  # the cache (500) and the buffers (300) are there too
+    best = np.inf
+    for p in choices(costs, free_sets=False):
+        for gpu in itertools.product([False, True], repeat=len(stack)):
+            on_gpu = {u for u, yes in zip(stack, gpu, strict=True) if yes}
+            cpu = Choice(p.c, p.kept, tuple(-1 if u in on_gpu else f for u, f in enumerate(p.formats)))
+            used = sum(int(costs.size[p.c, u, p.formats[u]]) for u in on_gpu)
+            if used <= vram and peak_bytes(costs, cpu) - 800 <= budget:
+                best = min(best, objective(costs, p, "mean"))
+    plan = plan_or_none(costs, budget, [rule])
+    assert (np.inf if plan is None else plan.q) == pytest.approx(best, rel=GAP)
+
+
+DROPS = [[0.9, 0.05, 0.02, 1.2], [0.3, 0.6, 0.04, 0.5]]
+AT_BITS = {2: [[0.08, 0.02, 0.01, 0.2], [0.05, 0.09, 0.03, 0.06]], 4: [[0.005, 0.001, 0.001, 0.01], [0.004, 0.006, 0.002, 0.003]]}
+
+
+def golden_costs() -> Costs:
+    """Two layers of four experts that are dropped or take 2 or 4 bytes; nothing else needs memory."""
+    units = [Unit(name=f"{layer}.{e}", role="ffn_exps", layer=layer, expert=e, n_weights=8) for layer in range(2) for e in range(4)]
+    units.append(Unit(name="rest", role="output", layer=-1, n_weights=8))
+    cost = np.array([[AT_BITS[b][u.layer][u.expert] if u.expert >= 0 else 0.0 for b in (2, 4)] for u in units])[None]
+    size = np.tile(np.array([2, 4]), (1, len(units), 1))
+    size[0, -1] = 1
+    return dataclasses.replace(
+        random_costs(0, "experts", domains=1),
+        formats=("two", "four"),
+        units=tuple(units),
+        memory=dict.fromkeys(("context", "runtime", "kv", "compute", "output"), 0),
+        cost=cost,
+        size=size,
+        staging=np.zeros_like(size),
+        fixed_size=np.zeros(1, np.int64),
+        factor=np.ones((1, len(units))),
+        expert_drop=np.array(DROPS)[None],
+        drop_curve=np.zeros((2, 5)),
+        top_k=2,
+    )
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(12, 0.400), (16, 0.241), (20, 0.138)])
+def test_golden_plan_with_free_kept_counts(budget: int, expected: float) -> None:
+    """Two drops of a layer at most; optimal values by enumeration elsewhere."""
+    assert solve_plan(golden_costs(), budget + 1, gap=GAP).q == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(12, 0.560), (16, 0.286), (20, 0.154)])
+def test_golden_plan_with_equal_kept_counts(budget: int, expected: float) -> None:
+    def equal(p: Any) -> Any:
+        return p.kept(layers=[0]) == p.kept(layers=[1])
+
+    assert solve_plan(golden_costs(), budget + 1, rules=[equal], gap=GAP).q == pytest.approx(expected, abs=5e-4)
+
+
+def test_pins_and_counts_that_exclude_each_other_are_named() -> None:
+    costs = make_costs(9, "experts")
+    rules: list[Rule] = [KeptCount(at_most=1, name="one"), Keep(layers=[0], experts=(0, 1), name="two"), Drop(experts=(3,), name="three")]
+    with pytest.raises(BudgetError, match=r"one: .*two: ") as told_error:
+        solve_plan(costs, 10**6, rules=rules)
+    assert "three" not in str(told_error.value)
