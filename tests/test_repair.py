@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from strategies import random_costs
 from tiny import EXAMPLES, flat_plan
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan, array_file
+from edgemoe.plan import least_budget, solve_plan
+from edgemoe.price import discount_drops
 from edgemoe.repair import repair_survivors
 from edgemoe.stream import LayerStream, apply_norm, only_experts, tokenize
 from edgemoe.texts import SHIPPED, Text, read_text
@@ -147,3 +150,13 @@ def test_other_texts_or_kept_sets_make_another_repair(small: tuple[Model, list[T
 def test_without_drops_there_is_nothing_to_repair(model: Model, texts: list[Text], tmp_path: Path) -> None:
     assert repair_survivors(model, texts, flat_plan(model), tmp_path / "none") is model
     assert not (tmp_path / "none").exists()
+
+
+def test_drops_are_priced_after_repair_and_nothing_else_changes() -> None:
+    for form in ("stacks", "experts"):
+        costs = random_costs(0, form)
+        after = discount_drops(costs, 0.5)
+        assert np.array_equal(after.drop_cost, costs.drop_cost / 2) and np.array_equal(after.expert_drop, costs.expert_drop / 2)
+        assert np.array_equal(after.cost, costs.cost) and np.array_equal(after.size, costs.size) and after == costs
+        budget = least_budget(costs) * 11 // 10
+        assert solve_plan(after, budget).predicted_kl <= solve_plan(costs, budget).predicted_kl
