@@ -27,7 +27,7 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
-REPAIRED = 0.5  # what drops cost once the survivors are refitted, of what they cost before (benchmarks/results/repair.md)
+REPAIRED = 0.5  # what drops cost after repair, of before: 0.41 to 0.70, middle 0.48 (benchmarks/results/repair.md)
 Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
 Progress = Callable[[int, int], None]
 

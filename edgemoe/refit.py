@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from edgemoe.stream import map_ordered
 
 BLOCK = 4096  # tokens of one piece of work
-RIDGE = 0.2  # of the mean diagonal: least held-out KL among 0.01, 0.05, 0.2, 0.5 (benchmarks/results/repair.md)
-SWEEPS = 2  # over the experts; five gain 0.3 % more
+# What was tried instead of these numbers: docs/decisions/0005-repair.md
+RIDGE = 0.2  # of the mean diagonal
+SWEEPS = 2  # over the experts
 BATCH = 1024  # tokens of one step of descent
 RATE = 0.05  # of descent, in root-mean-squares of the matrix that is changed
 DECAY = (0.9, 0.98)  # of Adam's means

@@ -28,7 +28,7 @@ from edgemoe.texts import Text
 WINDOW = 512
 DEFAULT_TOKENS = 65_536
 GUARD_EVERY = 7  # windows: one of them decides whether a repair helps, the others are fitted to
-EPOCHS = 4
+EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
 Progress = Callable[[int, int], None]
 
