@@ -204,7 +204,6 @@ def main() -> None:
         "models_with_curves": {m: [round(v, 5) for v in fit] for m, fit in sorted(fits.items())},
         "roles": pool_roles(nats),
         "drop": fit_drops(share, domains, masks, weight / weight.sum()),
-        "code_domains": list(TEXTS["code"]),
         OWN.lower(): {
             "q4_k_nats": round(fits[OWN][1], 5),
             "floor_nats": round(fits[OWN][0], 5),

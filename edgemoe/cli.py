@@ -42,6 +42,7 @@ from edgemoe.cli_options import (
 )
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.cli_plan import plan, read_rules
+from edgemoe.cli_price import price
 from edgemoe.errors import EdgemoeError, MachineError
 from edgemoe.units import format_bytes, parse_bytes
 
@@ -216,30 +217,7 @@ def calibrate(
     print(json.dumps(result, indent=1) if as_json else f"{stats.folder}\ntokens {result['tokens']}, {len(stats.cold)} cold experts")
 
 
-@app.command()
-def price(
-    model: ModelArg,
-    stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder that calibrate made (with stats.json).")],
-    output: OutOpt,
-    context: ContextOpt = None,
-    target: str = "gguf",
-) -> None:
-    """Nats and bytes of every choice -> a costs file."""
-    from edgemoe.inspect import inspect_model
-    from edgemoe.ir import Stats, load_record, save_record
-    from edgemoe.pipeline import choose_context
-    from edgemoe.price import price_choices
-    from edgemoe.targets import find_target
-
-    found = inspect_model(model)
-    collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
-    _same_model(found.fingerprint, collected.model, stats)
-    with show_progress() as progress:
-        costs = price_choices(found, collected, find_target(target), choose_context(found, context), lambda d, n: progress("price", d, n))
-    save_record(output, costs)
-    print(f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}")
-
-
+app.command()(price)
 app.command()(plan)
 
 

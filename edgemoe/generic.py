@@ -7,7 +7,8 @@ Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
   squared rounding error (which stands in for types that nobody measured).  `whole`, the median nats of Q4_K.
 - share, measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum;
   means by role and by relative depth, the depth profile at its square root because models differ in it.  Sums of single tensors give the
-  whole model's KLD to a median factor of 0.92.
+  whole model's KLD to a median factor of 0.92.  A layer weighs against embedding and output what it weighs in a model of 61 layers, the
+  median: the measured models (40 to 94) fit this as well as equal shares for all layers together, the bundled ones (2 and 4) much better.
 - Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and at every
   type (rank correlation between probes of 1 to 2.6 bits: 0.96).
   How many experts stay does not change what rounding costs: the tokens of those that go are served by those that stay.
@@ -51,6 +52,7 @@ _DATA = Path(__file__).parent / "data" / "generic"
 _SEED = 20261125  # of the draw that stands in for experts nobody measured
 _FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over the middle of 0.22 to 0.53
 _DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
+_MEASURED_LAYERS = 61  # median of the measured models
 _LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
 Floats = NDArray[np.float64]
 
@@ -125,7 +127,7 @@ def price_generic(
     nats = _tensor_nats(model, units, prior)
     stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
-    drops = _price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts, groups)
+    drops = price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts, groups)
     cost, size, staging = _price_units(model, target, units, counts, nats, prior)
     key = hash_json("generic", _read_priors(), prior, model.fingerprint)
     return Costs(
@@ -191,7 +193,7 @@ def _tensor_nats(model: Model, units: list[Unit], prior: str) -> Floats:
 
 
 def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any]) -> float:
-    """A tensor's share by its role and relative depth; a role that nobody measured counts as the median role.
+    """A tensor's share, up to one factor, by its role and relative depth; a role that nobody measured counts as the median role.
 
     Args:
         role: of the tensor.
@@ -201,12 +203,12 @@ def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any])
     """
     entry = roles.get(role)
     if entry is None:
-        return float(np.median([r["density"] for r in roles.values()])) / n_layers
+        return float(np.median([r["density"] for r in roles.values()])) / _MEASURED_LAYERS
     if layer < 0:
         return float(entry["density"])
     profile = entry["profile"]
     depth = min(len(profile) - 1, int(len(profile) * (layer + 0.5) / n_layers))
-    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / n_layers)
+    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / _MEASURED_LAYERS)
 
 
 def _type_nats(formats: tuple[str, ...], prior: str) -> Floats:
@@ -255,13 +257,25 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
     return shares
 
 
-def _price_drops(
-    domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int
+def price_drops(
+    domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int = 1
 ) -> dict[str, Any]:
-    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain."""
+    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain.
+
+    Args:
+        domains: D names; those that begin with "code" lose what code lost, all others what general text lost.
+        weights: [D], summing to 1.
+        share: of each expert in its layer's saliency [D, L, E].
+        layer_weight: [L], summing to 1.
+        counts: kept counts of the menu; the last is E.
+        groups: routing groups of the model.
+
+    Returns:
+        The fields `kept`, `drop_cost`, `expert_drop` and `drop_curve` of Costs.
+    """
     priors = _read_priors()
     linear = priors["drop"]["linear"]
-    nats = np.array([priors["drop"]["nats"]["code" if d in priors["code_domains"] else "general"] for d in domains])
+    nats = np.array([priors["drop"]["nats"]["code" if d.startswith("code") else "general"] for d in domains])
     scale = nats[:, None] * layer_weight  # [D, L]
     n_layers, n_experts = share.shape[1:]
     mean = np.tensordot(weights, share, axes=1).reshape(n_layers, groups, -1)
@@ -278,3 +292,53 @@ def _price_drops(
         "expert_drop": slope[:, :, None] * share,
         "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
     }
+
+
+def price_coverage(saliency: Saliency, count: int) -> Costs:
+    """Costs in lost coverage instead of nats, so that the objective "worst" maximises the least covered domain's coverage.
+
+    The coverage of a domain is the share of its saliency that is kept, relative to its own best `count` experts, mean over layers
+    (scores.domain_coverage).  Nothing but experts is decided: every layer keeps `count`, and there is one tensor of one byte.
+
+    Args:
+        saliency: shares [D, L, E].
+        count: kept experts of each layer.
+    """
+    share = saliency.share
+    domains, n_layers, n_experts = share.shape
+    best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
+    price = share / best / n_layers
+    kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
+    lost: Floats = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
+    stack = [
+        Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
+    ]
+    shape = 1, n_layers, 1
+    return Costs(
+        model=hash_json("coverage", share.shape),
+        model_name="coverage",
+        stats="",
+        target="gguf",
+        form="stacks",
+        formats=("F16",),
+        units=tuple(stack),
+        counts=(count,),
+        n_experts=n_experts,
+        top_k=1,
+        kappa=0.0,
+        memory={"context": 0, "kv": 0, "compute": 0, "output": 0, "runtime": 0},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(1 / domains) for _ in range(domains)),
+        origin="lost coverage, not nats",
+        cost=np.zeros(shape),
+        size=np.ones(shape, np.int64),
+        staging=np.zeros(shape, np.int64),
+        fixed_size=np.zeros(1, np.int64),
+        factor=np.ones((domains, n_layers)),
+        kept=kept[None],
+        drop_cost=lost[:, None, :],
+        expert_drop=price,
+        drop_curve=np.zeros((n_layers, n_experts + 1)),
+        usage=share,
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
+from edgemoe.errors import ModelError
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
@@ -27,7 +28,7 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
-REPAIRED = 0.5  # what drops cost after repair, of before: 0.41 to 0.70, middle 0.48 (benchmarks/results/repair.md)
+REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
 Progress = Callable[[int, int], None]
 
@@ -78,7 +79,12 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         progress: called with (layers done, all layers).
+
+    Raises:
+        ModelError: the statistics were imported, not measured.
     """
+    if not stats.probes:
+        raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
     units = target.list_units(model)
     counts = offered_counts(model.n_experts, model.top_k)
     table = _Table(model, target, units, counts)

@@ -1,4 +1,4 @@
-"""What a pruned layer's experts receive and should give, token by token -> new weights of the survivors (docs/pricing.md, 9).
+"""What a pruned layer's experts receive and should give, token by token -> new weights of the survivors (docs/pricing.md, 10).
 
 First the closed form: W_down of one expert after another is the least-squares answer to what the others leave.  Then descent on the same
 squared error moves all three matrices of all survivors together.  Tokens set aside decide whether either step is kept.

@@ -1,4 +1,4 @@
-"""Model, texts, Plan -> Model: the same record, its surviving experts refitted to what the dropped ones leave (docs/pricing.md, 9).
+"""Model, texts, Plan -> Model: the same record, its surviving experts refitted to what the dropped ones leave (docs/pricing.md, 10).
 
 Two streams run side by side, a layer at a time: the original, and the pruned one as repaired so far.  In each layer the survivors are
 fitted so that the pruned stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the

@@ -280,7 +280,8 @@ def solve_items(
         if exact:
             add_block_rules(program, items, model)
         start = None if best is None else _start(program, items, model, best)
-        outcome = run(model.problem, engine, gap=gap / 4, start=start, seconds=seconds)
+        enough = (known.bound / (1 - min(gap, 0.5)) - _constant(program)) * model.scale if known.bound > 0 else None
+        outcome = run(model.problem, engine, gap=gap / 4, start=start, seconds=seconds, target=enough)
         if outcome.infeasible and exact and best is None and not tighter.any():
             return None
         if exact and not tighter.any() and outcome.bound > -np.inf:
@@ -312,10 +313,13 @@ def _exceeded(program: Program, model: Model, picks: Picks) -> Array:
     return np.maximum(over, 0.0)
 
 
+def _constant(program: Program) -> float:
+    """Nats that the scaled objective does not hold."""
+    return float(program.constant[0]) if len(program.cost) == 1 else 0.0
+
+
 def _in_nats(program: Program, model: Model, outcome: Outcome) -> float:
-    """The solver's bound, less what its tolerance of 1e-6 on the objective of 10^4 could be worth."""
-    constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
-    return (outcome.bound - 1e-6) / model.scale + constant
+    return outcome.bound / model.scale + _constant(program)
 
 
 def _decode(program: Program, items: Items, model: Model) -> Picks:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.generic import load_saliency, price_generic
+from edgemoe.generic import load_saliency, pooled_share, price_generic
 from edgemoe.ir import Costs
 from edgemoe.plan import solve_plan
 from edgemoe.scores import domain_coverage
@@ -107,6 +107,14 @@ def test_menus_are_nested_and_cost_nothing_when_all_stay(name: str) -> None:
         [costs.drop_curve[:, costs.n_experts - n] for n in costs.counts]
     )
     assert costs.weights @ along.sum(axis=2) == pytest.approx(costs.weights @ costs.drop_cost.sum(axis=2), abs=1e-9)
+
+
+def test_a_layer_weighs_the_same_against_the_output_however_many_there_are() -> None:
+    roles = {"output": {"density": 0.1, "profile": [1.0] * 4}, "attn_q": {"density": 0.2, "profile": [1.0] * 4}}
+    shallow, deep = (
+        [pooled_share(role, layer, n, roles) for role, layer in (("attn_q", 1), ("unknown", 1), ("output", -1))] for n in (4, 80)
+    )
+    assert shallow == deep
 
 
 def test_few_experts_are_used_more_evenly(qwen: Costs) -> None:

@@ -1,0 +1,82 @@
+"""`edgemoe price`: from what calibration measured, or from files that people already have."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgemoe.cli_options import ContextOpt, ModelArg, OutOpt
+from edgemoe.cli_output import show_progress
+from edgemoe.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from edgemoe.ir import Costs, Model, Stats
+    from edgemoe.targets import Target
+
+
+def price(
+    model: ModelArg,
+    output: OutOpt,
+    stats: Annotated[Path | None, typer.Argument(metavar="STATS", help="Folder that calibrate made (with stats.json).")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead of STATS: an importance matrix that llama-imatrix made (GGUF).")
+    ] = None,
+    saliency: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="With --imatrix: scores of experts, layer,expert,score[,domain]; larger means keep.")
+    ] = None,
+    context: ContextOpt = None,
+    target: str = "gguf",
+) -> None:
+    """Nats and bytes of every choice -> a costs file.
+
+    With --imatrix nothing is calibrated: less exact prices, from files that exist, and statistics for `emit` in a folder beside OUT.
+    """
+    if (stats is None) == (imatrix is None):
+        hint = "STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration"
+        raise UsageError("give exactly one of STATS and --imatrix", hint=hint)
+    if saliency is not None and imatrix is None:
+        raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
+    from edgemoe.inspect import inspect_model
+    from edgemoe.ir import save_record
+    from edgemoe.pipeline import choose_context
+    from edgemoe.targets import find_target
+
+    found, chosen = inspect_model(model), find_target(target)
+    tokens = choose_context(found, context)
+    notes = []
+    if imatrix is not None:
+        costs, collected = _price_imported(found, imatrix, saliency, output.parent, chosen, tokens)
+        notes = [f"{collected.folder}: statistics for `edgemoe emit`, {len(collected.cold)} cold experts"]
+        print(f"note: {costs.origin}", file=sys.stderr)
+    else:
+        assert stats is not None
+        costs = _price_measured(found, stats, chosen, tokens)
+    save_record(output, costs)
+    print("\n".join([f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}", *notes]))
+
+
+def _price_measured(model: Model, folder: Path, target: Target, context: int) -> Costs:
+    from edgemoe.ir import Stats, load_record
+    from edgemoe.price import price_choices
+
+    stats = replace(load_record(folder / "stats.json", Stats), folder=str(folder))
+    if stats.model != model.fingerprint:
+        raise ModelError(f"{folder}: was made from another checkpoint", hint="make it again from this one")
+    with show_progress() as progress:
+        return price_choices(model, stats, target, context, lambda done, total: progress("price", done, total))
+
+
+def _price_imported(model: Model, file: Path, saliency: Path | None, work: Path, target: Target, context: int) -> tuple[Costs, Stats]:
+    """Prices, and the statistics that `emit` needs."""
+    from edgemoe.imatrix import read_imatrix, save_imported_stats
+    from edgemoe.imports import price_imported, read_saliency
+
+    imatrix = read_imatrix(file, model)
+    scores = read_saliency(saliency, model) if saliency else None
+    stats = save_imported_stats(imatrix, model, work)
+    with show_progress() as progress:
+        return price_imported(model, stats, target, context, scores, lambda done, total: progress("price", done, total)), stats
