@@ -29,6 +29,8 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Stats, hash_json
 from edgemoe.pipeline import price_cached
 from edgemoe.plan import least_budget, solve_plan
+from edgemoe.price import discount_drops
+from edgemoe.repair import repair_survivors
 from edgemoe.scores import importance_of, score_experts
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import WIDE, floor_importance
@@ -61,9 +63,9 @@ class Bench:
     def __init__(self, source: Path, work: Path, tokens: int) -> None:
         self.model, self.target, self.work = inspect_model(source), find_target("gguf"), work
         work.mkdir(parents=True, exist_ok=True)
-        calibration, heldout = choose_texts([], [])
-        self.stats: Stats = collect_stats(self.model, calibration, work)
-        self.costs: Costs = price_cached(self.model, self.stats, self.target, 512, work, None)[0]
+        self.calibration, heldout = choose_texts([], [])
+        self.stats: Stats = collect_stats(self.model, self.calibration, work)
+        self.costs: Costs = discount_drops(price_cached(self.model, self.stats, self.target, 512, work, None)[0])
         self.names = [t.name for t in heldout]
         self.windows = tokenize_heldout(self.model, heldout, tokens)
         self.states = reference_states(self.model, self.windows, work)
@@ -86,11 +88,15 @@ class Bench:
         print(f"  {kind:10s} {recipe:22s} {name:8s} {size:10d} {kl:.5f}", flush=True)
         return Result(kind, recipe, name, size, kl)
 
-    def write(self, plan: Plan) -> Path:
-        """Emit a plan."""
+    def write(self, plan: Plan, model: Model | None = None) -> Path:
+        """Emit a plan, of the original or of a repaired model."""
         folder = self.work / "file"
         folder.mkdir(exist_ok=True)
-        return self.target.write(self.model, self.stats, plan, folder, 0, None).path
+        return self.target.write(model or self.model, self.stats, plan, folder, 0, None).path
+
+    def write_repaired(self, plan: Plan) -> Path:
+        """Emit a plan as `build` does."""
+        return self.write(plan, repair_survivors(self.model, self.calibration, plan, self.work))
 
     def flat_plan(self, name: str, kept: tuple[tuple[int, ...], ...]) -> Plan:
         """Every tensor in one format."""
@@ -168,8 +174,8 @@ def measure_ours(bench: Bench, largest: int) -> Iterator[tuple[Result, Plan]]:
     for i in range(BUDGETS):
         size = round(largest * (lowest / largest) ** (i / (BUDGETS - 1)))
         plan = solve_plan(bench.costs, size + overhead)
-        key = f"ours {hash_json(plan.kept, plan.formats)}"
-        yield bench.measure(key, "ours", "ours", f"E{plan.count}", lambda plan=plan: bench.write(plan)), plan
+        key = f"ours repaired {hash_json(plan.kept, plan.formats)}"
+        yield bench.measure(key, "ours", "ours", f"E{plan.count}", lambda plan=plan: bench.write_repaired(plan)), plan
 
 
 CLASSES = ("one type", "mix", "random", "frequency", "REAP sum")

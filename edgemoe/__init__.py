@@ -17,6 +17,7 @@ _PUBLIC = {  # name -> module; imported when first used, so that `edgemoe --help
     "solve_plan": "plan",
     "sweep_budgets": "sweep",
     "load_recipe": "recipe",
+    "repair_survivors": "repair",
     "emit_artifact": "emit",
     "verify_artifact": "verify",
     "write_report": "report",

@@ -100,6 +100,7 @@ def build(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
     ] = None,
+    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -130,6 +131,7 @@ def build(
         gap=gap,
         seconds=time_limit,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
+        repair=repair,
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
@@ -158,13 +160,15 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
     parts = target.memory_parts(model, context)
     least = least_process(model, target, context)
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
+    experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
+    per_state = request.calibration_tokens * model.hidden_size * 4
     needs = {
         "least_budget": least,
         "budget": request.memory,
         "beside_weights": sum(parts.values()),
         "context": context,
-        "disk": min(request.memory, model.n_bytes) + request.calibration_tokens * model.hidden_size * 8,
-        "memory_to_build": 2 * largest + 3 * 2**29,
+        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if request.repair else 2 * per_state),
+        "memory_to_build": (4 if request.repair else 2) * largest + 3 * 2**29,
     }
     if as_json:
         print(json.dumps(needs, indent=1))

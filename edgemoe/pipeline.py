@@ -1,4 +1,4 @@
-"""The whole job: inspect -> calibrate -> price -> plan -> emit -> verify -> report, and where its files lie.
+"""The whole job: inspect -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
 
 OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
 """
@@ -20,7 +20,8 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Costs, Model, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
-from edgemoe.price import least_process, price_choices
+from edgemoe.price import discount_drops, least_process, price_choices
+from edgemoe.repair import repair_survivors
 from edgemoe.report import write_report
 from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
@@ -52,6 +53,7 @@ class BuildRequest:
     gap: float = DEFAULT_GAP
     seconds: float | None = None
     shard_max: int = 0
+    repair: bool = True
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -75,6 +77,8 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
 
     stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
     costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
+    if request.repair:
+        costs = discount_drops(costs)
     plan = solve_plan(
         costs,
         request.memory,
@@ -86,7 +90,12 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
         costs_hash=costs_hash,
     )
     save_record(request.out / ".work" / "plan.json", plan)
-    artifact = emit_artifact(model, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
+    stored = model
+    if request.repair:
+        stored = repair_survivors(
+            model, calibration, plan, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "repair")
+        )
+    artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
     warning = warn_of_context(model, context)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
+REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
 Progress = Callable[[int, int], None]
 
@@ -141,6 +142,12 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         drop_curve=np.zeros((model.n_layers, model.n_experts + 1)),
         usage=usage,
     )
+
+
+def discount_drops(costs: Costs, factor: float = REPAIRED) -> Costs:
+    """The same prices for a build that repairs: drops cost `factor` of what they cost without."""
+    scaled = {name: getattr(costs, name) * factor for name in ("drop_cost", "expert_drop", "drop_curve")}
+    return replace(costs, **scaled)
 
 
 def _domain_factor(stats: Stats, probe: Probe) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.ir import Probe, array_file, load_arrays
 from edgemoe.menus import build_menu, make_replay
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
-from edgemoe.stream import States, apply_norm, map_ordered
+from edgemoe.stream import States, apply_norm, map_ordered, only_experts
 from edgemoe.watch import Run
 
 DROP_SHARES = (0.75, 0.5, 0.25)  # kept shares of the dropping probes
@@ -78,7 +78,7 @@ def add_probes(run: Run, module: Any, layer: int, main: States, probes: list[Pro
             advance(run, module, len(probes) + len(new), layer, shape, main)
         new.append(Probe(kind="round", role=role, layer=layer, bits=bits))
     for kept in _probe_sets(run, layer):
-        with _only_experts(module, kept):
+        with only_experts(module, kept):
             advance(run, module, len(probes) + len(new), layer, shape, main)
         new.append(Probe(kind="drop", layer=layer, kept=tuple(int(e) for e in kept)))
     for number, probe in enumerate(probes):
@@ -120,28 +120,6 @@ class _rounded:
 def _is_bf16(view: torch.Tensor) -> bool:
     """Whether every weight is exact in bfloat16, as in nearly every checkpoint: the copy to put back is then half as large."""
     return all(torch.equal(p, p.to(torch.bfloat16).float()) for p in (view if view.dim() == 3 else (view,)))
-
-
-class _only_experts:
-    """Let the router see only some experts, as if the others were cut out of the checkpoint."""
-
-    def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
-        self.gate, self.kept = module.mlp.gate, torch.from_numpy(kept)
-
-    def __enter__(self) -> None:
-        self.forward = self.gate.forward
-
-        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logits = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.gate.weight[self.kept])
-            top, index = logits.float().softmax(-1).topk(self.gate.top_k, -1)
-            if getattr(self.gate, "norm_topk_prob", True):
-                top = top / top.sum(-1, keepdim=True)
-            return logits, top.to(logits.dtype), self.kept.to(index.device)[index]
-
-        self.gate.forward = forward
-
-    def __exit__(self, *_: object) -> None:
-        self.gate.forward = self.forward
 
 
 # --------------------------------------------------------------------------------------------------------------- the head

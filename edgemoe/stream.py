@@ -124,6 +124,7 @@ class Recorder:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # attn_q, attn_output: inputs [tokens, cols]
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
+    moe_output: torch.Tensor | None = None  # [tokens, hidden]
     on_expert: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
 
@@ -132,7 +133,7 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
     recorder: Recorder | None = getattr(_local, "recorder", None)
     out = torch.zeros_like(x)
     if recorder is not None:
-        recorder.moe_input = x
+        recorder.moe_input, recorder.moe_output = x, out
     for expert in index.unique().tolist():
         if expert >= module.gate_up_proj.shape[0]:  # transformers' mark for "no expert"
             continue
@@ -230,6 +231,28 @@ class LayerStream:
         output = self._ends.get(("output", -1)) or self._ends["token_embd", -1]
         norm = self.read(self._ends["output_norm", -1])
         return norm, self.read(output), float(self.model.config.get("rms_norm_eps", 1e-6))
+
+
+class only_experts:
+    """Let the router see only some experts, as if the others were cut out of the checkpoint."""
+
+    def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
+        self.gate, self.kept = module.mlp.gate, torch.from_numpy(kept)
+
+    def __enter__(self) -> None:
+        self.forward = self.gate.forward
+
+        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.gate.weight[self.kept])
+            top, index = logits.float().softmax(-1).topk(self.gate.top_k, -1)
+            if getattr(self.gate, "norm_topk_prob", True):
+                top = top / top.sum(-1, keepdim=True)
+            return logits, top.to(logits.dtype), self.kept.to(index.device)[index]
+
+        self.gate.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        self.gate.forward = self.forward
 
 
 def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
