@@ -227,10 +227,12 @@ def emit(
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder that calibrate made.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File that plan made.")],
     output: OutOpt,
+    calibration: CalibrationOpt = None,
+    calibration_tokens: TokensOpt = 65_536,
     shard_max: ShardOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write what a plan says."""
+    """Write what a plan says; survivors of a drop are repaired first, with the shipped texts or yours, if the plan was priced so."""
     from edgemoe.emit import emit_artifact
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats, load_record, save_record
@@ -243,8 +245,22 @@ def emit(
     _same_model(found.fingerprint, chosen.model, plan)
     prepare_output(output, force=force)
     with show_progress() as progress:
+        stored = found
+        if chosen.repair:
+            from edgemoe.repair import repair_survivors
+            from edgemoe.texts import choose_texts
+
+            texts, _ = choose_texts(calibration or [], [])
+            stored = repair_survivors(
+                found,
+                texts,
+                chosen,
+                output / ".work",
+                max_tokens=calibration_tokens,
+                progress=lambda d, n: progress("repair", d, n),
+            )
         artifact = emit_artifact(
-            found,
+            stored,
             collected,
             chosen,
             find_target(chosen.target),

@@ -32,6 +32,9 @@ def plan(
     solver: SolverOpt = "highs",
     gap: GapOpt = 1e-4,
     time_limit: TimeOpt = None,
+    no_repair: Annotated[
+        bool, typer.Option("--no-repair", help="Price drops as they are without the survivors' repair, which emit then leaves out.")
+    ] = False,
     near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
     generic: Annotated[
         str | None,
@@ -58,7 +61,7 @@ def plan(
         _print_lines(_diff(*diff), as_json=as_json)
         return
     rules, aim = read_rules(recipe, rule, objective)
-    prices, origin = _open_costs(costs, generic, context)
+    prices, origin = _open_costs(costs, generic, context, repair=not no_repair)
     from edgemoe.ir import Plan, load_record, save_record
 
     if sweep is not None:
@@ -82,8 +85,10 @@ def plan(
         export_plan(solved, export)
 
 
-def _open_costs(path: Path | None, generic: str | None, context: int | None) -> tuple[Costs, str]:
+def _open_costs(path: Path | None, generic: str | None, context: int | None, *, repair: bool) -> tuple[Costs, str]:
     """The price list and its hash: from a file, or generic prices for a shape or a config.json.
+
+    Prices that were measured are taken as they are after repair; of others nobody knows what repair would bring.
 
     Raises:
         UsageError: neither, or both.
@@ -95,7 +100,12 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None) -> 
     if path is not None:
         if context is not None:
             raise UsageError("--context belongs to `edgemoe price`", hint="the price list has its context already")
-        return load_record(path, Costs), hash_file(path)
+        loaded = load_record(path, Costs)
+        if not repair or loaded.origin:
+            return loaded, hash_file(path)
+        from edgemoe.price import discount_drops
+
+        return discount_drops(loaded), hash_file(path)
     from edgemoe.generic import price_config
 
     assert generic is not None

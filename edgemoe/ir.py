@@ -203,6 +203,7 @@ class Costs:
     domains: tuple[str, ...]
     domain_weights: tuple[float, ...]  # summing to 1
     origin: str = ""  # where prices come from when this model was not measured
+    repair: bool = False  # drops are priced as they are after the survivors' repair
     n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
@@ -291,6 +292,7 @@ class Plan:
     price: float  # nats that one more byte would save (Lagrange multiplier of the budget)
     counts: tuple[CountBound, ...]
     rules: tuple[RuleUse, ...]
+    repair: bool  # the survivors are to be repaired after the drop: that is how it was priced
     origin: str  # where prices come from when this model was not measured
 
     def __post_init__(self) -> None:

@@ -91,7 +91,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     )
     save_record(request.out / ".work" / "plan.json", plan)
     stored = model
-    if request.repair:
+    if plan.repair:
         stored = repair_survivors(
             model, calibration, plan, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "repair")
         )
@@ -113,7 +113,13 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
 
 
 def price_model(
-    source: str, work: Path, *, context: int | None = None, target: str = "gguf", calibration_tokens: int = DEFAULT_TOKENS
+    source: str,
+    work: Path,
+    *,
+    context: int | None = None,
+    target: str = "gguf",
+    calibration_tokens: int = DEFAULT_TOKENS,
+    repair: bool = True,
 ) -> Costs:
     """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
 
@@ -123,6 +129,7 @@ def price_model(
         context: tokens that the process must have memory for; None: as `choose_context`.
         target: what the plan will be written as.
         calibration_tokens: of all texts together.
+        repair: drops are priced as after the repair that `build` does.
 
     Raises:
         EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
@@ -130,7 +137,8 @@ def price_model(
     model, chosen = inspect_model(source), find_target(target)
     calibration, _ = choose_texts((), ())
     stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
-    return price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
+    costs = price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
+    return discount_drops(costs) if repair else costs
 
 
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:

@@ -262,6 +262,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         price=solution.prices.byte,
         counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
         rules=(),
+        repair=costs.repair,
         origin=costs.origin,
     )
     return replace(plan, rules=_rule_uses(task, plan, rules))

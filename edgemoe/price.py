@@ -144,10 +144,20 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     )
 
 
-def discount_drops(costs: Costs, factor: float = REPAIRED) -> Costs:
-    """The same prices for a build that repairs: drops cost `factor` of what they cost without."""
-    scaled = {name: getattr(costs, name) * factor for name in ("drop_cost", "expert_drop", "drop_curve")}
-    return replace(costs, **scaled)
+def discount_drops(costs: Costs) -> Costs:
+    """The same prices for a build that repairs: a set costs less the more experts are gone, a single expert half.
+
+    factor = 0.3 + 0.38 kept / E: what benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts, .70 .49 .39
+    and .48 .46 .41 (benchmarks/results/repair.md); the line is their fit.
+    """
+    factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
+    return replace(
+        costs,
+        repair=True,
+        drop_cost=costs.drop_cost * factor[:, None],
+        expert_drop=costs.expert_drop * REPAIRED,
+        drop_curve=costs.drop_curve * REPAIRED,
+    )
 
 
 def _domain_factor(stats: Stats, probe: Probe) -> NDArray[np.float64]:

@@ -221,7 +221,7 @@ def test_an_option_with_an_impossible_value_is_refused_before_work(run: Run, out
 def make_plan() -> Plan:
     found = inspect_model(MODEL)
     everything = {"n_experts": 7, "top_k": 2, "kept": (tuple(range(7)),) * 2, "formats": {}, "sizes": {}, "counts": ()}
-    everything |= {"objective": "mean", "vram": (), "domain_q": {}, "rules": (), "origin": ""}
+    everything |= {"objective": "mean", "vram": (), "domain_q": {}, "rules": (), "repair": False, "origin": ""}
     numbers = {name: 0.0 for name in ("q", "drop_q", "predicted_kl", "bound", "gap", "price")}
     return Plan(
         model=found.fingerprint, model_name=found.name, costs="", target="gguf", budget=10**8, context=512, solver="highs",

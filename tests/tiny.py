@@ -186,6 +186,7 @@ def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence
         vram=(),
         domain_q={},
         rules=(),
+        repair=False,
         origin="",
     )
 

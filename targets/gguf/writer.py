@@ -200,6 +200,7 @@ def _add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan |
     writer.add_string("edgemoe.costs", plan.costs if plan else NO_HASH)
     writer.add_uint32("edgemoe.expert_count_original", model.n_experts)
     writer.add_array("edgemoe.experts_kept", [bool(flag) for flag in kept.ravel()])
+    writer.add_bool("edgemoe.repaired", plan.repair if plan else False)
     writer.add_float64("edgemoe.predicted_kl", plan.predicted_kl if plan else 0.0)
     writer.add_uint64("edgemoe.budget", plan.budget if plan else 0)
     writer.add_uint32("quantize.imatrix.entries_count", len(list_units(model)))
