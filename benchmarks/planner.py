@@ -92,7 +92,15 @@ SHAPES = {
         layers=48, experts=128, top_k=8, hidden=2048, width=768, attention=grouped_query(32, 4, 2048), vocab=151936, groups=8, check=30.532
     ),
     "qwen3-235b-a22b": Shape(
-        layers=94, experts=128, top_k=8, hidden=4096, width=1536, attention=grouped_query(64, 4, 4096), vocab=151936, groups=8, check=235.094
+        layers=94,
+        experts=128,
+        top_k=8,
+        hidden=4096,
+        width=1536,
+        attention=grouped_query(64, 4, 4096),
+        vocab=151936,
+        groups=8,
+        check=235.094,
     ),
     "deepseek-v3": Shape(
         layers=61,
@@ -131,7 +139,10 @@ def other_tensors(shape: Shape) -> list[tuple[Unit, int]]:
     found = []
     for layer in range(shape.layers):
         parts = list(shape.attention)
-        for kind, width in (("ffn", shape.dense_width if layer < shape.dense else 0), ("shexp", shape.shared_width if layer >= shape.dense else 0)):
+        for kind, width in (
+            ("ffn", shape.dense_width if layer < shape.dense else 0),
+            ("shexp", shape.shared_width if layer >= shape.dense else 0),
+        ):
             suffix = "_shexp" if kind == "shexp" else ""
             if width:
                 parts += [(f"ffn_{p}{suffix}", width, shape.hidden) for p in ("gate", "up")] + [(f"ffn_down{suffix}", shape.hidden, width)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +42,15 @@ class _Task:
     solver: str
     gap: float
     seconds: float | None
+    made: dict[int, Compiled] = field(default_factory=dict)  # programs without room, by their place in `allowed`
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
-        """Compiled programs by their place in `allowed`, made once each."""
-        made: dict[int, Compiled] = {}
+        """Compiled programs by their place in `allowed`."""
 
         def program(i: int) -> Compiled:
-            if i not in made:
-                c = self.allowed[i]
-                made[i] = compile_program(self.costs, self.draft, c, room, staging=staging, objective=self.objective, near=self.near)
-            return made[i]
+            if i not in self.made:
+                self.made[i] = compile_program(self.costs, self.draft, self.allowed[i], objective=self.objective, near=self.near)
+            return self.made[i].within(room, staging)
 
         return program
 
@@ -130,7 +129,7 @@ def _near(costs: Costs, plan: Plan | None) -> Near | None:
 
 def _price_without_near(task: _Task, budget: int, solution: Solution, compiled: Compiled) -> tuple[Solution, Compiled]:
     """The same choice at its own price, bounded by the best plan of all: the nats of staying near are no part of what is promised."""
-    free = replace(task, near=None)
+    free = replace(task, near=None, made={})
     best = _solve_with_staging(free, budget)
     if best is None:
         raise EdgemoeError("there is a plan near the earlier one, but none without it", hint="please report this")
@@ -168,12 +167,20 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     """
     limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
 
-    def bound(low: int, high: int) -> float:
+    def bound(low: int, high: int, outer: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
         programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
-        found = [relax(programs(i).program) for i in range(len(task.allowed))]
-        return min((r.bound for r in found if r is not None), default=np.inf)
+        inner = outer.copy()
+        for i in np.argsort(outer, kind="stable"):
+            if inner.min() < outer[i]:
+                break
+            relaxed = relax(programs(int(i)).program, guess=free.price, filled=False)
+            inner[i] = np.inf if relaxed is None else max(outer[i], relaxed.bound)
+        return inner
 
-    heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
+    known = np.array([np.inf if b is None else b for b, _ in free.per_count])
+    bounds = {(0, len(limits) - 1): known}
+    heap = [(float(known.min()), 0, len(limits) - 1)]
     best: tuple[Solution, Compiled] | None = None
     proven = np.inf  # of what has been solved or cut off
     while heap:
@@ -184,7 +191,8 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
         if low < high:
             middle = (low + high) // 2
             for part in ((low, middle), (middle + 1, high)):
-                heapq.heappush(heap, (max(least, bound(*part)), *part))
+                bounds[part] = bound(*part, bounds[low, high])
+                heapq.heappush(heap, (float(bounds[part].min()), *part))
             continue
         cutoff = np.inf if best is None else best[0].cost
         found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff)
