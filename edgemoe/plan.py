@@ -18,7 +18,7 @@ from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
 from edgemoe.programs import Compiled, Near, compile_program
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
-from edgemoe.solvers.lagrange import relax
+from edgemoe.solvers.lagrange import absorb, relax
 from edgemoe.solvers.program import Program, Solution
 from edgemoe.solvers.search import SOLVERS, search, solve
 from edgemoe.terms import Linear
@@ -27,6 +27,7 @@ from edgemoe.units import format_bytes
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
@@ -54,10 +55,10 @@ class _Task:
 
         return program
 
-    def solve(self, room: int) -> tuple[Solution, Compiled] | None:
+    def solve(self, room: int, gap: float) -> tuple[Solution, Compiled] | None:
         """The best choice with this room, and the program that it belongs to; None when there is none."""
         compiled = self.programs(room)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.seconds)
         return None if found is None else (found, compiled(found.count_index))
 
     def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
@@ -148,14 +149,15 @@ def _beside(costs: Costs, draft: Draft) -> dict[str, int]:
 def _solve_with_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
     parts = _beside(task.costs, task.draft)
-    found = task.solve(room_for_weights(budget, parts, 0))
-    if found is None:
-        return None
-    solution, compiled = found
-    size = compiled.program.evaluate(solution.picks)[1]
-    if size <= room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
-        return found
-    return _branch_on_staging(task, budget, solution)
+    for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
+        found = task.solve(room_for_weights(budget, parts, 0), gap)
+        if found is None:
+            return None
+        solution, compiled = found
+        size = compiled.program.evaluate(solution.picks)[1]
+        if size > room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
+            return _branch_on_staging(task, budget, solution)
+    return found
 
 
 def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
@@ -174,7 +176,8 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
         for i in np.argsort(outer, kind="stable"):
             if inner.min() < outer[i]:
                 break
-            relaxed = relax(programs(int(i)).program, guess=free.price, filled=False)
+            program = programs(int(i)).program
+            relaxed = relax(program if program.is_plain else absorb(program, free.prices), guess=free.price, filled=False)
             inner[i] = np.inf if relaxed is None else max(outer[i], relaxed.bound)
         return inner
 
@@ -397,7 +400,7 @@ def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], .
     found = []
     task = _make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
     for size in sizes:
-        best = task.solve(size)
+        best = task.solve(size, DEFAULT_GAP)
         if best is not None:
             found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best[0].cost)})
     return tuple(found)

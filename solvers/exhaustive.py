@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from edgemoe.errors import UsageError
-from edgemoe.solvers.program import Program, Programs, Solution
+from edgemoe.solvers.program import Prices, Program, Programs, Solution
 
 MAX_PLANS = 2_000_000
 
@@ -33,7 +33,13 @@ def solve(programs: Programs, n_counts: int) -> Solution | None:
         return None
     cost, c, picks = best
     return Solution(
-        count_index=c, picks=np.array(picks, np.int64), cost=cost, bound=cost, proven=True, price=0.0, per_count=tuple(per_count)
+        count_index=c,
+        picks=np.array(picks, np.int64),
+        cost=cost,
+        bound=cost,
+        proven=True,
+        prices=Prices(byte=0.0, rows=np.zeros(0), objectives=np.zeros(0)),
+        per_count=tuple(per_count),
     )
 
 

@@ -12,21 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.solvers.program import DROP, Blocks, Picks, Program
+from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
 STEPS = 200
 NEAR = 4.0  # ratio of the ends of the price interval below which lines are crossed, above which it is halved (prices span 20 decades)
 CLOSE = 1e-13  # relative distance to the crossing of two lines that is rounding
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prices:
-    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
-
-    byte: float
-    rows: Array  # [R]
-    objectives: Array  # [K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +46,9 @@ def mix_objectives(program: Program, weights: Array) -> Array:
 
 def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
     """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
-    reduced = mix_objectives(program, prices.objectives) + prices.byte * program.size
-    for price, row in zip(prices.rows, program.rows, strict=True):
-        if price:
-            reduced = reduced + price * row.coef
-    value = float(prices.objectives @ program.constant) - prices.byte * (program.room - program.fixed)
-    value -= float(sum(p * row.limit for p, row in zip(prices.rows, program.rows, strict=True)))
-    for s, soft in enumerate(program.soft):
-        slope = soft.price + float(sum(p * row.soft[s] for p, row in zip(prices.rows, program.rows, strict=True)))
-        value += slope * soft.low if slope >= -1e-12 * soft.price else slope * soft.high
+    plain = program if program.is_plain else absorb(program, prices)
+    reduced = plain.cost[0] + prices.byte * program.size
+    value = float(plain.constant[0]) - prices.byte * (program.room - program.fixed)
     n = program.n_experts
     picks = reduced.argmin(axis=1)
     value += float(reduced[np.arange(n, len(picks)), picks[n:]].sum())
@@ -71,6 +56,18 @@ def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
         least, picks[:n] = _minimise_blocks(program.blocks, reduced[:n])
         value += least
     return value, picks
+
+
+def absorb(program: Program, prices: Prices) -> Program:
+    """The program with its rules in the costs, at these prices, and one objective: whatever bounds it bounds the program."""
+    cost, limits, slopes = mix_objectives(program, prices.objectives), 0.0, np.array([s.price for s in program.soft])
+    for price, row in zip(prices.rows, program.rows, strict=True):
+        cost, limits, slopes = cost + price * row.coef, limits + price * row.limit, slopes + price * row.soft
+    limits -= sum(
+        slope * (soft.low if slope >= -1e-12 * soft.price else soft.high) for slope, soft in zip(slopes, program.soft, strict=True)
+    )
+    constant = np.array([float(prices.objectives @ program.constant) - limits])
+    return replace(program, cost=cost[None], constant=constant, rows=(), soft=(), max_formats=0)
 
 
 def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
@@ -141,7 +138,7 @@ def _at(program: Program, price: float) -> _End:
 def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relaxed | None:
     """Bound and choice at the best price of a byte; None when even the smallest choice does not fit.
 
-    The relaxation is a concave function of the price, in straight pieces, one for each choice: where the lines of a choice that is too large
+    The relaxation is a concave function of the price, in straight pieces, one for each choice: where the lines of a too large choice
     and of one that fits cross is the next price to try, and the best one if no choice is below the crossing (Fisher 1981).
 
     Rows are ignored, so with rows only the bound is valid; the choice is returned only where it keeps them.
@@ -151,10 +148,10 @@ def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relax
         guess: a price that may be near the best, of a similar program.
         filled: spend what is left of the room on the choice.
     """
-    offered = np.isfinite(program.cost)
-    top = float(np.abs(np.where(offered, program.cost, 0.0)).max(initial=0.0)) + (
-        float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0
-    )
+    if not np.isfinite(program.constant).all():  # absorbed at prices that are no good for a soft variable
+        return Relaxed(bound=-np.inf, cost=np.inf, picks=None, prices=plain_prices(program, 0.0))
+    top = float(np.abs(np.where(np.isfinite(program.cost), program.cost, 0.0)).max(initial=0.0))
+    top += float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0
     least, most = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # at `most` a byte is dearer than everything
     ends = _bracket(program, least, most, guess)
     if ends is None:

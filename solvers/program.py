@@ -149,6 +149,15 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
+
+    byte: float
+    rows: NDArray[np.float64]  # [R]
+    objectives: NDArray[np.float64]  # [K]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """A feasible choice and what is proven about it: no choice costs less than `bound`."""
 
@@ -157,8 +166,13 @@ class Solution:
     cost: float
     bound: float
     proven: bool
-    price: float  # nats that one more byte saves
+    prices: Prices  # at which its count was bounded
     per_count: tuple[tuple[float | None, float | None], ...]  # [C] (bound, best cost found)
+
+    @property
+    def price(self) -> float:
+        """Nats that one more byte saves."""
+        return self.prices.byte
 
     @property
     def gap(self) -> float:

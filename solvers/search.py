@@ -12,13 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from edgemoe.errors import EdgemoeError, UsageError
-from edgemoe.solvers.columns import all_items, generate, solve_columns
+from edgemoe.solvers.columns import Pool, all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
-from edgemoe.solvers.lagrange import Relaxed, minimise, relax
+from edgemoe.solvers.lagrange import Relaxed, absorb, fill, relax
 from edgemoe.solvers.program import Program, Programs, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
+STRICTER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)  # prices of rules, times the best, at which choices that keep them are looked for
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
 
 
@@ -74,14 +75,15 @@ def search(
         return (best if best is not None and best.cost < cutoff else None), (np.inf if best is None else best.cost)
     until = None if seconds is None else time.monotonic() + seconds
     known: dict[int, Relaxed] = {}
+    guess = 0.0
     for c in range(n_counts):
         program = programs(c)
         if solver == "lagrange" and not program.is_plain:
             name = program.rows[0].name if program.rows else "at most so many formats" if program.max_formats else "objective: worst"
             raise UsageError(f"solver lagrange cannot honour the rule {name!r}", hint="use --solver highs")
-        relaxed = relax(program)
+        relaxed = relax(program, guess=guess)
         if relaxed is not None:
-            known[c] = relaxed
+            known[c], guess = relaxed, relaxed.prices.byte
     if solver != "lagrange":
         _close_gaps(programs, known, gap, solver, until, cutoff)
     found = _conclude(known, n_counts, gap)
@@ -102,7 +104,7 @@ def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution 
         cost=cost,
         bound=min(bound, cost),
         proven=bound >= cost - gap * abs(cost),
-        price=solved[best].prices.byte,
+        prices=solved[best].prices,
         per_count=tuple(
             (r.bound, r.cost if np.isfinite(r.cost) else None) if (r := known.get(c)) else (None, None) for c in range(n_counts)
         ),
@@ -118,17 +120,18 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
         if known[c].bound >= best - gap * abs(best) or (until is not None and time.monotonic() > until):
             return  # sorted by bound: no later count can win either
         done.add(c)
-        program = programs(c)
+        program, pool = programs(c), None
         if not program.is_plain:
-            known[c], feasible = _bound_with_rules(programs, known, c, engine)
-            if not feasible:
+            known[c], pool, possible = _bound_with_rules(programs, known, c, engine, gap)
+            if not possible:
                 known.pop(c)
                 done.discard(c)
                 continue
+            best = min(best, known[c].cost)
             if known[c].bound >= best - gap * abs(best):
                 continue
         left = None if until is None else max(1.0, until - time.monotonic())
-        found = solve_program(program, known[c], engine, gap, left)
+        found = solve_program(program, known[c], engine, gap, left, pool)
         if found is None:
             known.pop(c)
             done.discard(c)
@@ -136,27 +139,44 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
             known[c] = found
 
 
-def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, engine: str) -> tuple[Relaxed, bool]:
+def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float) -> tuple[Relaxed, Pool | None, bool]:
     """Bound one kept count with all rules; its prices then bound the others."""
     program = programs(c)
-    relaxed, _, feasible = generate(program, known[c], engine)
-    if feasible:
+    relaxed, pool, possible = generate(program, known[c], engine, gap)
+    if possible:
+        relaxed = _round(program, relaxed)
         for other in known:
             if other != c and known[other].bound < relaxed.bound:
-                candidate = programs(other)
-                if len(candidate.rows) == len(program.rows):
-                    known[other] = replace(known[other], bound=max(known[other].bound, minimise(candidate, relaxed.prices)[0]))
-    return relaxed, feasible
+                priced = relax(absorb(programs(other), relaxed.prices), guess=relaxed.prices.byte, filled=False)
+                if priced is not None and priced.bound > known[other].bound:
+                    known[other] = replace(known[other], bound=min(priced.bound, known[other].cost))
+    return relaxed, pool, possible
 
 
-def solve_program(program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None) -> Relaxed | None:
+def _round(program: Program, known: Relaxed) -> Relaxed:
+    """A choice that keeps the rules too, if somewhat higher prices of the rules lead to one."""
+    found = known
+    for factor in STRICTER:
+        prices = replace(known.prices, rows=known.prices.rows * factor)
+        near = relax(absorb(program, prices), guess=known.prices.byte, filled=False)
+        if near is not None and near.picks is not None and not program.broken(near.picks):
+            picks = fill(program, near.picks)
+            if program.objective(picks) < found.cost:
+                found = replace(found, picks=picks, cost=program.objective(picks))
+    return replace(found, bound=min(found.bound, found.cost))
+
+
+def solve_program(
+    program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: Pool | None = None
+) -> Relaxed | None:
     """One program by PuLP, unit by unit or by columns; None when the rules cannot hold."""
     if program.is_plain and known.bound >= known.cost - gap * abs(known.cost):
         return known
     binaries = int(np.isfinite(program.cost[0]).sum())
     if program.blocks is None or binaries <= MONOLITH:
-        return solve_items(program, all_items(program, None), known, engine, gap, exact=True, seconds=seconds)
-    known, pool, possible = generate(program, known, engine)
-    if pool is None or not possible:
-        return None
+        return solve_items(program, all_items(program, None, known), known, engine, gap, exact=True, seconds=seconds)
+    if pool is None:
+        known, pool, possible = generate(program, known, engine, gap)
+        if pool is None or not possible:
+            return None
     return solve_columns(program, known, pool, engine, gap, seconds)
