@@ -167,11 +167,11 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
     `free` is the answer without thought of staging: its bounds hold here too.
     """
-    limits, parts = np.unique(task.costs.staging).tolist(), _beside(task.costs, task.draft)
+    limits, rooms = _staging_limits(task, budget)
 
     def bound(low: int, high: int, outer: NDArray[np.float64]) -> NDArray[np.float64]:
         """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
-        programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
+        programs = task.programs(rooms[low], limits[high])
         inner = outer.copy()
         for i in np.argsort(outer, kind="stable"):
             if inner.min() < outer[i]:
@@ -198,7 +198,7 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
                 heapq.heappush(heap, (float(bounds[part].min()), *part))
             continue
         cutoff = np.inf if best is None else best[0].cost
-        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff)
+        found, below = task.improve(rooms[low], limits[low], cutoff)
         proven, best = min(proven, below), found or best
     if best is None:
         return None
@@ -206,6 +206,13 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
     bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
     return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
+
+
+def _staging_limits(task: _Task, budget: int) -> tuple[list[int], list[int]]:
+    """Sizes that the largest staging copy may have, rising, and the room for weights with it; of those with the same room the largest."""
+    parts = _beside(task.costs, task.draft)
+    largest = {room_for_weights(budget, parts, limit): limit for limit in np.unique(task.costs.staging).tolist()}
+    return list(largest.values()), list(largest)
 
 
 def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
