@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,17 @@ from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
 from edgemoe.programs import Compiled, Near, compile_program
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
-from edgemoe.solvers.program import Prices, Program, Solution
-from edgemoe.solvers.search import SOLVERS, bound_at, search, solve
+from edgemoe.solvers.lagrange import absorb, relax
+from edgemoe.solvers.program import Program, Solution
+from edgemoe.solvers.search import SOLVERS, search, solve
 from edgemoe.terms import Linear
 from edgemoe.units import format_bytes
 
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
-MOST_PROGRAMS = 2**27  # bytes of programs that are kept between their uses
+ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
+MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
@@ -42,32 +44,33 @@ class _Task:
     solver: str
     gap: float
     seconds: float | None
+    made: dict[int, Compiled] = field(default_factory=dict)  # programs without room, by their place in `allowed`
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
-        """Compiled programs by their place in `allowed`; the latest are kept, as many as memory allows."""
-        made: dict[int, Compiled] = {}
+        """Compiled programs by their place in `allowed`."""
 
         def program(i: int) -> Compiled:
-            if i not in made:
-                c = self.allowed[i]
-                made[i] = compile_program(self.costs, self.draft, c, room, staging=staging, objective=self.objective, near=self.near)
-                while len(made) > 2 and len(made) * made[i].program.cost.nbytes > MOST_PROGRAMS:
-                    del made[next(iter(made))]
-            return made[i]
+            if i not in self.made:
+                made = compile_program(self.costs, self.draft, self.allowed[i], objective=self.objective, near=self.near)
+                self.made[i] = made
+                while len(self.made) > 2 and len(self.made) * made.program.cost.nbytes > MOST_PROGRAMS:
+                    del self.made[next(iter(self.made))]
+            return self.made[i].within(room, staging)
 
         return program
 
-    def solve(self, room: int) -> tuple[Solution, Compiled] | None:
+    def solve(self, room: int, gap: float) -> tuple[Solution, Compiled] | None:
         """The best choice with this room, and the program that it belongs to; None when there is none."""
         compiled = self.programs(room)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.seconds)
         return None if found is None else (found, compiled(found.count_index))
 
-    def improve(self, room: int, staging: int, cutoff: float, hints: Sequence[Prices]) -> tuple[tuple[Solution, Compiled] | None, float]:
+    def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
         """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
         compiled = self.programs(room, staging)
-        n, options = len(self.allowed), {"solver": self.solver, "seconds": self.seconds}
-        found, bound = search(lambda i: compiled(i).program, n, self.gap, cutoff=cutoff, hints=hints, **options)  # type: ignore[arg-type]
+        found, bound = search(
+            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff
+        )
         return (None if found is None else (found, compiled(found.count_index))), bound
 
 
@@ -131,7 +134,7 @@ def _near(costs: Costs, plan: Plan | None) -> Near | None:
 
 def _price_without_near(task: _Task, budget: int, solution: Solution, compiled: Compiled) -> tuple[Solution, Compiled]:
     """The same choice at its own price, bounded by the best plan of all: the nats of staying near are no part of what is promised."""
-    free = replace(task, near=None)
+    free = replace(task, near=None, made={})
     best = _solve_with_staging(free, budget)
     if best is None:
         raise EdgemoeError("there is a plan near the earlier one, but none without it", hint="please report this")
@@ -150,14 +153,15 @@ def _beside(costs: Costs, draft: Draft) -> dict[str, int]:
 def _solve_with_staging(task: _Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
     parts = _beside(task.costs, task.draft)
-    found = task.solve(room_for_weights(budget, parts, 0))
-    if found is None:
-        return None
-    solution, compiled = found
-    size = compiled.program.evaluate(solution.picks)[1]
-    if size <= room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
-        return found
-    return _branch_on_staging(task, budget, solution)
+    for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
+        found = task.solve(room_for_weights(budget, parts, 0), gap)
+        if found is None:
+            return None
+        solution, compiled = found
+        size = compiled.program.evaluate(solution.picks)[1]
+        if size > room_for_weights(budget, parts, _largest_staging(task.costs, compiled, solution)):
+            return _branch_on_staging(task, budget, solution)
+    return found
 
 
 def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
@@ -167,15 +171,23 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
     `free` is the answer without thought of staging: its bounds hold here too.
     """
-    parts = _beside(task.costs, task.draft)
-    limits = _staging_limits(task.costs, budget, parts)
-    hints = [free.prices]
+    limits, rooms = _staging_limits(task, budget)
 
-    def bound(low: int, high: int) -> float:
-        programs = task.programs(room_for_weights(budget, parts, limits[low]), limits[high])
-        return min(bound_at(programs(i).program, hints) for i in range(len(task.allowed)))
+    def bound(low: int, high: int, outer: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
+        programs = task.programs(rooms[low], limits[high])
+        inner = outer.copy()
+        for i in np.argsort(outer, kind="stable"):
+            if inner.min() < outer[i]:
+                break
+            program = programs(int(i)).program
+            relaxed = relax(program if program.is_plain else absorb(program, free.prices), guess=free.price, filled=False)
+            inner[i] = np.inf if relaxed is None else max(outer[i], relaxed.bound)
+        return inner
 
-    heap = [(bound(0, len(limits) - 1), 0, len(limits) - 1)]
+    known = np.array([np.inf if b is None else b for b, _ in free.per_count])
+    bounds = {(0, len(limits) - 1): known}
+    heap = [(float(known.min()), 0, len(limits) - 1)]
     best: tuple[Solution, Compiled] | None = None
     proven = np.inf  # of what has been solved or cut off
     while heap:
@@ -186,13 +198,12 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
         if low < high:
             middle = (low + high) // 2
             for part in ((low, middle), (middle + 1, high)):
-                heapq.heappush(heap, (max(least, bound(*part)), *part))
+                bounds[part] = bound(*part, bounds[low, high])
+                heapq.heappush(heap, (float(bounds[part].min()), *part))
             continue
         cutoff = np.inf if best is None else best[0].cost
-        found, below = task.improve(room_for_weights(budget, parts, limits[low]), limits[low], cutoff, hints)
+        found, below = task.improve(rooms[low], limits[low], cutoff)
         proven, best = min(proven, below), found or best
-        if found is not None:
-            hints.append(found[0].prices)
     if best is None:
         return None
     costs = [cost for _, cost in best[0].per_count]
@@ -201,10 +212,11 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
 
 
-def _staging_limits(costs: Costs, budget: int, parts: dict[str, int]) -> list[int]:
-    """Staging copies that matter: of all that leave the same room, the largest."""
-    by_room = {room_for_weights(budget, parts, s): s for s in np.unique(costs.staging).tolist()}
-    return sorted(by_room.values())
+def _staging_limits(task: _Task, budget: int) -> tuple[list[int], list[int]]:
+    """Sizes that the largest staging copy may have, rising, and the room for weights with it; of those with the same room the largest."""
+    parts = _beside(task.costs, task.draft)
+    largest = {room_for_weights(budget, parts, limit): limit for limit in np.unique(task.costs.staging).tolist()}
+    return list(largest.values()), list(largest)
 
 
 def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
@@ -231,10 +243,6 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     drop = _drop_costs(costs, compiled, kept)  # [D]
     by_domain = costs.factor[:, stored] @ unit_cost + drop
     q = float(costs.weights @ by_domain)
-    if task.near is not None:  # what was bounded holds the penalty too: at most that of every decision
-        decisions = len(costs.units) + costs.n_layers * costs.n_experts
-        bound = min(q, solution.bound - task.near.nats * decisions)
-        solution = replace(solution, bound=bound, cost=q)
     plan = Plan(
         model=costs.model,
         model_name=costs.model_name,
@@ -259,7 +267,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         bound=solution.bound,
         gap=solution.gap,
         proven=solution.proven,
-        price=solution.prices.byte,
+        price=solution.price,
         counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
         rules=(),
         repair=costs.repair,
@@ -404,7 +412,7 @@ def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], .
     found = []
     task = _make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
     for size in sizes:
-        best = task.solve(size)
+        best = task.solve(size, DEFAULT_GAP)
         if best is not None:
             found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best[0].cost)})
     return tuple(found)

@@ -7,7 +7,7 @@ objectives   the mean over domains, or every domain's own sum of costs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from edgemoe.draft import Bound, Draft, vram_room
 from edgemoe.errors import UsageError
 from edgemoe.ir import Costs, Plan
+from edgemoe.solvers.lagrange import minimise, plain_prices
 from edgemoe.solvers.program import DROP, Blocks, Picks, Program, Row, Soft
 from edgemoe.terms import active_rates
 
 SELECT = 1  # option "keep" of an expert whose format is its stack's
 FOREVER_CPU = ("token_embd",)  # llama.cpp looks rows of the embedding up on the CPU, wherever the layers are
 Floats = NDArray[np.float64]
+Bytes = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +32,11 @@ class Compiled:
 
     program: Program
     c: int  # kept count
+    staging: NDArray[np.int64]  # [U', O] bytes of the copy that loading needs
+    kept_set: NDArray[np.bool_]  # [L, E], unless experts are chosen
     units: NDArray[np.int64]  # [U'] program unit of every unit of the costs
     n_formats: int
-    chosen: bool  # experts are picked by the program, not taken from the menu
+    chosen: bool  # experts are picked by the program
 
     def formats(self, picks: Picks) -> NDArray[np.int64]:
         """Format of every unit of the costs [U]; -1: dropped."""
@@ -46,38 +50,39 @@ class Compiled:
     def kept(self, costs: Costs, picks: Picks) -> NDArray[np.bool_]:
         """Kept experts [L, E]."""
         if not self.chosen:
-            return np.asarray(costs.kept[self.c])
+            return self.kept_set
         mask: NDArray[np.bool_] = picks[: self.program.n_experts].reshape(costs.n_layers, costs.n_experts) != DROP
         return mask
 
+    def within(self, room: int, staging: int | None = None) -> Compiled:
+        """The same with other bytes for the weights in main memory, and without formats whose loading copy is larger than `staging`."""
+        cost = self.program.cost if staging is None else np.where(self.staging <= staging, self.program.cost, np.inf)
+        return replace(self, program=replace(self.program, room=room, cost=cost))
 
-def compile_program(
-    costs: Costs, draft: Draft, c: int, room: int, *, staging: int | None = None, objective: str = "mean", near: Near | None = None
-) -> Compiled:
-    """The program of one kept count.
+
+def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
+    """The program of one kept count, without room yet: see `Compiled.within`.
 
     Args:
         costs: the price list.
         draft: what rules made of it.
         c: index of the kept count.
-        room: bytes for the weights in main memory, header included.
-        staging: formats whose loading copy is larger are not offered.
         objective: "mean" over domains or the "worst" domain.
         near: an earlier plan, and the nats that every difference to it costs.
     """
     chosen = costs.form == "experts" or draft.chooses_experts or objective == "worst"
     weights = costs.weights[None] if objective == "mean" else np.eye(len(costs.domains))
     factor = weights @ costs.factor  # [K, U]
-    offered = draft.offered & np.isfinite(costs.cost[c])
-    if staging is not None:
-        offered &= costs.staging[c] <= staging
-    main = np.where(offered, costs.cost[c], np.inf)
+    main = np.where(draft.offered, costs.cost[c], np.inf)
     blocked = np.full((*main.shape[:1], 1), np.inf)
-    pools = [main] if draft.vram is None else _two_pools(costs, main, np.where(draft.offered, costs.cost[c], np.inf))
+    pools = [main] if draft.vram is None else _two_pools(costs, main)
     base = np.concatenate([blocked, *pools], axis=1)
     cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
     size = np.concatenate(
         [np.zeros((len(main), 1), np.int64), costs.size[c], *([np.zeros_like(costs.size[c])] if draft.vram else [])], axis=1
+    )
+    staging = np.concatenate(
+        [np.zeros((len(main), 1), np.int64), costs.staging[c], np.zeros_like(size[:, : size.shape[1] - 1 - len(costs.formats)])], axis=1
     )
     rows = [_row(costs, draft, bound, c) for bound in draft.bounds]
     if draft.vram is not None:
@@ -91,32 +96,50 @@ def compile_program(
         cost = cost + near.of_formats(costs, cost.shape[2])
         constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
         drops = drops + np.where(gone, -near.nats, near.nats)
-    units = np.arange(len(costs.units))
-    blocks = None
+    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, draft, c), costs.kept[c]
+    if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in draft.bounds):
+        chosen = False  # nothing else depends on which experts stay: the best sets are known beforehand
+        gain, kept = _best_sets(draft, blocks, drops)
+        constant, cost = constant + (gain if np.isfinite(gain) else 0.0), cost if np.isfinite(gain) else np.full_like(cost, np.inf)
     if costs.form == "experts":
-        units, cost, size, rows = _experts_first(costs, cost, size, rows, drops)
+        units, cost, size, staging, rows = _experts_first(costs, cost, size, staging, rows, drops)
     elif chosen:
-        cost, size, rows = _with_selection(costs, cost, size, rows, drops, draft.bounds)
+        cost, size, staging, rows = _with_selection(costs, cost, size, staging, rows, drops, draft.bounds)
         units = units + costs.n_layers * costs.n_experts
     if chosen:
-        blocks = _blocks(costs, draft, c)
-        pinned = draft.pinned.ravel()
-        cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
-        cost[:, : pinned.size, 1:][:, pinned < 0] = np.inf
+        _pin(cost, draft)
     program = Program(
         cost=cost,
         size=size,
         constant=constant,
         fixed=int(costs.fixed_size[c]),
-        room=room,
-        blocks=blocks,
+        room=0,
+        blocks=blocks if chosen else None,
         rows=tuple(rows),
         soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in draft.soft.values()),
         format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
         max_formats=draft.max_formats,
     )
-    program, units = _tie(program, units, draft)
-    return Compiled(program=program, c=c, units=units, n_formats=len(costs.formats), chosen=chosen)
+    program, units, staging = _tie(program, units, staging, draft)
+    return Compiled(program=program, c=c, staging=staging, kept_set=kept, units=units, n_formats=len(costs.formats), chosen=chosen)
+
+
+def _pin(cost: Floats, draft: Draft) -> None:
+    """Take away the options that pins exclude, of the experts at the beginning of the costs [K, U, O]."""
+    pinned = draft.pinned.ravel()
+    cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
+    cost[:, : pinned.size, SELECT:][:, pinned < 0] = np.inf
+
+
+def _best_sets(draft: Draft, blocks: Blocks, drops: Floats) -> tuple[float, NDArray[np.bool_]]:
+    """Nats of what is dropped, and the kept sets [L, E] for which they are least under pins and groups; inf when there are none."""
+    n = blocks.n * blocks.size
+    cost = np.stack([drops.reshape(1, n), np.zeros((1, n))], axis=2)
+    _pin(cost, draft)
+    size = np.zeros((n, 2), np.int64)
+    program = Program(cost=cost, size=size, constant=np.zeros(1), fixed=0, room=0, blocks=blocks)
+    value, picks = minimise(program, plain_prices(program, 0.0))
+    return value, picks.reshape(blocks.n, blocks.size) != DROP
 
 
 def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
@@ -128,11 +151,11 @@ def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray
     return found
 
 
-def _two_pools(costs: Costs, main: Floats, anywhere: Floats) -> list[Floats]:
+def _two_pools(costs: Costs, main: Floats) -> list[Floats]:
     """Costs in main memory and in GPU memory: expert stacks may be in either, the embedding is in the first, the rest in the second."""
     stack = np.array([u.is_stack for u in costs.units])
     cpu = np.array([u.role in FOREVER_CPU for u in costs.units])
-    return [np.where((stack | cpu)[:, None], main, np.inf), np.where(cpu[:, None], np.inf, anywhere)]
+    return [np.where((stack | cpu)[:, None], main, np.inf), np.where(cpu[:, None], np.inf, main)]
 
 
 def _row(costs: Costs, draft: Draft, bound: Bound, c: int) -> Row:
@@ -159,8 +182,8 @@ def _vram_row(costs: Costs, draft: Draft, c: int) -> Row:
 
 
 def _experts_first(
-    costs: Costs, cost: Floats, size: NDArray[np.int64], rows: list[Row], drops: Floats
-) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64], list[Row]]:
+    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats
+) -> tuple[NDArray[np.int64], Floats, Bytes, Bytes, list[Row]]:
     """The experts form: units reordered so that experts come first, layer by layer, with their price of going."""
     layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
     place = [layers[u.layer] * costs.n_experts + u.expert if u.expert >= 0 else -1 for u in costs.units]
@@ -171,14 +194,14 @@ def _experts_first(
     order = np.argsort(units, kind="stable")
     if len(order) != n + len(free) or not np.array_equal(units[order], np.arange(len(order))):
         raise UsageError("the price list does not hold every expert of every layer once", hint="make it again")
-    cost, size = cost[:, order].copy(), size[order]
+    cost = cost[:, order]
     cost[:, :n, DROP] = drops.reshape(len(cost), n)
-    return units, cost, size, [Row(name=r.name, coef=r.coef[order], limit=r.limit, soft=r.soft) for r in rows]
+    return units, cost, size[order], staging[order], [Row(name=r.name, coef=r.coef[order], limit=r.limit, soft=r.soft) for r in rows]
 
 
 def _with_selection(
-    costs: Costs, cost: Floats, size: NDArray[np.int64], rows: list[Row], drops: Floats, bounds: list[Bound]
-) -> tuple[Floats, NDArray[np.int64], list[Row]]:
+    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats, bounds: list[Bound]
+) -> tuple[Floats, Bytes, Bytes, list[Row]]:
     """The stacks form with kept sets chosen: experts come first as units that are dropped or kept and hold no bytes."""
     n, options = costs.n_layers * costs.n_experts, size.shape[1]
     extra = np.full((len(cost), n, options), np.inf)
@@ -189,7 +212,8 @@ def _with_selection(
         if number < len(bounds):
             coef[:, SELECT] = bounds[number].expression.keep.ravel()
         found.append(Row(name=row.name, coef=np.concatenate([coef, row.coef]), limit=row.limit, soft=row.soft))
-    return np.concatenate([extra, cost], axis=1), np.concatenate([np.zeros((n, options), np.int64), size]), found
+    none = np.zeros((n, options), np.int64)
+    return np.concatenate([extra, cost], axis=1), np.concatenate([none, size]), np.concatenate([none, staging]), found
 
 
 def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
@@ -211,10 +235,10 @@ def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
     )
 
 
-def _tie(program: Program, units: NDArray[np.int64], draft: Draft) -> tuple[Program, NDArray[np.int64]]:
-    """Tied units become one whose costs, bytes and coefficients are their sums; experts cannot be tied."""
+def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, draft: Draft) -> tuple[Program, NDArray[np.int64], Bytes]:
+    """Tied units become one whose costs, bytes and coefficients are their sums, its copy the largest; experts cannot be tied."""
     if not draft.ties:
-        return program, units
+        return program, units, staging
     target = np.arange(program.cost.shape[1])
     for tie in draft.ties:
         tied = units[tie]
@@ -241,7 +265,9 @@ def _tie(program: Program, units: NDArray[np.int64], draft: Draft) -> tuple[Prog
         format_of=None if program.format_of is None else program.format_of[names],
         max_formats=program.max_formats,
     )
-    return tied_program, merged[units]
+    largest = np.zeros(shape, np.int64)
+    np.maximum.at(largest, merged, staging)
+    return tied_program, merged[units], largest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,7 +118,12 @@ def plan_deepseek() -> list[str]:
             without = f"{solve_plan(costs, gb * GB, rules=everyone).q:.3f}"
         except BudgetError:
             without = "does not fit"
-        cells = (f"{8 * experts / weights:.2f}", f"{experts / GB:.1f}", f"{attention / GB:.1f}", f"{(plan.file_size - experts - attention) / GB:.1f}")
+        cells = (
+            f"{8 * experts / weights:.2f}",
+            f"{experts / GB:.1f}",
+            f"{attention / GB:.1f}",
+            f"{(plan.file_size - experts - attention) / GB:.1f}",
+        )
         lines.append(f"| {gb} | {plan.count} of 256 | " + " | ".join(cells) + f" | {plan.q:.3f} | {plan.drop_q:.3f} | {without} |")
     return lines
 

@@ -22,49 +22,53 @@ ROUNDS = 80
 EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing
 CLOSE = 1e-6  # relative distance of master and bound at which generation stops
 AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # byte prices, times the best, that fill the pool at the end
-NEARBY = 12000  # options that single experts and tensors are chosen among where objectives compete
-FIRST = (1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3)  # ... and at the beginning
+NEARBY = 6000  # options that single experts and tensors are chosen among where objectives compete
+FIRST = (1e-3, 0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0, 10.0, 1e3)  # ... and at the beginning
+TOGETHER = 8  # other units that are one set of columns in the linear master
 
 
 class Pool:
-    """Layer plans of every block, each once."""
+    """Plans of every layer, and of every handful of the other units, each once."""
 
     def __init__(self, program: Program) -> None:
         assert program.blocks is not None
-        self.n, self.width = program.blocks.n, program.blocks.size
+        blocks, free = program.blocks, free_units(program)
+        self.sets = [np.arange(b * blocks.size, (b + 1) * blocks.size) for b in range(blocks.n)]
+        self.n_blocks = blocks.n
+        self.sets += [free[i : i + TOGETHER] for i in range(0, len(free), TOGETHER)]
         self.columns: list[tuple[int, Picks]] = []
         self.seen: set[tuple[int, bytes]] = set()
 
     def add(self, picks: Picks) -> int:
-        """Add the layer plans of a choice; returns how many were new."""
+        """Add the parts of a choice; returns how many were new."""
         fresh = 0
-        for b in range(self.n):
-            mine = picks[b * self.width : (b + 1) * self.width].astype(np.int16)
-            key = b, mine.tobytes()
+        for s, units in enumerate(self.sets):
+            mine = picks[units].astype(np.int16)
+            key = s, mine.tobytes()
             if key not in self.seen:
                 self.seen.add(key)
-                self.columns.append((b, mine.astype(np.int64)))
+                self.columns.append((s, mine.astype(np.int64)))
                 fresh += 1
         return fresh
 
-    def items(self, program: Program) -> Items:
-        """The columns as items, one set for each block, at a program's costs."""
+    def items(self, program: Program, *, blocks_only: bool = False) -> Items:
+        """The columns as items, at a program's costs."""
         blocks = program.blocks
         assert blocks is not None
-        where = [np.arange(b * self.width, (b + 1) * self.width) for b, _ in self.columns]
-        gone = [int((p == DROP).sum()) for _, p in self.columns]
-        curve = np.array([blocks.curve[b, k] for (b, _), k in zip(self.columns, gone, strict=True)])
-        cost = np.stack([program.cost[:, w, p].sum(axis=1) for w, (_, p) in zip(where, self.columns, strict=True)], axis=1)
-        size = np.array([program.size[w, p].sum() for w, (_, p) in zip(where, self.columns, strict=True)], np.float64)
-        rows = np.array([[r.coef[w, p].sum() for w, (_, p) in zip(where, self.columns, strict=True)] for r in program.rows])
+        chosen = [(s, p) for s, p in self.columns if not blocks_only or s < self.n_blocks]
+        where = [self.sets[s] for s, _ in chosen]
+        curve = np.array([blocks.curve[s, int((p == DROP).sum())] if s < self.n_blocks else 0.0 for s, p in chosen])
+        cost = np.stack([program.cost[:, w, p].sum(axis=1) for w, (_, p) in zip(where, chosen, strict=True)], axis=1)
+        size = np.array([program.size[w, p].sum() for w, (_, p) in zip(where, chosen, strict=True)], np.float64)
+        rows = np.array([[r.coef[w, p].sum() for w, (_, p) in zip(where, chosen, strict=True)] for r in program.rows])
         return Items(
-            owner=np.array([b for b, _ in self.columns]),
+            owner=np.array([s for s, _ in chosen]),
             units=where,
-            picks=[p for _, p in self.columns],
+            picks=[p for _, p in chosen],
             cost=cost + curve,
             size=size,
-            rows=rows.reshape(len(program.rows), len(self.columns)),
-            n_sets=self.n,
+            rows=rows.reshape(len(program.rows), len(chosen)),
+            n_sets=self.n_blocks if blocks_only else len(self.sets),
         )
 
 
@@ -73,15 +77,15 @@ def free_units(program: Program) -> NDArray[np.int64]:
     return np.arange(program.n_experts, program.cost.shape[1])
 
 
-def all_items(program: Program, pool: Pool | None) -> Items:
+def all_items(program: Program, pool: Pool | None, known: Relaxed | None = None) -> Items:
     """Columns of the blocks and options of the other units; without a pool the options of every unit."""
     if pool is None:
-        return unit_items(program, np.arange(program.cost.shape[1]))
-    free = free_units(program)
-    return join(pool.items(program), unit_items(program, free)) if len(free) else pool.items(program)
+        return unit_items(program, np.arange(program.cost.shape[1]), known)
+    free, layers = free_units(program), pool.items(program, blocks_only=True)
+    return join(layers, unit_items(program, free, known)) if len(free) else layers
 
 
-def generate(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Pool | None, bool]:
+def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple[Relaxed, Pool | None, bool]:
     """Bound and prices of the linear relaxation with all rows; the pool of columns; and False when budget and rules cannot hold together.
 
     A solver that fails leaves what is known as it is: only a proof says that there is no choice.
@@ -97,18 +101,27 @@ def generate(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Po
     elif not _reach_feasible(program, pool, engine):
         return known, pool, False
     bound, prices, expected = known.bound, known.prices, known.cost if np.isfinite(known.cost) else known.bound
+    close = max(CLOSE, gap / 10)
     for _ in range(ROUNDS):
-        model = build(program, all_items(program, pool), expected)
+        model = build(program, pool.items(program), expected)
         if not run(model.problem, engine, mip=False).solved:
             break
         found = prices_of(program, model)
-        value, picks = minimise(program, found)
-        if value > bound:
-            bound, prices = value, found
         expected = master = _master_value(program, model)
-        if pool.add(picks) == 0 or master - value <= CLOSE * abs(master):
+        fresh = 0
+        for asked in (found, _between(prices, found)):  # duals jump about; half way to the best so far is often better (Wentges 1997)
+            value, picks = minimise(program, asked)
+            fresh += pool.add(picks)
+            if value > bound:
+                bound, prices = value, asked
+        if fresh == 0 or master - bound <= close * abs(master):
             break
     return Relaxed(bound=min(bound, known.cost), cost=known.cost, picks=known.picks, prices=prices), pool, True
+
+
+def _between(one: Prices, two: Prices) -> Prices:
+    rows = two.rows if len(one.rows) != len(two.rows) else (one.rows + two.rows) / 2
+    return Prices(byte=(one.byte + two.byte) / 2, rows=rows, objectives=(one.objectives + two.objectives) / 2)
 
 
 def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Pool | None, bool]:
@@ -146,7 +159,7 @@ def _reach_feasible(program: Program, pool: Pool, engine: str) -> bool:
         soft=tuple(replace(s, price=0.0) for s in program.soft),
     )
     for _ in range(ROUNDS):
-        model = build(free, all_items(free, pool), 1.0, elastic=True)
+        model = build(free, pool.items(free), 1.0, elastic=True)
         if not run(model.problem, engine, mip=False).solved:
             return True  # nothing is proven
         if sum(float(z.varValue or 0.0) for z in model.elastic) <= EXCEEDED:
@@ -175,7 +188,7 @@ def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap
         near = Prices(byte=known.prices.byte, rows=known.prices.rows * factor, objectives=known.prices.objectives)
         if program.rows:
             pool.add(minimise(program, near)[1])
-    found = solve_items(program, all_items(program, pool), known, engine, gap, exact=False, seconds=seconds)
+    found = solve_items(program, all_items(program, pool, known), known, engine, gap, exact=False, seconds=seconds)
     if found is not None and found.picks is not None:
         return found
-    return solve_items(program, all_items(program, None), known, engine, gap, exact=True, seconds=seconds)
+    return solve_items(program, all_items(program, None, known), known, engine, gap, exact=True, seconds=seconds)

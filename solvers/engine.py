@@ -50,7 +50,7 @@ def run(
         mip: False for the linear relaxation.
         start: values of all variables in the order of `problem.variables()`, to start from (HiGHS).
         seconds: wall-clock limit.
-        target: objective (without its constant) that is good enough (HiGHS).
+        target: an objective that is good enough whatever the gap (HiGHS).
 
     Raises:
         MachineError: the engine is not installed.
@@ -59,7 +59,10 @@ def run(
 
     with warnings.catch_warnings(), _silence():
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces 4.0
-        status = problem.solve(_make(engine, gap, mip=mip, start=start, seconds=seconds, target=target))
+        try:
+            status = problem.solve(_make(engine, gap, mip=mip, start=start, seconds=seconds, target=target))
+        except (KeyError, pulp.PulpSolverError):  # a status that PuLP does not know; an engine that crashed
+            return Outcome(solved=False, infeasible=False, bound=-np.inf)
     solved = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and status == pulp.LpStatusOptimal
     if not solved:
         return Outcome(solved=False, infeasible=problem.sol_status == pulp.LpSolutionInfeasible, bound=-np.inf)
@@ -73,15 +76,15 @@ def run(
 
 def is_available(engine: str) -> bool:
     """Whether an engine is installed."""
-    return bool(_make(engine, 0.0, mip=True, start=None, seconds=None, target=None, check=False).available())
+    return bool(_make(engine, 0.0, mip=True, start=None, seconds=None, check=False).available())
 
 
-def _make(engine: str, gap: float, *, mip: bool, start: Any, seconds: float | None, target: float | None, check: bool = True) -> Any:
+def _make(engine: str, gap: float, *, mip: bool, start: Any, seconds: float | None, target: float | None = None, check: bool = True) -> Any:
     import pulp
 
     if engine == "highs":
-        enough = {} if target is None or not mip else {"objective_target": target}
-        made = _fast_highs()(msg=False, mip=mip, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=seconds, random_seed=0, **enough)
+        extra = {} if target is None or not mip else {"objective_target": target}
+        made = _fast_highs()(msg=False, mip=mip, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=seconds, random_seed=0, **extra)
         made.start = start
     elif engine == "cbc":
         path = getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", "cbc")  # the one that PuLP 3 brings, else one on the PATH

@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 
 from edgemoe.errors import UsageError
-from edgemoe.solvers.lagrange import plain_prices
-from edgemoe.solvers.program import Program, Programs, Solution
+from edgemoe.solvers.program import Prices, Program, Programs, Solution
 
 MAX_PLANS = 2_000_000
 
@@ -32,10 +31,16 @@ def solve(programs: Programs, n_counts: int) -> Solution | None:
             best = (least[0], c, least[1])
     if best is None:
         return None
-    cost, c, chosen = best
-    prices = plain_prices(programs(c), 0.0)
-    picks = np.array(chosen, np.int64)
-    return Solution(count_index=c, picks=picks, cost=cost, bound=cost, proven=True, prices=prices, per_count=tuple(per_count))
+    cost, c, picks = best
+    return Solution(
+        count_index=c,
+        picks=np.array(picks, np.int64),
+        cost=cost,
+        bound=cost,
+        proven=True,
+        prices=Prices(byte=0.0, rows=np.zeros(0), objectives=np.zeros(0)),
+        per_count=tuple(per_count),
+    )
 
 
 def _best_of(program: Program, options: list[list[int]]) -> tuple[float, tuple[int, ...]] | None:

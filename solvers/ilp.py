@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import Outcome, run
-from edgemoe.solvers.lagrange import Relaxed, fill
+from edgemoe.solvers.lagrange import Relaxed, absorb, fill, minimise
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 SCALE = 1e4  # of the objective
@@ -56,20 +56,16 @@ class Model:
     elastic: list[Any] = field(default_factory=list)
 
 
-def unit_items(program: Program, units: NDArray[np.int64]) -> Items:
-    """The options of each of these units, a set each; options that another beats in every respect are left out where that is exact."""
-    owner, where, picks = [], [], []
-    for s, u in enumerate(units):
-        for o in _offered(program, int(u)):
-            owner.append(s)
-            where.append(np.array([u]))
-            picks.append(np.array([o]))
-    index, option = np.concatenate(where), np.concatenate(picks)
+def unit_items(program: Program, units: NDArray[np.int64], known: Relaxed | None = None) -> Items:
+    """The options of each of these units, a set each; options that cannot be part of a better choice than the known one are left out."""
+    offered = _promising(program, known)
+    owner, option = np.nonzero(offered[units])
+    index = units[owner]
     rows = np.stack([r.coef[index, option] for r in program.rows]) if program.rows else np.zeros((0, len(index)))
     return Items(
-        owner=np.array(owner),
-        units=where,
-        picks=picks,
+        owner=owner,
+        units=list(index[:, None]),
+        picks=list(option[:, None]),
         cost=program.cost[:, index, option],
         size=program.size[index, option].astype(np.float64),
         rows=rows,
@@ -77,19 +73,29 @@ def unit_items(program: Program, units: NDArray[np.int64]) -> Items:
     )
 
 
-def _offered(program: Program, u: int) -> list[int]:
-    """Options of a unit in order; in a plain program only those that no other beats in both bytes and nats."""
-    finite = np.flatnonzero(np.isfinite(program.cost[:, u]).all(axis=0))
-    expert = u < program.n_experts
-    if not program.is_plain:
-        return [int(o) for o in finite]
-    cost, size = program.cost[0, u], program.size[u]
-    best, front = np.inf, [DROP] if expert and DROP in finite else []
-    for o in finite[np.lexsort((finite, cost[finite], size[finite]))]:
-        if not (expert and o == DROP) and cost[o] < best:
-            best = cost[o]
-            front.append(int(o))
-    return front
+def _promising(program: Program, known: Relaxed | None) -> NDArray[np.bool_]:
+    """Options [U, O] that no other beats in costs, bytes and every rule, and with which the bound stays below the known choice.
+
+    The second is reduced-cost fixing: an option that raises the relaxation past the known cost is in no better choice.
+    """
+    offered: NDArray[np.bool_] = np.asarray(np.isfinite(program.cost).all(axis=0))
+    n = program.n_experts
+    if known is not None and known.picks is not None and not program.soft:
+        plain, value = absorb(program, known.prices), minimise(program, known.prices)[0]
+        reduced = plain.cost[0, n:] + known.prices.byte * program.size[n:]
+        margin = known.cost - value + 1e-9 * abs(known.cost)
+        offered[n:] &= reduced - reduced.min(axis=1, keepdims=True) <= margin
+    if program.max_formats:
+        return offered
+    first = 1 if n else 0  # dropping an expert is no format that could be beaten
+    traits = np.stack([*np.where(np.isfinite(program.cost), program.cost, 0.0), program.size, *(r.coef for r in program.rows)])
+    for o in range(first, offered.shape[1]):
+        for other in range(first, offered.shape[1]):
+            if o != other:
+                no_worse = (traits[:, :, other] <= traits[:, :, o]).all(axis=0)
+                twin = (traits[:, :, other] == traits[:, :, o]).all(axis=0)
+                offered[:, o] &= ~(offered[:, other] & no_worse & (~twin | (other < o)))
+    return offered
 
 
 def join(first: Items, second: Items) -> Items:
@@ -280,10 +286,13 @@ def solve_items(
         if items.n_sets == program.cost.shape[1]:  # unit by unit
             add_block_rules(program, items, model)
         start = None if best is None else _start(program, items, model, best)
-        enough = (known.bound / (1 - min(gap, 0.5)) - _constant(program)) * model.scale if known.bound > 0 else None
-        outcome = run(model.problem, engine, gap=gap / 4, start=start, seconds=seconds, target=enough)
-        if outcome.infeasible and exact and best is None and not tighter.any():
-            return None
+        enough = bound + 0.9 * gap * abs(bound)  # what is known already would prove it
+        target = (enough - (float(program.constant[0]) if len(program.cost) == 1 else 0.0)) * model.scale
+        outcome = run(model.problem, engine, gap=0.9 * gap, start=start, seconds=seconds, target=target)
+        if outcome.infeasible and exact and not tighter.any():
+            if best is None:
+                return None
+            bound = cost  # what is left out is no better than the known choice, and the rest is nothing
         if exact and not tighter.any() and outcome.bound > -np.inf:
             bound = max(bound, _in_nats(program, model, outcome))
         if not outcome.solved:
@@ -313,13 +322,10 @@ def _exceeded(program: Program, model: Model, picks: Picks) -> Array:
     return np.maximum(over, 0.0)
 
 
-def _constant(program: Program) -> float:
-    """Nats that the scaled objective does not hold."""
-    return float(program.constant[0]) if len(program.cost) == 1 else 0.0
-
-
 def _in_nats(program: Program, model: Model, outcome: Outcome) -> float:
-    return outcome.bound / model.scale + _constant(program)
+    """The solver's bound, less what its tolerance of 1e-6 on the objective of 10^4 could be worth."""
+    constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
+    return (outcome.bound - 1e-6) / model.scale + constant
 
 
 def _decode(program: Program, items: Items, model: Model) -> Picks:

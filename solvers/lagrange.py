@@ -2,12 +2,11 @@
 
 With prices for bytes (lam), rows (pi) and weights of the objectives (w), every unit picks alone the option of least reduced cost
 r = w . cost + lam size + pi . coef, and every block drops those experts where that saves most.  Whatever the prices (>= 0, w summing to 1),
-the sum of these minima less lam room and pi . limit is a lower bound (Everett 1963).  Without rows the best lam is found by bisection.
+the sum of these minima less lam room and pi . limit is a lower bound (Everett 1963).  Without rows the best lam is found by `relax`.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 
 from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
-STEPS = 100
-CLOSE = 1e-9  # relative width of the price interval at which bisection stops
+STEPS = 200
+NEAR = 4.0  # ratio of the ends of the price interval below which lines are crossed, above which it is halved (prices span 20 decades)
+CLOSE = 1e-13  # relative distance to the crossing of two lines that is rounding
 Array = NDArray[np.float64]
 
 
@@ -44,23 +44,11 @@ def mix_objectives(program: Program, weights: Array) -> Array:
     return np.where(offered, np.tensordot(weights, np.where(offered, program.cost, 0.0), axes=1), np.inf)
 
 
-def reduce_costs(program: Program, prices: Prices) -> Array:
-    """What every option costs with its bytes and its share of the rules paid [U, O]."""
-    reduced = mix_objectives(program, prices.objectives) + prices.byte * program.size
-    for price, row in zip(prices.rows, program.rows, strict=True):
-        if price:
-            reduced = reduced + price * row.coef
-    return reduced
-
-
 def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
     """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
-    reduced = reduce_costs(program, prices)
-    value = float(prices.objectives @ program.constant) - prices.byte * (program.room - program.fixed)
-    value -= float(sum(p * row.limit for p, row in zip(prices.rows, program.rows, strict=True)))
-    for s, soft in enumerate(program.soft):
-        slope = soft.price + float(sum(p * row.soft[s] for p, row in zip(prices.rows, program.rows, strict=True)))
-        value += slope * soft.low if slope >= -1e-12 * soft.price else slope * soft.high
+    plain = program if program.is_plain else absorb(program, prices)
+    reduced = plain.cost[0] + prices.byte * program.size
+    value = float(plain.constant[0]) - prices.byte * (program.room - program.fixed)
     n = program.n_experts
     picks = reduced.argmin(axis=1)
     value += float(reduced[np.arange(n, len(picks)), picks[n:]].sum())
@@ -68,6 +56,18 @@ def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
         least, picks[:n] = _minimise_blocks(program.blocks, reduced[:n])
         value += least
     return value, picks
+
+
+def absorb(program: Program, prices: Prices) -> Program:
+    """The program with its rules in the costs, at these prices, and one objective: whatever bounds it bounds the program."""
+    cost, limits, slopes = mix_objectives(program, prices.objectives), 0.0, np.array([s.price for s in program.soft])
+    for price, row in zip(prices.rows, program.rows, strict=True):
+        cost, limits, slopes = cost + price * row.coef, limits + price * row.limit, slopes + price * row.soft
+    limits -= sum(
+        slope * (soft.low if slope >= -1e-12 * soft.price else soft.high) for slope, soft in zip(slopes, program.soft, strict=True)
+    )
+    constant = np.array([float(prices.objectives @ program.constant) - limits])
+    return replace(program, cost=cost[None], constant=constant, rows=(), soft=(), max_formats=0)
 
 
 def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
@@ -91,7 +91,8 @@ def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
     chosen = totals.argmin(axis=1)
     totals[np.isnan(saves).any(axis=1)] = np.inf
     value = float((base + totals[np.arange(blocks.n), chosen]).sum())
-    rank = np.argsort(order, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, gone[None, :-1], axis=1)
     return value, np.where(rank < chosen[:, None], DROP, best).ravel()
 
 
@@ -117,53 +118,85 @@ def least_size(program: Program) -> float:
     return minimise(bare, plain_prices(bare, 1.0))[0]
 
 
-def relax(program: Program) -> Relaxed | None:
-    """Bound and choice by bisection over the price of a byte; None when even the smallest choice does not fit.
+@dataclass(frozen=True, slots=True)
+class _End:
+    """An end of the interval of byte prices: the choice that is cheapest there, its nats (mean objective) and bytes."""
+
+    price: float
+    value: float  # of the relaxation
+    picks: Picks
+    cost: float
+    size: int
+
+
+def _at(program: Program, price: float) -> _End:
+    value, picks = minimise(program, plain_prices(program, price))
+    cost, size = program.evaluate(picks)
+    return _End(price, value, picks, float(cost.mean()), size)
+
+
+def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relaxed | None:
+    """Bound and choice at the best price of a byte; None when even the smallest choice does not fit.
+
+    The relaxation is a concave function of the price, in straight pieces, one for each choice: where the lines of a too large choice
+    and of one that fits cross is the next price to try, and the best one if no choice is below the crossing (Fisher 1981).
 
     Rows are ignored, so with rows only the bound is valid; the choice is returned only where it keeps them.
+
+    Args:
+        program: the numbers.
+        guess: a price that may be near the best, of a similar program.
+        filled: spend what is left of the room on the choice.
     """
-    if least_size(program) > program.room:
+    if not np.isfinite(program.constant).all():  # absorbed at prices that are no good for a soft variable
+        return Relaxed(bound=-np.inf, cost=np.inf, picks=None, prices=plain_prices(program, 0.0))
+    whole, program = program, program if program.is_plain else absorb(program, plain_prices(program, 0.0))  # mixed once, not at every price
+    top = float(np.abs(np.where(np.isfinite(program.cost), program.cost, 0.0)).max(initial=0.0))
+    top += float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0
+    least, most = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # at `most` a byte is dearer than everything
+    ends = _bracket(program, least, most, guess)
+    if ends is None:
         return None
-    plain = _only_the_budget(program)
-    finite = plain.cost[np.isfinite(plain.cost)]
-    top = float(np.abs(finite).max()) + (float(np.abs(plain.blocks.curve).max()) if plain.blocks else 0.0)
-    low, high = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # a byte dearer than everything
-
-    def at(price: float) -> tuple[float, Picks]:
-        return minimise(plain, plain_prices(plain, price))
-
-    free, picks = at(0.0)[0], at(low)[1]
-    if plain.evaluate(picks)[1] <= program.room:
-        return _relaxed(program, free, picks, plain_prices(program, 0.0))
-    bound, best, best_price = free, None, 0.0
+    low, high = ends
+    if low is None:
+        return _relaxed(whole, minimise(program, plain_prices(program, 0.0))[0], high.picks, 0.0, filled=filled)
+    best = max(low, high, key=lambda end: end.value)
     for _ in range(STEPS):
-        price = float(np.sqrt(low * high))
-        value, picks = at(price)
-        if value > bound:
-            bound, best_price = value, price
-        if plain.evaluate(picks)[1] <= program.room:
-            high, best = price, picks
-        else:
-            low = price
-        if high / low < 1 + CLOSE:
+        near = high.price < NEAR * low.price and low.size > high.size
+        price = (high.cost - low.cost) / (low.size - high.size) if near else float(np.sqrt(low.price * high.price))
+        price = min(max(price, low.price), high.price)
+        middle = _at(program, price)
+        best = max(best, middle, key=lambda end: end.value)
+        crossing = low.cost + price * (low.size - program.room)
+        if (near and middle.value >= crossing - CLOSE * abs(crossing)) or price in (low.price, high.price):
             break
-    if best is None:
-        best = at(high)[1]
-    return _relaxed(program, bound, best, plain_prices(program, best_price))
+        low, high = (low, middle) if middle.size <= program.room else (middle, high)
+    return _relaxed(whole, best.value, high.picks, best.price, filled=filled)
 
 
-def _only_the_budget(program: Program) -> Program:
-    """The program with the mean of its objectives for its one objective, and without rows: a relaxation."""
-    if program.is_plain:
-        return program
-    weights = plain_prices(program, 0.0).objectives
-    mean = np.array([float(weights @ program.constant)])
-    return replace(program, cost=mix_objectives(program, weights)[None], constant=mean, rows=(), soft=(), max_formats=0)
+def _bracket(program: Program, least: float, most: float, guess: float) -> tuple[_End | None, _End] | None:
+    """A price at which the choice is too large (None: at every price it fits) and one at which it fits; None: no choice fits."""
+    low = high = None
+    price, step = guess, 2.0
+    while least < price < most and (low is None or high is None):  # from the guess outwards, in growing steps
+        end = _at(program, price)
+        low, high = (low, end) if end.size <= program.room else (end, high)
+        price, step = (price / step if low is None else price * step), step**2
+    if high is None:
+        high = _at(program, most)
+        if high.value == np.inf or high.size > program.room:
+            return None
+    if low is None:
+        low = _at(program, least)
+        if low.size <= program.room:
+            return None, low
+    return low, high
 
 
-def _relaxed(program: Program, bound: float, picks: Picks, prices: Prices) -> Relaxed:
+def _relaxed(program: Program, bound: float, picks: Picks, price: float, *, filled: bool) -> Relaxed:
+    prices = plain_prices(program, price)
     if program.evaluate(picks)[1] <= program.room and not program.broken(picks):
-        picks = fill(program, picks)
+        picks = fill(program, picks) if filled else picks
         cost = program.objective(picks)
         return Relaxed(bound=min(bound, cost), cost=cost, picks=picks, prices=prices)
     return Relaxed(bound=bound, cost=np.inf, picks=None, prices=prices)
@@ -172,34 +205,33 @@ def _relaxed(program: Program, bound: float, picks: Picks, prices: Prices) -> Re
 def fill(program: Program, picks: Picks) -> Picks:
     """Spend the bytes that are left on a feasible choice: best improvement per byte first, whatever fits and keeps the rules.
 
-    Experts that were dropped stay dropped; with several objectives their mean must fall, and the worst must not rise.
+    Experts that were dropped stay dropped; with several objectives their mean must fall, and none may rise.
     """
     picks = picks.copy()
     every = np.arange(len(picks))
     cost = mix_objectives(program, np.full(len(program.cost), 1 / len(program.cost)))
     left = program.room - program.evaluate(picks)[1]
     slack = np.array([row.limit - float(row.coef[every, picks].sum()) for row in program.rows])
-    open_units = np.ones(len(picks), bool)
-    open_units[: program.n_experts] = picks[: program.n_experts] != DROP
-    now = cost[every, picks]
-    extra = program.size - program.size[every, picks][:, None]
-    gain = now[:, None] - np.where(np.isfinite(cost), cost, np.inf)
-    better = (gain > 0) & (extra <= left) & open_units[:, None]
+    better = (cost < cost[every, picks][:, None]) & (program.size <= program.size[every, picks][:, None] + left)
+    better[: program.n_experts] &= (picks[: program.n_experts] != DROP)[:, None]
     better[: program.n_experts, DROP] = False
     if program.max_formats and program.format_of is not None:
         better &= np.isin(program.format_of, program.format_of[every, picks])
-    heap = [(-gain[u, o] / max(int(extra[u, o]), 1), int(u), int(o)) for u, o in zip(*np.nonzero(better), strict=True)]
-    heapq.heapify(heap)
-    while heap:
-        _, u, o = heapq.heappop(heap)
-        more = int(program.size[u, o] - program.size[u, picks[u]])
-        if more > left or cost[u, o] >= cost[u, picks[u]]:
-            continue
-        if len(program.cost) > 1 and (program.cost[:, u, o] > program.cost[:, u, picks[u]]).any():
-            continue
-        change = np.array([row.coef[u, o] - row.coef[u, picks[u]] for row in program.rows])
-        if ((change > 0) & (change > slack)).any():
-            continue
-        picks[u], left = o, left - more
-        slack = slack - change if len(change) else slack
-    return picks
+    unit, option = np.nonzero(better)
+    now = picks[unit]
+    gain, more = cost[unit, now] - cost[unit, option], program.size[unit, option] - program.size[unit, now]
+    change = np.array([row.coef[unit, option] - row.coef[unit, now] for row in program.rows]).reshape(len(slack), len(unit))
+    rise = program.cost[:, unit, option] - program.cost[:, unit, now]
+    order = np.argsort(-gain / np.maximum(more, 1), kind="stable")
+    table = np.concatenate([gain[None], more[None], change, rise])[:, order]  # what taking each would change
+    unit, option = unit[order], option[order]
+    while True:
+        change, rise = table[2 : 2 + len(slack)], table[2 + len(slack) :]
+        fits = (table[0] > 0) & (table[1] <= left) & ((change <= 0) | (change <= slack[:, None])).all(axis=0)
+        fits &= (rise <= 0).all(axis=0)
+        table, unit, option = table[:, fits], unit[fits], option[fits]
+        if not len(unit):
+            return picks
+        taken = table[:, 0].copy()
+        picks[unit[0]], left, slack = option[0], left - int(taken[1]), slack - taken[2 : 2 + len(slack)]
+        table[:, unit == unit[0]] -= taken[:, None]

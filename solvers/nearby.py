@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.ilp import Items, unit_items
-from edgemoe.solvers.lagrange import minimise, reduce_costs
+from edgemoe.solvers.lagrange import absorb, minimise
 from edgemoe.solvers.program import DROP, Prices, Program
 
 
@@ -29,7 +29,8 @@ def nearby_items(program: Program, prices: Prices, most: int) -> Items:
 
 def _distances(program: Program, prices: Prices) -> NDArray[np.float64]:
     """By how much each option is dearer than the relaxation's own [U, O]; dropping and keeping are compared across an expert's layer."""
-    reduced = reduce_costs(program, prices)
+    plain = program if program.is_plain else absorb(program, prices)
+    reduced = plain.cost[0] + prices.byte * program.size
     picks = minimise(program, prices)[1]
     n = program.n_experts
     least = np.where(np.isfinite(reduced), reduced, np.inf)

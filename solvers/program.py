@@ -166,8 +166,13 @@ class Solution:
     cost: float
     bound: float
     proven: bool
-    prices: Prices  # at which it was bounded; that of a byte is what one more would save
+    prices: Prices  # at which its count was bounded
     per_count: tuple[tuple[float | None, float | None], ...]  # [C] (bound, best cost found)
+
+    @property
+    def price(self) -> float:
+        """Nats that one more byte saves."""
+        return self.prices.byte
 
     @property
     def gap(self) -> float:

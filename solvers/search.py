@@ -7,19 +7,19 @@ its bound is proven already.  With rules, the prices found for one kept count bo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from edgemoe.errors import EdgemoeError, UsageError
-from edgemoe.solvers.columns import all_items, generate, solve_columns
+from edgemoe.solvers.columns import Pool, all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
-from edgemoe.solvers.lagrange import Relaxed, minimise, relax
-from edgemoe.solvers.program import Prices, Program, Programs, Solution
+from edgemoe.solvers.lagrange import Relaxed, absorb, fill, relax
+from edgemoe.solvers.program import Program, Programs, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
+STRICTER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)  # prices of rules, times the best, at which choices that keep them are looked for
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
 
 
@@ -61,12 +61,10 @@ def search(
     solver: str = "highs",
     seconds: float | None = None,
     cutoff: float = np.inf,
-    hints: Sequence[Prices] = (),
 ) -> tuple[Solution | None, float]:
     """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice at all goes below.
 
-    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for; `hints` are prices at which kept counts
-    are bounded first, so that those beyond the cutoff cost no more time.
+    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for.
     """
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
@@ -77,32 +75,20 @@ def search(
         return (best if best is not None and best.cost < cutoff else None), (np.inf if best is None else best.cost)
     until = None if seconds is None else time.monotonic() + seconds
     known: dict[int, Relaxed] = {}
-    beyond = np.inf  # bound of what the hints put beyond the cutoff
+    guess = 0.0
     for c in range(n_counts):
         program = programs(c)
-        quick = bound_at(program, hints) if cutoff < np.inf else -np.inf
-        if quick >= cutoff - gap * abs(cutoff):
-            beyond = min(beyond, quick)
-            continue
         if solver == "lagrange" and not program.is_plain:
             name = program.rows[0].name if program.rows else "at most so many formats" if program.max_formats else "objective: worst"
             raise UsageError(f"solver lagrange cannot honour the rule {name!r}", hint="use --solver highs")
-        relaxed = relax(program)
+        relaxed = relax(program, guess=guess)
         if relaxed is not None:
-            known[c] = relaxed
+            known[c], guess = relaxed, relaxed.prices.byte
     if solver != "lagrange":
         _close_gaps(programs, known, gap, solver, until, cutoff)
     found = _conclude(known, n_counts, gap)
     bound = min((r.bound for r in known.values()), default=np.inf)
-    bound = min(bound, beyond)
     return (found if found is not None and found.cost < cutoff else None), bound
-
-
-def bound_at(program: Program, hints: Sequence[Prices]) -> float:
-    """The best bound of a program at these prices; -inf without any that belong to it."""
-    shape = len(program.rows), len(program.cost)
-    fitting = [p for p in hints if (len(p.rows), len(p.objectives)) == shape]
-    return max((minimise(program, p)[0] for p in fitting), default=-np.inf)
 
 
 def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution | None:
@@ -134,17 +120,18 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
         if known[c].bound >= best - gap * abs(best) or (until is not None and time.monotonic() > until):
             return  # sorted by bound: no later count can win either
         done.add(c)
-        program = programs(c)
+        program, pool = programs(c), None
         if not program.is_plain:
-            known[c], feasible = _bound_with_rules(programs, known, c, engine)
-            if not feasible:
+            known[c], pool, possible = _bound_with_rules(programs, known, c, engine, gap)
+            if not possible:
                 known.pop(c)
                 done.discard(c)
                 continue
+            best = min(best, known[c].cost)
             if known[c].bound >= best - gap * abs(best):
                 continue
         left = None if until is None else max(1.0, until - time.monotonic())
-        found = solve_program(program, known[c], engine, gap, left)
+        found = solve_program(program, known[c], engine, gap, left, pool)
         if found is None:
             known.pop(c)
             done.discard(c)
@@ -152,27 +139,44 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
             known[c] = found
 
 
-def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, engine: str) -> tuple[Relaxed, bool]:
+def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float) -> tuple[Relaxed, Pool | None, bool]:
     """Bound one kept count with all rules; its prices then bound the others."""
     program = programs(c)
-    relaxed, _, feasible = generate(program, known[c], engine)
-    if feasible:
+    relaxed, pool, possible = generate(program, known[c], engine, gap)
+    if possible:
+        relaxed = _round(program, relaxed)
         for other in known:
             if other != c and known[other].bound < relaxed.bound:
-                candidate = programs(other)
-                if len(candidate.rows) == len(program.rows):
-                    known[other] = replace(known[other], bound=max(known[other].bound, minimise(candidate, relaxed.prices)[0]))
-    return relaxed, feasible
+                priced = relax(absorb(programs(other), relaxed.prices), guess=relaxed.prices.byte, filled=False)
+                if priced is not None and priced.bound > known[other].bound:
+                    known[other] = replace(known[other], bound=min(priced.bound, known[other].cost))
+    return relaxed, pool, possible
 
 
-def solve_program(program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None) -> Relaxed | None:
+def _round(program: Program, known: Relaxed) -> Relaxed:
+    """A choice that keeps the rules too, if somewhat higher prices of the rules lead to one."""
+    found = known
+    for factor in STRICTER:
+        prices = replace(known.prices, rows=known.prices.rows * factor)
+        near = relax(absorb(program, prices), guess=known.prices.byte, filled=False)
+        if near is not None and near.picks is not None and not program.broken(near.picks):
+            picks = fill(program, near.picks)
+            if program.objective(picks) < found.cost:
+                found = replace(found, picks=picks, cost=program.objective(picks))
+    return replace(found, bound=min(found.bound, found.cost))
+
+
+def solve_program(
+    program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: Pool | None = None
+) -> Relaxed | None:
     """One program by PuLP, unit by unit or by columns; None when the rules cannot hold."""
     if program.is_plain and known.bound >= known.cost - gap * abs(known.cost):
         return known
     binaries = int(np.isfinite(program.cost[0]).sum())
     if program.blocks is None or binaries <= MONOLITH:
-        return solve_items(program, all_items(program, None), known, engine, gap, exact=True, seconds=seconds)
-    known, pool, possible = generate(program, known, engine)
-    if pool is None or not possible:
-        return None
+        return solve_items(program, all_items(program, None, known), known, engine, gap, exact=True, seconds=seconds)
+    if pool is None:
+        known, pool, possible = generate(program, known, engine, gap)
+        if pool is None or not possible:
+            return None
     return solve_columns(program, known, pool, engine, gap, seconds)

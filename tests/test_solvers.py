@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.errors import BudgetError, UsageError
-from edgemoe.solvers.lagrange import Prices, least_size, minimise, plain_prices, relax
+from edgemoe.solvers.lagrange import least_size, minimise, plain_prices, relax
 from edgemoe.solvers.pmq import allocate_bits, pmq_costs
-from edgemoe.solvers.program import Blocks, Program, Row, Solution
+from edgemoe.solvers.program import Blocks, Prices, Program, Row, Solution
 from edgemoe.solvers.search import solve
 
 
