@@ -22,7 +22,7 @@ ROUNDS = 80
 EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing
 CLOSE = 1e-6  # relative distance of master and bound at which generation stops
 AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # byte prices, times the best, that fill the pool at the end
-NEARBY = 6000  # options that single experts and tensors are chosen among where objectives compete
+NEARBY = 2000  # options beside the relaxation's that single experts and tensors are chosen among where objectives compete
 FIRST = (1e-3, 0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0, 10.0, 1e3)  # ... and at the beginning
 TOGETHER = 8  # other units that are one set of columns in the linear master
 

@@ -18,11 +18,10 @@ from edgemoe.solvers.program import DROP, Prices, Program
 
 
 def nearby_items(program: Program, prices: Prices, most: int) -> Items:
-    """The options nearest to what the relaxation picks, a set for every unit, at most about `most` in all."""
+    """What the relaxation picks and the `most` options nearest to it, a set for every unit."""
     distance = _distances(program, prices)
-    finite = np.sort(distance[np.isfinite(distance)])
-    limit = finite[min(most, len(finite) - 1)]
-    near = distance <= max(limit, 0.0)
+    others = np.sort(distance[np.isfinite(distance) & (distance > 0)])
+    near = distance <= (others[min(most, len(others)) - 1] if len(others) else 0.0)
     cost = np.where(near[None], program.cost, np.inf)
     return unit_items(replace(program, cost=cost), np.arange(cost.shape[1]))
 
