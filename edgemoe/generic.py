@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ def load_saliency() -> Saliency:
     return Saliency(domains=domains, share=share / share.sum(axis=2, keepdims=True), kept=kept)
 
 
-def price_config(source: str, context: int | None = None, target: str = "gguf") -> Costs:
+def price_config(source: str, context: int | None = None, target: str = "gguf", *, also: Sequence[int] = ()) -> Costs:
     """Generic prices of a known shape (`shapes.list_shapes`) or of a config.json (or the folder that holds it).
 
-    GLM-5.2 is priced from its own published measurements.
+    GLM-5.2 is priced from its own published measurements.  `also`: kept counts to offer beside the usual ones.
 
     Raises:
         UsageError: no such shape or file.
@@ -95,11 +95,17 @@ def price_config(source: str, context: int | None = None, target: str = "gguf") 
     name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.is_file() else source).strip("-.") or "model"
     model = model_of_config(config, name)
     prior = "glm-5.2" if source == "glm-5.2" else "pooled"
-    return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior)
+    return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior, also=also)
 
 
 def price_generic(
-    model: Model, target: Target, context: int, *, prior: str = "pooled", domain_weights: Mapping[str, float] | None = None
+    model: Model,
+    target: Target,
+    context: int,
+    *,
+    prior: str = "pooled",
+    domain_weights: Mapping[str, float] | None = None,
+    also: Sequence[int] = (),
 ) -> Costs:
     """Price a model of which only the shapes are known.
 
@@ -108,6 +114,7 @@ def price_generic(
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
+        also: kept counts to offer beside the usual ones.
         domain_weights: weight of each of GLM-5.2's domains in the mean; those not named count 0, by default all count alike.
 
     Raises:
@@ -123,7 +130,7 @@ def price_generic(
     units = target.list_units(model)
     layers = sorted({unit.layer for unit in units if unit.is_stack})
     groups = int(model.config.get("n_group") or 1)
-    counts = offered_counts(model.n_experts, model.top_k, groups)
+    counts = tuple(sorted({*offered_counts(model.n_experts, model.top_k, groups), *also}))
     nats = _tensor_nats(model, units, prior)
     stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)

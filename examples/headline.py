@@ -65,7 +65,7 @@ def row_of(label: str, plan: Plan, coverage: np.ndarray) -> str:
 
 def plan_glm(saliency: Saliency) -> tuple[list[str], list[tuple[str, float, float]]]:
     """GLM-5.2 at the bytes of the published files: the table, and points (label, GiB, nats) for the picture."""
-    costs = price_config("GLM-5.2", 8192)
+    costs = price_config("GLM-5.2", 8192, also=[count for _, count, *_ in PUBLISHED])
     shape = saliency.share.shape[1:]
     lines = [
         "| plan | GiB | kept | nats, mean | code | general | worst domain | worst coverage | gap |",
