@@ -27,6 +27,7 @@ from edgemoe.units import format_bytes
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+MOST_MADE = 4  # programs that choose experts, at once
 ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
@@ -50,6 +51,8 @@ class _Task:
 
         def program(i: int) -> Compiled:
             if i not in self.made:
+                if len(self.made) >= MOST_MADE and next(iter(self.made.values())).chosen:
+                    self.made.clear()  # programs that choose experts hold them all, tens of megabytes each
                 self.made[i] = compile_program(self.costs, self.draft, self.allowed[i], objective=self.objective, near=self.near)
             return self.made[i].within(room, staging)
 
