@@ -1,6 +1,7 @@
 """What deciding jointly is worth: the joint optimum beside the usual ways to get into the same bytes, on the same prices.
 
     python benchmarks/jointness.py examples/tiny-moe [--work DIR] [--tokens 5120]
+    python benchmarks/jointness.py --generic GLM-5.2 Qwen3-30B-A3B      # predicted only, from published measurements
 
 Every way is solved to optimality within its own limits, so the differences are those of the limits:
     bits only         every expert kept, types free
@@ -22,12 +23,15 @@ from pathlib import Path
 from quality import Bench
 
 from edgemoe.errors import BudgetError
+from edgemoe.generic import price_config
 from edgemoe.ir import Costs, Plan, hash_json
+from edgemoe.memory import peak
 from edgemoe.plan import solve_plan
 from edgemoe.rules import ByteLimit, KeptCount, MaxFormats, Pin, Rule
 
 SHARES = (0.75, 0.5, 0.25)
 SIZES = (0.45, 0.33, 0.24, 0.17, 0.12)  # of the checkpoint's bytes
+BITS = (4.0, 2.5, 1.7, 1.1)  # bytes of the file over all weights, for shapes
 WAYS = ("joint", "bits only", "drops only", "round ratio", "one type", "equal layers")
 
 
@@ -62,14 +66,43 @@ def best_of(costs: Costs, budget: int, way: str, joint: Plan) -> Plan | None:
     return min(found, key=lambda p: p.q) if found else None
 
 
+def predict(name: str, results: Path) -> None:
+    """The table of a shape whose prices come from published measurements: nothing is emitted."""
+    costs = price_config(name)
+    lines = [f"# {name}: what deciding jointly is worth, predicted", ""]
+    when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
+    lines += [f"`python benchmarks/jointness.py --generic {name}`, {when}. Prices: {costs.origin}.", ""]
+    lines += ["In each cell: nats per token predicted (times the joint optimum), kept experts.", ""]
+    lines += ["| file GB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
+    weights = sum(u.n_weights for u in costs.units)
+    beside = peak({**costs.memory, "weights": 0, "staging": 0})
+    for bits in BITS:
+        budget = beside + round(weights * bits / 8)
+        joint = solve_plan(costs, budget)
+        cells = []
+        for way in WAYS:
+            plan = best_of(costs, budget, way, joint)
+            cells.append("does not fit" if plan is None else f"**{plan.q:.3f}** ({plan.q / joint.q:.2f}), {plan.count}")
+        lines.append(f"| {(budget - beside) / 1e9:.1f} ({bits} bits) | " + " | ".join(cells) + " |")
+    text = "\n".join([*lines, ""])
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"jointness-{name.lower()}.md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     """Plan, emit and measure every way at every size; write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--generic", nargs="+", default=[], metavar="SHAPE")
     parser.add_argument("--work", type=Path, default=Path("bench"))
     parser.add_argument("--tokens", type=int, default=5120)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    for name in options.generic:
+        predict(name, options.results)
+    if options.model is None:
+        return
     bench = Bench(options.model, options.work / options.model.name, options.tokens)
     overhead = sum(bench.costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
     lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]

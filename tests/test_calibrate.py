@@ -112,7 +112,7 @@ def test_prices_fall_with_bits_and_nothing_is_free_but_keeping(costs: Costs) -> 
         assert by_name["Q8_0"] < by_name["Q6_K"] < by_name["Q4_K"] < by_name["Q3_K"] < by_name["Q2_K"] < by_name["IQ1_S"], unit.name
         assert by_name["F16"] < 0.01 * by_name["Q8_0"]
     assert (costs.drop_cost[:, -1] == 0).all()
-    assert (np.diff(costs.drop_cost.sum(axis=1)) < 0).all()
+    assert (np.diff(costs.weights @ costs.drop_cost.sum(axis=2)) < 0).all()
     assert costs.counts == offered_counts(7, 2)
 
 

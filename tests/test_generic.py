@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.generic import load_saliency, pooled_share, price_generic
+from edgemoe.generic import load_saliency, pooled_share, price_coverage, price_generic
 from edgemoe.ir import Costs
 from edgemoe.plan import solve_plan
 from edgemoe.scores import domain_coverage
@@ -158,3 +158,15 @@ def test_what_cannot_be_priced_is_refused() -> None:
         price_generic(model_of_config(air, "air"), target, 8192, prior="best")
     with pytest.raises(UsageError, match="poems"):
         price_generic(model_of_config(air, "air"), target, 8192, domain_weights={"poems": 1.0})
+
+
+def test_the_worst_domain_is_covered_no_worse_than_by_the_published_list_that_maximised_it() -> None:
+    """Dorijan10/glm-expert-pruning: 108 of 256 experts of each of 75 layers, worst of ten domains 0.814."""
+    saliency = load_saliency()
+    plan = solve_plan(price_coverage(saliency, 108), 10**9, objective="worst", gap=0.005)
+    kept = np.zeros(saliency.share.shape[1:], bool)
+    for layer, experts in enumerate(plan.kept):
+        kept[layer, list(experts)] = True
+    found = domain_coverage(saliency.share, kept)
+    assert found.min() >= domain_coverage(saliency.share, saliency.kept["mix108_maxmin"]).min() > 0.81
+    assert found.min() == pytest.approx(1 - max(plan.domain_q.values()), abs=1e-9)
