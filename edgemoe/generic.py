@@ -94,7 +94,7 @@ def price_config(source: str, context: int | None = None, target: str = "gguf", 
     config = read_json(path) if path.is_file() else load_shape(source)
     name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.is_file() else source).strip("-.") or "model"
     model = model_of_config(config, name)
-    prior = "glm-5.2" if source == "glm-5.2" else "pooled"
+    prior = "glm-5.2" if source.lower() == "glm-5.2" else "pooled"
     return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior, also=also)
 
 

@@ -188,15 +188,20 @@ def summarize_plan(plan: Plan) -> Group:
 
 def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> RenderableType:
     """A sweep as `edgemoe plan --sweep` prints it, a line for each (budget, plan, carried over from the budget below)."""
+    points = list(points)
+    large = max((budget for budget, *_ in points), default=0) >= 10**9
+    (unit, ten, two) = ("G", 10**9, 2**30) if large else ("M", 10**6, 2**20)
     rows = []
     for budget, plan, carried_over in points:
+        sizes = (f"{budget / ten:.2f}", f"{budget / two:.2f}")
         if plan is None:
-            rows.append((format_bytes(budget), "nothing fits", "", "", ""))
+            rows.append((*sizes, "nothing fits", "", "", "", ""))
             continue
-        proof = "as above" if carried_over else f"gap {plan.gap:.3%}"
+        proof = "as above" if carried_over else f"{plan.gap:.3%}"
         kept = f"{plan.count} of {plan.n_experts}"
-        rows.append((format_bytes(budget), format_bytes(plan.file_size), kept, _nats(plan.predicted_kl), proof))
-    return _grid(("budget", "file", "kept", "KL predicted", "proof"), rows)
+        rows.append((*sizes, f"{plan.file_size / ten:.2f}", f"{plan.file_size / two:.2f}", kept, _nats(plan.predicted_kl), proof))
+    heads = (f"budget {unit}B", f"{unit}iB", f"file {unit}B", f"{unit}iB", "kept", "KL predicted", "gap")
+    return _grid(heads, rows)
 
 
 def summarize_report(report: Report) -> Group:

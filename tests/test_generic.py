@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.generic import load_saliency, pooled_share, price_coverage, price_generic
+from edgemoe.generic import load_saliency, pooled_share, price_config, price_coverage, price_generic
 from edgemoe.ir import Costs
 from edgemoe.plan import solve_plan
 from edgemoe.scores import domain_coverage
@@ -170,3 +170,7 @@ def test_the_worst_domain_is_covered_no_worse_than_by_the_published_list_that_ma
     found = domain_coverage(saliency.share, kept)
     assert found.min() >= domain_coverage(saliency.share, saliency.kept["mix108_maxmin"]).min() > 0.81
     assert found.min() == pytest.approx(1 - max(plan.domain_q.values()), abs=1e-9)
+
+
+def test_glm_5_2_is_priced_from_its_own_measurements_however_its_name_is_spelt() -> None:
+    assert price_config("GLM-5.2").origin == price_config("glm-5.2").origin != price_config("OLMoE-1B-7B").origin
