@@ -16,7 +16,7 @@ help:
 	@echo "make demo    build the bundled model to a budget and show the report"
 	@echo "make test    run the whole test suite"
 	@echo "make check   ruff, mypy --strict, import layers"
-	@echo "make bench   our plans beside the peers on both bundled models (about an hour)"
+	@echo "make bench   our plans beside the peers on both bundled models, and planning times (two hours)"
 	@echo "make format  ruff format and fix"
 
 setup: $(VENV)/.done
@@ -47,6 +47,8 @@ check: setup
 bench: setup
 	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe
 	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe-b
+	$(RUN) $(BIN)/python benchmarks/jointness.py examples/tiny-moe --generic GLM-5.2 Qwen3-30B-A3B
+	$(RUN) $(BIN)/python benchmarks/planner.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -61,6 +61,7 @@ def plan(
         _print_lines(_diff(*diff), as_json=as_json)
         return
     rules, aim = read_rules(recipe, rule, objective)
+    budget = 0 if sweep is not None else choose_budget(memory, device)
     prices, origin = _open_costs(costs, generic, context, repair=not no_repair)
     from edgemoe.ir import Plan, load_record, save_record
 
@@ -69,7 +70,6 @@ def plan(
             raise UsageError("--sweep names the budgets; leave --memory and --device out")
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
-    budget = choose_budget(memory, device)
     from edgemoe.plan import solve_plan
 
     before = load_record(near, Plan) if near else None

@@ -157,7 +157,8 @@ def draw(points: list[tuple[str, float, float]]) -> str:
         colour = "#1d4ed8" if label == "ours" else "#c2410c"
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
         if label != "ours":
-            out.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{label}</text>')
+            crowded = any(other != label and s == size and 0 < v - value < most / 15 for other, s, v in points)
+            out.append(f'<text x="{x + 8:.1f}" y="{y + (14 if crowded else 0):.1f}">{label}</text>')
     x, y = at(*ours[-1])
     return "\n".join([*out, f'<text x="{x - 30:.1f}" y="{y - 10:.1f}" fill="#1d4ed8" font-weight="600">edgemoe</text></svg>']) + "\n"
 
