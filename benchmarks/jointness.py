@@ -9,7 +9,7 @@ Every way is solved to optimality within its own limits, so the differences are 
     round ratio       3/4, 1/2 or 1/4 of the experts kept, whichever is best (tuned), then types free
     one type          kept count free (tuned), then one type for the whole file
     equal layers      as joint, but every layer gets the same bytes for its experts
-KL is measured in llama.cpp on held-out text; the joint plan is also the one that `edgemoe build` makes.
+KL is measured in llama.cpp on held-out text.  Survivors are not repaired here, so that the ways differ in nothing but their plans.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from edgemoe.errors import BudgetError
 from edgemoe.generic import price_config
 from edgemoe.ir import Costs, Plan, hash_json
 from edgemoe.memory import peak
+from edgemoe.pipeline import price_cached
 from edgemoe.plan import solve_plan
 from edgemoe.rules import ByteLimit, KeptCount, MaxFormats, Pin, Rule
 
@@ -104,7 +105,10 @@ def main() -> None:
     if options.model is None:
         return
     bench = Bench(options.model, options.work / options.model.name, options.tokens)
-    overhead = sum(bench.costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
+    costs = price_cached(bench.model, bench.stats, bench.target, 512, bench.work, None)[
+        0
+    ]  # without repair, which needs minutes for each plan
+    overhead = sum(costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
     lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]
     when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
     lines += [f"`python benchmarks/jointness.py {options.model}`, {when}.", ""]
@@ -112,10 +116,10 @@ def main() -> None:
     lines += ["| budget MB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
     for share in SIZES:
         budget = overhead + round(share * bench.model.n_bytes)
-        joint = solve_plan(bench.costs, budget)
+        joint = solve_plan(costs, budget)
         cells = []
         for way in WAYS:
-            plan = best_of(bench.costs, budget, way, joint)
+            plan = best_of(costs, budget, way, joint)
             if plan is None:
                 cells.append("does not fit")
                 continue

@@ -102,7 +102,7 @@ class Bench:
         """Every tensor in one format."""
         best = solve_plan(self.costs, 10**15)
         formats = dict.fromkeys(best.formats, name)
-        return replace(best, count=len(kept[0]), kept=kept, formats=formats, sizes=dict.fromkeys(best.sizes, 0), file_size=0)
+        return replace(best, kept=kept, formats=formats, sizes=dict.fromkeys(best.sizes, 0), file_size=0)
 
 
 def kept_sets(bench: Bench, method: str, share: float) -> tuple[tuple[int, ...], ...]:
