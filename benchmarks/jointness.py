@@ -46,7 +46,7 @@ def tries(costs: Costs, way: str, joint: Plan) -> Iterator[list[Rule]]:
         yield [Pin(tensors=("*",), format="Q8_0")]
     elif way == "round ratio":
         for share in SHARES:
-            count = max(costs.top_k, round(share * costs.n_experts))
+            count = min(costs.counts, key=lambda n: abs(n - share * costs.n_experts))
             yield [KeptCount(at_least=count, at_most=count)]
     elif way == "one type":
         yield [MaxFormats(at_most=1)]

@@ -144,7 +144,7 @@ def build(
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        from edgemoe.report import summarize_report
+        from edgemoe.terminal import summarize_report
 
         print_rich(summarize_report(report))
 
@@ -286,8 +286,8 @@ def verify(
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Report, load_record
     from edgemoe.pipeline import find_artifact, finish_output
-    from edgemoe.report import summarize_report
     from edgemoe.targets import find_target
+    from edgemoe.terminal import summarize_report
     from edgemoe.texts import choose_texts
     from edgemoe.verify import broken_promises, verify_artifact
 
@@ -322,7 +322,8 @@ def verify(
 def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json.")], output: OutOpt) -> None:
     """Write the page and the model card of a report.json again, and print its summary."""
     from edgemoe.ir import Report, load_record
-    from edgemoe.report import summarize_report, write_report
+    from edgemoe.report import write_report
+    from edgemoe.terminal import summarize_report
 
     loaded = load_record(file, Report)
     output.mkdir(parents=True, exist_ok=True)

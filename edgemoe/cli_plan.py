@@ -78,7 +78,7 @@ def plan(
     )
     if output:
         save_record(output, solved)
-    _show(prices, solved, rules, why or [], explain=explain, as_json=as_json)
+    _show(prices, solved, rules, why or [], gap if explain else None, as_json=as_json)
     if export:
         from edgemoe.exchange import export_plan
 
@@ -135,17 +135,17 @@ def _diff(a: Path, b: Path) -> list[str]:
     return diff_plans(load_record(a, Plan), load_record(b, Plan))
 
 
-def _show(costs: Costs, solved: Plan, rules: tuple[Rule, ...], why: list[str], *, explain: bool, as_json: bool) -> None:
+def _show(costs: Costs, solved: Plan, rules: tuple[Rule, ...], why: list[str], gap: float | None, *, as_json: bool) -> None:
     from edgemoe.exchange import gpu_flags
     from edgemoe.explain import describe_plan, describe_why
 
-    reasons = describe_plan(costs, solved, rules) if explain else []
+    reasons = [] if gap is None else describe_plan(costs, solved, rules, gap)
     for what in why:
         reasons += describe_why(costs, solved, what)
     if as_json:
         print(json.dumps({**asdict(solved), **({"explanation": reasons} if reasons else {})}, indent=1))
         return
-    from edgemoe.report import summarize_plan
+    from edgemoe.terminal import summarize_plan
 
     print_rich(summarize_plan(solved))
     _print_lines(reasons, as_json=False)
@@ -180,6 +180,6 @@ def _sweep(
     if as_json:
         print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows_of(points)], indent=1))
     else:
-        from edgemoe.report import summarize_sweep
+        from edgemoe.terminal import summarize_sweep
 
         print_rich(summarize_sweep((p.budget, p.plan, p.carried_over) for p in points))

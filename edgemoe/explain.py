@@ -9,7 +9,7 @@ import numpy as np
 
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
-from edgemoe.plan import solve_plan
+from edgemoe.plan import DEFAULT_GAP, solve_plan
 from edgemoe.rules import Rule, rule_name
 from edgemoe.sweep import objective_of
 from edgemoe.terms import parse_layers, select_units
@@ -60,23 +60,23 @@ class ExpertFate:
     usage: dict[str, float]  # share of its layer's output, by domain
 
 
-def price_rules(costs: Costs, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleCost, ...]:
+def price_rules(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = DEFAULT_GAP) -> tuple[RuleCost, ...]:
     """Solve again without each rule."""
     slack = {r.name: r.slack for r in plan.rules}
     found = []
     for rule in rules:
         without = [r for r in rules if r is not rule]
-        other = solve_plan(costs, plan.budget, rules=without, objective=plan.objective, solver=plan.solver)
+        other = solve_plan(costs, plan.budget, rules=without, objective=plan.objective, solver=plan.solver, gap=gap)
         name = rule_name(rule)
         found.append(RuleCost(name=name, nats=max(0.0, objective_of(plan) - objective_of(other)), slack=slack.get(name)))
     return tuple(found)
 
 
-def price_memory(costs: Costs, plan: Plan, rules: Sequence[Rule]) -> tuple[More, ...]:
+def price_memory(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = DEFAULT_GAP) -> tuple[More, ...]:
     """Solve again with one per cent and with one GiB more."""
     found = []
     for extra in (plan.budget // 100, GIB):
-        other = solve_plan(costs, plan.budget + extra, rules=rules, objective=plan.objective, solver=plan.solver)
+        other = solve_plan(costs, plan.budget + extra, rules=rules, objective=plan.objective, solver=plan.solver, gap=gap)
         found.append(More(bytes=extra, nats=max(0.0, objective_of(plan) - objective_of(other))))
     return tuple(found)
 
@@ -160,15 +160,15 @@ def describe_why(costs: Costs, plan: Plan, what: str) -> list[str]:
     return lines
 
 
-def describe_plan(costs: Costs, plan: Plan, rules: Sequence[Rule]) -> list[str]:
+def describe_plan(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = DEFAULT_GAP) -> list[str]:
     """What rules cost and more memory buys, in words (solves again for each)."""
     lines = []
-    for rule in price_rules(costs, plan, rules):
+    for rule in price_rules(costs, plan, rules, gap):
         binds = "binds" if rule.nats > plan.gap * objective_of(plan) + 1e-12 else "does not bind"
         room = "" if rule.slack is None else f", {rule.slack:.6g} of room left"
         lines.append(f"rule {rule.name} {binds}: without it the plan costs {rule.nats:.4g} nats less{room}")
     try:
-        for more in price_memory(costs, plan, rules):
+        for more in price_memory(costs, plan, rules, gap):
             lines.append(f"{format_bytes(more.bytes)} more memory buys {more.nats:.4g} nats")
     except BudgetError:  # more memory, the same rules: cannot be infeasible unless a rule asks for waste
         lines.append("with more memory these rules cannot be kept")

@@ -18,10 +18,12 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from edgemoe import report as report_module
+from edgemoe.card import render_card
 from edgemoe.errors import MachineError
+from edgemoe.figures import GROUP_ORDER, shares_by_group
 from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, TextScore, Unit, load_record
-from edgemoe.report import render_card, render_html, summarize_plan, summarize_report, write_report
+from edgemoe.report import render_html, write_report
+from edgemoe.terminal import summarize_plan, summarize_report
 
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} \"' & ]]> --> [bold]x[/bold] | `a`\n---\nkey: !!python/object {} # \u202e\x1b[31m"
 BITS = {"IQ2_XXS": 2.0625, "Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
@@ -346,9 +348,9 @@ def test_plan_summary_lists_kept_experts_and_bound() -> None:
 
 def test_bytes_by_role_add_up_to_the_file() -> None:
     plan = make_report().plan
-    shares = report_module._shares_by_group(plan)
+    shares = shares_by_group(plan)
     assert sum(sum(formats.values()) for formats in shares.values()) == plan.file_size
-    assert list(shares) == [*report_module._GROUP_ORDER[:6], "router, norms, header"]
+    assert list(shares) == [*GROUP_ORDER[:6], "router, norms, header"]
 
 
 def test_written_report_opens_again_and_leaves_no_parts(tmp_path: Path) -> None:

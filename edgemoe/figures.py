@@ -1,0 +1,118 @@
+"""Plan, Report -> the words and numbers that terminal, page and model card share.
+
+Every text of the model, the samples and the machine is untrusted: it is one printable line here, and escaped where it is shown.
+Sizes are bytes, KL is nats per token.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from itertools import groupby
+
+from edgemoe.ir import Plan, Report, TextScore, Unit
+
+GROUPS = {
+    "ffn_gate_exps": "experts, gate",
+    "ffn_up_exps": "experts, up",
+    "ffn_down_exps": "experts, down",
+    "token_embd": "embedding",
+    "output": "output",
+}
+GROUP_ORDER = (*GROUPS.values(), "attention", "dense and shared", "router, norms, header")
+REST = GROUP_ORDER[-1]
+MEMORY_PARTS = {"weights": "weights", "kv": "KV", "compute": "compute", "output": "logits", "staging": "staging", "runtime": "runtime"}
+
+
+def plain(text: object) -> str:
+    """One printable line: no control, escape or direction characters, which a hostile name could carry into a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def nats(value: float) -> str:
+    """A KL or cost as text."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def billions(n_weights: int) -> str:
+    """A number of weights as text."""
+    return f"{n_weights / 1e9:.3g} billion" if n_weights >= 10**9 else f"{n_weights / 1e6:.3g} million"
+
+
+def find_runs(ids: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, last) of each unbroken run."""
+    groups = ([e for _, e in run] for _, run in groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0]))
+    return [(run[0], run[-1]) for run in groups]
+
+
+def ranges(ids: Iterable[int], width: int = 0) -> str:
+    """Numbers as text, "0-3 5 7-9"; cut after `width` characters if that is given."""
+    text = " ".join(str(a) if a == b else f"{a}-{b}" for a, b in find_runs(ids))
+    return text if not width or len(text) <= width else text[: width - 3].rsplit(" ", 1)[0] + " ..."
+
+
+def dropped_experts(plan: Plan, layer: int) -> list[int]:
+    """Experts of a layer that go."""
+    return sorted(set(range(plan.n_experts)) - set(plan.kept[layer]))
+
+
+def launch_lines(report: Report) -> list[str]:
+    """The commands whose memory the plan predicts; none for a target that llama.cpp does not run."""
+    name, context = shlex.quote(plain(report.artifact.files[0].name)), report.plan.context
+    tools = ("llama-server", "llama-cli") if report.plan.target == "gguf" else ()
+    return [f"{tool} -m {name} -c {context} --no-mmap -ub 512" for tool in tools]
+
+
+def group_of(name: str) -> str:
+    """The group of roles that a tensor is shown under."""
+    role = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return GROUPS.get(role) or ("attention" if role.startswith("attn") else "dense and shared")
+
+
+def kept_weights(unit: Unit, plan: Plan) -> int:
+    """Weights of a unit that are left after the drop."""
+    return unit.n_weights * plan.count // plan.n_experts if unit.role.endswith("_exps") else unit.n_weights
+
+
+def mean_bits(units: Iterable[Unit], plan: Plan) -> float:
+    """Bits per weight, scales and padding included."""
+    pairs = [(plan.sizes[u.name], kept_weights(u, plan)) for u in units]
+    return 8 * sum(s for s, _ in pairs) / max(sum(n for _, n in pairs), 1)
+
+
+def shares_by_group(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes of the file by group of roles, then by format; `REST` holds what no unit does."""
+    shares: dict[str, dict[str, int]] = {group: {} for group in GROUP_ORDER}
+    for name, size in plan.sizes.items():
+        formats = shares[group_of(name)]
+        formats[plan.formats[name]] = formats.get(plan.formats[name], 0) + size
+    shares[REST]["F32"] = plan.file_size - sum(plan.sizes.values())
+    return {group: dict(sorted(formats.items())) for group, formats in shares.items() if sum(formats.values()) > 0}
+
+
+def shares_by_format(plan: Plan) -> dict[str, int]:
+    """Bytes by format over all units, largest first."""
+    totals: dict[str, int] = {}
+    for name, size in plan.sizes.items():
+        totals[plan.formats[name]] = totals.get(plan.formats[name], 0) + size
+    return dict(sorted(totals.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def allowed_size(plan: Plan) -> int:
+    """Largest file that the budget allows: the budget less everything in memory that is not weights."""
+    return plan.budget - (plan.memory["peak"] - plan.memory["weights"])
+
+
+def agreement(report: Report) -> float:
+    """Share of held-out tokens where both models have the same first choice."""
+    return sum(s.top1_agreement * s.tokens for s in report.scores) / max(sum(s.tokens for s in report.scores), 1)
+
+
+def proof(plan: Plan) -> str:
+    """What is proven of a plan."""
+    return f"proven by {plan.solver}" if plan.proven else f"not proven ({plan.solver})"
+
+
+def perplexities(score: TextScore) -> tuple[str, str]:
+    """Perplexity of the original and of the artifact, as text."""
+    return f"{score.original_perplexity:.3f}", f"{score.perplexity:.3f}"
