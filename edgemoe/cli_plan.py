@@ -62,6 +62,7 @@ def plan(
         return
     rules, aim = read_rules(recipe, rule, objective)
     budget = 0 if sweep is not None else choose_budget(memory, device)
+    _check_outputs(output, export, folder=sweep is not None)
     prices, origin = _open_costs(costs, generic, context, repair=not no_repair)
     from edgemoe.ir import Plan, load_record, save_record
 
@@ -83,6 +84,19 @@ def plan(
         from edgemoe.exchange import export_plan
 
         export_plan(solved, export)
+
+
+def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) -> None:
+    """Refuse what cannot be written before anything is solved.
+
+    Raises:
+        UsageError: a file where a folder must be, or no folder to write into.
+    """
+    for path in filter(None, (export, output if folder else None)):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file, not a folder", hint="choose another folder")
+    if output is not None and not folder and (output.is_dir() or not output.resolve().parent.is_dir()):
+        raise UsageError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}", hint="choose another -o")
 
 
 def _open_costs(path: Path | None, generic: str | None, context: int | None, *, repair: bool) -> tuple[Costs, str]:
@@ -108,6 +122,8 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None, *, 
         return discount_drops(loaded), hash_file(path)
     from edgemoe.generic import price_config
 
+    if context is not None and context < 1:
+        raise UsageError(f"--context {context} is not a number of tokens", hint="leave it out for 8192, or what the model has")
     assert generic is not None
     costs = price_config(generic, context)
     return costs, hash_json(costs.model, costs.stats, costs.memory)

@@ -30,7 +30,9 @@ def diff_plans(before: Plan, after: Plan) -> list[str]:
     for row, (old, new) in enumerate(zip(before.kept, after.kept, strict=True)):
         out, back = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         if out or back:
-            lines.append(f"  experts, row {row}:" + (f" out {_list(out)}" if out else "") + (f" in {_list(back)}" if back else ""))
+            lines.append(
+                f"  experts of layer {after.layers[row]}:" + (f" out {_list(out)}" if out else "") + (f" in {_list(back)}" if back else "")
+            )
     changed = [n for n in (*before.formats, *after.formats) if before.formats.get(n) != after.formats.get(n)]
     for name in dict.fromkeys(changed):
         old_size, new_size = before.sizes.get(name, 0), after.sizes.get(name, 0)
@@ -59,9 +61,15 @@ def export_plan(plan: Plan, folder: Path) -> list[Path]:
     """
     output = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
     own = " ".join(f"{flag} {plan.formats[name].lower()}" for name, flag in output.items() if name in plan.formats)
-    keep = {"model": plan.model_name, "n_experts": plan.n_experts, "top_k": plan.top_k, "keep": [list(k) for k in plan.kept]}
+    keep = {
+        "model": plan.model_name,
+        "n_experts": plan.n_experts,
+        "top_k": plan.top_k,
+        "layers": plan.layers,
+        "keep": [list(k) for k in plan.kept],
+    }
     text = (
-        f"{KEEP_LIST}: experts to keep, a list for each layer with experts (numbers of the original model).\n"
+        f"{KEEP_LIST}: experts to keep, a list for each of its layers (numbers of the original model).\n"
         f"{TYPE_FILE}: the type of every tensor, for a GGUF from which the other experts are gone:\n\n"
         f"llama-quantize --imatrix IMATRIX --tensor-type-file {TYPE_FILE} {own} PRUNED-F16.gguf OUT.gguf Q8_0\n"
     )

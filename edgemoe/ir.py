@@ -308,6 +308,12 @@ class Plan:
         return max(map(len, self.kept), default=0)
 
     @property
+    def layers(self) -> list[int]:
+        """Which layers the rows of `kept` are, as tensor names count them (leading dense layers have no experts)."""
+        found = {int(name.split(".")[1]) for name in self.formats if name.startswith("blk.") and "_exps" in name}
+        return sorted(found) if len(found) == len(self.kept) else list(range(len(self.kept)))
+
+    @property
     def active_bytes(self) -> int:
         """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
         stacks = sum(size for name, size in self.sizes.items() if "_exps" in name)

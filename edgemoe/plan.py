@@ -6,6 +6,7 @@ Budgets are of the process, so what loading copies (staging) and what a second p
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,8 +44,13 @@ class _Task:
     near: Near | None
     solver: str
     gap: float
-    seconds: float | None
+    until: float | None  # time.monotonic()
     made: dict[int, Compiled] = field(default_factory=dict)  # programs without room, by their place in `allowed`
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left; None: without limit."""
+        return None if self.until is None else max(0.5, self.until - time.monotonic())
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
         """Compiled programs by their place in `allowed`."""
@@ -62,14 +68,14 @@ class _Task:
     def solve(self, room: int, gap: float) -> tuple[Solution, Compiled] | None:
         """The best choice with this room, and the program that it belongs to; None when there is none."""
         compiled = self.programs(room)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.seconds)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.left)
         return None if found is None else (found, compiled(found.count_index))
 
     def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
         """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
         compiled = self.programs(room, staging)
         found, bound = search(
-            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.seconds, cutoff=cutoff
+            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.left, cutoff=cutoff
         )
         return (None if found is None else (found, compiled(found.count_index))), bound
 
@@ -95,7 +101,7 @@ def solve_plan(
         objective: least mean over the calibration domains by weight, or least cost of the "worst" domain.
         solver: highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive.
         gap: relative distance to the optimum that is good enough.
-        seconds: wall-clock limit of a solve; then the best plan so far is returned with its proven gap.
+        seconds: wall-clock limit; then the best plan so far is returned with its proven gap (a solve under way may take some longer).
         near: stay close to this plan where it costs (nearly) nothing.
         costs_hash: what to record as the plan's origin.
 
@@ -120,8 +126,9 @@ def solve_plan(
 
 
 def _make_task(costs: Costs, draft: Draft, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None) -> _Task:
+    until = None if seconds is None else time.monotonic() + seconds
     allowed = tuple(c for c, yes in draft.counts.items() if yes)
-    return _Task(costs=costs, draft=draft, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, seconds=seconds)
+    return _Task(costs=costs, draft=draft, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
 
 
 def _near(costs: Costs, plan: Plan | None) -> Near | None:
@@ -192,7 +199,8 @@ def _branch_on_staging(task: _Task, budget: int, free: Solution) -> tuple[Soluti
     proven = np.inf  # of what has been solved or cut off
     while heap:
         least, low, high = heapq.heappop(heap)
-        if least == np.inf or (best is not None and least >= best[0].cost * (1 - task.gap)):
+        late = task.until is not None and time.monotonic() > task.until
+        if least == np.inf or (best is not None and (late or least >= best[0].cost * (1 - task.gap))):
             proven = min(proven, least)
             break
         if low < high:

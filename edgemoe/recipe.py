@@ -127,11 +127,18 @@ def _read_record(record: type, values: Any, name: str, place: str) -> Rule:
     if unknown:
         raise UsageError(f"{place}: unknown field {unknown[0]!r}", hint=f"known: {', '.join(fields)}")
     try:
-        rule: Rule = TypeAdapter(record).validate_python({**values, "name": name})
+        rule: Rule = TypeAdapter(record).validate_python({**{k: _as_list(k, v) for k, v in values.items()}, "name": name})
     except ValidationError as invalid:
         problem: Any = invalid.errors()[0]
-        raise UsageError(f"{place}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from invalid
+        wanted = "is missing" if problem["type"] == "missing" else f"is {problem['input']!r}: {problem['msg'].lower()}"
+        raise UsageError(f"{place}: {problem['loc'][0]} {wanted}", hint="see the fields in docs/rules.md") from invalid
     return rule
+
+
+def _as_list(field: str, value: Any) -> Any:
+    """A single layer, tensor or expert where a list of them is meant; layers as a text are a list already."""
+    single = (isinstance(value, str) and field == "tensors") or (isinstance(value, int) and field in ("layers", "experts"))
+    return [value] if single and not isinstance(value, bool) else value
 
 
 # ------------------------------------------------------------------------------------------------------------ expressions

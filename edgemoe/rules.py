@@ -111,7 +111,7 @@ class KeptCount:
         """Rule counts out; in the experts form a bound on each layer."""
         costs, most = draft.costs, self.at_most or draft.costs.n_experts
         if self.multiple_of < 1 or self.at_least < 0 or self.at_most < 0 or self.at_least > most:
-            raise UsageError(f"rule {self.name!r}: no number of experts is at least {self.at_least}, at most {most}, {self.multiple_of} n")
+            raise UsageError(f"rule {self.name!r}: no multiple of {self.multiple_of} is at least {self.at_least} and at most {most}")
         if costs.form == "experts":
             if self.multiple_of > 1:
                 raise UsageError(f"rule {self.name!r}: multiple_of needs one kept count for all layers", hint="use at_least and at_most")

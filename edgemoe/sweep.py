@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
-from edgemoe.plan import DEFAULT_GAP, solve_plan
+from edgemoe.plan import DEFAULT_GAP, least_budget, solve_plan
 from edgemoe.rules import Rule
 from edgemoe.units import format_bytes, parse_bytes
 
@@ -46,7 +46,9 @@ def parse_budgets(text: str) -> list[int]:
         raise UsageError(f"the sweep {text!r} is not LOW:HIGH:STEP", hint="write it like 64GB:192GB:8GB")
     low, high, step = (parse_bytes(p) for p in parts)
     if low > high or (high - low) // step >= MAX_BUDGETS:
-        raise UsageError(f"the sweep {text!r} has {'no budget' if low > high else 'too many budgets'}", hint=f"at most {MAX_BUDGETS}")
+        if low > high:
+            raise UsageError(f"the sweep {text!r} ends below where it begins", hint="write LOW:HIGH:STEP")
+        raise UsageError(f"the sweep {text!r} has more than {MAX_BUDGETS} budgets", hint="a larger step")
     return list(range(low, high + 1, step))
 
 
@@ -121,7 +123,9 @@ def render_sweep(costs: Costs, points: Sequence[Point]) -> str:
 
     solved = [p for p in points if p.plan is not None]
     if not solved:
-        raise BudgetError(f"no plan of {costs.model_name} fits any of these budgets")
+        least = least_budget(costs)
+        told = "" if least is None else f": the least is {format_bytes(least)} ({least} bytes)"
+        raise BudgetError(f"no plan of {costs.model_name} fits any of these budgets{told}")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("edgemoe").joinpath("sweep.html.j2").read_text(encoding="utf-8"))
     bits = _bits(costs)

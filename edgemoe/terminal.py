@@ -77,7 +77,7 @@ def summarize_plan(plan: Plan) -> Group:
     ]
     n_layers = len(plan.kept)
     shown = range(n_layers) if n_layers <= 12 else [*range(6), n_layers - 2, n_layers - 1]
-    layers = [(str(layer), ranges(plan.kept[layer], 40), ranges(dropped_experts(plan, layer), 26)) for layer in shown]
+    layers = [(str(plan.layers[row]), ranges(plan.kept[row], 40), ranges(dropped_experts(plan, row), 26)) for row in shown]
     roles = [(group, ", ".join(formats), format_bytes(sum(formats.values()))) for group, formats in shares_by_group(plan).items()]
     tables = [_grid(("bytes by role", "formats", "bytes"), roles), _grid(("layer", "kept", "dropped"), layers, justify="left")]
     more = [Text(f"and {n_layers - len(layers)} layers between", style="dim")] if len(layers) < n_layers else []

@@ -128,7 +128,7 @@ def test_the_difference_of_a_plan_to_itself_is_none_and_to_another_is_named(cost
     assert "same experts and formats" in diff_plans(plan, plan)[-1]
     other = solve_plan(costs, 3 * GB, rules=[Keep(experts=(int(next(e for e in range(64) if e not in plan.kept[0])),), layers=(0,))])
     lines = "\n".join(diff_plans(plan, other))
-    assert " in " in lines and "row 0" in lines
+    assert " in " in lines and "layer 0" in lines
 
 
 def test_near_changes_less_than_a_free_plan_and_stays_as_good(costs: Costs, plan: Plan) -> None:
