@@ -264,3 +264,11 @@ def test_pmq_refuses_statistics_that_cannot_be() -> None:
     ):
         with pytest.raises(UsageError):
             allocate_bits(tokens, weights, errors, 16)
+
+
+def test_a_start_with_which_the_solver_contradicts_itself_is_left_out() -> None:
+    """highspy 1.16.0 returned the start of this program, 2 % above the optimum, with an objective below it."""
+    programs = random_programs(859, 0.099609375)
+    oracle, found = best(programs, "exhaustive"), best(programs, "highs")
+    assert oracle is not None and found is not None and found.proven
+    assert found.cost == pytest.approx(oracle.cost, rel=1e-6)
