@@ -20,7 +20,7 @@ what comes out or while the function runs, when a comparison is asked whether it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import GeneratorType
@@ -312,8 +312,3 @@ def _check(problem: Problem, constraint: Any, label: str) -> tuple[Linear, str]:
 def _same(a: Linear, b: Linear) -> bool:
     arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ARRAYS)
     return arrays and a.constant == b.constant and a.soft == b.soft
-
-
-def iterate_rules(function: Callable[..., Any], costs: Costs) -> Iterator[tuple[str, Linear, str]]:
-    """The rules that a function makes for a price list: (name, expression, sense against 0)."""
-    yield from _call(costs, function, function_name(function))[1]
