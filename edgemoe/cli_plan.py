@@ -62,8 +62,8 @@ def plan(
         return
     rules, aim = read_rules(recipe, rule, objective)
     budget = 0 if sweep is not None else choose_budget(memory, device)
-    _check_outputs(output, export, folder=sweep is not None)
     prices, origin = _open_costs(costs, generic, context, repair=not no_repair)
+    _check_outputs(output, export, folder=sweep is not None)
     from edgemoe.ir import Plan, load_record, save_record
 
     if sweep is not None:

@@ -20,7 +20,7 @@ what comes out or while the function runs, when a comparison is asked whether it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import GeneratorType
