@@ -1,8 +1,8 @@
 """The options that can matter once prices are known -> an integer program of a bounded size.
 
-At the prices of the relaxation every option has a distance: by how much it is dearer, in reduced nats, than what the relaxation picks.  An
-option whose distance exceeds the gap between a known choice and the bound is in no better choice; of the rest the nearest are kept.  Single
-experts change places this way, which whole-layer columns cannot express: several objectives need that.
+At the prices of the relaxation every option has a distance: by how much it is dearer, in reduced nats, than what the relaxation picks.  The
+nearest options are kept, so the answer is near-best and the relaxation's bound says how near.  Single experts change places this way, which
+whole-layer columns cannot express: several objectives need that.
 """
 
 from __future__ import annotations
