@@ -241,7 +241,8 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     sizes = costs.size[c, stored, formats[stored]]
     file_size = int(costs.fixed_size[c] + sizes.sum())
     on_gpu = int(sizes[in_vram[stored]].sum())
-    memory = {**_beside(costs, draft), "weights": file_size - on_gpu, "staging": _largest_staging(costs, compiled, solution)}
+    held = file_size - on_gpu + int(costs.extra[c, stored, formats[stored]].sum())
+    memory = {**_beside(costs, draft), "weights": held, "staging": _largest_staging(costs, compiled, solution)}
     context = memory.pop("context")
     memory["peak"] = peak(memory)
     if draft.vram is not None:
@@ -416,11 +417,18 @@ def minimal_conflict(costs: Costs, rules: Sequence[Rule]) -> list[Rule]:
 
 # ------------------------------------------------------------------------------------------------------------------ sweep
 def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """Predicted KL of a near-best plan for each file size (Lagrangian answers: within a fraction of a per cent)."""
+    """File size and predicted KL of a near-best plan whose weights take so many bytes of the process, for each of these sizes.
+
+    Lagrangian answers: within a fraction of a per cent.
+    """
     found = []
     task = _make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
     for size in sizes:
         best = task.solve(size, DEFAULT_GAP)
         if best is not None:
-            found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best[0].cost)})
+            solution, compiled = best
+            formats = compiled.formats(solution.picks)
+            stored = np.flatnonzero(formats >= 0)
+            beyond = int(costs.extra[compiled.c, stored, formats[stored]].sum())
+            found.append({"file_size": float(size - beyond), "predicted_kl": costs.predict_kl(solution.cost)})
     return tuple(found)
