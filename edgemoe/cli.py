@@ -348,9 +348,8 @@ def doctor(as_json: JsonOpt = False) -> None:
         print(json.dumps([asdict(c) for c in checks], indent=1))
     else:
         for check in checks:
-            print(
-                f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {check.needed_for}{f' of {check.target}' if check.target else ''}"
-            )
+            purpose = f"{check.needed_for}{' of ' + check.target if check.target else ''}"
+            print(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {purpose}")
     missing = list_missing(checks)
     if missing:
         raise MachineError(f"missing: {', '.join(missing)}")
