@@ -114,13 +114,12 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     each = 8 if bits == 3 else 8 // bits  # codes that fill whole bytes
     if cols % each:
         codes = np.concatenate([codes, np.zeros((n, -cols % each), np.uint8)], axis=1)
-    lanes = codes.reshape(n, -1, each).astype(np.uint32 if bits == 3 else np.uint8)
-    word = lanes[..., 0].copy()
-    for lane in range(1, each):
-        word |= lanes[..., lane] << (bits * lane)
-    if bits == 3:
-        word = np.ascontiguousarray(word.astype("<u4")).view(np.uint8).reshape(n, -1, 4)[..., :3]
-    return np.ascontiguousarray(word).reshape(n, -1)[:, : -(-cols * bits // 8)]
+    lanes = codes.reshape(n, -1, each).astype(np.uint32)
+    word = np.zeros(lanes.shape[:2], "<u4")
+    for lane in range(each):
+        word |= lanes[..., lane] << np.uint32(bits * lane)
+    filled = word.view(np.uint8).reshape(n, -1, 4)[..., : 3 if bits == 3 else 1]
+    return np.ascontiguousarray(filled).reshape(n, -1)[:, : -(-cols * bits // 8)]
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]:
@@ -160,9 +159,10 @@ def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float3
         x = rows[start : start + step].reshape(-1, kind.block)
         here = slice(start * blocks, start * blocks + len(x))
         codes[here], scales[here], zeros[here] = _search(x, np.tile(weights, (len(x) // blocks, 1)), kind)
+    by_row = scales.reshape(n, blocks)
     return Packed(
         codes=pack(codes.reshape(n, cols), kind.bits),
-        scales=scales.reshape(n, blocks).astype(np.float16 if kind.scale_bytes == 2 else np.float32),
+        scales=by_row.astype(np.float16) if kind.scale_bytes == 2 else by_row,
         zeros=pack(zeros.reshape(n, blocks), kind.bits) if kind.zeros else None,
     )
 
@@ -174,7 +174,7 @@ def dequantize(packed: Packed, name: str, cols: int) -> NDArray[np.float32]:
         return packed.codes.view(np.float32).reshape(-1, cols)
     n, blocks = packed.scales.shape
     codes = unpack(packed.codes, kind.bits, cols).reshape(n, blocks, kind.block).astype(np.float32)
-    zeros = np.float32(2 ** (kind.bits - 1))
+    zeros = np.full((1, 1, 1), 2 ** (kind.bits - 1), np.float32)
     if packed.zeros is not None:
         zeros = unpack(packed.zeros, kind.bits, blocks).astype(np.float32)[:, :, None]
     result: NDArray[np.float32] = (codes - zeros) * packed.scales.astype(np.float32)[:, :, None]
@@ -269,9 +269,9 @@ def _grids(x: NDArray[np.float32], kind: Format) -> Iterator[tuple[NDArray[np.fl
 
 # ------------------------------------------------------------------------------------------------------------ activations
 def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    """What inputs [n, cols] of a product with weights in this format become: int8 by block, largest magnitude at 127, where the kernel does so.
+    """What inputs [n, cols] of a product with weights in this format become: int8 by block where the kernel rounds.
 
-    Of 8 and 2 bits, in experts as in matrices; products with 4 and 3 bits compute in floats.
+    It does with 8 and 2 bits, in experts as in matrices, the largest magnitude at 127; products with 4 and 3 bits compute in floats.
     """
     kind = FORMATS[name]
     if kind.bits not in (2, 8):
