@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import MachineError, ModelError
 
+INSTALL = "pip install 'edgemoe[llama]'  (needs a C++ compiler and cmake)"
 ALIGNMENT = 32  # bytes: GGUF pads every tensor to this
 
 
@@ -97,7 +98,7 @@ def library_folder() -> Path:
     """
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        raise MachineError("llama-cpp-python is not installed", hint="pip install 'edgemoe[llama]'  (needs a C++ compiler and cmake)")
+        raise MachineError("llama-cpp-python is not installed", hint=INSTALL)
     return Path(spec.submodule_search_locations[0]) / "lib"
 
 
