@@ -1,0 +1,282 @@
+"""ONNX Runtime's weight formats as data: grids, bit packing and exact bytes.
+
+A format is a width, a block of columns that shares a scale, and whether each block has a zero point of its own:
+
+    weight = (code - zero) * scale,  zero = 2^(bits-1) where none is stored
+
+Expert nodes (QMoE), matrix products (MatMulNBits) and the embedding (GatherBlockQuantized) read the same bytes: codes of a row LSB first, a
+scale per block, zero points packed like the codes.  Which formats are offered was measured (docs/decisions/0007-onnx-formats.md).
+Nothing here needs onnx or onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.errors import ModelError
+
+ALIGNMENT = 64  # bytes: every piece of the data file starts at a multiple; a cache line, and the widest vector (AVX-512)
+_CHUNK = 2**16  # weights that are searched at a time, so that temporaries stay in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """Width in bits, columns that share a scale (0: plain floats), whether blocks have zero points, bytes of a scale."""
+
+    bits: int
+    block: int = 0
+    zeros: bool = False
+    scale_bytes: int = 4  # as the graph's floats; QMoE of 3 bits runs in float16 only
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, without padding."""
+        return self.bits + (8 * self.scale_bytes + self.bits * self.zeros) / self.block if self.block else self.bits
+
+
+FORMATS = {
+    "F32": Format(bits=32),
+    "INT8_32": Format(bits=8, block=32),
+    "INT8_64": Format(bits=8, block=64),
+    "INT8_128": Format(bits=8, block=128),
+    "INT4_16": Format(bits=4, block=16, zeros=True),
+    "INT4_32": Format(bits=4, block=32, zeros=True),
+    "INT4_64": Format(bits=4, block=64, zeros=True),
+    "INT4_128": Format(bits=4, block=128, zeros=True),
+    "INT3_32": Format(bits=3, block=32, scale_bytes=2),
+    "INT3_64": Format(bits=3, block=64, scale_bytes=2),
+    "INT3_128": Format(bits=3, block=128, scale_bytes=2),
+    "INT2_32": Format(bits=2, block=32, zeros=True),
+    "INT2_64": Format(bits=2, block=64, zeros=True),
+    "INT2_128": Format(bits=2, block=128, zeros=True),
+}
+OFFERED = tuple(name for name in FORMATS if name != "F32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Rows in a format: codes [n, bytes], scales [n, blocks], zero points [n, bytes]; float rows are their own codes."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32] | NDArray[np.float16] | None = None
+    zeros: NDArray[np.uint8] | None = None
+
+    def pieces(self) -> dict[str, NDArray[np.uint8]]:
+        """What goes to the file, by name, as bytes [n, bytes]."""
+        parts = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
+        return {name: part.view(np.uint8) for name, part in parts.items() if part is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------------ sizes
+def pad(size: int) -> int:
+    """Bytes that a piece takes in the data file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def fits(name: str, cols: int) -> bool:
+    """Whether rows of this length can be stored: whole blocks, and more than one (a single block misses the fast kernels)."""
+    block = FORMATS[name].block
+    return block == 0 or (cols % block == 0 and cols > block)
+
+
+def piece_bytes(name: str, rows: int, cols: int) -> dict[str, int]:
+    """Bytes of each piece of a matrix, without padding.
+
+    Raises:
+        ModelError: the block does not divide the row.
+    """
+    kind = FORMATS[name]
+    if not kind.block:
+        return {"codes": rows * cols * kind.bits // 8}
+    if cols % kind.block:
+        raise ModelError(f"{name} stores rows of multiples of {kind.block}, not of {cols}")
+    blocks = cols // kind.block
+    sizes = {"codes": rows * cols * kind.bits // 8, "scales": rows * blocks * kind.scale_bytes}
+    return {**sizes, "zeros": rows * -(-blocks * kind.bits // 8)} if kind.zeros else sizes
+
+
+def matrix_size(name: str, rows: int, cols: int) -> int:
+    """Bytes of a matrix in the data file, each piece padded."""
+    return sum(map(pad, piece_bytes(name, rows, cols).values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- packing
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [n, cols] of 2, 3, 4 or 8 bits as one little-endian bit stream a row [n, cols * bits / 8 rounded up]."""
+    if bits == 8:
+        return codes
+    n, cols = codes.shape
+    each = 8 if bits == 3 else 8 // bits  # codes that fill whole bytes
+    if cols % each:
+        codes = np.concatenate([codes, np.zeros((n, -cols % each), np.uint8)], axis=1)
+    lanes = codes.reshape(n, -1, each).astype(np.uint32)
+    word = np.zeros(lanes.shape[:2], "<u4")
+    for lane in range(each):
+        word |= lanes[..., lane] << np.uint32(bits * lane)
+    filled = word.view(np.uint8).reshape(n, -1, 4)[..., : 3 if bits == 3 else 1]
+    return np.ascontiguousarray(filled).reshape(n, -1)[:, : -(-cols * bits // 8)]
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]:
+    """The codes [n, cols] again."""
+    if bits == 8:
+        return packed
+    n = len(packed)
+    if bits == 3:
+        three = np.concatenate([packed, np.zeros((n, -packed.shape[1] % 3), np.uint8)], axis=1).reshape(n, -1, 3).astype(np.uint32)
+        word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
+    else:
+        word = packed.astype(np.uint32)
+    each = 8 if bits == 3 else 8 // bits
+    codes = np.stack([(word >> (bits * lane)) & (2**bits - 1) for lane in range(each)], axis=-1)
+    return codes.reshape(n, -1)[:, :cols].astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------ quantization
+def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> Packed:
+    """Rows [n, cols] in a format; `importance` [cols] weighs the columns' squared errors (uniform where there is none).
+
+    Raises:
+        ModelError: the block does not divide the row.
+    """
+    kind = FORMATS[name]
+    rows = np.ascontiguousarray(rows, np.float32)
+    n, cols = rows.shape
+    piece_bytes(name, n, cols)
+    if not kind.block:
+        return Packed(codes=rows.view(np.uint8))
+    blocks = cols // kind.block
+    weights = _floor_importance(importance, cols).reshape(blocks, kind.block)
+    codes = np.empty((n * blocks, kind.block), np.uint8)
+    scales, zeros = np.empty(n * blocks, np.float32), np.empty(n * blocks, np.uint8)
+    step = max(1, _CHUNK // cols)
+    for start in range(0, n, step):
+        x = rows[start : start + step].reshape(-1, kind.block)
+        here = slice(start * blocks, start * blocks + len(x))
+        codes[here], scales[here], zeros[here] = _search(x, np.tile(weights, (len(x) // blocks, 1)), kind)
+    by_row = scales.reshape(n, blocks)
+    return Packed(
+        codes=pack(codes.reshape(n, cols), kind.bits),
+        scales=by_row.astype(np.float16) if kind.scale_bytes == 2 else by_row,
+        zeros=pack(zeros.reshape(n, blocks), kind.bits) if kind.zeros else None,
+    )
+
+
+def dequantize(packed: Packed, name: str, cols: int) -> NDArray[np.float32]:
+    """Rows [n, cols] again, as the kernels read them."""
+    kind = FORMATS[name]
+    if not kind.block or packed.scales is None:
+        return packed.codes.view(np.float32).reshape(-1, cols)
+    n, blocks = packed.scales.shape
+    codes = unpack(packed.codes, kind.bits, cols).reshape(n, blocks, kind.block).astype(np.float32)
+    zeros = np.full((1, 1, 1), 2 ** (kind.bits - 1), np.float32)
+    if packed.zeros is not None:
+        zeros = unpack(packed.zeros, kind.bits, blocks).astype(np.float32)[:, :, None]
+    result: NDArray[np.float32] = (codes - zeros) * packed.scales.astype(np.float32)[:, :, None]
+    return result.reshape(n, cols)
+
+
+def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """What rows [n, cols] become when stored in a format."""
+    return dequantize(quantize(rows, name, importance), name, rows.shape[1])
+
+
+def quantize_parallel(
+    rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor, rows_each: int = 256
+) -> list[Packed]:
+    """Rows in a format, shared out over threads: the pieces from top to bottom, bytes as from a single call."""
+    starts = range(0, len(rows), rows_each)
+    return list(pool.map(lambda i: quantize(rows[i : i + rows_each], name, importance), starts))
+
+
+def _floor_importance(importance: NDArray[np.floating] | None, cols: int) -> NDArray[np.float32]:
+    """Importance of mean 1 and at least a thousandth; ones where there is none or all of it is zero."""
+    values = np.ones(cols, np.float32) if importance is None else np.asarray(importance, np.float32)
+    mean = float(values.mean())
+    if not mean > 0 or not np.isfinite(mean):
+        return np.ones_like(values)
+    return np.ascontiguousarray(np.maximum(values / mean, 1e-3))
+
+
+Grid = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]  # codes [B, block], scales [B], zeros [B]
+
+
+def _search(x: NDArray[np.float32], weights: NDArray[np.float32], kind: Format) -> Grid:
+    """Codes, scale and zero point of each block: the least weighted squared error among some grids, then two steps of least squares."""
+    best_error = np.full(len(x), np.inf, np.float32)
+    scale, zero = np.ones(len(x), np.float32), np.full(len(x), 2 ** (kind.bits - 1), np.float32)
+    centred = np.zeros_like(x)  # code - zero of the best grid
+
+    def offer(s: NDArray[np.float32], z: NDArray[np.float32]) -> None:
+        nonlocal centred
+        s = _storable(s, kind)
+        q = np.clip(np.rint(x / s[:, None]), -z[:, None], (2**kind.bits - 1) - z[:, None])
+        error = np.einsum("ij,ij,ij->i", weights, d := q * s[:, None] - x, d)
+        better = error < best_error
+        best_error[better], scale[better], zero[better] = error[better], s[better], z[better]
+        centred = np.where(better[:, None], q, centred)
+
+    for s, z in _grids(x, kind):
+        offer(s, z)
+    for _ in range(2 if kind.bits < 8 else 0):
+        weighted = weights * centred
+        fitted = np.einsum("ij,ij->i", weighted, x) / np.maximum(np.einsum("ij,ij->i", weighted, centred), 1e-30)
+        offer(fitted, zero.copy())
+    return (centred + zero[:, None]).astype(np.uint8), scale, zero.astype(np.uint8)
+
+
+def _storable(scale: NDArray[np.float32], kind: Format) -> NDArray[np.float32]:
+    """Scales as the file holds them: never zero, and of 3 bits a positive float16 (the operator's own condition)."""
+    if kind.scale_bytes == 2:
+        smallest, largest = np.float32(2.0**-14), np.float32(65504)  # normal numbers of float16
+        return np.clip(scale, smallest, largest).astype(np.float16).astype(np.float32)
+    return np.where(np.abs(scale) < 1e-30, np.float32(1), scale)
+
+
+# Scales that are tried, as shares of the one that just spans the block's values: the fewer codes, the more clipping pays.
+_SHRINK = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
+
+
+def _grids(x: NDArray[np.float32], kind: Format) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Scales and zero points to try for blocks [B, block]."""
+    top, half = np.float32(2**kind.bits - 1), np.float32(2 ** (kind.bits - 1))
+    low, high = np.minimum(x.min(axis=1), 0), np.maximum(x.max(axis=1), 0)
+    middle = np.full(len(x), half, np.float32)
+    if not kind.zeros:
+        largest = np.maximum(high, -low)
+        # Codes reach from -half to half - 1.  A negative scale gives the longer end to the block's largest magnitude, whatever its sign.
+        sign = np.where(-low > high, np.float32(1), np.float32(-1)) if kind.scale_bytes == 4 else np.float32(1)
+        span = sign * largest / half if kind.scale_bytes == 4 else largest / (half - 1)
+        for share in _SHRINK[kind.bits]:
+            yield (span * np.float32(share)).astype(np.float32), middle
+        return
+    span = (high - low) / top
+    for share in _SHRINK[kind.bits]:
+        scale = np.maximum(span * np.float32(share), np.float32(1e-30))
+        if kind.bits == 2:  # four codes: every place of zero inside them
+            for zero in (1, 2):
+                yield scale, np.full(len(x), zero, np.float32)
+        else:
+            yield scale, np.clip(np.rint(-(low + (high - low) * np.float32((1 - share) / 2)) / scale), 0, top)
+    if kind.bits == 2:  # all of one sign
+        yield span, np.where(-low > high, top, np.float32(0))
+
+
+# ------------------------------------------------------------------------------------------------------------ activations
+def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """What inputs [n, cols] of a product with weights in this format become: int8 by block where the kernel rounds.
+
+    It does with 8 and 2 bits, in experts as in matrices, the largest magnitude at 127; products with 4 and 3 bits compute in floats.
+    """
+    kind = FORMATS[name]
+    if kind.bits not in (2, 8):
+        return x
+    blocks = x.reshape(len(x), -1, kind.block)
+    scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    rounded: NDArray[np.float32] = (np.rint(blocks / scale) * scale).astype(np.float32)
+    return rounded.reshape(x.shape)

@@ -1,0 +1,260 @@
+"""Plan -> model.onnx and model.onnx.data: the graph first, then every weight at its place, one expert in memory at a time.
+
+Sizes add up by unit: every expert is counted with each of its pieces padded and with its row of the router.  What stacking saves of that
+padding lies unused at the end of the data file, and the graph is padded to the size of the largest one (every format in use in every
+layer).  So the planner knows both files to the byte before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.checkpoint import read_tensor
+from edgemoe.errors import MachineError, ModelError
+from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
+from edgemoe.scores import importance_of
+from edgemoe.targets.onnx.experts import group_experts
+from edgemoe.targets.onnx.formats import FORMATS, OFFERED, fits, matrix_size, pad, quantize_parallel
+from edgemoe.targets.onnx.graph import build_decoder, widest_format
+from edgemoe.targets.onnx.sheet import CONTRIB, DATA_FILE, Sheet, make_model, pad_model
+
+MODEL_FILE = "model.onnx"
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe")  # whose graphs are built
+CONTRIB_OPERATORS = ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "RotaryEmbedding")
+GRAPH_PER_LAYER = 10_000  # bytes, of models of which only the shapes are known
+_SPARE = 64  # bytes, so that padding can always be added
+_LONGEST = "9" * 32  # a number in the metadata, longer than any real one
+
+
+# ------------------------------------------------------------------------------------------------------------------ sizes
+def list_units(model: Model) -> list[Unit]:
+    """Everything that gets a format, in file order: one unit per expert (its three matrices), one per other matrix."""
+    sizes: dict[tuple[str, int, int], int] = {}
+    for tensor in model.tensors:
+        if is_planned(tensor):
+            key = ("ffn_exps" if tensor.expert >= 0 else tensor.role, tensor.layer, tensor.expert)
+            sizes[key] = sizes.get(key, 0) + tensor.n_weights
+    return [
+        Unit(name=unit_name(role, layer, expert), role=role, layer=layer, n_weights=n, expert=expert)
+        for (role, layer, expert), n in sizes.items()
+    ]
+
+
+def unit_name(role: str, layer: int, expert: int = -1) -> str:
+    """Name of a unit: as llama.cpp names the tensor, or `blk.3.ffn_exps.17`."""
+    if expert >= 0:
+        return f"blk.{layer}.{role}.{expert}"
+    return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
+
+
+def is_planned(tensor: Tensor) -> bool:
+    """Whether a tensor gets a format from the plan; vectors and routers stay F32."""
+    return len(tensor.shape) == 2 and tensor.role != "ffn_gate_inp"
+
+
+def _shape(model: Model, unit: Unit) -> tuple[int, int]:
+    """Rows and columns of a matrix that is no expert's."""
+    cols = model.n_heads * model.head_dim if unit.role == "attn_output" else model.hidden_size
+    return unit.n_weights // cols, cols
+
+
+def _expert_shapes(model: Model) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of gate and up together, and of down."""
+    return (2 * model.expert_size, model.hidden_size), (model.hidden_size, model.expert_size)
+
+
+def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
+    """Formats that can store a unit and that have fast kernels.
+
+    Experts of 2 bits need rows and columns in multiples of 128, matrices rows (onnxruntime's look-up kernel, core/mlas/lib/qlutgemm.cpp);
+    3 bits exist for experts only.
+
+    Raises:
+        ModelError: no format fits.
+    """
+    shapes = _expert_shapes(model) if unit.expert >= 0 else (_shape(model, unit),)
+    looked_up = all(rows % 128 == 0 for rows, _ in shapes)
+    found = tuple(
+        name
+        for name in OFFERED
+        if all(fits(name, cols) for _, cols in shapes)
+        and (looked_up or FORMATS[name].bits != 2)
+        and (unit.expert >= 0 or FORMATS[name].bits != 3)
+    )
+    if not found:
+        raise ModelError(f"{unit.name}: rows of {' and '.join(str(c) for _, c in shapes)} weights fit no ONNX format: 32 must divide them")
+    return found
+
+
+def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
+    """Bytes of a unit in the artifact, padding included; an expert's row of the router counts with it.  `count` does not matter here."""
+    if unit.expert < 0:
+        return matrix_size(name, *_shape(model, unit))
+    return sum(matrix_size(name, rows, cols) for rows, cols in _expert_shapes(model)) + pad(4 * model.hidden_size)
+
+
+def fixed_size(model: Model, count: int) -> int:
+    """Bytes of everything that gets no format: the graph and the norms.  `count` does not matter here."""
+    norms = sum(pad(4 * t.n_weights) for t in model.tensors if len(t.shape) == 1)
+    return graph_size(model) + norms
+
+
+def graph_size(model: Model) -> int:
+    """Bytes of the graph's file, from really building the largest one; an estimate for a model of which only the shapes are known."""
+    if not model.folder:
+        return GRAPH_PER_LAYER * model.n_layers
+    key = model.fingerprint, model.name
+    if key not in _graph_sizes:
+        sheet = Sheet(hollow=True)
+        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in list_units(model) if unit.expert < 0}
+        shapes = _expert_shapes(model)
+        every = [(name, model.n_experts) for name in FORMATS if all(fits(name, cols) for _, cols in shapes)]
+        interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
+        _graph_sizes[key] = make_model(sheet, *interface, _metadata(model, None, None)).ByteSize() + _SPARE
+    return _graph_sizes[key]
+
+
+_graph_sizes: dict[tuple[str, str], int] = {}
+
+
+def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str, str]:
+    """What it was made from and what runs it; without a plan, placeholders at least as long."""
+    kept = dict(zip(plan.layers, plan.kept, strict=True)) if plan else {}
+    flags = [["1" if e in kept.get(layer, ()) else "0" for e in range(model.n_experts)] for layer in range(model.n_layers)]
+    three_bits = plan is not None and any(FORMATS[name].bits == 3 for name in plan.formats.values())
+    none = "0" * 64
+    return {
+        "edgemoe.version": __version__,
+        "edgemoe.model": model.fingerprint,
+        "edgemoe.stats": stats.key if stats else none,
+        "edgemoe.costs": plan.costs if plan else none,
+        "edgemoe.expert_count_original": str(model.n_experts),
+        "edgemoe.experts_kept": " ".join("".join(row) for row in flags),  # a flag for each expert, layer by layer
+        "edgemoe.repaired": ("true" if plan.repair else "false") if plan else "false",
+        "edgemoe.predicted_kl": repr(plan.predicted_kl) if plan else _LONGEST,
+        "edgemoe.budget": str(plan.budget) if plan else _LONGEST,
+        "edgemoe.least_onnxruntime": "1.32" if three_bits else "1.31",
+        "edgemoe.contrib_operators": f"{CONTRIB} 1: {', '.join(CONTRIB_OPERATORS)}",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+def write(
+    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Artifact:
+    """Write the plan's graph and data file into `folder`; they appear under their own names only when complete.
+
+    Args:
+        model: whose weights are stored.
+        stats: the importance of columns.
+        plan: what to keep and how.
+        folder: where to; must exist.
+        shard_max: not used: the graph is a file of its own, and the data lie in one.
+        progress: called with (bytes written, all bytes).
+
+    Raises:
+        ModelError: a shard is damaged or holds NaN.
+        MachineError: the disk is full or not writable, or onnx is not installed.
+    """
+    groups = _layer_groups(plan)
+    sheet = Sheet()
+    counts = [[(name, len(experts)) for name, experts in groups[layer]] for layer in range(model.n_layers)]
+    interface = build_decoder(sheet, model, counts, plan.formats)
+    graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), graph_size(model))
+    scratch = folder / ".part"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
+        _fill(scratch / DATA_FILE, sheet, plan.file_size - graph_size(model), _contents(model, stats, plan), progress)
+        for name in (MODEL_FILE, DATA_FILE):
+            os.replace(scratch / name, folder / name)
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in (MODEL_FILE, DATA_FILE))
+    return Artifact(folder=str(folder), target="onnx", plan="", files=files)
+
+
+def _layer_groups(plan: Plan) -> dict[int, list[tuple[str, tuple[int, ...]]]]:
+    """Kept experts of each layer by format."""
+    return {
+        layer: group_experts(kept, {e: plan.formats[unit_name("ffn_exps", layer, e)] for e in kept})
+        for layer, kept in zip(plan.layers, plan.kept, strict=True)
+    }
+
+
+def _fill(
+    path: Path, sheet: Sheet, size: int, contents: Iterator[tuple[str, int, NDArray[Any]]], progress: Callable[[int, int], None] | None
+) -> None:
+    """Write every piece at its place; holes and the end are zero."""
+    total, written = sum(place.size for place in sheet.places.values()), 0
+    with path.open("wb") as file:
+        file.truncate(size)
+        for name, offset, values in contents:
+            file.seek(sheet.places[name].offset + offset)
+            file.write(values.tobytes())
+            written += values.nbytes
+            if progress:
+                progress(written, total)
+
+
+def _contents(model: Model, stats: Stats, plan: Plan) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """Every weight: the name of its place, the offset in it, and values whose bytes belong there."""
+    groups = _layer_groups(plan)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for layer in range(-1, model.n_layers):
+            importance = importance_of(model, stats, layer)
+            tensors = model.of_layer(layer)
+            for (role, expert), tensor in tensors.items():
+                name = unit_name(role, layer).removesuffix(".weight")
+                if expert >= 0:
+                    continue
+                values = read_tensor(model.folder, tensor)
+                if role == "ffn_gate_inp":
+                    order = [e for _, experts in groups[layer] for e in experts]
+                    yield name, 0, np.ascontiguousarray(values[order].T)
+                elif is_planned(tensor):
+                    yield from _quantized(name, 0, values, plan.formats[f"{name}.weight"], importance.get((role, -1)), pool)
+                else:
+                    yield name, 0, values
+            if layer >= 0:
+                yield from _experts(model, layer, groups[layer], tensors, importance, pool)
+
+
+def _experts(
+    model: Model,
+    layer: int,
+    groups: list[tuple[str, tuple[int, ...]]],
+    tensors: Mapping[tuple[str, int], Tensor],
+    importance: Mapping[tuple[str, int], NDArray[np.float32]],
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """The experts of a layer, one after the other; gate and up rows are interleaved."""
+    for kind, experts in groups:
+        for number, e in enumerate(experts):
+            gate, up, down = (read_tensor(model.folder, tensors[f"ffn_{p}_exps", e]) for p in ("gate", "up", "down"))
+            both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+            name = f"blk.{layer}.ffn_exps.{kind}"
+            yield from _quantized(f"{name}.fc1", number, both, kind, importance["ffn_gate_exps", e], pool)
+            yield from _quantized(f"{name}.fc2", number, down, kind, importance["ffn_down_exps", e], pool)
+
+
+def _quantized(
+    name: str, number: int, rows: NDArray[np.float32], kind: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """The pieces of a matrix, the `number`-th of its stack."""
+    parts = [packed.pieces() for packed in quantize_parallel(rows, kind, importance, pool)]
+    for piece in parts[0]:
+        values = np.concatenate([part[piece] for part in parts])
+        yield f"{name}.{piece}", number * values.nbytes, values
