@@ -22,7 +22,7 @@ TINY = EXAMPLES / "tiny-moe"
 
 def plan_for(model: Model, *, kept: tuple[int, ...] = (16, 16, 16, 16), fmt: str = "INT4_32") -> Plan:
     """A plan that keeps the first experts of each layer, every unit in one format."""
-    return replace(flat_plan(model), kept=tuple(tuple(range(n)) for n in kept), formats={"blk.0.ffn_exps.0": fmt})
+    return replace(flat_plan(model), context=200, kept=tuple(tuple(range(n)) for n in kept), formats={"blk.0.ffn_exps.0": fmt})
 
 
 def copy_of_tiny(folder: Path) -> Path:
@@ -39,7 +39,7 @@ def copy_of_tiny(folder: Path) -> Path:
 def written(model: Model, folder: Path, **options: Any) -> dict[str, Any]:
     """Every JSON file that `write_sidecars` leaves, by name."""
     folder.mkdir()
-    names = write_sidecars(model, plan_for(model), folder, rows=200, **options)
+    names = write_sidecars(model, plan_for(model), folder, **options)
     assert names == sorted(p.name for p in folder.iterdir())
     return {name: json.loads((folder / name).read_text()) for name in names if name.endswith(".json")}
 
@@ -68,7 +68,7 @@ def test_the_same_plan_gives_the_same_bytes_wherever_the_checkpoint_lies(tmp_pat
 @pytest.mark.parametrize(("kept", "count", "note"), [((9, 9, 9, 9), 9, None), ((9, 2, 16, 5), 16, [9, 2, 16, 5])])
 def test_config_says_how_many_experts_are_left(kept: tuple[int, ...], count: int, note: list[int] | None, tmp_path: Path) -> None:
     model = inspect_model(TINY)
-    write_sidecars(model, plan_for(model, kept=kept), tmp_path, rows=512)
+    write_sidecars(model, plan_for(model, kept=kept), tmp_path)
     config, original = json.loads((tmp_path / "config.json").read_text()), json.loads((TINY / "config.json").read_text())
     assert config.pop("num_experts") == count
     assert config.pop("edgemoe").get("experts_per_layer") == note
@@ -76,9 +76,9 @@ def test_config_says_how_many_experts_are_left(kept: tuple[int, ...], count: int
     assert config == {key: value for key, value in original.items() if key not in ("num_experts", "torch_dtype")}
 
 
-def test_genai_config_takes_its_limits_from_the_graph_and_its_sampling_from_the_checkpoint(tmp_path: Path) -> None:
+def test_genai_config_takes_its_limits_from_model_and_plan_and_its_sampling_from_the_checkpoint(tmp_path: Path) -> None:
     found = written(inspect_model(TINY), tmp_path / "out")["genai_config.json"]
-    assert found["model"]["context_length"] == found["search"]["max_length"] == 200
+    assert (found["model"]["context_length"], found["search"]["max_length"]) == (512, 200)
     assert (found["search"]["do_sample"], found["search"]["temperature"], found["search"]["top_k"]) == (True, 0.8, 40)
     assert found["search"]["top_p"] == 1.0
     assert found["model"]["decoder"]["filename"] == "model.onnx"
@@ -120,7 +120,7 @@ def test_a_bad_file_of_the_checkpoint_is_named(name: str, body: Any, field: str,
     (source / name).write_text(json.dumps(body))
     model = inspect_model(source)
     with pytest.raises(ModelError, match=field):
-        write_sidecars(model, plan_for(model), tmp_path, rows=512)
+        write_sidecars(model, plan_for(model), tmp_path)
 
 
 def test_code_that_is_not_there_is_not_referred_to(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_links_out_of_the_checkpoint_are_not_followed(tmp_path: Path) -> None:
     secret.write_text("{}")
     (source / "special_tokens_map.json").symlink_to(secret)
     with pytest.raises(ModelError, match=r"special_tokens_map\.json: a link that leads out"):
-        write_sidecars(model, plan_for(model), tmp_path, rows=512)
+        write_sidecars(model, plan_for(model), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model"])
@@ -148,7 +148,7 @@ def test_a_pipe_or_a_huge_file_is_refused_before_it_is_read(name: str, tmp_path:
     else:
         os.mkfifo(source / name)
     with pytest.raises(ModelError, match=name):
-        write_sidecars(model, plan_for(model), tmp_path, rows=512)
+        write_sidecars(model, plan_for(model), tmp_path)
 
 
 def test_the_hub_cache_may_link_to_its_own_blobs(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_the_web_layout_refuses_three_bits_and_says_which(tmp_path: Path) -> Non
     assert allowed("INT3_64", "onnx")
     assert [name for name in ("INT2_32", "INT3_64", "INT4_32", "INT8_32", "F32") if not allowed(name, "transformers.js")] == ["INT3_64"]
     with pytest.raises(UsageError, match="INT3_64") as caught:
-        write_sidecars(model, plan_for(model, fmt="INT3_64"), tmp_path, rows=512, layout="transformers.js")
+        write_sidecars(model, plan_for(model, fmt="INT3_64"), tmp_path, layout="transformers.js")
     assert "layout 'onnx'" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="tflite"):
-        write_sidecars(model, plan_for(model), tmp_path, rows=512, layout="tflite")
+        write_sidecars(model, plan_for(model), tmp_path, layout="tflite")

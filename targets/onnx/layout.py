@@ -71,14 +71,13 @@ def _check_name(layout: str) -> str:
     return layout
 
 
-def write_sidecars(model: Model, plan: Plan, folder: Path, *, rows: int, layout: str = "onnx") -> list[str]:
+def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx") -> list[str]:
     """Write everything beside the graph: configs and tokenizer.
 
     Args:
         model: whose folder the files come from.
-        plan: how many experts are left.
+        plan: how many experts are left, and the context whose cache was planned for.
         folder: where the graph lies, or will lie, as `PLACES` says; must exist.
-        rows: of the graph's cos and sin tables: the longest context that it can take, in tokens.
         layout: a name in `PLACES`.
 
     Returns:
@@ -94,7 +93,7 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, *, rows: int, layout:
     files = {name: data for name, limit in COPIED.items() if (data := _read_bytes(source, name, limit)) is not None}
     generation = json.loads(files.get("generation_config.json", b"{}"))
     files["config.json"] = _dump(make_config(model, plan, layout))
-    files["genai_config.json"] = _dump(make_genai_config(model, generation, rows, layout))
+    files["genai_config.json"] = _dump(make_genai_config(model, generation, plan.context, layout))
     try:
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -121,13 +120,16 @@ def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any
     return config
 
 
-def make_genai_config(model: Model, generation: Mapping[str, Any], rows: int, layout: str = "onnx") -> dict[str, Any]:
+def make_genai_config(model: Model, generation: Mapping[str, Any], context: int, layout: str = "onnx") -> dict[str, Any]:
     """What onnxruntime-genai wants to know; "decoder" is its type for a graph that it need not recognize.
+
+    It allocates the cache of `max_length` tokens at once (`past_present_share_buffer`), so that is the planned context; who sets more has
+    the room.
 
     Args:
         model: the shape, and the special tokens where `generation` has none.
         generation: of generation_config.json, may be empty.
-        rows: longest context in tokens.
+        context: tokens whose cache was planned for.
         layout: where the graph lies.
     """
     ids = {key: _token_ids(model, generation, f"{key}_token_id") for key in ("bos", "eos", "pad")}
@@ -151,8 +153,8 @@ def make_genai_config(model: Model, generation: Mapping[str, Any], rows: int, la
         "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
     }
     search = {key: _setting(model, generation, key, default) for key, default in SEARCH.items()}
-    search |= {"max_length": rows, "past_present_share_buffer": True}
-    described = {"type": "decoder", "context_length": rows, "vocab_size": model.vocab_size, "decoder": decoder}
+    search |= {"max_length": min(context, model.context_length), "past_present_share_buffer": True}
+    described = {"type": "decoder", "context_length": model.context_length, "vocab_size": model.vocab_size, "decoder": decoder}
     return {"model": described | special, "search": search}
 
 
