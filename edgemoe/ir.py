@@ -397,7 +397,7 @@ class Report:
     scores: tuple[TextScore, ...]
     measured_kl: float
     measured_peak: int
-    beside_kl: float  # under the target's other settings (Target.RUNS)
+    beside_kl: float  # under the target's other settings (Target.RUNS), from a few windows
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
     decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token

@@ -246,7 +246,7 @@ def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None
     try:
         for folder in (out, out / ".work"):
             with suppress(ModelError):  # nothing there, not ours, or of another version: it stays
-                _remove_result(out, find_artifact(folder))
+                _remove_result(out, find_artifact(folder), names)
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
     except OSError as error:
@@ -266,9 +266,10 @@ def find_artifact(out: Path) -> Artifact:
     raise ModelError(f"{out}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
 
 
-def _remove_result(out: Path, artifact: Artifact) -> None:
+def _remove_result(out: Path, artifact: Artifact, names: Sequence[str]) -> None:
+    """Delete what a record lists: files right in OUT, or those that the target may put below it."""
     for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
-        if Path(name).name == name and (out / name).is_file():
+        if (Path(name).name == name or name in names) and (out / name).is_file():
             (out / name).unlink()
 
 

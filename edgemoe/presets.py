@@ -78,7 +78,7 @@ def layer_uniform_plan(costs: Costs, budget: int, gap: float = 1e-4) -> Plan:
     """The best plan that stores all experts of a layer alike; which of them go is decided too, and the format of every other unit.
 
     A layer has one option for each format and number of experts that go: at a given format those go whose drop costs least beyond what
-    storing them does, so no other set of that size is cheaper.
+    storing them does, so no other set of that size is cheaper (experts of a layer are equally large).
 
     Raises:
         UsageError: the price list is not in the experts form.

@@ -78,10 +78,8 @@ def verify_artifact(
     measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
     names = [t.name for t in heldout]
     texts = compare_logits(artifact.path, model, windows, states, names, target, progress=progress)
-    some = np.unique(np.linspace(0, len(windows.tokens) - 1, BESIDE_WINDOWS).round().astype(int))
-    settings = {**target.RUNS.beside, **((target.RUNS.fallback or {}) if notes else {})}
-    beside = compare_logits(artifact.path, model, windows.take(some), states[some], names, target, settings=settings)
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
+    settings = {**target.RUNS.beside, **((target.RUNS.fallback or {}) if notes else {})}
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
         model=_describe(model),
@@ -91,7 +89,7 @@ def verify_artifact(
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),
-        beside_kl=float(np.average([t.kl_mean for t in beside], weights=[t.tokens for t in beside])),
+        beside_kl=mean_kl * _ratio_beside(artifact.path, model, windows, states, target, settings),
         prompt_tokens_per_second=measured["prompt_tokens_per_second"],
         decode_tokens_per_second=measured["decode_tokens_per_second"],
         decode_ceiling=estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
@@ -135,6 +133,17 @@ def compare_logits(
         progress(0, len(rows))
     target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.RUNS.compared)}, compare)
     return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
+
+
+def _ratio_beside(
+    path: Path, model: Model, windows: Any, states: NDArray[np.float32], target: Target, settings: Mapping[str, bool]
+) -> float:
+    """KL under other settings over that under those of the prediction, on the same few windows: what differs is the settings alone."""
+    some = np.unique(np.linspace(0, len(windows.tokens) - 1, BESIDE_WINDOWS).round().astype(int))
+    few, names = windows.take(some), [str(number) for number in range(int(windows.domain.max()) + 1)]
+    found = [compare_logits(path, model, few, states[some], names, target, settings=each) for each in (settings, None)]
+    other, own = (float(np.average([t.kl_mean for t in texts], weights=[t.tokens for t in texts])) for texts in found)
+    return other / own if own > 0 else 1.0
 
 
 def _measure(target: Target, artifact: Artifact, job: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]
     ours = _open_tokenizer(path)
     original = transformers.AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
     return [line for line in lines if ours.encode(line).ids != original(line)["input_ids"]]
+
+
+def runtime() -> str:
+    """What runs an ONNX model here."""
+    try:
+        return f"onnxruntime {version('onnxruntime')}"
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _open_tokenizer(path: Path) -> Any:
