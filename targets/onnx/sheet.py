@@ -51,6 +51,7 @@ class Sheet:
     """What has been built so far.  `hollow`: offsets and lengths are placeholders of the most digits."""
 
     hollow: bool = False
+    data_file: str = DATA_FILE  # as the graph names it
     nodes: list[Any] = field(default_factory=list)
     initializers: list[Any] = field(default_factory=list)
     places: dict[str, Place] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Sheet:
         onnx = import_onnx()
         tensor = onnx.TensorProto(name=name, data_type=kind, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
         offset, length = (_UNKNOWN, _UNKNOWN) if self.hollow else (place.offset, place.size)
-        for key, value in (("location", DATA_FILE), ("offset", offset), ("length", length)):
+        for key, value in (("location", self.data_file), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
 

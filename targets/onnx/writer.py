@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ from edgemoe.errors import MachineError, ModelError
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.formats import FORMATS, OFFERED, fits, matrix_size, pad, quantize_parallel
+from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, quantize_parallel
 from edgemoe.targets.onnx.graph import build_decoder, widest_format
-from edgemoe.targets.onnx.sheet import CONTRIB, DATA_FILE, Sheet, make_model, pad_model
+from edgemoe.targets.onnx.layout import PLACES, check_layout, write_sidecars
+from edgemoe.targets.onnx.sheet import CONTRIB, Sheet, make_model, pad_model
 
-MODEL_FILE = "model.onnx"
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe")  # whose graphs are built
 CONTRIB_OPERATORS = ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "RotaryEmbedding")
 GRAPH_PER_LAYER = 10_000  # bytes, of models of which only the shapes are known
@@ -82,16 +82,11 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
         ModelError: no format fits.
     """
     shapes = _expert_shapes(model) if unit.expert >= 0 else (_shape(model, unit),)
-    looked_up = all(rows % 128 == 0 for rows, _ in shapes)
-    found = tuple(
-        name
-        for name in OFFERED
-        if all(fits(name, cols) for _, cols in shapes)
-        and (looked_up or FORMATS[name].bits != 2)
-        and (unit.expert >= 0 or FORMATS[name].bits != 3)
-    )
+    looked_up = (2,) if all(rows % 128 == 0 for rows, _ in shapes) else ()
+    found = choose_menu([cols for _, cols in shapes], (8, 4, 3, *looked_up) if unit.expert >= 0 else (8, 4, *looked_up))
     if not found:
-        raise ModelError(f"{unit.name}: rows of {' and '.join(str(c) for _, c in shapes)} weights fit no ONNX format: 32 must divide them")
+        lengths = " and ".join(str(cols) for _, cols in shapes)
+        raise ModelError(f"{unit.name}: rows of {lengths} weights fit no ONNX format", hint="multiples of 32 from 64 on do")
     return found
 
 
@@ -115,9 +110,10 @@ def graph_size(model: Model) -> int:
     key = model.fingerprint, model.name
     if key not in _graph_sizes:
         sheet = Sheet(hollow=True)
-        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in list_units(model) if unit.expert < 0}
-        shapes = _expert_shapes(model)
-        every = [(name, model.n_experts) for name in FORMATS if all(fits(name, cols) for _, cols in shapes)]
+        units = list_units(model)
+        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in units if unit.expert < 0}
+        menu = offered_formats(model, next(unit for unit in units if unit.expert >= 0))
+        every = [(name, model.n_experts) for name in ("F32", *menu)]
         interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
         _graph_sizes[key] = make_model(sheet, *interface, _metadata(model, None, None)).ByteSize() + _SPARE
     return _graph_sizes[key]
@@ -149,9 +145,16 @@ def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str,
 
 # ---------------------------------------------------------------------------------------------------------------- writing
 def write(
-    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    stats: Stats,
+    plan: Plan,
+    folder: Path,
+    shard_max: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    layout: str = "onnx",
 ) -> Artifact:
-    """Write the plan's graph and data file into `folder`; they appear under their own names only when complete.
+    """Write the plan's graph, its data file and what belongs beside them into `folder`; files get their own names only when complete.
 
     Args:
         model: whose weights are stored.
@@ -160,29 +163,35 @@ def write(
         folder: where to; must exist.
         shard_max: not used: the graph is a file of its own, and the data lie in one.
         progress: called with (bytes written, all bytes).
+        layout: what the files are called (see layout.py).
 
     Raises:
-        ModelError: a shard is damaged or holds NaN.
+        UsageError: a layout that is not known, or that cannot hold the plan's formats.
+        ModelError: a shard is damaged or holds NaN, or a file beside it is not what it should be.
         MachineError: the disk is full or not writable, or onnx is not installed.
     """
+    check_layout(plan.formats.values(), layout)
+    model_file, data_file = PLACES[layout]
     groups = _layer_groups(plan)
-    sheet = Sheet()
+    sheet = Sheet(data_file=PurePath(data_file).name)
     counts = [[(name, len(experts)) for name, experts in groups[layer]] for layer in range(model.n_layers)]
     interface = build_decoder(sheet, model, counts, plan.formats)
     graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), graph_size(model))
     scratch = folder / ".part"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
-        _fill(scratch / DATA_FILE, sheet, plan.file_size - graph_size(model), _contents(model, stats, plan), progress)
-        for name in (MODEL_FILE, DATA_FILE):
+        (scratch / model_file).parent.mkdir(parents=True)
+        names = [model_file, data_file, *write_sidecars(model, plan, scratch, layout)]
+        (scratch / model_file).write_bytes(graph.SerializeToString(deterministic=True))
+        _fill(scratch / data_file, sheet, plan.file_size - graph_size(model), _contents(model, stats, plan), progress)
+        (folder / model_file).parent.mkdir(exist_ok=True)
+        for name in names:
             os.replace(scratch / name, folder / name)
     except OSError as error:
         raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in (MODEL_FILE, DATA_FILE))
+    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
     return Artifact(folder=str(folder), target="onnx", plan="", files=files)
 
 

@@ -1,0 +1,54 @@
+"""Folders for ONNX runtimes, and plain onnxruntime's own words, with which every other runtime is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tiny import flat_plan, flat_stats
+
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Artifact, Plan, Unit
+from edgemoe.targets import onnx
+
+
+def write_folder(
+    source: Path, out: Path, choose: Callable[[Unit], str] | str, kept: Sequence[Sequence[int]] | None = None, layout: str = "onnx"
+) -> tuple[Plan, Artifact]:
+    """Write a checkpoint as a plan that nobody solved says: each unit in the format that `choose` gives it."""
+    model = inspect_model(source)
+    sets = tuple(tuple(k) for k in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
+    units = [u for u in onnx.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
+    formats = {u.name: choose if isinstance(choose, str) else choose(u) for u in units}
+    sizes = {u.name: onnx.unit_size(model, u, formats[u.name], len(sets[0])) for u in units}
+    size = sum(sizes.values()) + onnx.fixed_size(model, len(sets[0]))
+    plan = replace(flat_plan(model), target="onnx", kept=sets, formats=formats, sizes=sizes, file_size=size, context=model.context_length)
+    out.mkdir(parents=True)
+    work = out.with_name(out.name + "-stats")
+    work.mkdir()
+    return plan, onnx.write(model, flat_stats(model, work), plan, out, layout=layout)
+
+
+def greedy(path: Path, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
+    """The most likely token, `count` times or until one of `ends`, by plain onnxruntime with its cache fed back."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    names = [o.name for o in session.get_outputs()]
+    made: list[int] = []
+    feed = np.array([ids], np.int64)
+    while len(made) < count:
+        mask = np.ones((1, len(ids) + len(made)), np.int64)
+        results = dict(zip(names, session.run(None, {"input_ids": feed, "attention_mask": mask, **cache}), strict=True))
+        token = int(results["logits"][0, -1].argmax())
+        if token in ends:
+            break
+        made.append(token)
+        feed = np.array([[token]])
+        cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name.startswith("present")}
+    return made
