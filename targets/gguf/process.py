@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from edgemoe.ir import Model, Unit
-from edgemoe.memory import RETAINED, Cache, Layout, Settings, peak
+from edgemoe.memory import RETAINED, Layout, Settings, layout_of, peak
 from edgemoe.targets.gguf.batch import compute_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.buffers import cells_of, kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.formats import FORMATS, formats_of_rows, pad, row_bytes
@@ -50,23 +50,6 @@ def unit_staging(size: int, name: str, role: str) -> int:
 def is_repacked(name: str, role: str) -> bool:
     """Whether llama.cpp keeps another copy of a tensor, in an order that the CPU's vectors like; the embedding is only looked up."""
     return FORMATS[name].repacked and role != "token_embd"
-
-
-def layout_of(model: Model) -> Layout:
-    """The layout of a model of the families that are written: grouped-query attention, experts in every layer."""
-    cache = Cache(k=model.n_kv_heads * model.head_dim, v=model.n_kv_heads * model.head_dim)
-    return Layout(
-        caches=(cache,) * model.n_layers,
-        hidden_size=model.hidden_size,
-        n_heads=model.n_heads,
-        key_length=model.head_dim,
-        value_length=model.head_dim,
-        vocab_size=model.vocab_size,
-        n_experts=model.n_experts,
-        top_k=model.top_k,
-        expert_size=model.expert_size,
-        renormalize=model.renormalize,
-    )
 
 
 def memory_parts(model: Model | Layout, context: int, settings: Settings | None = None) -> dict[str, int]:

@@ -7,7 +7,7 @@ Jobs:
 A job may carry "settings": chunk (tokens that are computed at once), threads.
 
 Keys and values lie in one buffer per layer that is the past and the present of every call, so that nothing is copied and nothing is held
-twice.  Of a prompt nothing but keys and values is asked for, until its last token: the runtime leaves out the output matrix.
+twice.  The runtime computes all outputs whether they are asked for or not, logits of every token too, so chunks are small.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 LACKING = 5  # exit code: this machine lacks something
-CHUNK, THREADS = 128, 4  # see docs/decisions/0008-onnx-memory.md
+CHUNK, THREADS = 64, 4  # see docs/decisions/0008-onnx-memory.md
 WARNINGS_OFF = 3  # ONNX Runtime's log level: errors
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -47,7 +47,7 @@ class Decoder:
         ort = _runtime(job["needs"], job.get("exact", False))
         import numpy as np  # onnxruntime has imported it
 
-        self.np, self.ort = np, ort
+        self.np = np
         settings = job.get("settings", {})
         self.chunk = settings.get("chunk", CHUNK)
         options = ort.SessionOptions()
@@ -61,13 +61,11 @@ class Decoder:
             if name.startswith("past_key_values."):
                 _, heads, _, length = tensor.shape
                 self.cache[name] = np.zeros((1, heads, context, length), DTYPES[tensor.type])
-        self.vocab = self.session.get_outputs()[0].shape[-1]
-        self.prompt_only = ort.RunOptions()
-        self.prompt_only.only_execute_path_to_fetches = True
+        self.logits = np.empty((1, min(self.chunk, context), self.session.get_outputs()[0].shape[-1]), np.float32)
 
-    def run(self, tokens: Sequence[int], start: int, logits: Any = None) -> None:
-        """Run tokens at positions from `start`, with logits [1, tokens, vocab] into an array if there is one."""
-        np = self.np
+    def run(self, tokens: Sequence[int], start: int) -> Any:
+        """Run tokens at positions from `start`; their logits [1, tokens, vocab], until the next run."""
+        np, logits = self.np, self.logits[:, : len(tokens)]
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, start + len(tokens)), np.int64))
@@ -75,26 +73,20 @@ class Decoder:
             place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values", "present"), *place)
-        if logits is not None:
-            binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(binding, None if logits is not None else self.prompt_only)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        return logits
 
-    def every(self, tokens: Sequence[int]) -> Any:
-        """Logits of all tokens of a text, by chunks [1, chunk, vocab]."""
-        for start in range(0, len(tokens), self.chunk):
-            piece = tokens[start : start + self.chunk]
-            logits = self.np.empty((1, len(piece), self.vocab), self.np.float32)
-            self.run(piece, start, logits)
-            yield logits
+    def every(self, tokens: Sequence[int], start: int = 0) -> Iterator[Any]:
+        """Logits of a text, chunk by chunk [1, chunk, vocab]."""
+        for begin in range(0, len(tokens), self.chunk):
+            yield self.run(tokens[begin : begin + self.chunk], start + begin)
 
     def last(self, tokens: Sequence[int], start: int = 0) -> int:
         """Run tokens in chunks; the most likely token after the last one."""
-        end = len(tokens) - 1
-        for begin in range(0, end, self.chunk):
-            self.run(tokens[begin : min(begin + self.chunk, end)], start + begin)
-        logits = self.np.empty((1, 1, self.vocab), self.np.float32)
-        self.run(tokens[end:], start + end, logits)
-        return int(logits.argmax())
+        for logits in self.every(tokens, start):
+            pass
+        return int(logits[0, -1].argmax())
 
     def greedy(self, prompt: Sequence[int], n: int, ends: Sequence[int]) -> list[int]:
         """The most likely continuation, until its end or `n` tokens."""
