@@ -177,7 +177,7 @@ def bare(costs: Costs) -> Costs:
 def pmq(costs: Costs, stats: Stats, model: Model, budget: int) -> Plan:
     arrays = [stats.arrays(layer) for layer in range(model.n_layers)]
     tokens, gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
-    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_64" for bits in PMQ_WIDTHS}, "INT8_64")
+    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_32" for bits in PMQ_WIDTHS}, "INT8_32")
 
 
 def test_pmq_keeps_every_expert_its_widths_and_the_budget(costs: Costs, stats: Stats, model: Model) -> None:
@@ -193,7 +193,7 @@ def test_pmq_keeps_every_expert_its_widths_and_the_budget(costs: Costs, stats: S
         assert {bits_of(f) for row in by_layer for f in row} <= set(PMQ_WIDTHS)
         assert len({sum(map(bits_of, row)) for row in by_layer}) == 1  # as many bits for each layer
         assert all({3, 4} <= set(map(bits_of, row)) for row in by_layer)
-        assert {f for name, f in plan.formats.items() if "exps" not in name} == {"INT8_64"}
+        assert {f for name, f in plan.formats.items() if "exps" not in name} == {"INT8_32"}
         assert solve_plan(bare(costs), plan.file_size).q <= plan.q * (1 + 1e-9)
     assert sizes and sizes == sorted(set(sizes))
     with pytest.raises(BudgetError, match="pmq"):
@@ -217,7 +217,7 @@ def test_layer_uniform_is_the_best_of_its_kind() -> None:
         costs = replace(random_costs(seed, "experts", experts=3, formats=2), staging=np.zeros((1, 7, 2), np.int64))
         size = np.random.default_rng(seed).integers(20, 60, costs.size.shape)
         size[:, :3], size[:, 3:6] = size[:, :1], size[:, 3:4]  # experts of a layer are equally large
-        costs = replace(costs, cost=np.where(np.isfinite(costs.cost), costs.cost, 1.0), size=size)
+        costs = replace(costs, cost=np.where(np.isfinite(costs.cost), costs.cost, 1.0), size=size, extra=size // 8)
         beside = sum(size for part, size in costs.memory.items() if part != "context") + int(costs.fixed_size[0])
         budget = beside + 200
         best = np.inf
