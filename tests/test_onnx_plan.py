@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_fewer_bits_cost_more_nats_and_fewer_bytes(costs: Costs) -> None:
         offered = [f for f in range(len(costs.formats)) if np.isfinite(cost[u, f])]
         for block in ("32", "64", "128"):
             line = sorted((f for f in offered if costs.formats[f].endswith("_" + block)), key=lambda f: bits_of(costs.formats[f]))
-            for few, many in zip(line, line[1:], strict=False):
+            for few, many in itertools.pairwise(line):
                 assert costs.size[0, u, few] < costs.size[0, u, many]
                 assert cost[u, few] > 1.5 * cost[u, many], unit.name  # a bit more is a quarter of the squared error, on large samples
 
