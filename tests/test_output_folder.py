@@ -72,7 +72,7 @@ FIXED = ("model.onnx", "config.json", "onnx/model.onnx")
 
 def test_a_file_that_the_target_would_write_and_somebody_else_wrote_is_kept_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("a checkpoint's")
-    with pytest.raises(UsageError, match="config.json"):
+    with pytest.raises(UsageError, match=r"config\.json"):
         prepare_output(tmp_path, force=True, names=FIXED)
     assert names(tmp_path) == {"config.json"}
     prepare_output(tmp_path, force=True, names=("model.onnx",))
