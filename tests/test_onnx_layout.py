@@ -163,6 +163,18 @@ def test_the_hub_cache_may_link_to_its_own_blobs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
+def test_transformers_js_gets_a_type_that_it_knows_and_the_shape_of_the_cache(tmp_path: Path) -> None:
+    model = inspect_model(EXAMPLES / "tiny-moe-b")
+    for layout in ("onnx", "transformers.js"):
+        (tmp_path / layout).mkdir()
+        write_sidecars(model, plan_for(model, kept=(7, 7)), tmp_path / layout, layout)
+    plain, web = (json.loads((tmp_path / layout / "config.json").read_text()) for layout in ("onnx", "transformers.js"))
+    assert plain["model_type"] == web["edgemoe"]["model_type"] == "mixtral"
+    shape = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 256}
+    assert {key: web[key] for key in shape} == shape
+    assert web["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
+
+
 def test_the_web_layout_refuses_three_bits_and_says_which(tmp_path: Path) -> None:
     model = inspect_model(TINY)
     assert allowed("INT3_64", "onnx")
