@@ -11,7 +11,7 @@ Nothing here needs onnx or onnxruntime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -44,7 +44,6 @@ FORMATS = {
     "INT8_32": Format(bits=8, block=32),
     "INT8_64": Format(bits=8, block=64),
     "INT8_128": Format(bits=8, block=128),
-    "INT4_16": Format(bits=4, block=16, zeros=True),
     "INT4_32": Format(bits=4, block=32, zeros=True),
     "INT4_64": Format(bits=4, block=64, zeros=True),
     "INT4_128": Format(bits=4, block=128, zeros=True),
@@ -55,6 +54,8 @@ FORMATS = {
     "INT2_64": Format(bits=2, block=64, zeros=True),
     "INT2_128": Format(bits=2, block=128, zeros=True),
 }
+# What is offered of each width, best measured error for its bytes; where none of these fits, all that do.
+MENU = {8: ("INT8_32", "INT8_128"), 4: ("INT4_32", "INT4_64", "INT4_128"), 3: ("INT3_128",), 2: ("INT2_128",)}
 OFFERED = tuple(name for name in FORMATS if name != "F32")
 
 
@@ -82,6 +83,15 @@ def fits(name: str, cols: int) -> bool:
     """Whether rows of this length can be stored: whole blocks, and more than one (a single block misses the fast kernels)."""
     block = FORMATS[name].block
     return block == 0 or (cols % block == 0 and cols > block)
+
+
+def choose_menu(cols: Sequence[int], widths: Sequence[int]) -> tuple[str, ...]:
+    """Formats that can store rows of all these lengths: for each width those of the menu, or what else fits."""
+    found: list[str] = []
+    for bits in widths:
+        fitting = [name for name, kind in FORMATS.items() if kind.bits == bits and all(fits(name, n) for n in cols)]
+        found += [name for name in fitting if name in MENU[bits]] or fitting
+    return tuple(found)
 
 
 def piece_bytes(name: str, rows: int, cols: int) -> dict[str, int]:
@@ -268,13 +278,14 @@ def _grids(x: NDArray[np.float32], kind: Format) -> Iterator[tuple[NDArray[np.fl
 
 
 # ------------------------------------------------------------------------------------------------------------ activations
-def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    """What inputs [n, cols] of a product with weights in this format become: int8 by block where the kernel rounds.
+def round_inputs(x: NDArray[np.float32], name: str, role: str = "ffn_exps") -> NDArray[np.float32]:
+    """What inputs [n, cols] of a product with weights in this format become: int8 by block, the largest magnitude at 127.
 
-    It does with 8 and 2 bits, in experts as in matrices, the largest magnitude at 127; products with 4 and 3 bits compute in floats.
+    So do QMoE of 8 bits and MatMulNBits of accuracy_level 4, which all matrices have, to the last bit.  QMoE of 2 bits rounds sums of four
+    inputs instead, with an error a little smaller than this.  QMoE of 4 and 3 bits computes in floats.  `role` tells experts from matrices.
     """
     kind = FORMATS[name]
-    if kind.bits not in (2, 8):
+    if not kind.block or (role.endswith("_exps") and kind.bits in (3, 4)):
         return x
     blocks = x.reshape(len(x), -1, kind.block)
     scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))

@@ -19,8 +19,9 @@ from edgemoe.targets.onnx.formats import FORMATS, fits
 from edgemoe.targets.onnx.router import Router
 from edgemoe.targets.onnx.sheet import CONTRIB, FLOAT, INT32, INT64, UINT8, Sheet, import_onnx
 
-# Widths of matrices whose inputs are rounded to int8 (accuracy_level 4): without, these kernels are 50 to 400 times slower.
-INT8_INPUTS = (2, 8)
+# Inputs of matrix products are rounded to int8 by block.  In floats, 8 and 2 bits are 50 to 400 times slower and 4 bits 3 to 7 times, for
+# half a per cent of squared error (docs/decisions/0007-onnx-formats.md).
+INT8_INPUTS = 4  # MatMulNBits' accuracy_level
 
 
 def router_of(model: Model) -> Router:
@@ -148,9 +149,7 @@ def _linear(sheet: Sheet, x: str, name: str, rows: int, cols: int, kind: str, ou
         pieces = add_weights(sheet, name, kind, (rows,), cols, by_block=True)
     if not fmt.block:
         return sheet.op("FusedMatMul", [x, pieces["codes"]], out, domain=CONTRIB, transB=1)
-    attributes = {"K": cols, "N": rows, "bits": fmt.bits, "block_size": fmt.block}
-    if fmt.bits in INT8_INPUTS:
-        attributes["accuracy_level"] = 4
+    attributes = {"K": cols, "N": rows, "bits": fmt.bits, "block_size": fmt.block, "accuracy_level": INT8_INPUTS}
     return sheet.op("MatMulNBits", [x, *pieces.values()], out, domain=CONTRIB, **attributes)
 
 

@@ -23,7 +23,7 @@ from edgemoe.errors import MachineError, ModelError
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.formats import FORMATS, OFFERED, fits, matrix_size, pad, quantize_parallel
+from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, quantize_parallel
 from edgemoe.targets.onnx.graph import build_decoder, widest_format
 from edgemoe.targets.onnx.layout import PLACES, check_layout, write_sidecars
 from edgemoe.targets.onnx.sheet import CONTRIB, Sheet, make_model, pad_model
@@ -82,16 +82,11 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
         ModelError: no format fits.
     """
     shapes = _expert_shapes(model) if unit.expert >= 0 else (_shape(model, unit),)
-    looked_up = all(rows % 128 == 0 for rows, _ in shapes)
-    found = tuple(
-        name
-        for name in OFFERED
-        if all(fits(name, cols) for _, cols in shapes)
-        and (looked_up or FORMATS[name].bits != 2)
-        and (unit.expert >= 0 or FORMATS[name].bits != 3)
-    )
+    looked_up = (2,) if all(rows % 128 == 0 for rows, _ in shapes) else ()
+    found = choose_menu([cols for _, cols in shapes], (8, 4, 3, *looked_up) if unit.expert >= 0 else (8, 4, *looked_up))
     if not found:
-        raise ModelError(f"{unit.name}: rows of {' and '.join(str(c) for _, c in shapes)} weights fit no ONNX format: 32 must divide them")
+        lengths = " and ".join(str(cols) for _, cols in shapes)
+        raise ModelError(f"{unit.name}: rows of {lengths} weights fit no ONNX format", hint="multiples of 32 from 64 on do")
     return found
 
 
@@ -115,9 +110,10 @@ def graph_size(model: Model) -> int:
     key = model.fingerprint, model.name
     if key not in _graph_sizes:
         sheet = Sheet(hollow=True)
-        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in list_units(model) if unit.expert < 0}
-        shapes = _expert_shapes(model)
-        every = [(name, model.n_experts) for name in FORMATS if all(fits(name, cols) for _, cols in shapes)]
+        units = list_units(model)
+        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in units if unit.expert < 0}
+        menu = offered_formats(model, next(unit for unit in units if unit.expert >= 0))
+        every = [(name, model.n_experts) for name in ("F32", *menu)]
         interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
         _graph_sizes[key] = make_model(sheet, *interface, _metadata(model, None, None)).ByteSize() + _SPARE
     return _graph_sizes[key]

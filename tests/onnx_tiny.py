@@ -1,0 +1,137 @@
+"""Plans made by hand for the ONNX target, their references in transformers, and onnxruntime to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe.checkpoint import read_tensor
+from edgemoe.families import MODULE_NAMES
+from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.scores import importance_of
+from edgemoe.targets.onnx import fixed_size, list_units, round_rows, unit_size, write
+
+Floats = NDArray[np.float32]
+
+
+def hand_plan(model: Model, choose: str | Callable[[Unit], str], kept: Sequence[Sequence[int]] | None = None) -> Plan:
+    """A plan that nobody solved: `choose` names the format of every unit."""
+    sets = tuple(tuple(experts) for experts in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
+    units = [u for u in list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
+    formats = {u.name: choose if isinstance(choose, str) else choose(u) for u in units}
+    sizes = {u.name: unit_size(model, u, formats[u.name], model.n_experts) for u in units}
+    return Plan(
+        model=model.fingerprint,
+        model_name=model.name,
+        costs="c" * 64,
+        target="onnx",
+        budget=2**30,
+        context=512,
+        solver="highs",
+        objective="mean",
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kept=sets,
+        formats=formats,
+        sizes=sizes,
+        file_size=fixed_size(model, model.n_experts) + sum(sizes.values()),
+        memory={"peak": 2**30},
+        q=0.0,
+        drop_q=0.0,
+        predicted_kl=0.125,
+        bound=0.0,
+        gap=0.0,
+        proven=True,
+        price=0.0,
+        counts=(),
+        vram=(),
+        domain_q={},
+        rules=(),
+        repair=False,
+        origin="",
+    )
+
+
+def emit(model: Model, stats: Stats, plan: Plan, folder: Path) -> Artifact:
+    folder.mkdir()
+    return write(model, stats, plan, folder)
+
+
+def reference(model: Model, stats: Stats, plan: Plan) -> Any:
+    """The transformers model that a plan describes: dropped experts cut away, every matrix rounded to its format."""
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    ends = {"token_embd": module.model.embed_tokens.weight, "output": module.lm_head.weight}
+    for layer in range(-1, model.n_layers):
+        importance = importance_of(model, stats, layer)
+
+        def rounded(tensor: Any, unit: str, importance: Any = importance) -> torch.Tensor:
+            values = read_tensor(model.folder, tensor)
+            return torch.from_numpy(round_rows(values, plan.formats[unit], importance.get((tensor.role, tensor.expert))))
+
+        block = module.model.layers[layer] if layer >= 0 else None
+        names = {} if block is None else dict(block.named_parameters())
+        for (role, expert), tensor in model.of_layer(layer).items():
+            unit = f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
+            if expert < 0 and unit in plan.formats:
+                (ends[role] if block is None else names[MODULE_NAMES[role]]).data.copy_(rounded(tensor, unit))
+        if block is not None:
+            found = model.of_layer(layer)
+            kept = plan.kept[layer]
+            parts = {p: [rounded(found[f"ffn_{p}_exps", e], f"blk.{layer}.ffn_exps.{e}") for e in kept] for p in ("gate", "up", "down")}
+            experts, gate = block.mlp.experts, block.mlp.gate
+            experts.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)])
+            experts.down_proj.data = torch.stack(parts["down"])
+            gate.weight.data = gate.weight.data[list(kept)]
+            experts.num_experts = gate.num_experts = len(kept)
+    return module
+
+
+def reference_logits(module: Any, ids: NDArray[np.int64]) -> Floats:
+    with torch.no_grad():
+        logits: Floats = module(torch.from_numpy(ids)).logits.numpy()
+    return logits
+
+
+class Runner:
+    """A session with its cache: `step` feeds tokens and returns their logits."""
+
+    def __init__(self, path: Path, model: Model) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [i.name for i in self.session.get_inputs()[2:]]
+        self.empty = (model.n_kv_heads, 0, model.head_dim)
+        self.past: dict[str, Floats] = {}
+        self.mask: NDArray[np.int64] | None = None
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> Floats:
+        """Logits [batch, tokens, vocabulary] of the next tokens; `mask` is of these tokens alone."""
+        if self.mask is None:
+            self.past = {name: np.zeros((len(ids), *self.empty), np.float32) for name in self.names}
+            self.mask = np.zeros((len(ids), 0), np.int64)
+        self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
+        logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": self.mask, **self.past})
+        self.past = dict(zip(self.names, present, strict=True))
+        result: Floats = logits
+        return result
+
+
+def mean_kl(want: Floats, got: Floats) -> float:
+    """Mean over tokens of KL(want || got), nats."""
+    p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (want, got))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def token_errors(want: Floats, got: Floats) -> Floats:
+    """Relative error of each token's logits."""
+    error: Floats = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    return error.ravel()
