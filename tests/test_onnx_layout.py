@@ -15,7 +15,7 @@ from tiny import EXAMPLES, edit_config, flat_plan
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
-from edgemoe.targets.onnx.layout import allowed, write_sidecars
+from edgemoe.targets.onnx.layout import FIXED_NAMES, allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
 
@@ -41,6 +41,7 @@ def written(model: Model, folder: Path, **options: Any) -> dict[str, Any]:
     folder.mkdir()
     names = write_sidecars(model, plan_for(model), folder, **options)
     assert names == sorted(p.name for p in folder.iterdir())
+    assert set(names) <= set(FIXED_NAMES)
     return {name: json.loads((folder / name).read_text()) for name in names if name.endswith(".json")}
 
 
