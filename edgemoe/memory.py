@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edgemoe.ir import Model
+
 DEFAULT_CONTEXT = 8192
 RETAINED = 32 * 2**20  # glibc's largest dynamic mmap threshold on 64-bit machines (mallopt(3), M_MMAP_THRESHOLD)
 
@@ -65,6 +67,23 @@ class Layout:
     shared_size: int = 0  # width of the shared expert
     latent: int = 0  # latent attention (MLA): the rank of what is kept of keys and values; key_length is then that of an expanded head
     q_latent: int = 0  # and the rank of the queries
+
+
+def layout_of(model: Model) -> Layout:
+    """The layout of a model of the families that are written: grouped-query attention, experts in every layer."""
+    cache = Cache(k=model.n_kv_heads * model.head_dim, v=model.n_kv_heads * model.head_dim)
+    return Layout(
+        caches=(cache,) * model.n_layers,
+        hidden_size=model.hidden_size,
+        n_heads=model.n_heads,
+        key_length=model.head_dim,
+        value_length=model.head_dim,
+        vocab_size=model.vocab_size,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        expert_size=model.expert_size,
+        renormalize=model.renormalize,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

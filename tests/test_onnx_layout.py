@@ -15,7 +15,8 @@ from tiny import EXAMPLES, edit_config, flat_plan
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
-from edgemoe.targets.onnx.layout import FIXED_NAMES, allowed, write_sidecars
+from edgemoe.targets.onnx import FIXED_NAMES
+from edgemoe.targets.onnx.layout import allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
 

@@ -1,4 +1,4 @@
-"""The child process: load a GGUF with llama.cpp, do one job, write a JSON result; logits go to stdout as float32.
+"""The child process: load a GGUF with llama.cpp, do one job (see child_main.py); logits go to stdout as float32.
 
 Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import os
 import sys
 import time
 import types
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -146,7 +144,7 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
     """Logits of every window to stdout."""
     settings = EXACT if job["exact"] else {}
     longest = max(len(w) for w in job["windows"])
-    llama = Llama(job["path"], longest, settings, repack=job["repack"] and not job["exact"])
+    llama = Llama(job["path"], longest, settings, repack=job.get("repack", True) and not job["exact"])
     for window in job["windows"]:
         llama.clear()
         llama.decode(window, 0, every=True)
@@ -156,9 +154,9 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Fill the context as a user would; peak memory, speed, samples."""
+    """Fill the context as a user would; speed, samples."""
     context, generate = int(job["context"]), int(job["generate"])
-    llama = Llama(job["path"], context, job.get("settings", {}), repack=job["repack"])
+    llama = Llama(job["path"], context, job.get("settings", {}), repack=job.get("repack", True))
     tokens = job["tokens"]
     new = min(32, max(1, context // 4))
     filled = (tokens * (context // len(tokens) + 1))[: context - new]
@@ -178,7 +176,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             out = llama.greedy(ids, min(generate, context - len(ids)))
             samples.append({"prompt": prompt, "text": llama.text(out), "tokens": out})
     return {
-        "peak": peak_bytes(),
         "prompt_tokens_per_second": len(filled) / prompt_seconds,
         "decode_tokens_per_second": new / decode_seconds,
         "samples": samples,
@@ -197,25 +194,7 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     return {"said": said}
 
 
-def peak_bytes() -> int:
-    """The most that this process ever held (VmHWM)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if sys.platform == "darwin" else used * 1024
-
-
-def main() -> None:
-    """Do the job in the file that the command line names."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """The job of child_main.py."""
     does = give_logits if "windows" in job else ask if "asked" in job else measure
-    result = does(job)
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return does(job)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import MachineError, ModelError
 
+INSTALL = "pip install 'edgemoe[llama]'  (needs a C++ compiler and cmake)"
 ALIGNMENT = 32  # bytes: GGUF pads every tensor to this
 
 
@@ -67,7 +68,7 @@ NARROW = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4")  # for rows 
 OFFERED = (*WIDE, *(name for name in NARROW if name not in WIDE))
 
 
-def offered_formats(cols: int) -> tuple[str, ...]:
+def formats_of_rows(cols: int) -> tuple[str, ...]:
     """Formats that can store rows of this length."""
     return WIDE if cols % 256 == 0 else tuple(name for name in NARROW if cols % FORMATS[name].block == 0)
 
@@ -97,7 +98,7 @@ def library_folder() -> Path:
     """
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        raise MachineError("llama-cpp-python is not installed", hint="pip install 'edgemoe[llama]'  (needs a C++ compiler and cmake)")
+        raise MachineError("llama-cpp-python is not installed", hint=INSTALL)
     return Path(spec.submodule_search_locations[0]) / "lib"
 
 
@@ -163,6 +164,11 @@ def dequantize(packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.fl
 def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """What rows [n, cols] become when stored in a format."""
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
+
+
+def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """Inputs as they are: llama.cpp rounds them too, which probes and predictions have left out so far."""
+    return x
 
 
 def quantize_parallel(

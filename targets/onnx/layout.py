@@ -39,8 +39,6 @@ COPIED = {
     "vocab.json": 2**27,
     "vocab.txt": 2**27,
 }
-# Every name that an artifact may have, in either layout.
-FIXED_NAMES = (*(name for pair in PLACES.values() for name in pair), "config.json", "genai_config.json", *COPIED)
 # genai's own defaults of what a generation_config.json may set (models/builders/base.py of onnxruntime-genai 0.18).
 SEARCH = {
     "do_sample": False,

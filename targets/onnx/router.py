@@ -63,7 +63,7 @@ def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix
 def _mask_groups(sheet: Sheet, choice: str, n: int, router: Router, prefix: str) -> str:
     """Scores with everything masked that is not in the best groups."""
     each, last = n // router.groups, sheet.constant("const.last", [-1])
-    grouped = sheet.op("Reshape", [choice, sheet.constant("const.groups", [-1, router.groups, each])], f"{prefix}.grouped")
+    grouped = sheet.op("Reshape", [choice, sheet.constant(f"{prefix}.groups", [-1, router.groups, each])], f"{prefix}.grouped")
     best = min(router.group_best, each)
     sheet.op("TopK", [grouped, sheet.constant(f"const.{best}", [best])], [f"{prefix}.bests", f"{prefix}.bests_index"], axis=-1)
     totals = sheet.op("ReduceSum", [f"{prefix}.bests", last], f"{prefix}.group_scores", keepdims=0)
@@ -75,4 +75,4 @@ def _mask_groups(sheet: Sheet, choice: str, n: int, router: Router, prefix: str)
     mask = sheet.op("ScatterElements", [zeros, f"{prefix}.group_index", ones], f"{prefix}.group_mask", axis=1)
     wide = sheet.op("Unsqueeze", [sheet.op("Cast", [mask], f"{prefix}.group_open", to=9), last], f"{prefix}.group_wide")
     kept = sheet.op("Where", [wide, grouped, sheet.constant("const.masked", _MASKED)], f"{prefix}.group_kept")
-    return sheet.op("Reshape", [kept, sheet.constant("const.flat", [-1, n])], f"{prefix}.group_choice")
+    return sheet.op("Reshape", [kept, sheet.constant(f"{prefix}.flat", [-1, n])], f"{prefix}.group_choice")

@@ -56,7 +56,7 @@ class Sheet:
     initializers: list[Any] = field(default_factory=list)
     places: dict[str, Place] = field(default_factory=dict)
     end: int = 0  # bytes of data so far
-    _constants: set[str] = field(default_factory=set)
+    _constants: dict[str, bytes] = field(default_factory=dict)
 
     def weight(self, name: str, kind: int, dims: Sequence[int]) -> str:
         """Announce a weight of the data file; returns its name."""
@@ -81,12 +81,13 @@ class Sheet:
 
     def constant(self, name: str, values: NDArray[Any] | Sequence[int] | int | float) -> str:
         """A small constant inside the graph (integers are int64, floats float32), the same one if the name is known."""
+        array = np.asarray(values)
+        array = array.astype("<f4" if array.dtype.kind == "f" else "<i8")
+        raw, kind = array.tobytes(), FLOAT if array.dtype.kind == "f" else INT64
         if name not in self._constants:
-            self._constants.add(name)
-            array = np.asarray(values)
-            array = array.astype("<f4" if array.dtype.kind == "f" else "<i8")
-            kind = FLOAT if array.dtype.kind == "f" else INT64
-            self.initializers.append(import_onnx().TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes()))
+            self.initializers.append(import_onnx().TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=raw))
+        if self._constants.setdefault(name, raw) != raw:
+            raise EdgemoeError(f"constant {name} of the graph has two values: please report this")
         return name
 
     def op(self, kind: str, inputs: Sequence[str], output: str | Sequence[str], domain: str = "", **attributes: Any) -> str:

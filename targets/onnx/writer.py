@@ -28,9 +28,8 @@ from edgemoe.targets.onnx.graph import build_decoder, widest_format
 from edgemoe.targets.onnx.layout import PLACES, check_layout, write_sidecars
 from edgemoe.targets.onnx.sheet import CONTRIB, Sheet, make_model, pad_model
 
-FAMILIES = ("mixtral", "olmoe", "qwen3_moe")  # whose graphs are built
 CONTRIB_OPERATORS = ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "RotaryEmbedding")
-GRAPH_PER_LAYER = 10_000  # bytes, of models of which only the shapes are known
+GRAPH_PER_LAYER = 17_000  # bytes, of models of which only the shapes are known; tiny-moe takes 16 900
 _SPARE = 64  # bytes, so that padding can always be added
 _LONGEST = "9" * 32  # a number in the metadata, longer than any real one
 
@@ -57,14 +56,20 @@ def unit_name(role: str, layer: int, expert: int = -1) -> str:
 
 
 def is_planned(tensor: Tensor) -> bool:
-    """Whether a tensor gets a format from the plan; vectors and routers stay F32."""
-    return len(tensor.shape) == 2 and tensor.role != "ffn_gate_inp"
+    """Whether a tensor gets a format from the plan; vectors, routers, biases and convolutions stay F32."""
+    return len(tensor.shape) == 2 and tensor.role not in ("ffn_gate_inp", "ssm_conv1d") and not tensor.role.endswith(".bias")
 
 
 def _shape(model: Model, unit: Unit) -> tuple[int, int]:
     """Rows and columns of a matrix that is no expert's."""
-    cols = model.n_heads * model.head_dim if unit.role == "attn_output" else model.hidden_size
+    key = model.fingerprint, model.name
+    if key not in _columns:
+        _columns[key] = {(t.role, t.layer): t.shape[-1] for t in model.tensors if t.expert < 0}
+    cols = _columns[key][unit.role, unit.layer]
     return unit.n_weights // cols, cols
+
+
+_columns: dict[tuple[str, str], dict[tuple[str, int], int]] = {}
 
 
 def _expert_shapes(model: Model) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -99,8 +104,7 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 def fixed_size(model: Model, count: int) -> int:
     """Bytes of everything that gets no format: the graph and the norms.  `count` does not matter here."""
-    norms = sum(pad(4 * t.n_weights) for t in model.tensors if len(t.shape) == 1)
-    return graph_size(model) + norms
+    return graph_size(model) + sum(pad(4 * t.n_weights) for t in model.tensors if not is_planned(t) and t.role != "ffn_gate_inp")
 
 
 def graph_size(model: Model) -> int:
@@ -212,7 +216,7 @@ def _fill(
         file.truncate(size)
         for name, offset, values in contents:
             file.seek(sheet.places[name].offset + offset)
-            file.write(values.tobytes())
+            file.write(np.ascontiguousarray(values).view(np.uint8).data)
             written += values.nbytes
             if progress:
                 progress(written, total)

@@ -1,0 +1,40 @@
+"""The frame of every child process: a job's file in, the job done by a plain script, its result and peak memory out.
+
+    python -P child_main.py SCRIPT JOB.json
+
+The script has `do(job) -> dict`; nothing of edgemoe is imported, so that the peak is the runtime's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+def peak_bytes() -> int:
+    """The most that this process ever held (VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+
+
+def main() -> None:
+    """Do the job of the second file with the script that is the first."""
+    spec = importlib.util.spec_from_file_location("child", sys.argv[1])
+    assert spec is not None and spec.loader is not None  # a path that ends in .py
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    result = script.do(job)
+    Path(job["result"]).write_text(json.dumps({**result, "peak": peak_bytes()}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Run a runtime in a child process -> its result: a crash there is an error here, and its peak memory is its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.errors import MachineError, VerifyError
+
+FRAME = Path(__file__).with_name("child_main.py")
+LACKING = MachineError.exit_code  # of a child that misses something on this machine
+
+OnLogits = Callable[[int, NDArray[np.float32]], None]
+
+
+def run_job(
+    script: Path,
+    path: Path,
+    job: Mapping[str, Any],
+    on_logits: OnLogits | None,
+    *,
+    runtime: str,
+    hint: str,
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    """Do one job and return its result, with the process's peak memory in bytes as "peak".
+
+    Args:
+        script: has `do(job)`; see child_main.py.
+        path: the artifact's first file.
+        job: what to do, plain values; of "windows", float32 logits come through standard output, "vocab_size" for each token.
+        on_logits: called with (window number, logits [tokens, vocab]) as they come.
+        runtime: its name, for messages.
+        hint: how to install it.
+        environment: variables that it reads.
+
+    Raises:
+        VerifyError: the runtime stopped; with its own last words.
+        MachineError: the child says that this machine lacks something.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log, result, job_file = (Path(folder) / name for name in ("log", "result.json", "job.json"))
+        job_file.write_text(json.dumps({"path": str(path), "result": str(result), **job}), encoding="utf-8")
+        command = [sys.executable, "-P", str(FRAME), str(script), str(job_file)]  # plain scripts: nothing of edgemoe is in its memory
+        with (
+            log.open("wb") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment}) as child,
+        ):
+            _read_logits(child, job, on_logits)
+            code = child.wait()
+        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code == LACKING:
+            raise MachineError("\n".join(words[-1:]) or f"{runtime} does not start", hint=hint)
+        if code != 0 or not result.exists():
+            asserted = [w for w in words if "GGML_ASSERT" in w or "error" in w.lower()]
+            last = (asserted or words or ["it said nothing"])[-1]
+            raise VerifyError(f"{path.name}: {runtime} stopped (exit status {code}): {last.strip()[:500]}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+
+def _read_logits(child: subprocess.Popen[bytes], job: Mapping[str, Any], on_logits: OnLogits | None) -> None:
+    """Hand on the logits of the job's windows, until the child stops."""
+    assert child.stdout is not None  # asked for above
+    for number, window in enumerate(job.get("windows", ())):
+        shape = (len(window), int(job["vocab_size"]))
+        raw = child.stdout.read(4 * shape[0] * shape[1])
+        if len(raw) < 4 * shape[0] * shape[1]:
+            break
+        if on_logits:
+            on_logits(number, np.frombuffer(raw, np.float32).reshape(shape))
+    child.stdout.read()
