@@ -18,7 +18,7 @@ from distil_priors import fit_curve, n_layers_of, pool_curves, pool_roles, read_
 
 from edgemoe.generic import pooled_share
 from edgemoe.shapes import load_shape, model_of_config
-from edgemoe.targets.gguf.formats import FORMATS, WIDE, offered_formats
+from edgemoe.targets.gguf.formats import FORMATS, WIDE, formats_of_rows
 from edgemoe.targets.gguf.writer import is_planned
 
 # Measured model -> its shape, and what its relatives' names begin with.
@@ -42,7 +42,7 @@ Keys = list[tuple[str, int]]
 
 def choose(nats: np.ndarray, types: np.ndarray, weights: np.ndarray, cols: np.ndarray, bits: float) -> np.ndarray:
     """The format of each tensor with the least sum of nats at a mean of `bits`: the Lagrangian's choice, by bisection."""
-    size = np.array([[FORMATS[t].bpw if t in offered_formats(int(c)) else np.inf for t in TYPES] for c in cols]) * weights[:, None]
+    size = np.array([[FORMATS[t].bpw if t in formats_of_rows(int(c)) else np.inf for t in TYPES] for c in cols]) * weights[:, None]
     cost = nats[:, None] * types[None]
     low, high = 1e-20, 1e5
     for _ in range(100):

@@ -29,8 +29,8 @@ from edgemoe.menus import offered_counts
 from edgemoe.plan import solve_plan
 from edgemoe.rules import ActiveBytes, GroupKept, Keep, Rule
 from edgemoe.solvers import columns, ilp
-from edgemoe.targets.gguf.formats import FORMATS, WIDE
-from edgemoe.targets.gguf.process import unit_size, unit_staging
+from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
+from edgemoe.targets.gguf.process import unit_staging
 from edgemoe.terms import sum_units
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
@@ -202,6 +202,7 @@ def synthetic_costs(shape: Shape, form: str, seed: int = 0) -> Costs:
         domain_weights=(0.25,) * 4,
         cost=cost,
         size=size,
+        extra=np.zeros_like(size),
         staging=staging,
         fixed_size=np.full(len(counts), 10**7) + 4 * n_layers * shape.hidden * np.array(counts),
         factor=factor / factor.mean(axis=0),
@@ -218,7 +219,7 @@ def _expert_units(shape: Shape, form: str, importance: np.ndarray) -> tuple[list
     layers, one = range(shape.dense, shape.layers), shape.width * shape.hidden
     if form == "experts":
         pairs = itertools.product(layers, range(shape.experts))
-        units = [Unit(name=f"blk.{y}.expert.{e}", role="ffn_exps", layer=y, expert=e, n_weights=3 * one) for y, e in pairs]
+        units = [Unit(name=f"blk.{y}.ffn_exps.{e}", role="ffn_exps", layer=y, expert=e, n_weights=3 * one) for y, e in pairs]
         return units, [shape.hidden] * len(units), importance.ravel()
     parts = (("ffn_gate_exps", shape.hidden), ("ffn_up_exps", shape.hidden), ("ffn_down_exps", shape.width))
     units = [Unit(name=f"blk.{y}.{r}.weight", role=r, layer=y, n_weights=one * shape.experts) for y in layers for r, _ in parts]
@@ -232,7 +233,7 @@ def _sizes(shape: Shape, units: Sequence[Unit], cols: Sequence[int], counts: Seq
         for c, count in enumerate(counts):
             n = unit.n_weights * count // shape.experts if unit.is_stack else unit.n_weights
             for f, name in enumerate(WIDE):
-                size[c, u, f] = unit_size(unit, cols[u], name, n)
+                size[c, u, f] = pad(n // cols[u] * row_bytes(name, cols[u]))
                 staging[c, u, f] = 0 if unit.expert >= 0 else unit_staging(int(size[c, u, f]), name, unit.role)
     return size, staging
 

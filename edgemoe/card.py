@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from edgemoe.figures import (
+    WORDS,
+    counts_text,
     launch_lines,
     mean_bits,
     nats,
@@ -41,18 +43,22 @@ def render_card(report: Report) -> str:
     import yaml
 
     plan, model = report.plan, report.model
-    drop = (
-        f"keeps {plan.count} of its {plan.n_experts} experts, chosen layer by layer"
-        if plan.count < plan.n_experts
-        else "keeps all its experts"
-    )
+    counts = counts_text(plan)
+    whole = min(map(len, plan.kept)) == plan.n_experts
+    drop = "keeps all its experts" if whole else f"keeps {counts} of its {plan.n_experts} experts, chosen layer by layer"
     known = {key: model[key] for key in ("license", "base_model") if model.get(key)}
     tags = [plan.target, "moe", "imatrix", "edgemoe"]
-    front = {**known, "base_model_relation": "quantized", "library_name": plan.target, "pipeline_tag": "text-generation", "tags": tags}
+    front = {
+        **known,
+        "base_model_relation": "quantized",
+        "library_name": WORDS[plan.target].library,
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
     largest = next(iter(shares_by_format(plan)), "")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, width=10**6)}---\n",
-        f"# {_markdown(model['name'])}, {plan.count} of {plan.n_experts} experts, {mean_bits(report.units, plan):.2f} bits per weight\n",
+        f"# {_markdown(model['name'])}, {counts} of {plan.n_experts} experts, {mean_bits(report.units, plan):.2f} bits per weight\n",
         f"Made by edgemoe to run within {format_bytes(plan.budget)} at a context of {plan.context} tokens.\n",
         _table(("file", "mostly", "bytes", "size"), [(f.name, largest, f.size, format_bytes(f.size)) for f in report.artifact.files]),
         "## What was dropped, and how the rest is stored\n",
@@ -62,10 +68,12 @@ def render_card(report: Report) -> str:
         "## Measured against the original\n",
         *_quality(report),
     ]
+    launch = _fence("\n".join(launch_lines(report)), WORDS[plan.target].language)
     if plan.target == "gguf":
         ollama = [f"FROM ./{report.artifact.files[0].name}", *_OLLAMA.format(context=plan.context).splitlines()]
-        launch = _fence("\n".join(launch_lines(report)), "sh")
         parts += ["## Run it\n", launch, "Ollama, as a `Modelfile` (its memory was not measured):\n", _fence("\n".join(ollama))]
+    else:
+        parts += ["## Run it\n", f"{WORDS[plan.target].launch_note}\n", launch]
     if model.get("command"):
         parts += ["## How it was made\n", _fence(plain(model["command"]), "sh")]
     parts += ["## Limits\n", "\n".join(f"- {limit}" for limit in _limits(report)) + "\n"]
@@ -79,7 +87,9 @@ def _quality(report: Report) -> Iterator[str]:
         pairs = zip(report.scores, losses, strict=True)
         yield _table(heads, [(s.name, s.tokens, *loss, f"{s.top1_agreement:.1%}", *perplexities(s)) for s, loss in pairs])
     loss = f"{nats(report.measured_kl)} on average" if report.scores else "not measured"
-    yield f"KL in nats per token: {loss}, {nats(report.plan.predicted_kl)} predicted.\n"
+    words = WORDS[report.plan.target]
+    beside = f"; {words.beside} {nats(report.beside_kl)}" if report.scores else ""
+    yield f"KL in nats per token: {loss}, {nats(report.plan.predicted_kl)} predicted{beside}. {words.beside_note}\n"
     peak = format_bytes(report.measured_peak) if report.measured_peak else "not measured"
     yield f"Peak memory: {peak}, {format_bytes(report.plan.memory['peak'])} predicted.\n"
     if report.decode_tokens_per_second:
@@ -90,9 +100,10 @@ def _quality(report: Report) -> Iterator[str]:
 
 def _limits(report: Report) -> Iterator[str]:
     plan, tokens = report.plan, sum(s.tokens for s in report.scores)
-    if plan.count < plan.n_experts:
-        gone = plan.n_experts - plan.count
-        yield f"{gone} experts of every layer are gone: what only they knew, and calibration never asked for, is lost."
+    gone = [plan.n_experts - len(kept) for kept in plan.kept]
+    if max(gone, default=0):
+        told = f"{gone[0]} experts of every layer" if plan.has_one_count else f"{sum(gone)} experts, up to {max(gone)} of a layer,"
+        yield f"{told} are gone: what only they knew, and calibration never asked for, is lost."
     if tokens:
         yield f"Quality was measured on {tokens} tokens of the texts named above; try your own task before you rely on it."
     yield f"Memory holds for one sequence of {plan.context} tokens without memory mapping; more context, more slots or a GPU need more."

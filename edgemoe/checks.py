@@ -29,7 +29,7 @@ def check_costs(costs: Any) -> None:
         _need(np.isfinite(getattr(costs, name)).all(), name, "holds what is no finite number")
     _need((costs.factor >= 0).all() and (costs.usage >= 0).all(), "factor, usage", "hold negative numbers")
     _need(not np.isnan(costs.cost).any() and not (costs.cost == -np.inf).any(), "cost", "holds what is no number")
-    for name in ("size", "staging", "fixed_size"):
+    for name in ("size", "extra", "staging", "fixed_size"):
         values = getattr(costs, name)
         _need(values.dtype.kind in "iu", name, "is not in whole bytes")
         _need((values >= 0).all() and (values <= MOST_BYTES).all(), name, "holds negative or absurd bytes")
@@ -67,6 +67,7 @@ def _check_shapes(costs: Any) -> None:
     shapes = {
         "cost": (c, u, f),
         "size": (c, u, f),
+        "extra": (c, u, f),
         "staging": (c, u, f),
         "fixed_size": (c,),
         "factor": (d, u),

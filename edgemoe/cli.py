@@ -37,6 +37,7 @@ from edgemoe.cli_options import (
     RuleOpt,
     ShardOpt,
     SolverOpt,
+    TargetOpt,
     TimeOpt,
     TokensOpt,
 )
@@ -58,7 +59,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Give a Mixture-of-Experts checkpoint and a memory budget, get the best GGUF that really fits.\n\n"
+    help="Give a Mixture-of-Experts checkpoint and a memory budget, get the best GGUF (or ONNX) that really fits.\n\n"
     "    edgemoe build Qwen/Qwen3-30B-A3B --memory 16GB -o qwen3-16gb\n\n"
     "`build` does everything; the other commands are its stages, each starting from the file that the one before wrote.",
 )
@@ -86,7 +87,7 @@ def build(
     memory: MemoryOpt = None,
     device: DeviceOpt = None,
     context: ContextOpt = None,
-    target: Annotated[str, typer.Option(help="What to write: gguf.")] = "gguf",
+    target: TargetOpt = "gguf",
     calibration: CalibrationOpt = None,
     calibration_tokens: TokensOpt = 65_536,
     heldout: HeldoutOpt = None,
@@ -105,13 +106,18 @@ def build(
     force: ForceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Everything: from the checkpoint to a GGUF that fits the memory, run and measured, with a report.
+    """Everything: from the checkpoint to a GGUF (or ONNX) that fits the memory, run and measured, with a report.
 
     A killed build goes on where it stopped when the same command is given again.
     """
     budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
-    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective}
+    given = {
+        "--target": target if target != "gguf" else None,
+        "--context": context,
+        "--recipe": recipe and recipe.name,
+        "--objective": objective,
+    }
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
@@ -243,7 +249,8 @@ def emit(
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     _same_model(found.fingerprint, collected.model, stats)
     _same_model(found.fingerprint, chosen.model, plan)
-    prepare_output(output, force=force)
+    target = find_target(chosen.target)
+    prepare_output(output, force=force, names=target.FIXED_NAMES)
     with show_progress() as progress:
         stored = found
         if chosen.repair:
@@ -263,7 +270,7 @@ def emit(
             stored,
             collected,
             chosen,
-            find_target(chosen.target),
+            target,
             output,
             shard_max=parse_bytes(shard_max) if shard_max else 0,
             progress=lambda d, n: progress("emit", d, n),
@@ -334,15 +341,16 @@ def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report
 @app.command()
 def doctor(as_json: JsonOpt = False) -> None:
     """What this machine has of what each stage needs, and how to get the rest."""
-    from edgemoe.doctor import examine_machine
+    from edgemoe.doctor import examine_machine, list_missing
 
     checks = examine_machine(Path())
     if as_json:
         print(json.dumps([asdict(c) for c in checks], indent=1))
     else:
         for check in checks:
-            print(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {check.needed_for}")
-    missing = [c.name for c in checks if not c.found]
+            purpose = f"{check.needed_for}{' of ' + check.target if check.target else ''}"
+            print(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {purpose}")
+    missing = list_missing(checks)
     if missing:
         raise MachineError(f"missing: {', '.join(missing)}")
 

@@ -54,3 +54,10 @@ ObjectiveOpt = Annotated[
 TimeOpt = Annotated[
     float | None, typer.Option("--time-limit", metavar="SECONDS", min=0.1, help="Then take the best plan so far, with its proven gap.")
 ]
+TargetOpt = Annotated[
+    str,
+    typer.Option(
+        metavar="gguf|onnx",
+        help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own.",
+    ),
+]

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemoe.cli_devices import choose_budget
-from edgemoe.cli_options import ContextOpt, DeviceOpt, GapOpt, JsonOpt, MemoryOpt, ObjectiveOpt, RecipeOpt, RuleOpt, SolverOpt, TimeOpt
+from edgemoe.cli_options import (
+    ContextOpt,
+    DeviceOpt,
+    GapOpt,
+    JsonOpt,
+    MemoryOpt,
+    ObjectiveOpt,
+    RecipeOpt,
+    RuleOpt,
+    SolverOpt,
+    TargetOpt,
+    TimeOpt,
+)
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.errors import UsageError
 
@@ -41,6 +53,7 @@ def plan(
         typer.Option(metavar="NAME|CONFIG", help="Plan a model that nobody measured: a known shape (deepseek-v3 ...) or a config.json."),
     ] = None,
     context: ContextOpt = None,
+    target: TargetOpt = "gguf",
     explain: Annotated[bool, typer.Option("--explain", help="Say what each rule costs and what more memory buys (solves again).")] = False,
     why: Annotated[
         list[str] | None,
@@ -62,8 +75,10 @@ def plan(
         return
     rules, aim = read_rules(recipe, rule, objective)
     budget = 0 if sweep is not None else choose_budget(memory, device)
-    prices, origin = _open_costs(costs, generic, context, repair=not no_repair)
+    prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair)
     _check_outputs(output, export, folder=sweep is not None)
+    if export and prices.form != "stacks":
+        raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
     from edgemoe.ir import Plan, load_record, save_record
 
     if sweep is not None:
@@ -99,7 +114,7 @@ def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) ->
         raise UsageError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}", hint="choose another -o")
 
 
-def _open_costs(path: Path | None, generic: str | None, context: int | None, *, repair: bool) -> tuple[Costs, str]:
+def _open_costs(path: Path | None, generic: str | None, context: int | None, target: str, *, repair: bool) -> tuple[Costs, str]:
     """The price list and its hash: from a file, or generic prices for a shape or a config.json.
 
     Prices that were measured are taken as they are after repair; of others nobody knows what repair would bring.
@@ -115,6 +130,8 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None, *, 
         if context is not None:
             raise UsageError("--context belongs to `edgemoe price`", hint="the price list has its context already")
         loaded = load_record(path, Costs)
+        if target not in ("gguf", loaded.target):
+            raise UsageError(f"--target {target} belongs to `edgemoe price`", hint=f"this price list is for {loaded.target}")
         if not repair or loaded.origin:
             return loaded, hash_file(path)
         from edgemoe.price import discount_drops
@@ -125,7 +142,7 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None, *, 
     if context is not None and context < 1:
         raise UsageError(f"--context {context} is not a number of tokens", hint="leave it out for 8192, or what the model has")
     assert generic is not None
-    costs = price_config(generic, context)
+    costs = price_config(generic, context, target)
     return costs, hash_json(costs.model, costs.stats, costs.memory)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgemoe.cli_options import ContextOpt, ModelArg, OutOpt
+from edgemoe.cli_options import ContextOpt, ModelArg, OutOpt, TargetOpt
 from edgemoe.cli_output import show_progress
 from edgemoe.errors import ModelError, UsageError
 
@@ -29,7 +29,7 @@ def price(
         Path | None, typer.Option(metavar="CSV", help="With --imatrix: scores of experts, layer,expert,score[,domain]; larger means keep.")
     ] = None,
     context: ContextOpt = None,
-    target: str = "gguf",
+    target: TargetOpt = "gguf",
 ) -> None:
     """Nats and bytes of every choice -> a costs file.
 

@@ -50,6 +50,6 @@ def emit_artifact(
             hint="free some space or choose another OUT",
         )
     artifact = target.write(model, stats, plan, folder, shard_max, progress)
-    if len(artifact.files) == 1 and artifact.size != plan.file_size:
-        raise EdgemoeError(f"{artifact.path} has {artifact.size} bytes, the plan promised {plan.file_size}: please report this")
+    if shard_max == 0 and artifact.model_size != plan.file_size:
+        raise EdgemoeError(f"{artifact.path} has {artifact.model_size} bytes, the plan promised {plan.file_size}: please report this")
     return artifact

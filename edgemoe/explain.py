@@ -98,7 +98,7 @@ def explain_tensor(costs: Costs, plan: Plan, name: str) -> tuple[str, tuple[Opti
             format=fmt,
             size=int(costs.size[c, u, f]),
             nats=float(costs.cost[c, u, f]),
-            paid=float(costs.cost[c, u, f] + plan.price * costs.size[c, u, f]),
+            paid=float(costs.cost[c, u, f] + plan.price * (costs.size[c, u, f] + costs.extra[c, u, f])),
             chosen=plan.formats.get(unit.name) == fmt,
         )
         for f, fmt in enumerate(costs.formats)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
 
 from edgemoe.ir import Plan, Report, TextScore, Unit
 
 GROUPS = {
+    "ffn_exps": "experts",
     "ffn_gate_exps": "experts, gate",
     "ffn_up_exps": "experts, up",
     "ffn_down_exps": "experts, down",
@@ -56,22 +58,82 @@ def dropped_experts(plan: Plan, layer: int) -> list[int]:
     return sorted(set(range(plan.n_experts)) - set(plan.kept[layer]))
 
 
+def counts_text(plan: Plan) -> str:
+    """Kept experts of a layer, "12", or "9-16" where layers differ."""
+    return str(plan.count) if plan.has_one_count else f"{min(map(len, plan.kept))}-{plan.count}"
+
+
+def kept_words(plan: Plan) -> str:
+    """How many experts stay, in words."""
+    if plan.has_one_count:
+        return f"{plan.count} of {plan.n_experts} kept in each of {len(plan.kept)} layers"
+    counts = [len(kept) for kept in plan.kept]
+    mean = sum(counts) / len(counts)
+    return f"{min(counts)} to {max(counts)} of {plan.n_experts} kept in each of {len(counts)} layers, {mean:.1f} on average"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What is said differently of each target."""
+
+    library: str  # the front matter's library_name
+    beside: str  # the second figure of KL
+    beside_note: str
+    launch_note: str
+    language: str  # of the launch lines
+
+
+WORDS = {
+    "gguf": Words(
+        library="gguf",
+        beside="as deployed",
+        beside_note='"As deployed" includes the runtime\'s own half-precision KV cache and flash attention.',
+        launch_note="The lines that this plan is for: one sequence, F16 KV cache, micro-batch of 512, no memory mapping.",
+        language="sh",
+    ),
+    "onnx": Words(
+        library="onnxruntime",
+        beside="with float inputs",
+        beside_note='"Measured" is the file as it runs: 8- and 2-bit kernels round their inputs to int8, which is in the prediction too; '
+        '"with float inputs" is the same file without that.',
+        launch_note="In the folder of this file: one sequence, F32 KV cache.",
+        language="python",
+    ),
+}
+
+
 def launch_lines(report: Report) -> list[str]:
-    """The commands whose memory the plan predicts; none for a target that llama.cpp does not run."""
-    name, context = shlex.quote(plain(report.artifact.files[0].name)), report.plan.context
-    tools = ("llama-server", "llama-cli") if report.plan.target == "gguf" else ()
-    return [f"{tool} -m {name} -c {context} --no-mmap -ub 512" for tool in tools]
+    """How to run what the plan is for: commands for llama.cpp, Python for onnxruntime."""
+    name, context = plain(report.artifact.files[0].name), report.plan.context
+    if report.plan.target == "gguf":
+        return [f"{tool} -m {shlex.quote(name)} -c {context} --no-mmap -ub 512" for tool in ("llama-server", "llama-cli")]
+    return [
+        "import onnxruntime_genai as og  # pip install onnxruntime-genai 'onnxruntime>=1.32'",
+        "",
+        'model = og.Model(".")',
+        "tokenizer = og.Tokenizer(model)",
+        "params = og.GeneratorParams(model)",
+        f"params.set_search_options(max_length={min(context, 512)})  # at most {context}",
+        "generator = og.Generator(model, params)",
+        'generator.append_tokens(tokenizer.encode("Once upon a time"))',
+        "while not generator.is_done():",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+        "",
+        "# or the graph itself:",
+        f'# onnxruntime.InferenceSession({name!r}, providers=["CPUExecutionProvider"])',
+    ]
 
 
 def group_of(name: str) -> str:
     """The group of roles that a tensor is shown under."""
-    role = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    role = "ffn_exps" if ".ffn_exps." in name else name.removesuffix(".weight").rsplit(".", 1)[-1]
     return GROUPS.get(role) or ("attention" if role.startswith("attn") else "dense and shared")
 
 
 def kept_weights(unit: Unit, plan: Plan) -> int:
     """Weights of a unit that are left after the drop."""
-    return unit.n_weights * plan.count // plan.n_experts if unit.role.endswith("_exps") else unit.n_weights
+    return unit.n_weights * plan.count // plan.n_experts if unit.is_stack else unit.n_weights
 
 
 def mean_bits(units: Iterable[Unit], plan: Plan) -> float:
@@ -99,8 +161,8 @@ def shares_by_format(plan: Plan) -> dict[str, int]:
 
 
 def allowed_size(plan: Plan) -> int:
-    """Largest file that the budget allows: the budget less everything in memory that is not weights."""
-    return plan.budget - (plan.memory["peak"] - plan.memory["weights"])
+    """Largest file that the budget allows: the budget less everything in memory that is not the file's."""
+    return plan.budget - (plan.memory["peak"] - plan.file_size + sum(plan.sizes[name] for name in plan.vram))
 
 
 def agreement(report: Report) -> float:

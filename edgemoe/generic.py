@@ -41,11 +41,11 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_json
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.ir import Costs, Model, Unit, hash_json
+from edgemoe.ir import PROJECTIONS, Costs, Model, Unit, hash_json
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.menus import offered_counts
 from edgemoe.shapes import layout_of_config, load_shape, model_of_config
-from edgemoe.targets import Target, find_target
+from edgemoe.targets import Target, count_bytes, find_target
 
 PRIORS = ("pooled", "glm-5.2")
 _DATA = Path(__file__).parent / "data" / "generic"
@@ -54,6 +54,8 @@ _FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over th
 _DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
 _MEASURED_LAYERS = 61  # median of the measured models
 _LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
+_ROUNDED = (64, 1024)  # normal numbers on which formats that nobody measured are compared
+_Q4_0_ERROR = 0.00741  # mean squared error of Q4_0 on them (llama.cpp 0c1e570)
 Floats = NDArray[np.float64]
 
 
@@ -114,7 +116,7 @@ def price_generic(
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
-        also: kept counts to offer beside the usual ones.
+        also: kept counts to offer beside the usual ones, where layers share a count.
         domain_weights: weight of each of GLM-5.2's domains in the mean; those not named count 0, by default all count alike.
 
     Raises:
@@ -128,21 +130,23 @@ def price_generic(
     saliency = load_saliency()
     weights = _weigh_domains(saliency.domains, domain_weights)
     units = target.list_units(model)
-    layers = sorted({unit.layer for unit in units if unit.is_stack})
+    layers = sorted({unit.layer for unit in units if unit.is_stack or unit.expert >= 0})
     groups = int(model.config.get("n_group") or 1)
-    counts = tuple(sorted({*offered_counts(model.n_experts, model.top_k, groups), *also}))
-    nats = _tensor_nats(model, units, prior)
-    stacks = np.array([sum(nats[u] for u, unit in enumerate(units) if unit.layer == layer and unit.is_stack) for layer in layers])
+    offered = offered_counts(model.n_experts, model.top_k, groups)
+    counts = (model.n_experts,) if target.FORM == "experts" else tuple(sorted({*offered, *also}))
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
-    drops = price_drops(saliency.domains, weights, share, stacks / stacks.sum(), counts, groups)
-    cost, size, staging = _price_units(model, target, units, counts, nats, prior)
+    nats = _tensor_nats(model, units, prior, dict(zip(layers, np.tensordot(weights, share, axes=1), strict=True)))
+    of_layer = layer_nats(units, nats, layers)
+    drops = price_drops(saliency.domains, weights, share, of_layer / of_layer.sum(), counts, groups)
+    sizes = count_bytes(model, target, units, counts)
+    cost = np.where(sizes.offered, nats[:, None] * _type_nats(target, prior), np.inf)
     key = hash_json("generic", _read_priors(), prior, model.fingerprint)
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
         stats=key,
         target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
-        form="stacks",
+        form=target.FORM,
         formats=target.OFFERED,
         units=tuple(units),
         counts=counts,
@@ -155,9 +159,10 @@ def price_generic(
         domain_weights=tuple(float(w) for w in weights),
         origin=_origin(prior),
         n_groups=groups,
-        cost=cost,
-        size=size,
-        staging=staging,
+        cost=np.repeat(cost[None], len(counts), axis=0),
+        size=sizes.size,
+        extra=sizes.extra,
+        staging=sizes.staging,
         fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
         factor=np.ones((len(saliency.domains), len(units))),
         usage=share,
@@ -183,17 +188,28 @@ def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None)
 
 
 # -------------------------------------------------------------------------------------------------------------- quantize
-def _tensor_nats(model: Model, units: list[Unit], prior: str) -> Floats:
-    """Each unit's share of what rounding the whole model costs [U], summing to 1."""
-    if prior == "pooled":
-        roles = _read_priors()["roles"]
-        found = np.array([pooled_share(unit.role, unit.layer, model.n_layers, roles) for unit in units])
-    else:
-        own = _read_priors()[prior]["nats"]
-        missing = [u.name for u in units if str(u.layer) not in own.get(u.role, {})]
-        if missing or model.n_experts != load_saliency().share.shape[2]:
-            raise ModelError(f"{model.name}: has not the shapes of {prior}{f', which has no {missing[0]}' if missing else ''}")
-        found = np.array([own[unit.role][str(unit.layer)] for unit in units])
+def layer_nats(units: Sequence[Unit], nats: Floats, layers: Sequence[int]) -> Floats:
+    """What rounding costs in the experts of each layer [L]."""
+    experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.is_stack or unit.expert >= 0]
+    return np.array([sum(nats[u] for u, at in experts if at == layer) for layer in layers])
+
+
+def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int, Floats]) -> Floats:
+    """Each unit's share of what rounding the whole model costs [U], summing to 1; a single expert's is its part `share` of its stacks'."""
+    roles, own = _read_priors()["roles"], {} if prior == "pooled" else _read_priors()[prior]["nats"]
+
+    def find(role: str, layer: int) -> float:
+        if prior == "pooled":
+            return pooled_share(role, layer, model.n_layers, roles)
+        if str(layer) not in own.get(role, {}):
+            raise ModelError(f"{model.name}: has not the shapes of {prior}, which has no {role} in layer {layer}")
+        return float(own[role][str(layer)])
+
+    if prior != "pooled" and model.n_experts != load_saliency().share.shape[2]:
+        raise ModelError(f"{model.name}: has not the shapes of {prior}")
+    stacks = {unit.layer: sum(find(f"ffn_{p}_exps", unit.layer) for p in PROJECTIONS) for unit in units if unit.expert >= 0}
+    found = np.array([find(u.role, u.layer) if u.expert < 0 else stacks[u.layer] * share[u.layer][u.expert] for u in units])
+    if prior != "pooled":
         found = np.maximum(found, np.quantile(found[found > 0], _LEAST_SHARE))
     shares: Floats = found / found.sum()
     return shares
@@ -218,33 +234,24 @@ def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any])
     return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / _MEASURED_LAYERS)
 
 
-def _type_nats(formats: tuple[str, ...], prior: str) -> Floats:
-    """What storing the whole model in each format costs [F]; where a prior lacks a type the pooled models stand in."""
+def _type_nats(target: Target, prior: str) -> Floats:
+    """What storing the whole model in each format costs [F].
+
+    Where a prior lacks a type the pooled models stand in; formats that nobody measured follow Q4_0 by their squared error, rounded inputs
+    included, on normal numbers.
+    """
     priors = _read_priors()
     own = priors if prior == "pooled" else priors[prior]
-    return np.array([own["q4_k_nats"] * own["types"].get(name, priors["types"][name]) for name in formats], dtype=np.float64)
+    known = {**priors["types"], **own["types"]}
+    x = np.random.default_rng(_SEED).standard_normal(_ROUNDED, np.float32)
 
+    def ratio(name: str) -> float:
+        if name in known:
+            return float(known[name])
+        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((target.round_inputs(x, name) - x) ** 2).mean()
+        return float(known["Q4_0"] * error / _Q4_0_ERROR)
 
-def _price_units(
-    model: Model, target: Target, units: list[Unit], counts: tuple[int, ...], nats: Floats, prior: str
-) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Nats, bytes and staging copies of every choice [C, U, F]."""
-    by_type = _type_nats(target.OFFERED, prior)
-    cols = {(t.role, t.layer): t.shape[-1] for t in model.tensors if t.expert <= 0}
-    cost = np.full((len(counts), len(units), len(target.OFFERED)), np.inf)
-    size, staging = np.zeros(cost.shape, np.int64), np.zeros(cost.shape, np.int64)
-    for u, unit in enumerate(units):
-        width = cols[unit.role, unit.layer]
-        for f, name in enumerate(target.OFFERED):
-            if name not in target.offered_formats(width):
-                continue
-            cost[:, u, f] = nats[u] * by_type[f]
-            for c, count in enumerate(counts if unit.is_stack else counts[:1]):
-                n = unit.n_weights * count // model.n_experts if unit.is_stack else unit.n_weights
-                bytes_ = target.unit_size(unit, width, name, n)
-                where = c if unit.is_stack else slice(None)
-                size[where, u, f], staging[where, u, f] = bytes_, target.unit_staging(bytes_, name, unit.role)
-    return cost, size, staging
+    return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------------ drop
@@ -340,6 +347,7 @@ def price_coverage(saliency: Saliency, count: int) -> Costs:
         origin="lost coverage, not nats",
         cost=np.zeros(shape),
         size=np.ones(shape, np.int64),
+        extra=np.zeros(shape, np.int64),
         staging=np.zeros(shape, np.int64),
         fixed_size=np.zeros(1, np.int64),
         factor=np.ones((domains, n_layers)),

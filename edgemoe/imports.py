@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.generic import Saliency, price_drops, price_generic
-from edgemoe.ir import Costs, Model, Stats, Tensor, Unit
+from edgemoe.generic import Saliency, layer_nats, price_drops, price_generic
+from edgemoe.ir import PROJECTIONS, Costs, Model, Stats, Tensor, Unit
 from edgemoe.menus import drop_floor
-from edgemoe.price import LEAST_ROWS, sample_rows
+from edgemoe.price_layer import LEAST_ROWS, sample_rows
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
@@ -150,25 +150,24 @@ def price_imported(
     scores = saliency or _frequency(model, stats)
     weights = np.full(len(scores.domains), 1 / len(scores.domains))
     reference = _reference_costs(model, target, base)
-    stacks = np.array(
-        [sum(reference[u] for u, unit in enumerate(base.units) if unit.is_stack and unit.layer == n) for n in range(model.n_layers)]
-    )
-    drops = price_drops(scores.domains, weights, scores.share, stacks / stacks.sum(), base.counts, base.n_groups)
+    of_layer = layer_nats(base.units, reference, range(model.n_layers))
+    drops = price_drops(scores.domains, weights, scores.share, of_layer / of_layer.sum(), base.counts, base.n_groups)
     cost = np.full(base.cost.shape, np.inf)
     if progress:
         progress(0, model.n_layers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for layer in range(-1, model.n_layers):
-            units = [(u, unit) for u, unit in enumerate(base.units) if unit.layer == layer]
+            mine = [u for u, unit in enumerate(base.units) if unit.layer == layer]
             count = stats.arrays(layer)["count"].sum(axis=0) if layer >= 0 else np.ones(model.n_experts)
             busy = drops["kept"][:, layer] * np.maximum(count, 1e-30)
             busy = busy / busy.sum(axis=1, keepdims=True)
-            for (u, unit), errors in zip(units, _layer_errors(model, stats, target, layer, units, pool), strict=True):
-                use = busy if unit.is_stack else np.ones((len(base.counts), 1))
-                nearest = _reference_format(model, target, unit)
-                whole = max(float(use[-1] @ errors[nearest]), 1e-300)
-                for name, error in errors.items():
-                    cost[:, u, base.formats.index(name)] = reference[u] * (use @ error) / whole
+            errors = _layer_errors(model, stats, target, layer, [base.units[u] for u in mine], pool)
+            nats = {u: reference[u] for u in mine}
+            if target.FORM == "experts" and layer >= 0:  # a layer's nats go to its experts by the tokens of the file
+                nats |= {u: of_layer[layer] * busy[-1, base.units[u].expert] for u in mine if base.units[u].expert >= 0}
+            for u, ratios in zip(mine, _relative_errors(model, target, [base.units[u] for u in mine], errors, busy), strict=True):
+                for name, ratio in ratios.items():
+                    cost[:, u, base.formats.index(name)] = nats[u] * ratio
             if progress:
                 progress(layer + 1, model.n_layers)
     return replace(
@@ -194,45 +193,72 @@ def _origin(stats: Stats, saliency: Saliency | None) -> str:
     return f"imported: errors of this model's weights under {seen}; nats per tensor, and of drops, as in other MoE models; {experts}"
 
 
-def _reference_format(model: Model, target: Target, unit: Unit) -> str:
+def _reference_format(target: Target, model: Model, unit: Unit) -> str:
     """The offered format nearest to Q4_K in bits per weight."""
-    cols = _tensors(model, unit)[0].shape[1]
-    bits = {name: 8 * target.unit_size(unit, cols, name, unit.n_weights) / unit.n_weights for name in target.offered_formats(cols)}
+    bits = {f: 8 * target.unit_size(model, unit, f, model.n_experts) / unit.n_weights for f in target.offered_formats(model, unit)}
     return min(bits, key=lambda name: abs(bits[name] - REFERENCE_BITS))
 
 
 def _reference_costs(model: Model, target: Target, base: Costs) -> Floats:
     """Generic nats of each unit in its reference format [U]."""
-    return np.array([base.cost[-1, u, base.formats.index(_reference_format(model, target, unit))] for u, unit in enumerate(base.units)])
+    return np.array([base.cost[-1, u, base.formats.index(_reference_format(target, model, unit))] for u, unit in enumerate(base.units)])
 
 
-def _tensors(model: Model, unit: Unit) -> list[Tensor]:
-    """The matrices of a unit: one, or one for each expert."""
-    return sorted((t for t in model.tensors if (t.role, t.layer) == (unit.role, unit.layer)), key=lambda t: t.expert)
+def _relative_errors(
+    model: Model, target: Target, units: list[Unit], errors: list[dict[str, Floats]], busy: Floats
+) -> list[dict[str, Floats]]:
+    """Errors of each unit over those in its reference format, by format: for each kept count [C], or [1] where that does not matter.
+
+    A stack's experts count by their tokens.  A single expert is compared with the mean expert, one projection after another, because errors
+    of different projections are not in one unit.
+    """
+    means: dict[int, Floats] = {}
+    alone = [(unit, e) for unit, e in zip(units, errors, strict=True) if unit.expert >= 0]
+    if alone:
+        reference = np.stack([e[_reference_format(target, model, unit)] for unit, e in alone])  # [E, projections]
+        means = {unit.expert: busy[-1] @ reference for unit, _ in alone}
+    found = []
+    for unit, by_format in zip(units, errors, strict=True):
+        if unit.expert >= 0:
+            found.append({f: np.array([(e / np.maximum(means[unit.expert], 1e-300)).mean()]) for f, e in by_format.items()})
+            continue
+        use = busy if unit.is_stack else np.ones((1, 1))
+        whole = max(float(use[-1] @ by_format[_reference_format(target, model, unit)]), 1e-300)
+        found.append({f: use @ e / whole for f, e in by_format.items()})
+    return found
+
+
+def _tensors(of_layer: dict[tuple[str, int], Tensor], unit: Unit) -> list[Tensor]:
+    """The matrices of a unit: one, one for each expert of a stack, or the three of an expert."""
+    if unit.expert >= 0:
+        return [of_layer[f"ffn_{p}_exps", unit.expert] for p in PROJECTIONS]
+    return [of_layer[key] for key in sorted(of_layer) if key[0] == unit.role]
 
 
 def _layer_errors(
-    model: Model, stats: Stats, target: Target, layer: int, units: list[tuple[int, Unit]], pool: ThreadPoolExecutor
+    model: Model, stats: Stats, target: Target, layer: int, units: list[Unit], pool: ThreadPoolExecutor
 ) -> list[dict[str, Floats]]:
-    """Errors of each unit of a layer, by format: [E] for a stack, [1] for a matrix."""
-    importance = importance_of(model, stats, layer)
+    """Errors of each unit of a layer, by format: [E] for a stack, [3] for an expert, [1] for a matrix."""
+    importance, of_layer = importance_of(model, stats, layer), model.of_layer(layer)
     jobs: list[list[Future[dict[str, float]]]] = []
-    for _, unit in units:
-        tensors = _tensors(model, unit)
-        wanted = SAMPLE_WEIGHTS // len(tensors)
-        jobs.append([pool.submit(_tensor_errors, model, target, t, importance.get((t.role, t.expert)), wanted) for t in tensors])
+    for unit in units:
+        tensors, formats = _tensors(of_layer, unit), target.offered_formats(model, unit)
+        wanted = SAMPLE_WEIGHTS // (model.n_experts if tensors[0].expert >= 0 else 1)
+        jobs.append([pool.submit(_tensor_errors, model, target, t, formats, importance.get((t.role, t.expert)), wanted) for t in tensors])
     found = [[job.result() for job in own] for own in jobs]
     return [{name: np.array([each[name] for each in own]) for name in own[0]} for own in found]
 
 
-def _tensor_errors(model: Model, target: Target, tensor: Tensor, importance: NDArray[np.float32] | None, wanted: int) -> dict[str, float]:
-    """Mean squared error of one output of a matrix per token, by format, on about `wanted` of its weights."""
+def _tensor_errors(
+    model: Model, target: Target, tensor: Tensor, formats: tuple[str, ...], importance: NDArray[np.float32] | None, wanted: int
+) -> dict[str, float]:
+    """Mean squared error of one output of a matrix per token, by format, on about `wanted` of its weights; inputs are taken as exact."""
     matrix = read_tensor(model.folder, tensor)
     cols = matrix.shape[1]
     rows = matrix[sample_rows(matrix.shape[0], max(LEAST_ROWS, wanted // cols))]
     weights = np.ones(cols) if importance is None else importance.astype(np.float64)
     errors = {}
-    for name in target.offered_formats(cols):
+    for name in formats:
         delta = (target.round_rows(rows, name, importance) - rows).astype(np.float64)
         errors[name] = float((delta**2 @ weights).mean())
     return errors

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from edgemoe.checks import check_costs
 from edgemoe.errors import MachineError, ModelError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PROJECTIONS = ("gate", "up", "down")
+MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -164,6 +166,7 @@ class Unit:
     layer: int
     n_weights: int  # with every expert kept
     expert: int = -1  # in the experts form: whose matrices these are
+    cols: int = 0  # length of a row; 0 where the matrices differ
 
     @property
     def is_stack(self) -> bool:
@@ -180,7 +183,8 @@ class Costs:
 
     D domains, C kept counts, L layers, E experts, U units, F formats.  All costs are nats of KL per token.
     `cost` [C, U, F] (inf: not offered), mean over domains by weight; in domain d a unit costs `factor[d, u]` times as much.
-    `size`, `staging` [C, U, F]: bytes in the artifact, and of the copy that loading needs.  `fixed_size` [C]: header, norms, routers.
+    `size`, `extra`, `staging` [C, U, F]: bytes in the artifact, those that the process holds beyond them, and of the copy that loading
+    needs.  `fixed_size` [C]: header, norms, routers.
     `kept` [C, L, E]: the menu, a kept set of each layer for each count; `drop_cost` [D, C, L]: what these sets cost.
     `expert_drop` [D, L, E]: additive price of each expert, for sets that are not on the menu; `drop_curve` [L, E + 1]: nats on top of it
     when k experts of a layer are gone.  `usage` [D, L, E]: an expert's share of its layer's output (sum of g |f|) in each domain.
@@ -207,6 +211,7 @@ class Costs:
     n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
+    extra: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
     fixed_size: NDArray[np.int64] = field(compare=False)
     factor: NDArray[np.float64] = field(compare=False)
@@ -316,9 +321,14 @@ class Plan:
     @property
     def active_bytes(self) -> int:
         """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
-        stacks = sum(size for name, size in self.sizes.items() if "_exps" in name)
-        others = sum(size for name, size in self.sizes.items() if "_exps" not in name and not name.startswith("token_embd"))
-        return others + stacks * self.top_k // max(self.count, 1)
+        kept = dict(zip(self.layers, map(len, self.kept), strict=True))
+        total = Fraction(0)
+        for name, size in self.sizes.items():
+            if "_exps" in name:
+                total += Fraction(size * self.top_k, kept.get(int(name.split(".")[1]), max(self.count, 1)))
+            elif not name.startswith("token_embd"):
+                total += size
+        return int(total)
 
     @property
     def has_one_count(self) -> bool:
@@ -355,6 +365,11 @@ class Artifact:
         """Bytes of all files."""
         return sum(f.size for f in self.files)
 
+    @property
+    def model_size(self) -> int:
+        """Bytes of the files that hold the model: what a plan's file_size promises; small files beside them are not counted."""
+        return sum(f.size for f in self.files if f.name.endswith(MODEL_FILES))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
@@ -378,11 +393,11 @@ class Report:
     model: dict[str, Any]
     plan: Plan
     artifact: Artifact
-    units: tuple[Unit, ...]
+    units: tuple[Unit, ...]  # those that the plan stores
     scores: tuple[TextScore, ...]
     measured_kl: float
     measured_peak: int
-    deployment_kl: float
+    beside_kl: float  # under the target's other settings (Target.RUNS), from a few windows
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
     decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token

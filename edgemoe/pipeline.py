@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,14 +65,14 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     Raises:
         EdgemoeError: every kind in errors.py; nothing half-written is left under a final name.
     """
-    check_output(request.out, force=request.force)
+    target = find_target(request.target)
+    check_output(request.out, force=request.force, names=target.FIXED_NAMES)
     check_solver(request.solver)
     model = inspect_model(request.model)
-    target = find_target(request.target)
     context = choose_context(model, request.context)
     check_budget(model, target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
-    prepare_output(request.out, force=request.force)
+    prepare_output(request.out, force=request.force, names=target.FIXED_NAMES)
     work = open_work(request.out, request.work)
 
     stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
@@ -101,7 +101,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     warning = warn_of_context(model, context)
     report = replace(
         report,
-        frontier=frontier_of(costs, plan.file_size),
+        frontier=frontier_of(costs, plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
         model={**report.model, "command": request.command},
         problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
     )
@@ -199,15 +199,21 @@ def price_cached(
     return load_record(path, Costs), hash_file(path)
 
 
-def frontier_of(costs: Costs, file_size: int) -> tuple[dict[str, float], ...]:
-    """Predicted KL at sizes from a third of this file to twice it, for the report's picture."""
-    low, high = file_size / 3, min(file_size * 2.2, float(costs.size[-1].max(axis=1).sum() + costs.fixed_size[-1]))
+def frontier_of(costs: Costs, weights: int) -> tuple[dict[str, float], ...]:
+    """Predicted KL where weights take from a third of these bytes of the process to twice as many, for the report's picture."""
+    largest = (costs.size[-1] + costs.extra[-1]).max(axis=1).sum() + costs.fixed_size[-1]
+    low, high = weights / 3, min(weights * 2.2, float(largest))
     return sweep_sizes(costs, [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- folders
-def check_output(out: Path, *, force: bool) -> None:
+def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
     """Refuse an OUT that is not new, empty, our unfinished work or, with `force`, any folder; nothing is changed.
+
+    Args:
+        out: the folder.
+        force: take a folder that holds other files.
+        names: that the target's files will have; no file of this name that somebody else wrote is overwritten, `force` or not.
 
     Raises:
         UsageError: something else is there.
@@ -219,20 +225,28 @@ def check_output(out: Path, *, force: bool) -> None:
             break
     if out.is_dir() and any(out.iterdir()) and not force and not (out / ".work" / MARKER).exists():
         raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
+    if (out / ".work" / MARKER).exists():
+        return
+    ours: set[str] = set()
+    with suppress(ModelError):
+        ours = {f.name for f in find_artifact(out).files}
+    foreign = [name for name in names if (out / name).exists() and name not in ours]
+    if foreign:
+        raise UsageError(f"{out / foreign[0]}: is there, and edgemoe did not write it", hint="choose another -o, or move the file away")
 
 
-def prepare_output(out: Path, *, force: bool) -> None:
-    """Make OUT ours, cleared of our last result or of what an unfinished build emitted.
+def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
+    """Make OUT ours, cleared of our last result or of what an unfinished build emitted; arguments as for `check_output`.
 
     Raises:
         UsageError: something else is there.
         MachineError: it cannot be made.
     """
-    check_output(out, force=force)
+    check_output(out, force=force, names=names)
     try:
         for folder in (out, out / ".work"):
             with suppress(ModelError):  # nothing there, not ours, or of another version: it stays
-                _remove_result(out, find_artifact(folder))
+                _remove_result(out, find_artifact(folder), names)
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
     except OSError as error:
@@ -252,9 +266,10 @@ def find_artifact(out: Path) -> Artifact:
     raise ModelError(f"{out}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
 
 
-def _remove_result(out: Path, artifact: Artifact) -> None:
+def _remove_result(out: Path, artifact: Artifact, names: Sequence[str]) -> None:
+    """Delete what a record lists: files right in OUT, or those that the target may put below it."""
     for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
-        if Path(name).name == name and (out / name).is_file():
+        if (Path(name).name == name or name in names) and (out / name).is_file():
             (out / name).unlink()
 
 

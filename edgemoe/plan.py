@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,7 +30,7 @@ OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
 ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
-__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
+__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "describe_choice", "least_budget", "solve_plan", "sweep_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,31 +235,71 @@ def _largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> in
 
 # ---------------------------------------------------------------------------------------------------------------- results
 def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, costs_hash: str, rules: Sequence[Rule]) -> Plan:
-    costs, draft, c = task.costs, task.draft, compiled.c
+    costs, draft = task.costs, task.draft
     formats, in_vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
+    kept, beside = compiled.kept(costs, solution.picks), _beside(costs, draft)
+    plan = describe_choice(costs, budget, kept, formats, solver=task.solver, in_vram=in_vram, beside=beside)
+    memory = dict(plan.memory)
+    if draft.vram is not None:
+        on_gpu = sum(plan.sizes[name] for name in plan.vram)
+        memory["vram"] = on_gpu + costs.memory["kv"] + costs.memory["compute"]
+    plan = replace(
+        plan,
+        costs=costs_hash or costs.stats,
+        objective=task.objective,
+        memory=memory,
+        bound=solution.bound,
+        gap=solution.gap,
+        proven=solution.proven,
+        price=solution.price,
+        counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
+    )
+    return replace(plan, rules=_rule_uses(task, plan, rules))
+
+
+def describe_choice(
+    costs: Costs,
+    budget: int,
+    kept: NDArray[np.bool_],
+    formats: NDArray[np.int64],
+    *,
+    solver: str,
+    in_vram: NDArray[np.bool_] | None = None,
+    beside: Mapping[str, int] | None = None,
+) -> Plan:
+    """A choice as a plan, of which nothing is proven: bytes, memory and nats of it.
+
+    Args:
+        costs: the price list.
+        budget: that it was made for.
+        kept: experts [L, E].
+        formats: of every unit [U], by number; -1: a dropped expert.
+        solver: who made it.
+        in_vram: units [U] in the second pool.
+        beside: memory parts, if not the price list's.
+    """
+    c = 0 if costs.form == "experts" else costs.counts.index(int(kept[0].sum()))
     stored = np.flatnonzero(formats >= 0)
-    sizes = costs.size[c, stored, formats[stored]]
+    in_vram = np.zeros(len(formats), bool) if in_vram is None else in_vram
+    sizes, extra = costs.size[c, stored, formats[stored]], costs.extra[c, stored, formats[stored]]
     file_size = int(costs.fixed_size[c] + sizes.sum())
-    on_gpu = int(sizes[in_vram[stored]].sum())
-    memory = {**_beside(costs, draft), "weights": file_size - on_gpu, "staging": _largest_staging(costs, compiled, solution)}
+    staging = costs.staging[c, stored, formats[stored]][~in_vram[stored]].max(initial=0)
+    held = file_size + int(extra.sum()) - int(sizes[in_vram[stored]].sum())
+    memory = {**(costs.memory if beside is None else beside), "weights": held, "staging": int(staging)}
     context = memory.pop("context")
     memory["peak"] = peak(memory)
-    if draft.vram is not None:
-        memory["vram"] = on_gpu + costs.memory["kv"] + costs.memory["compute"]
-    kept = compiled.kept(costs, solution.picks)
-    unit_cost = costs.cost[c, stored, formats[stored]]
-    drop = _drop_costs(costs, compiled, kept)  # [D]
-    by_domain = costs.factor[:, stored] @ unit_cost + drop
+    drop = _drop_costs(costs, c, kept)  # [D]
+    by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + drop
     q = float(costs.weights @ by_domain)
-    plan = Plan(
+    return Plan(
         model=costs.model,
         model_name=costs.model_name,
-        costs=costs_hash or costs.stats,
+        costs=costs.stats,
         target=costs.target,
         budget=budget,
         context=context,
-        solver=task.solver,
-        objective=task.objective,
+        solver=solver,
+        objective="mean",
         n_experts=costs.n_experts,
         top_k=costs.top_k,
         kept=tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in kept),
@@ -272,28 +312,27 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         drop_q=float(costs.weights @ drop),
         predicted_kl=costs.predict_kl(q),
         domain_q={name: float(v) for name, v in zip(costs.domains, by_domain, strict=True)},
-        bound=solution.bound,
-        gap=solution.gap,
-        proven=solution.proven,
-        price=solution.price,
-        counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
+        bound=0.0,
+        gap=1.0,
+        proven=False,
+        price=0.0,
+        counts=(),
         rules=(),
         repair=costs.repair,
         origin=costs.origin,
     )
-    return replace(plan, rules=_rule_uses(task, plan, rules))
 
 
-def _drop_costs(costs: Costs, compiled: Compiled, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Nats of the kept sets by domain [D]: the menu's price, corrected by single experts where the set is another."""
     if costs.form == "experts":
         gone = (~kept).sum(axis=1)
         curve = costs.drop_curve[np.arange(len(gone)), gone].sum()
         total = (costs.expert_drop * ~kept).sum(axis=(1, 2)) + curve
     else:
-        menu = costs.kept[compiled.c]
+        menu = costs.kept[c]
         changed = (costs.expert_drop * (menu & ~kept)).sum(axis=(1, 2)) - (costs.expert_drop * (~menu & kept)).sum(axis=(1, 2))
-        total = costs.drop_cost[:, compiled.c].sum(axis=1) + changed
+        total = costs.drop_cost[:, c].sum(axis=1) + changed
     return np.asarray(total)
 
 
@@ -416,11 +455,18 @@ def minimal_conflict(costs: Costs, rules: Sequence[Rule]) -> list[Rule]:
 
 # ------------------------------------------------------------------------------------------------------------------ sweep
 def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """Predicted KL of a near-best plan for each file size (Lagrangian answers: within a fraction of a per cent)."""
+    """File size and predicted KL of a near-best plan whose weights take so many bytes of the process, for each of these sizes.
+
+    Lagrangian answers: within a fraction of a per cent.
+    """
     found = []
     task = _make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
     for size in sizes:
         best = task.solve(size, DEFAULT_GAP)
         if best is not None:
-            found.append({"file_size": float(size), "predicted_kl": costs.predict_kl(best[0].cost)})
+            solution, compiled = best
+            formats = compiled.formats(solution.picks)
+            stored = np.flatnonzero(formats >= 0)
+            beyond = int(costs.extra[compiled.c, stored, formats[stored]].sum())
+            found.append({"file_size": float(size - beyond), "predicted_kl": costs.predict_kl(solution.cost)})
     return tuple(found)

@@ -1,73 +1,32 @@
 """Model, Stats, target -> Costs: nats and bytes of every choice, drop and quantize on one scale (docs/pricing.md).
 
-For every unit:  cost(format) = slope * error(format).  The error is what the target's own quantizer does to sampled rows, as a mean
-squared error of the output on tokens that were really seen; the slope is KL of the unit's rounding probe over the error of that rounding.
-For dropping:  cost(set) = slope * loss(set),  the loss from the layer's menu, the slope from dropping probes at a few kept counts.
+What a layer's choices cost is measured in price_layer.py; here layers become one price list, in the form that the target can store.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
+from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
-from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
-from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.menus import offered_counts
+from edgemoe.price_layer import Floats, Layer, price_layer, price_matrix, probe_kl
+from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
-from edgemoe.targets import Target
+from edgemoe.targets import Target, count_bytes
 
-SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
-LEAST_ROWS = 4  # per expert
-TOKENS_PER_EXPERT = 128
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
 REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
-Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
+SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
 Progress = Callable[[int, int], None]
-
-
-class _Table:
-    """Costs, bytes and staging copies of every unit [C, U, F], filled unit by unit."""
-
-    def __init__(self, model: Model, target: Target, units: list[Unit], counts: tuple[int, ...]) -> None:
-        self.model, self.target, self.counts = model, target, counts
-        self.cost = np.full((len(counts), len(units), len(target.OFFERED)), np.inf)
-        self.size = np.zeros(self.cost.shape, np.int64)
-        self.staging = np.zeros(self.cost.shape, np.int64)
-
-    def fill(self, u: int, unit: Unit, by_format: dict[str, NDArray[np.float64]]) -> None:
-        """Enter one unit for every kept count and format; costs are [C], or [1] where the count does not matter."""
-        cols = _first_tensor(self.model, unit).shape[1]
-        for f, name in enumerate(self.target.OFFERED):
-            if name not in by_format:
-                continue
-            self.cost[:, u, f] = by_format[name]
-            for c, count in enumerate(self.counts):
-                self.size[c, u, f] = self.target.unit_size(unit, cols, name, kept_weights(self.model, unit, count))
-                self.staging[c, u, f] = self.target.unit_staging(int(self.size[c, u, f]), name, unit.role)
-
-
-def kept_weights(model: Model, unit: Unit, count: int) -> int:
-    """Weights of a unit when `count` experts stay."""
-    return unit.n_weights * count // model.n_experts if unit.role.endswith("_exps") else unit.n_weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One MoE layer, priced: expert errors [E] by projection and format, the menu, and what its probes say."""
-
-    menu: Menu
-    drop_cost: NDArray[np.float64]  # [D, C]
-    expert_drop: NDArray[np.float64]  # [D, E]
-    errors: dict[str, dict[str, NDArray[np.float64]]]  # role -> format -> [E] mean squared output error per use
-    slope: dict[str, float]  # role -> nats per error
+Probes = Mapping[tuple[str, int], Probe]
 
 
 def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
@@ -76,7 +35,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     Args:
         model: from `inspect_model`.
         stats: from `collect_stats`.
-        target: whose formats and bytes count.
+        target: whose formats and bytes count, and in whose form experts are stored.
         context: tokens of context that the process must have memory for.
         progress: called with (layers done, all layers).
 
@@ -86,40 +45,42 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
     units = target.list_units(model)
-    counts = offered_counts(model.n_experts, model.top_k)
-    table = _Table(model, target, units, counts)
-    domains = len(stats.domains)
-    drop = np.zeros((domains, len(counts), model.n_layers))
-    expert_drop, usage = (np.zeros((domains, model.n_layers, model.n_experts)) for _ in range(2))
-    kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
+    counts = (model.n_experts,) if target.FORM == "experts" else offered_counts(model.n_experts, model.top_k)
+    sizes = count_bytes(model, target, units, counts)
+    cost = np.full(sizes.size.shape, np.inf)
+    drops = _no_drops(model, len(stats.domains), counts)
+    factor = np.ones((len(stats.domains), len(units)))
     whole = {bits: 0.0 for bits in WHOLE_BITS}  # Q of the whole-model probes
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     if progress:
         progress(0, model.n_layers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for layer in range(-1, model.n_layers):
+            mine = {u: unit for u, unit in enumerate(units) if unit.layer == layer}
+            experts = [unit for unit in mine.values() if unit.is_stack or unit.expert >= 0]
             importance = importance_of(model, stats, layer)
-            priced = _price_layer(model, stats, target, layer, importance, pool, probes) if layer >= 0 else None
+            priced = price_layer(model, stats, target, layer, experts, probes, pool) if layer >= 0 else None
+            use = np.ones((len(stats.domains), model.n_experts))
             if priced is not None:
-                drop[:, :, layer], expert_drop[:, layer], kept[:, layer] = priced.drop_cost, priced.expert_drop, priced.menu.kept
-                usage[:, layer] = _shares(stats.arrays(layer)["gate_norm"])
-            for u, unit in enumerate(units):
-                if unit.layer != layer:
-                    continue
-                if priced is not None and unit.role in priced.errors:
-                    by_format = {f: _stack_costs(priced, unit.role, e) for f, e in priced.errors[unit.role].items()}
+                _enter_drops(drops, layer, priced, stats, target)
+                use = _use(stats, layer)
+            for u, unit in mine.items():
+                if priced is not None and (unit.role, unit.expert) in priced.stored:
+                    by_format = priced.price(unit)
                 else:
-                    by_format = _price_matrix(model, stats, target, unit, importance, probes[unit.role, unit.layer], pool)
+                    by_format = price_matrix(model, stats, target, unit, importance, probes[unit.role, unit.layer], pool)
                 for bits in whole:
                     whole[bits] += float(by_format[f"whole{bits}"][-1])
-                table.fill(u, unit, by_format)
+                for f in np.flatnonzero(sizes.offered[u]):
+                    cost[:, u, f] = by_format[target.OFFERED[f]]
+                factor[:, u] = _domain_factor(stats, unit, probes, use)
             if progress:
                 progress(layer + 1, model.n_layers)
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
         stats=stats.key,
-        form="stacks",
+        form=target.FORM,
         target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
         formats=target.OFFERED,
         units=tuple(units),
@@ -131,51 +92,87 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         cold=stats.cold,
         domains=tuple(d.name for d in stats.domains),
         domain_weights=tuple(float(w) for w in stats.weights),
-        cost=table.cost,
-        size=table.size,
-        staging=table.staging,
+        cost=cost,
+        size=sizes.size,
+        extra=sizes.extra,
+        staging=sizes.staging,
         fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
-        factor=np.stack([_domain_factor(stats, probes[unit.role, unit.layer]) for unit in units], axis=1),
-        kept=kept,
-        drop_cost=drop,
-        expert_drop=expert_drop,
-        drop_curve=np.zeros((model.n_layers, model.n_experts + 1)),
-        usage=usage,
+        factor=factor,
+        **drops,
     )
+
+
+def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of Costs that say what dropping costs, empty."""
+    layers, experts = model.n_layers, model.n_experts
+    return {
+        "kept": np.ones((len(counts), layers, experts), bool),
+        "drop_cost": np.zeros((domains, len(counts), layers)),
+        "expert_drop": np.zeros((domains, layers, experts)),
+        "drop_curve": np.zeros((layers, experts + 1)),
+        "usage": np.zeros((domains, layers, experts)),
+    }
+
+
+def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats, target: Target) -> None:
+    """Enter one layer: the menu where counts are shared, else the curve that brings sums of single prices to the greedy path's."""
+    drops["expert_drop"][:, layer] = priced.expert_drop
+    drops["usage"][:, layer] = _shares(stats.arrays(layer)["gate_norm"])
+    if target.FORM == "experts":
+        drops["drop_curve"][layer] = stats.weights @ priced.drop_curve
+    else:
+        drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = priced.drop_cost, priced.menu.kept
 
 
 def discount_drops(costs: Costs) -> Costs:
     """The same prices for a build that repairs: a set costs less the more experts are gone, a single expert half.
 
     factor = 0.3 + 0.38 kept / E: what benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts, .70 .49 .39
-    and .48 .46 .41 (benchmarks/results/repair.md); the line is their fit.
+    and .48 .46 .41 (benchmarks/results/repair.md); the line is their fit.  In the experts form the curve takes up the
+    difference, so that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
     """
     factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
+    every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. are gone
+    singles = np.cumsum(np.sort(np.tensordot(costs.weights, costs.expert_drop, axes=1), axis=1), axis=1)
+    singles = np.concatenate([np.zeros((len(singles), 1)), singles], axis=1)
     return replace(
         costs,
         repair=True,
         drop_cost=costs.drop_cost * factor[:, None],
         expert_drop=costs.expert_drop * REPAIRED,
-        drop_curve=costs.drop_curve * REPAIRED,
+        drop_curve=every * costs.drop_curve + (every - REPAIRED) * singles if costs.form == "experts" else costs.drop_curve * REPAIRED,
     )
 
 
-def _domain_factor(stats: Stats, probe: Probe) -> NDArray[np.float64]:
-    """How much more the probed tensor's rounding costs in each domain than on average [D]."""
-    mean = probe_kl(stats, probe)
-    factor: NDArray[np.float64] = np.array(probe.kl) / mean if mean > 0 else np.ones(len(probe.kl))
-    return factor
+def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats) -> Floats:
+    """How much more a unit's rounding costs in each domain than on average [D]: as its probe's KL; an expert's also as it is used there."""
+    if unit.expert < 0:
+        return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
+    kl = np.sum([probes[f"ffn_{p}_exps", unit.layer].kl for p in PROJECTIONS], axis=0)
+    return _over_mean(kl * use[:, unit.expert], stats)
 
 
-def _shares(sums: NDArray[np.generic]) -> NDArray[np.float64]:
+def _use(stats: Stats, layer: int) -> Floats:
+    """Mean squared gate of each expert in each domain, over its mean [D, E]."""
+    arrays = stats.arrays(layer)
+    use = arrays["gate_sq"] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
+    use = use + SHRINK * use.mean(axis=1, keepdims=True)
+    relative: Floats = use / np.maximum(stats.weights @ use, 1e-300)
+    return relative
+
+
+def _over_mean(values: Floats, stats: Stats) -> Floats:
+    """Values by domain over their mean by weight; ones where that is nothing."""
+    mean = float(stats.weights @ values)
+    found: Floats = values / mean if mean > 0 else np.ones(len(values))
+    return found
+
+
+def _shares(sums: Floats) -> Floats:
     """Rows scaled to sum to 1."""
     values = sums.astype(np.float64)
-    shares: NDArray[np.float64] = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
+    shares: Floats = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
     return shares
-
-
-def _first_tensor(model: Model, unit: Unit) -> Tensor:
-    return next(t for t in model.tensors if t.role == unit.role and t.layer == unit.layer)
 
 
 def fit_kappa(stats: Stats, whole: dict[int, float]) -> float:
@@ -189,177 +186,16 @@ def fit_kappa(stats: Stats, whole: dict[int, float]) -> float:
     return max(0.0, float(np.mean(found))) if found else 0.0
 
 
-def probe_kl(stats: Stats, probe: Probe) -> float:
-    """A probe's KL, mean over domains by weight."""
-    return float(stats.weights @ np.array(probe.kl))
-
-
-# ----------------------------------------------------------------------------------------------------------------- layers
-def _price_layer(
-    model: Model,
-    stats: Stats,
-    target: Target,
-    layer: int,
-    importance: dict[tuple[str, int], NDArray[np.float32]],
-    pool: ThreadPoolExecutor,
-    probes: dict[tuple[str, int], Probe],
-) -> _Layer:
-    arrays = stats.arrays(layer)
-    replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
-    menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
-    x = arrays["replay_x"].astype(np.float32)
-    tensors = model.of_layer(layer)
-    jobs = [
-        pool.submit(_expert_errors, model, target, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}, x, replay, importance)
-        for e in range(model.n_experts)
-    ]
-    found = [job.result() for job in jobs]
-    errors = {role: {f: np.array([e[role][f] for e in found]) for f in found[0][role]} for role in found[0]}
-    slope = {}
-    for role, by_format in errors.items():
-        error = float(menu.gate_sq[-1] @ by_format["probe"])
-        slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
-    return _Layer(menu, *_drop_costs(stats, layer, replay, menu, model.n_experts), errors, slope)
-
-
-def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu, n_experts: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nats by domain of each kept set in the menu [D, C], and the additive price of each expert [D, E].
-
-    A set costs its loss times a slope that is interpolated between the probed kept counts.  An expert's own price is what its step on the
-    greedy path adds; those that never went cost as much as the dearest that did, or more by their energy.
-    """
-    domains = len(stats.domains)
-    points: dict[int, NDArray[np.float64]] = {}
-    for probe in stats.probes:
-        if probe.kind == "drop" and probe.layer == layer:
-            kept = np.zeros(n_experts, bool)
-            kept[list(probe.kept)] = True
-            loss = set_loss(replay, kept)[0]
-            if loss > 0:
-                points[len(probe.kept)] = np.array(probe.kl) / loss
-    if not points:
-        return np.zeros((domains, len(menu.counts))), np.zeros((domains, n_experts))
-    known = sorted(points)
-
-    def price(counts: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
-
-    path = price(n_experts - np.arange(len(menu.path)), menu.path)
-    steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
-    experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
-    energy = stats.arrays(layer)["energy"].sum(axis=0)
-    experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
-    experts[:, menu.order] = steps
-    return price(np.array(menu.counts), menu.loss), experts
-
-
-def _stack_costs(layer: _Layer, role: str, error: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Nats of storing a projection's stack with these errors per use [E], for each kept count [C]."""
-    costs: NDArray[np.float64] = layer.slope[role] * (layer.menu.gate_sq @ error)
-    return costs
-
-
-def _expert_errors(
-    model: Model,
-    target: Target,
-    tensors: dict[str, Tensor],
-    x: NDArray[np.float32],
-    replay: Replay,
-    importance: dict[tuple[str, int], NDArray[np.float32]],
-) -> dict[str, Errors]:
-    """Mean squared output error per use of one expert, by projection and format, on the tokens that would pick it first.
-
-    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
-    errors of different rows are independent, so sampled rows stand for all.
-    """
-    expert = tensors["gate"].expert
-    weight = replay.probs[:, expert] ** 2 * replay.weights
-    tokens = np.argsort(-weight, kind="stable")[:TOKENS_PER_EXPERT]
-    weight = weight[tokens] / max(weight[tokens].sum(), 1e-300)
-    inputs = x[tokens].astype(np.float32)
-    gate, up, down = (read_tensor(model.folder, tensors[p]) for p in PROJECTIONS)
-    a, b = inputs @ gate.T, inputs @ up.T
-    h = _silu(a) * b
-    column = (down**2).sum(axis=0)
-    per_expert = SAMPLE_WEIGHTS // model.n_experts
-    result: dict[str, Errors] = {}
-    for projection, matrix in (("gate", gate), ("up", up), ("down", down)):
-        role = f"ffn_{projection}_exps"
-        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, per_expert // matrix.shape[1]))
-        scale = matrix.shape[0] / len(rows)
-        part = matrix[rows]
-        result[role] = {}
-        for name, rounded in _roundings(target, part, importance[role, expert], EXPERT_BITS):
-            delta = rounded - part
-            if projection == "gate":
-                squares = ((_silu(a[:, rows] + inputs @ delta.T) - _silu(a[:, rows])) * b[:, rows]) ** 2 @ column[rows]
-            elif projection == "up":
-                squares = (_silu(a[:, rows]) * (inputs @ delta.T)) ** 2 @ column[rows]
-            else:
-                squares = ((h @ delta.T) ** 2).sum(axis=1)
-            result[role][name] = float(weight @ squares) * scale
-    return result
-
-
-def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
-    return result
-
-
-def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
-    """Row numbers, evenly spread, the same every time."""
-    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
-
-
-def _roundings(
-    target: Target, rows: NDArray[np.float32], importance: NDArray[np.float32] | None, probe_bits: int
-) -> list[tuple[str, NDArray[np.float32]]]:
-    """These rows in every offered format, and in the probes' reference roundings."""
-    found = [(name, target.round_rows(rows, name, importance)) for name in target.offered_formats(rows.shape[1])]
-    whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
-    return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]
-
-
-# --------------------------------------------------------------------------------------------------------------- matrices
-def _price_matrix(
-    model: Model,
-    stats: Stats,
-    target: Target,
-    unit: Unit,
-    importance: dict[tuple[str, int], NDArray[np.float32]],
-    probe: Probe,
-    pool: ThreadPoolExecutor,
-) -> dict[str, NDArray[np.float64]]:
-    """Nats of storing one matrix in each format: its input-weighted squared error, scaled by its probe."""
-    matrix = read_tensor(model.folder, _first_tensor(model, unit))
-    columns = importance.get((unit.role, -1))
-    if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
-        seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
-        rows = np.argsort(-seen, kind="stable")[: max(LEAST_ROWS, 4 * SAMPLE_WEIGHTS // matrix.shape[1])]
-        per_row = seen[rows].astype(np.float64)
-    else:
-        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // matrix.shape[1]))
-        per_row = np.ones(len(rows))
-    weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
-    part = matrix[rows]
-
-    def rounded_errors(index: NDArray[np.int64]) -> Errors:
-        found = _roundings(target, part[index], columns, probe.bits)
-        return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
-
-    blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
-    errors: Errors = {}
-    for found in pool.map(rounded_errors, blocks):
-        errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
-    slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
-    return {name: np.array([slope * error]) for name, error in errors.items()}
-
-
 def least_process(model: Model, target: Target, context: int) -> int:
     """Bytes of the smallest process that any plan makes, from shapes alone: top-k experts kept, every unit in its smallest format."""
-    total = target.fixed_size(model, model.top_k)
-    for unit in target.list_units(model):
-        cols = _first_tensor(model, unit).shape[1]
-        n = kept_weights(model, unit, model.top_k)
-        total += min(target.unit_size(unit, cols, name, n) for name in target.offered_formats(cols))
-    return peak({**target.memory_parts(model, context), "weights": total, "staging": 0})
+    count = model.n_experts if target.FORM == "experts" else model.top_k
+    units = target.list_units(model)
+    sizes = count_bytes(model, target, units, (count,))
+    least = np.where(sizes.offered, (sizes.size + sizes.extra)[0], np.iinfo(np.int64).max).min(axis=1)
+    experts: dict[int, list[int]] = {}
+    for unit, size in zip(units, least.tolist(), strict=True):
+        if unit.expert >= 0:
+            experts.setdefault(unit.layer, []).append(size)
+    total = sum(size for unit, size in zip(units, least.tolist(), strict=True) if unit.expert < 0)
+    total += sum(sum(sorted(one)[: model.top_k]) for one in experts.values())
+    return peak({**target.memory_parts(model, context), "weights": target.fixed_size(model, count) + total, "staging": 0})

@@ -78,9 +78,8 @@ def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mea
     pools = [main] if draft.vram is None else _two_pools(costs, main)
     base = np.concatenate([blocked, *pools], axis=1)
     cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
-    size = np.concatenate(
-        [np.zeros((len(main), 1), np.int64), costs.size[c], *([np.zeros_like(costs.size[c])] if draft.vram else [])], axis=1
-    )
+    held = costs.size[c] + costs.extra[c]  # what the process holds is what the room is for
+    size = np.concatenate([np.zeros((len(main), 1), np.int64), held, *([np.zeros_like(held)] if draft.vram else [])], axis=1)
     staging = np.concatenate(
         [np.zeros((len(main), 1), np.int64), costs.staging[c], np.zeros_like(size[:, : size.shape[1] - 1 - len(costs.formats)])], axis=1
     )

@@ -16,11 +16,14 @@ from edgemoe.card import render_card
 from edgemoe.errors import MachineError
 from edgemoe.figures import (
     MEMORY_PARTS,
+    WORDS,
     agreement,
     allowed_size,
     billions,
+    counts_text,
     dropped_experts,
     find_runs,
+    kept_words,
     launch_lines,
     mean_bits,
     nats,
@@ -66,24 +69,40 @@ def _format_keys(report: Report) -> dict[str, dict[str, Any]]:
 
 def _map_row(units: list[Unit], plan: Plan, keys: dict[str, dict[str, Any]], row: int, box: dict[str, Any]) -> dict[str, Any]:
     """One layer of the map: a path for each band of kept cells, one for the holes, and a rectangle with a tooltip for each cell or run."""
-    dropped, y, step, height = dropped_experts(plan, row), row * box["pitch"], box["step"], box["cell"] / max(len(units), 1)
-    solid, holes = (find_runs(ids) if box["merged"] else [(e, e) for e in ids] for ids in (plan.kept[row], dropped))
+    dropped, y, step = dropped_experts(plan, row), row * box["pitch"], box["step"]
+
+    def find(ids: Iterable[int]) -> list[tuple[int, int]]:
+        return find_runs(ids) if box["merged"] else [(e, e) for e in ids]
 
     def cells(runs: Iterable[tuple[int, int]], top: float, tall: float) -> str:
         widths = [(a * step, (b - a + 1) * step - box["gap"]) for a, b in runs]
         return "".join(f"M{x} {top:g}h{w}v{tall:g}h{-w}z" for x, w in widths)
 
-    words = (
-        ", ".join(f"{u.role.removeprefix('ffn_').removesuffix('_exps')} {plan.formats[u.name]} {mean_bits([u], plan):.2f}" for u in units)
-        or "kept"
-    )
-    hits = sorted([(a, b, words) for a, b in solid] + [(a, b, "dropped") for a, b in holes])
+    def words(unit: Unit) -> str:
+        part = unit.role.removeprefix("ffn_").removesuffix("_exps")
+        return f"{'' if unit.expert >= 0 else part + ' '}{plan.formats[unit.name]} {mean_bits([unit], plan):.2f}"
+
+    holes = find(dropped)
+    if units and units[0].expert >= 0:  # every expert has a format of its own, and a cell is one colour
+        by_format: dict[str, list[Unit]] = {}
+        for unit in units:
+            by_format.setdefault(plan.formats[unit.name], []).append(unit)
+        groups = [(f, find(sorted(u.expert for u in by_format[f])), words(by_format[f][0])) for f in keys if f in by_format]
+        bands = [(keys[f]["css"], cells(runs, y, box["cell"])) for f, runs, _ in groups]
+        hits = [(a, b, text) for _, runs, text in groups for a, b in runs]
+        told = ", ".join(f"{f} x {len(by_format[f])}" for f, _, _ in groups)
+    else:
+        height, runs = box["cell"] / max(len(units), 1), find(plan.kept[row])
+        bands = [(keys[plan.formats[u.name]]["css"], cells(runs, y + k * height, height)) for k, u in enumerate(units)]
+        told = ", ".join(map(words, units)) or "kept"
+        hits = [(a, b, told) for a, b in runs]
+    hits = sorted([*hits, *((a, b, "dropped") for a, b in holes)])
     return {
         "y": y,
-        "bands": [(keys[plan.formats[u.name]]["css"], cells(solid, y + k * height, height)) for k, u in enumerate(units)],
+        "bands": bands,
         "holes": cells(holes, y, box["cell"]),
         "hits": [(a * step, (b - a + 1) * step, f"expert {a}" if a == b else f"experts {a}-{b}", text) for a, b, text in hits],
-        "words": words,
+        "words": told,
         "dropped": ranges(dropped),
     }
 
@@ -113,7 +132,7 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
             stacks.setdefault(unit.layer, []).append(unit)
     layers = sorted(stacks) if len(stacks) == n_layers else range(n_layers)
     rows = [{"layer": layer, **_map_row(stacks.get(layer, []), plan, keys, i, box)} for i, layer in enumerate(layers)]
-    return {**box, "rows": rows}
+    return {**box, "rows": rows, "alone": any(u.expert >= 0 for u in report.units)}
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -134,7 +153,7 @@ def _kl_chart(report: Report) -> dict[str, Any] | None:
     """Geometry of KL against size, or None when there is no positive KL to draw."""
     plan, allowed = report.plan, allowed_size(report.plan)
     curve = sorted((p["file_size"], p["predicted_kl"]) for p in report.frontier if p["predicted_kl"] > 0)
-    marks = {"predicted": (plan.file_size, plan.predicted_kl), "measured": (report.artifact.size, report.measured_kl)}
+    marks = {"predicted": (plan.file_size, plan.predicted_kl), "measured": (report.artifact.model_size, report.measured_kl)}
     marks = {name: point for name, point in marks.items() if point[1] > 0}
     points = [*curve, *marks.values()]
     if not points:
@@ -196,6 +215,10 @@ def render_html(report: Report) -> str:
         agreement=agreement(report),
         proof=proof(plan),
         launch=launch_lines(report),
+        words=WORDS[plan.target],
+        kept=kept_words(plan),
+        counts=counts_text(plan),
+        whole=min(map(len, plan.kept)) == plan.n_experts,
     )
     return page.encode("utf-8", "replace").decode("utf-8")
 

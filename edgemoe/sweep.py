@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from edgemoe.errors import BudgetError, UsageError
+from edgemoe.figures import counts_text
 from edgemoe.ir import Costs, Plan
 from edgemoe.plan import DEFAULT_GAP, least_budget, solve_plan
 from edgemoe.rules import Rule
 from edgemoe.units import format_bytes, parse_bytes
 
 MAX_BUDGETS = 1000
+_GONE = 255  # what the page reads as an expert that was dropped, where each has a format of its own
 COLUMNS = ("budget", "file_size", "peak", "kept", "predicted_kl", "cost", "bound", "gap", "proven", "carried_over")
 
 
@@ -98,8 +100,7 @@ def rows_of(points: Sequence[Point]) -> list[tuple[Any, ...]]:
             found.append((p.budget, *("",) * (len(COLUMNS) - 1)))
             continue
         plan = p.plan
-        kept = plan.count if plan.has_one_count else f"{min(map(len, plan.kept))}-{plan.count}"
-        numbers = (plan.file_size, plan.memory["peak"], kept, f"{plan.predicted_kl:.8g}", f"{plan.q:.8g}")
+        numbers = (plan.file_size, plan.memory["peak"], counts_text(plan), f"{plan.predicted_kl:.8g}", f"{plan.q:.8g}")
         found.append((p.budget, *numbers, f"{plan.bound:.8g}", f"{plan.gap:.2e}", plan.proven, p.carried_over))
     return found
 
@@ -129,12 +130,13 @@ def render_sweep(costs: Costs, points: Sequence[Point]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("edgemoe").joinpath("sweep.html.j2").read_text(encoding="utf-8"))
     bits = _bits(costs)
+    order = sorted(bits, key=lambda f: bits[f])
     data = {
-        "formats": sorted(bits, key=lambda f: bits[f]),
+        "formats": order,
         "bits": bits,
         "layers": costs.expert_layers,
         "experts": costs.n_experts,
-        "plans": [_plan_data(costs, p.budget, p.plan) for p in solved if p.plan is not None],
+        "plans": [_plan_data(costs, order, p.budget, p.plan) for p in solved if p.plan is not None],
     }
     # inside a script element only "<" could end it; JSON never needs it bare
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
@@ -153,10 +155,12 @@ def _bits(costs: Costs) -> dict[str, float]:
     return found
 
 
-def _plan_data(costs: Costs, budget: int, plan: Plan) -> dict[str, Any]:
-    """What the page shows of one plan."""
+def _plan_data(costs: Costs, order: Sequence[str], budget: int, plan: Plan) -> dict[str, Any]:
+    """What the page shows of one plan; `order` of the formats by which single experts' are numbered."""
     roles: dict[str, dict[str, int]] = {}
     stacks: dict[int, dict[str, str]] = {}
+    rows = {layer: row for row, layer in enumerate(costs.expert_layers)}
+    alone = np.full((costs.n_layers, costs.n_experts), _GONE, np.uint8)
     for unit in costs.units:
         if unit.name in plan.formats:
             group = "experts" if unit.is_stack or unit.expert >= 0 else "attention" if unit.role.startswith("attn") else unit.role
@@ -164,6 +168,8 @@ def _plan_data(costs: Costs, budget: int, plan: Plan) -> dict[str, Any]:
             formats[plan.formats[unit.name]] = formats.get(plan.formats[unit.name], 0) + plan.sizes[unit.name]
             if unit.is_stack:
                 stacks.setdefault(unit.layer, {})[unit.role.split("_")[1]] = plan.formats[unit.name]
+            if unit.expert >= 0:
+                alone[rows[unit.layer], unit.expert] = order.index(plan.formats[unit.name])
     mask = np.zeros((costs.n_layers, costs.n_experts), bool)
     for row, kept in enumerate(plan.kept):
         mask[row, list(kept)] = True
@@ -174,11 +180,12 @@ def _plan_data(costs: Costs, budget: int, plan: Plan) -> dict[str, Any]:
         "size_text": format_bytes(plan.file_size),
         "peak_text": format_bytes(plan.memory["peak"]),
         "kl": plan.predicted_kl,
-        "count": plan.count,
+        "count": counts_text(plan),
         "domains": plan.domain_q,
         "gap": plan.gap,
         "proven": plan.proven,
         "roles": roles,
         "stacks": [stacks.get(layer, {}) for layer in costs.expert_layers],
         "kept": base64.b64encode(np.packbits(mask, axis=1).tobytes()).decode(),
+        "alone": base64.b64encode(alone.tobytes()).decode() if costs.form == "experts" else "",
     }

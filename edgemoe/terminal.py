@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 from edgemoe.figures import (
     MEMORY_PARTS,
+    WORDS,
     allowed_size,
     billions,
+    counts_text,
     dropped_experts,
+    kept_words,
     mean_bits,
     nats,
     perplexities,
@@ -55,7 +58,7 @@ def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]], *, justify: Lit
 def _common_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("budget", f"{format_bytes(plan.budget)} at a context of {plan.context} tokens"),
-        ("experts", f"{plan.count} of {plan.n_experts} kept in each of {len(plan.kept)} layers, the router picks {plan.top_k}"),
+        ("experts", f"{kept_words(plan)}, the router picks {plan.top_k}"),
         ("formats", ", ".join(f"{name} {size / max(plan.file_size, 1):.1%}" for name, size in shares_by_format(plan).items())),
     ]
 
@@ -96,7 +99,7 @@ def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> Renderab
             rows.append((*sizes, "nothing fits", "", "", "", ""))
             continue
         proof = "as above" if carried_over else f"{plan.gap:.3%}"
-        kept = f"{plan.count} of {plan.n_experts}"
+        kept = f"{counts_text(plan)} of {plan.n_experts}"
         rows.append((*sizes, f"{plan.file_size / ten:.2f}", f"{plan.file_size / two:.2f}", kept, nats(plan.predicted_kl), proof))
     heads = (f"budget {unit}B", f"{unit}iB", f"file {unit}B", f"{unit}iB", "kept", "KL predicted", "gap")
     return _grid(heads, rows)
@@ -108,7 +111,7 @@ def summarize_report(report: Report) -> Group:
     from rich.text import Text
 
     plan, model = report.plan, report.model
-    size = "as predicted" if report.artifact.size == plan.file_size else f"{plan.file_size} predicted"
+    size = "as predicted" if report.artifact.model_size == plan.file_size else f"{plan.file_size} predicted"
     peak = f"{format_bytes(report.measured_peak)} measured" if report.measured_peak else "not measured"
     loss = f"{nats(report.measured_kl)} measured" if report.scores else "not measured"
     speed = f"{report.prompt_tokens_per_second:.1f} prompt, {report.decode_tokens_per_second:.1f} decode tokens per second"
@@ -117,9 +120,10 @@ def summarize_report(report: Report) -> Group:
         ("model", f"{model['name']} ({model['model_type']}, {billions(model['n_weights'])} weights)"),
         *_common_facts(plan),
         ("bits per weight", f"{mean_bits(report.units, plan):.3f}"),
-        ("file", f"{format_bytes(report.artifact.size)}, {report.artifact.size} bytes, {size}"),
+        ("file", f"{format_bytes(report.artifact.model_size)}, {report.artifact.model_size} bytes, {size}"),
         ("peak memory", f"{peak}, {format_bytes(plan.memory['peak'])} predicted"),
         ("KL", f"{loss}, {nats(plan.predicted_kl)} predicted (mean, nats per token)"),
+        *([(f"KL {WORDS[plan.target].beside}", nats(report.beside_kl))] if report.scores and plan.target != "gguf" else []),
         ("speed", speed if report.decode_tokens_per_second else "not measured"),
         ("plan", f"{proof(plan)}, gap {plan.gap:.3%}"),
         ("artifact", str(report.artifact.path)),

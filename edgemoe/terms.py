@@ -19,7 +19,7 @@ from edgemoe.errors import UsageError
 from edgemoe.ir import Costs, Plan, Unit
 
 Floats = NDArray[np.float64]
-ALIASES = {"experts": "ffn_*_exps", "attention": "attn_*", "embedding": "token_embd", "shared": "ffn_*_shexp"}
+ALIASES = {"experts": "ffn_*exps", "attention": "attn_*", "embedding": "token_embd", "shared": "ffn_*_shexp"}
 ARRAYS = ("keep", "use", "size", "weights", "active")
 
 

@@ -1,8 +1,8 @@
 """Artifact, Model, held-out text -> Report: run the file in the real runtime and compare it with the original.
 
 The original's last hidden states come from the layer stream (so it may be larger than memory); logits of both sides are compared a window
-at a time and never kept.  KL is measured with F32 KV and flash attention off on our side, so that it is the weights' alone; one more
-figure is for the deployment settings.
+at a time and never kept.  KL is measured under the settings that the target's predictions are for, and once more under others
+(`Target.RUNS`): llama.cpp first so that the error is the weights' alone, then as deployed; onnxruntime as it runs, then with float inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from edgemoe.units import format_bytes
 
 WINDOW = 512
 DEFAULT_TOKENS = 16_384
-DEPLOYMENT_WINDOWS = 4
+BESIDE_WINDOWS = 4  # of the second figure
 TOKENIZER_LINES = 200
 GENERATE = 64
 ROWS_AT_ONCE = 64  # of logits in float64
 LOOP_SHARE = 0.5  # of repeated 4-grams above which a continuation counts as a loop
-EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
 KL_SURPRISE = 3.0  # times the prediction: worth a line in the report
 
 
@@ -80,27 +78,25 @@ def verify_artifact(
     measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
     names = [t.name for t in heldout]
     texts = compare_logits(artifact.path, model, windows, states, names, target, progress=progress)
-    some = np.unique(np.linspace(0, len(windows.tokens) - 1, DEPLOYMENT_WINDOWS).round().astype(int))
-    settings = {"exact": False, "repack": not notes}
-    deployed = compare_logits(artifact.path, model, windows.take(some), states[some], names, target, settings=settings)
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
+    settings = {**target.RUNS.beside, **((target.RUNS.fallback or {}) if notes else {})}
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
         model=_describe(model),
         plan=plan,
         artifact=artifact,
-        units=tuple(target.list_units(model)),
+        units=tuple(unit for unit in target.list_units(model) if unit.name in plan.formats),
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),
-        deployment_kl=float(np.average([t.kl_mean for t in deployed], weights=[t.tokens for t in deployed])),
+        beside_kl=mean_kl * _ratio_beside(artifact.path, model, windows, states, target, settings),
         prompt_tokens_per_second=measured["prompt_tokens_per_second"],
         decode_tokens_per_second=measured["decode_tokens_per_second"],
         decode_ceiling=estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
         samples=samples,
         frontier=(),
         problems=(*_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl), *notes),
-        runtime=_runtime(),
+        runtime=target.runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )
 
@@ -113,10 +109,12 @@ def compare_logits(
     names: Sequence[str],
     target: Target,
     *,
-    settings: Mapping[str, bool] = EXACT,
+    settings: Mapping[str, bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TextScore, ...]:
     """KL, perplexity and agreement of a file on windows whose original last states [windows, length, hidden] are known, by text.
+
+    `settings` of the run: those that predictions are for, if they are not given.
 
     Raises:
         VerifyError: it does not run, or gives NaN.
@@ -133,17 +131,30 @@ def compare_logits(
 
     if progress:
         progress(0, len(rows))
-    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **settings}, compare)
+    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.RUNS.compared)}, compare)
     return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
 
 
+def _ratio_beside(
+    path: Path, model: Model, windows: Any, states: NDArray[np.float32], target: Target, settings: Mapping[str, bool]
+) -> float:
+    """KL under other settings over that under those of the prediction, on the same few windows: what differs is the settings alone."""
+    some = np.unique(np.linspace(0, len(windows.tokens) - 1, BESIDE_WINDOWS).round().astype(int))
+    few, names = windows.take(some), [str(number) for number in range(int(windows.domain.max()) + 1)]
+    found = [compare_logits(path, model, few, states[some], names, target, settings=each) for each in (settings, None)]
+    other, own = (float(np.average([t.kl_mean for t in texts], weights=[t.tokens for t in texts])) for texts in found)
+    return other / own if own > 0 else 1.0
+
+
 def _measure(target: Target, artifact: Artifact, job: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Run as a user would; where this machine's llama.cpp crashes on repacked weights (seen with AMX), without them and with a note."""
+    """Run as a user would; where the runtime fails so on this machine, and the target has a way out, that way and with a note."""
     try:
-        return target.run(artifact.path, {**job, "repack": True}, None), []
+        return target.run(artifact.path, job, None), []
     except VerifyError as error:
-        measured = target.run(artifact.path, {**job, "repack": False}, None)
-        return measured, [f"note: llama.cpp fails on this machine with repacked weights ({error}); measured without (--no-repack)"]
+        if target.RUNS.fallback is None:
+            raise
+        measured = target.run(artifact.path, {**job, **target.RUNS.fallback}, None)
+        return measured, [f"note: {target.RUNS.fallback_note.format(error=error)}"]
 
 
 def tokenize_heldout(model: Model, heldout: Sequence[Text], max_tokens: int) -> Any:
@@ -244,10 +255,3 @@ def broken_promises(report: Report) -> list[str]:
 def _describe(model: Model) -> dict[str, Any]:
     keys = ("name", "model_type", "n_layers", "n_experts", "top_k", "hidden_size", "n_weights", "n_bytes")
     return {k: getattr(model, k) for k in keys}
-
-
-def _runtime() -> str:
-    try:
-        return f"llama.cpp in llama-cpp-python {version('llama-cpp-python')}"
-    except PackageNotFoundError:
-        return "unknown"

@@ -155,7 +155,7 @@ def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relax
     top += float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0
     least, most = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # at `most` a byte is dearer than everything
     ends = _bracket(program, least, most, guess)
-    if ends is None:
+    if ends is None or ends[1].value == np.inf:  # no choice at any price, which a guess of the price does not notice by itself
         return None
     low, high = ends
     if low is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,28 +15,45 @@ from edgemoe.errors import UsageError
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
 
-TARGETS = ("gguf",)
+TARGETS = ("gguf", "onnx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """The settings of a target's jobs (see its child.py) that verification asks for."""
+
+    compared: Mapping[str, bool]  # under which KL is held against the prediction
+    beside: Mapping[str, bool]  # under which the second figure of KL is measured
+    fallback: Mapping[str, bool] | None = None  # what to measure with where the runtime fails on this machine with its defaults
+    fallback_note: str = ""  # what to tell then
 
 
 class Target(Protocol):
     """What the stages need of a target; a module with these names is one."""
 
+    FORM: str  # "stacks" or "experts": see Costs
     OFFERED: tuple[str, ...]
+    RUNS: Runs
+    FIXED_NAMES: tuple[str, ...]  # of files that every artifact has, whatever the model: a folder of other files may have them too
 
     def list_units(self, model: Model) -> list[Unit]:
-        """Everything that gets a format, in file order."""
+        """Everything that gets a format, in file order; in the experts form one unit for each expert, all three matrices."""
         ...
 
-    def offered_formats(self, cols: int) -> tuple[str, ...]:
-        """Formats that can store rows of this length."""
+    def offered_formats(self, model: Model, unit: Unit) -> tuple[str, ...]:
+        """Formats that can store a unit."""
         ...
 
-    def unit_size(self, unit: Unit, cols: int, name: str, n_weights: int) -> int:
-        """Bytes of a unit in the artifact, padding included."""
+    def unit_size(self, model: Model, unit: Unit, name: str, count: int) -> int:
+        """Bytes of a unit in the artifact, padding included; of a stack with `count` kept experts."""
+        ...
+
+    def unit_extra(self, model: Model, unit: Unit, name: str, count: int) -> int:
+        """Bytes that the process holds for a unit beyond those of the file."""
         ...
 
     def unit_staging(self, size: int, name: str, role: str) -> int:
-        """Bytes of the temporary copy that loading the unit needs."""
+        """Bytes of the temporary copy that loading a unit of this size needs."""
         ...
 
     def fixed_size(self, model: Model, count: int) -> int:
@@ -48,6 +66,10 @@ class Target(Protocol):
 
     def round_rows(self, rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """What rows become when stored in a format."""
+        ...
+
+    def round_inputs(self, x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+        """What the inputs [n, cols] of a product with a matrix in this format become: themselves, or rounded where kernels do so."""
         ...
 
     def write(
@@ -63,6 +85,36 @@ class Target(Protocol):
     def check_tokenizer(self, path: Path, model: Model, lines: Sequence[str]) -> list[str]:
         """Lines that the artifact tokenizes otherwise than the original."""
         ...
+
+    def runtime(self) -> str:
+        """Name and version of what runs the artifact."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes of every choice [C, U, F]: in the file, beyond it in the process, of the copy while loading; and what is offered [U, F]."""
+
+    size: NDArray[np.int64]
+    extra: NDArray[np.int64]
+    staging: NDArray[np.int64]
+    offered: NDArray[np.bool_]
+
+
+def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Sequence[int]) -> Sizes:
+    """What every unit takes in every format, for each kept count; 0 where a format is not offered."""
+    size = np.zeros((len(counts), len(units), len(target.OFFERED)), np.int64)
+    extra, staging, offered = np.zeros_like(size), np.zeros_like(size), np.zeros(size.shape[1:], bool)
+    for u, unit in enumerate(units):
+        for name in target.offered_formats(model, unit):
+            f = target.OFFERED.index(name)
+            offered[u, f] = True
+            for c, count in enumerate(counts if unit.is_stack else counts[:1]):
+                where = c if unit.is_stack else slice(None)
+                size[where, u, f] = bytes_ = target.unit_size(model, unit, name, count)
+                extra[where, u, f] = target.unit_extra(model, unit, name, count)
+                staging[where, u, f] = target.unit_staging(bytes_, name, unit.role)
+    return Sizes(size=size, extra=extra, staging=staging, offered=offered)
 
 
 def find_target(name: str) -> Target:

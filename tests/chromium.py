@@ -125,7 +125,13 @@ def open_chromium(profile: Path) -> Iterator[Page]:
     """A browser with an empty profile, ended in any case."""
     their_in, to = os.pipe()
     back, their_out = os.pipe()
-    command = ["sh", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "sh", shutil.which("chromium") or "chromium"]
+    command = [
+        "bash",
+        "-c",
+        f'exec "$@" 3<&{their_in} 4>&{their_out}',
+        "bash",
+        shutil.which("chromium") or "chromium",
+    ]  # dash knows one digit
     command += [*FLAGS, f"--user-data-dir={profile}", "about:blank"]
     with subprocess.Popen(command, pass_fds=(their_in, their_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
         os.close(their_in)

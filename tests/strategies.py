@@ -81,6 +81,7 @@ def random_costs(seed: int, form: str, *, layers: int = 2, experts: int = 4, for
         domain_weights=tuple(weights.tolist()),
         cost=cost,
         size=np.where(np.isinf(cost), 0, size),
+        extra=np.where(np.isinf(cost), 0, np.random.default_rng(seed + 1).integers(0, 40, size.shape) * (seed % 2)),
         staging=np.where(repacked & stack[:, None], size, 0) if rng.random() < 0.5 else np.zeros_like(size),
         fixed_size=np.array([64 + 8 * n for n in counts]),
         factor=_factors(units, weights, by_domain, rng),
@@ -102,7 +103,9 @@ def _units(form: str, layers: int, experts: int, rng: np.random.Generator) -> li
     for layer in range(layers):
         width = int(rng.integers(3, 40)) * 8
         if form == "experts":
-            units += [Unit(name=f"l{layer}.e{e}", role="ffn_exps", layer=layer, expert=e, n_weights=width) for e in range(experts)]
+            units += [
+                Unit(name=f"blk.{layer}.ffn_exps.{e}", role="ffn_exps", layer=layer, expert=e, n_weights=width) for e in range(experts)
+            ]
         else:
             roles = ("ffn_gate_exps", "ffn_up_exps") if layer == 0 else ("ffn_gate_exps",)
             units += [Unit(name=f"blk.{layer}.{r}.weight", role=r, layer=layer, n_weights=width * experts) for r in roles]
@@ -191,7 +194,8 @@ def file_bytes(costs: Costs, choice: Choice) -> int:
 def peak_bytes(costs: Costs, choice: Choice) -> int:
     """Bytes of the process; staging copies here are below 32 MiB, so they stay with the process."""
     staging = max((int(costs.staging[choice.c, u, f]) for u, f in enumerate(choice.formats) if f >= 0), default=0)
-    return file_bytes(costs, choice) + staging + sum(v for k, v in costs.memory.items() if k != "context")
+    extra = sum(int(costs.extra[choice.c, u, f]) for u, f in enumerate(choice.formats) if f >= 0)
+    return file_bytes(costs, choice) + extra + staging + sum(v for k, v in costs.memory.items() if k != "context")
 
 
 def objective(costs: Costs, choice: Choice, kind: str) -> float:
@@ -349,13 +353,14 @@ MAKERS: list[Callable[[Costs, np.random.Generator], Ruled]] = [
 def budget_between(costs: Costs, share: float) -> int:
     """A budget between the least process and one that holds everything at its largest."""
     beside = sum(v for k, v in costs.memory.items() if k != "context")
-    sizes = np.where(np.isfinite(costs.cost), costs.size, 10**12)
+    held = costs.size + costs.extra
+    sizes = np.where(np.isfinite(costs.cost), held, 10**12)
     small = sizes.min(axis=2)
     if costs.form == "experts":
         experts = np.array([u.expert >= 0 for u in costs.units])
         small = np.where(experts, 0, small)
     least = int((costs.fixed_size + small.sum(axis=1)).min())
-    most = int((costs.fixed_size + np.where(np.isfinite(costs.cost), costs.size, 0).max(axis=2).sum(axis=1)).max() + costs.staging.max())
+    most = int((costs.fixed_size + np.where(np.isfinite(costs.cost), held, 0).max(axis=2).sum(axis=1)).max() + costs.staging.max())
     return beside + least + int(share * (most - least))
 
 

@@ -172,6 +172,7 @@ def test_the_order_of_formats_and_units_does_not_matter(seed: int, share: float,
         units=tuple(costs.units[i] for i in u),
         cost=costs.cost[:, u][:, :, f],
         size=costs.size[:, u][:, :, f],
+        extra=costs.extra[:, u][:, :, f],
         staging=costs.staging[:, u][:, :, f],
         factor=costs.factor[:, u],
     )
@@ -212,7 +213,7 @@ def test_the_unit_of_costs_does_not_matter(form: str, scale: float) -> None:
 def test_the_unit_of_bytes_does_not_matter(form: str, scale: int) -> None:
     costs = changed(make_costs(12, form), staging=np.zeros_like(make_costs(12, form).staging))
     memory = {part: size * scale for part, size in costs.memory.items()}
-    scaled = changed(costs, size=costs.size * scale, fixed_size=costs.fixed_size * scale, memory=memory)
+    scaled = changed(costs, size=costs.size * scale, extra=costs.extra * scale, fixed_size=costs.fixed_size * scale, memory=memory)
     budget = budget_between(costs, 0.3)
     plan, other = solve_plan(costs, budget, gap=GAP), solve_plan(scaled, budget * scale, gap=GAP)
     assert other.q == pytest.approx(plan.q, rel=2 * GAP)
@@ -231,6 +232,7 @@ def test_a_twin_format_changes_nothing_and_a_worse_one_is_never_chosen(seed: int
         formats=(*costs.formats, "TWIN", "WORSE"),
         cost=np.concatenate([costs.cost, costs.cost[:, :, :1], costs.cost[:, :, :1] * 1.1 + 1e-6], axis=2),
         size=np.concatenate([costs.size, costs.size[:, :, :1], np.where(costs.size[:, :, :1] > 0, costs.size[:, :, :1] + 1, 0)], axis=2),
+        extra=np.concatenate([costs.extra, costs.extra[:, :, :1], costs.extra[:, :, :1]], axis=2),
         staging=staging,
     )
     other = plan_or_none(more, budget, [])
@@ -481,6 +483,7 @@ def golden_costs() -> Costs:
         memory=dict.fromkeys(("context", "runtime", "kv", "compute", "output"), 0),
         cost=cost,
         size=size,
+        extra=np.zeros_like(size),
         staging=np.zeros_like(size),
         fixed_size=np.zeros(1, np.int64),
         factor=np.ones((1, len(units))),

@@ -102,7 +102,7 @@ def make_report(n_layers: int = 4, n_experts: int = 16, *, count: int = 12, name
     file = ArtifactFile(name=f"tiny-moe-E{count}-Q3_K.gguf", size=plan.file_size, sha256="c" * 64)
     return Report(
         model=model, plan=plan, artifact=Artifact(folder="/tmp/out", target="gguf", plan="d" * 64, files=(file,)), units=tuple(units),
-        scores=scores, measured_kl=0.0371, measured_peak=int(plan.memory["peak"] * 0.987), deployment_kl=0.0402,
+        scores=scores, measured_kl=0.0371, measured_peak=int(plan.memory["peak"] * 0.987), beside_kl=0.0402,
         prompt_tokens_per_second=812.4, decode_tokens_per_second=73.25,
         decode_ceiling=140.0, samples=samples, frontier=frontier, problems=(),
         runtime="llama.cpp b7071 (CPU)", machine="AMD Ryzen 7 7840HS, 96 GB",
@@ -128,7 +128,7 @@ def make_unmeasured() -> Report:
     report = make_report(count=16)
     return replace(
         report, scores=(), samples=(), frontier=(), problems=("not run: this machine has too little memory",), measured_kl=0.0,
-        measured_peak=0, deployment_kl=0.0, prompt_tokens_per_second=0.0, decode_tokens_per_second=0.0, decode_ceiling=0.0,
+        measured_peak=0, beside_kl=0.0, prompt_tokens_per_second=0.0, decode_tokens_per_second=0.0, decode_ceiling=0.0,
     )  # fmt: skip
 
 

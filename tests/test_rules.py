@@ -437,4 +437,4 @@ def test_a_byte_limit_is_kept_to_the_byte_also_for_terabytes() -> None:
 def random_costs_with(costs: Costs, size: np.ndarray) -> Costs:
     from dataclasses import replace
 
-    return replace(costs, size=np.where(np.isfinite(costs.cost), size, 0), staging=np.zeros_like(size))
+    return replace(costs, size=np.where(np.isfinite(costs.cost), size, 0), extra=np.zeros_like(size), staging=np.zeros_like(size))

@@ -156,9 +156,7 @@ def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence
     formats = {unit.name: fmt if isinstance(fmt, str) else fmt[unit.name] for unit in units}
     sizes = {}
     for unit in units:
-        cols = next(t.shape[-1] for t in model.tensors if (t.role, t.layer) == (unit.role, unit.layer))
-        n_weights = unit.n_weights * count // model.n_experts if unit.role.endswith("_exps") else unit.n_weights
-        sizes[unit.name] = unit_size(unit, cols, formats[unit.name], n_weights)
+        sizes[unit.name] = unit_size(model, unit, formats[unit.name], count)
     return Plan(
         model=model.fingerprint,
         model_name=model.name,

@@ -8,8 +8,6 @@ ort.env.wasm.numThreads = 1; // more would need cross-origin isolation (COOP and
 ort.env.wasm.wasmPaths = new URL("./npm/onnxruntime-web/dist/", import.meta.url).href;
 ort.env.logLevel = "error";
 
-const MB = 1e6;
-
 async function fetchJson(url) {
   const answer = await fetch(url);
   return answer.ok ? answer.json() : null;
@@ -67,7 +65,7 @@ export function readMetadata(graph) {
  * Load a folder.  `base` is its URL with a slash at the end; `onProgress(bytes, all)` hears of the download.
  * Returns { generate, tokenizer, context, defaults, files: {config, plan, metadata, bytes} }.
  */
-export async function loadModel(base, onProgress = () => {}, options = {}) {
+export async function loadModel(base, onProgress = () => {}) {
   const [genai, config, plan, words, wordsConfig] = await Promise.all(
     ["genai_config.json", "config.json", "plan.json", "tokenizer.json", "tokenizer_config.json"].map((name) => fetchJson(base + name)));
   if (!genai) throw new Error(`${base}genai_config.json is not there: is this a folder that edgemoe wrote for ONNX?`);
@@ -78,11 +76,7 @@ export async function loadModel(base, onProgress = () => {}, options = {}) {
   const dataFile = decoder.filename + (decoder.filename.includes("/") ? "_data" : ".data");
   let have = 0;
   const data = await fetchBytes(base + dataFile, (more, all) => onProgress((have += more), all));
-  const session = await ort.InferenceSession.create(graph, {
-    executionProviders: ["wasm"],
-    externalData: [{ path: dataFile.split("/").at(-1), data }],
-    ...options,
-  });
+  const session = await openSession(graph, { path: dataFile.split("/").at(-1), data });
   const tokenizer = new Tokenizer(words, wordsConfig ?? {});
   const ends = new Set([genai.model.eos_token_id ?? []].flat());
   const context = genai.model.context_length;
@@ -93,6 +87,15 @@ export async function loadModel(base, onProgress = () => {}, options = {}) {
     files: { config, plan, metadata: readMetadata(graph), bytes: graph.length + data.length },
     generate: (ids, settings) => generate(session, decoder, ids, { ends, context, topK: genai.search.top_k, ...settings }),
   };
+}
+
+async function openSession(graph, weights) {
+  try {
+    return await ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData: [weights] });
+  } catch (error) {
+    if (!String(error).includes("expert_weight_bits")) throw error;
+    throw new Error("This file stores experts in 3 bits, which WebAssembly has no kernel for. Make a plan for the layout transformers.js.");
+  }
 }
 
 /** The empty cache of a text that has not begun. */
@@ -143,5 +146,3 @@ function pick(logits, temperature, topK) {
   for (let i = 0; i < order.length; i++) if ((left -= weights[i]) <= 0) return order[i];
   return best;
 }
-
-export const megabytes = (bytes) => `${(bytes / MB).toFixed(bytes < 100 * MB ? 2 : 0)} MB`;

@@ -38,7 +38,6 @@ function ready({ files, seconds, defaults }) {
   const facts = describe(files, seconds);
   document.title = `${facts.name} in the browser`;
   $("name").textContent = facts.name;
-  $("lead").textContent = facts.lead;
   for (const [name, value, note] of facts.tiles) {
     const tile = element("div", undefined, "tile"), figure = element("dd", value);
     figure.append(element("small", note));

@@ -144,7 +144,7 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
     """Logits of every window to stdout."""
     settings = EXACT if job["exact"] else {}
     longest = max(len(w) for w in job["windows"])
-    llama = Llama(job["path"], longest, settings, repack=job["repack"] and not job["exact"])
+    llama = Llama(job["path"], longest, settings, repack=job.get("repack", True) and not job["exact"])
     for window in job["windows"]:
         llama.clear()
         llama.decode(window, 0, every=True)
@@ -156,7 +156,7 @@ def give_logits(job: dict[str, Any]) -> dict[str, Any]:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Fill the context as a user would; speed, samples."""
     context, generate = int(job["context"]), int(job["generate"])
-    llama = Llama(job["path"], context, job.get("settings", {}), repack=job["repack"])
+    llama = Llama(job["path"], context, job.get("settings", {}), repack=job.get("repack", True))
     tokens = job["tokens"]
     new = min(32, max(1, context // 4))
     filled = (tokens * (context // len(tokens) + 1))[: context - new]

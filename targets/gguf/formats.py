@@ -68,7 +68,7 @@ NARROW = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4")  # for rows 
 OFFERED = (*WIDE, *(name for name in NARROW if name not in WIDE))
 
 
-def offered_formats(cols: int) -> tuple[str, ...]:
+def formats_of_rows(cols: int) -> tuple[str, ...]:
     """Formats that can store rows of this length."""
     return WIDE if cols % 256 == 0 else tuple(name for name in NARROW if cols % FORMATS[name].block == 0)
 
@@ -164,6 +164,11 @@ def dequantize(packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.fl
 def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """What rows [n, cols] become when stored in a format."""
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
+
+
+def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """Inputs as they are: llama.cpp rounds them too, which probes and predictions have left out so far."""
+    return x
 
 
 def quantize_parallel(

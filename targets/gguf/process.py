@@ -13,7 +13,7 @@ from edgemoe.ir import Model, Unit
 from edgemoe.memory import RETAINED, Layout, Settings, layout_of, peak
 from edgemoe.targets.gguf.batch import compute_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.buffers import cells_of, kv_bytes, output_bytes, state_bytes
-from edgemoe.targets.gguf.formats import FORMATS, pad, row_bytes
+from edgemoe.targets.gguf.formats import FORMATS, formats_of_rows, pad, row_bytes
 
 # Measured on two installations, docs/decisions/0003-memory.md
 RUNTIME = 27 * 2**20  # bindings, libraries, tokenizer's tables, 2 threads: 24 MiB; 3 MiB for 20 threads more or another installation
@@ -23,9 +23,20 @@ PER_NODE = 1600  # bytes of one place for a graph's node, three times its tensor
 TENSORS, LATENT_TENSORS = 12, 18  # of a layer, at most, in the families that are written and in DeepSeek's
 
 
-def unit_size(unit: Unit, cols: int, name: str, n_weights: int) -> int:
-    """Bytes of a tensor in the file, padded."""
-    return pad(n_weights // cols * row_bytes(name, cols))
+def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
+    """Formats that can store a unit."""
+    return formats_of_rows(unit.cols)
+
+
+def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
+    """Bytes of a tensor in the file, padded; of a stack with `count` experts."""
+    n_weights = unit.n_weights * count // model.n_experts if unit.is_stack else unit.n_weights
+    return pad(n_weights // unit.cols * row_bytes(name, unit.cols))
+
+
+def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
+    """Nothing: the process holds the file's own bytes."""
+    return 0
 
 
 def unit_staging(size: int, name: str, role: str) -> int:

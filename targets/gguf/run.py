@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,11 @@ def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]
     from edgemoe.targets.gguf.tokenizer import check_vocabulary
 
     return check_vocabulary(path, Path(model.folder), lines)
+
+
+def runtime() -> str:
+    """What runs a GGUF here."""
+    try:
+        return f"llama.cpp in llama-cpp-python {version('llama-cpp-python')}"
+    except PackageNotFoundError:
+        return "unknown"

@@ -52,11 +52,12 @@ def is_planned(tensor: Tensor) -> bool:
 
 def list_units(model: Model) -> list[Unit]:
     """Everything that gets a format, in file order: one unit per matrix, one per expert stack."""
-    sizes: dict[tuple[str, int], int] = {}
+    sizes: dict[tuple[str, int, int], int] = {}
     for tensor in model.tensors:
         if is_planned(tensor):
-            sizes[tensor.role, tensor.layer] = sizes.get((tensor.role, tensor.layer), 0) + tensor.n_weights
-    return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n) for (role, layer), n in sizes.items()]
+            key = tensor.role, tensor.layer, tensor.shape[1]
+            sizes[key] = sizes.get(key, 0) + tensor.n_weights
+    return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n, cols=c) for (role, layer, c), n in sizes.items()]
 
 
 def fixed_size(model: Model, count: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]
     return [line for line in lines if ours.encode(line).ids != original(line)["input_ids"]]
 
 
+def runtime() -> str:
+    """What runs an ONNX model here."""
+    try:
+        return f"onnxruntime {version('onnxruntime')}"
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _open_tokenizer(path: Path) -> Any:
     """The tokenizer beside a model.
 
@@ -74,7 +83,7 @@ def _open_tokenizer(path: Path) -> Any:
     file = path.with_name(TOKENIZER)
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001  (tokenizers raises plain Exception)
+    except Exception as error:
         raise VerifyError(f"{file}: cannot be read as a tokenizer: {error}") from error
 
 

@@ -1,0 +1,167 @@
+"""A width for every expert, against one for a layer's experts and against PMQ's rule, at equal file bytes: KL measured in onnxruntime.
+
+    python benchmarks/onnx_widths.py examples/tiny-moe examples/tiny-moe-b [--work DIR] [--tokens 5120]
+
+All plans take the same formats, prices and importance, and are not repaired.  "Layer" is the best plan that stores the experts of a layer
+alike (its drops, and the formats of all else, are decided with it); "PMQ" gives every expert 2, 3 or 4 bits by PMQ's own importance, one
+format to all else, and drops nothing: of each block size and each format for the rest, the plan that our prices like best.  The largest
+file is that of everything at 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgemoe.calibrate import collect_stats
+from edgemoe.errors import BudgetError, UsageError
+from edgemoe.figures import counts_text
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Costs, Plan, hash_json
+from edgemoe.pipeline import price_cached
+from edgemoe.plan import least_budget, solve_plan
+from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
+from edgemoe.targets import find_target
+from edgemoe.texts import choose_texts
+from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+
+BUDGETS = 6
+METHODS = ("expert", "layer", "PMQ")
+
+
+class Bench:
+    """A model with prices whose budget is the file's, and what was measured of it before."""
+
+    def __init__(self, source: Path, work: Path, tokens: int) -> None:
+        self.model, self.target, self.work = inspect_model(source), find_target("onnx"), work
+        work.mkdir(parents=True, exist_ok=True)
+        calibration, heldout = choose_texts([], [])
+        self.stats = collect_stats(self.model, calibration, work)
+        prices, self.made_from = price_cached(self.model, self.stats, self.target, 512, work, None)
+        nothing = np.zeros_like(prices.extra)
+        self.costs: Costs = replace(prices, extra=nothing, staging=nothing, memory={**dict.fromkeys(prices.memory, 0), "context": 512})
+        self.names = [t.name for t in heldout]
+        self.windows = tokenize_heldout(self.model, heldout, tokens)
+        self.states = reference_states(self.model, self.windows, work)
+        arrays = [self.stats.arrays(layer) for layer in range(self.model.n_layers)]
+        self.tokens, self.gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
+        self.cache = work / "onnx-widths.json"
+        self.known: dict[str, Any] = json.loads(self.cache.read_text()) if self.cache.exists() else {}
+
+    def plan(self, method: str, size: int) -> Plan | None:
+        """The plan of a method for a file of at most `size` bytes; None: it has none."""
+        if method == "expert":
+            return solve_plan(self.costs, size)
+        if method == "layer":
+            return layer_uniform_plan(self.costs, size)
+        found = []
+        for rest in self.costs.formats:
+            for block in (32, 64, 128):
+                try:
+                    widths = {bits: f"INT{bits}_{block}" for bits in PMQ_WIDTHS}
+                    found.append(pmq_plan(self.costs, size, self.tokens, self.gates, widths, rest))
+                except (BudgetError, UsageError):  # too large, or a format that is not offered
+                    continue
+        return min(found, key=lambda plan: plan.q, default=None)
+
+    def measure(self, plan: Plan) -> float:
+        """Mean KL over the held-out texts."""
+        key = hash_json(plan.kept, plan.formats, self.made_from, self.windows.tokens.tolist())
+        if key not in self.known:
+            folder = self.work / "file"
+            folder.mkdir(exist_ok=True)
+            artifact = self.target.write(self.model, self.stats, plan, folder, 0, None)
+            assert artifact.model_size == plan.file_size
+            scores = compare_logits(artifact.path, self.model, self.windows, self.states, self.names, self.target)
+            self.known[key] = float(np.mean([s.kl_mean for s in scores]))
+            self.cache.write_text(json.dumps(self.known))
+            shutil.rmtree(folder)
+        kl: float = self.known[key]
+        return kl
+
+
+def rows(bench: Bench) -> list[list[tuple[Plan, float] | None]]:
+    """For each budget, plan and measured KL of each method."""
+    eight = {unit.name: bench.costs.formats.index("INT8_128") for unit in bench.costs.units}
+    largest = int(bench.costs.fixed_size[0] + sum(bench.costs.size[0, u, f] for u, f in enumerate(eight.values())))
+    least = (least_budget(bench.costs) or 0) * 2
+    found = []
+    for i in range(BUDGETS):
+        size = round(largest * (least / largest) ** (i / (BUDGETS - 1)))
+        line: list[tuple[Plan, float] | None] = []
+        for method in METHODS:
+            plan = bench.plan(method, size)
+            line.append(None if plan is None else (plan, bench.measure(plan)))
+            print(method, size, line[-1] and (counts_text(line[-1][0]), line[-1][0].predicted_kl, line[-1][1]), flush=True)
+        found.append(line)
+    return found
+
+
+def cell(entry: tuple[Plan, float] | None) -> str:
+    """KL measured, KL predicted, kept experts and bytes."""
+    if entry is None:
+        return "-"
+    plan, kl = entry
+    return f"{kl:.4f} ({plan.predicted_kl:.4f}, {counts_text(plan)}, {plan.file_size / 1e6:.2f})"
+
+
+def table(bench: Bench, lines: list[list[tuple[Plan, float] | None]]) -> list[str]:
+    """One model's results as Markdown."""
+    tokens = int(bench.windows.lengths.sum())
+    out = [f"## {bench.model.name}, {tokens} held-out tokens of {', '.join(bench.names)}", ""]
+    out += [
+        "| file MB | a width for each expert | one for a layer's experts | PMQ, 2 to 4 bits | expert / layer | expert / PMQ |",
+        "|" + "---|" * 6,
+    ]
+    ratios: list[list[float]] = [[], []]
+    for line in lines:
+        ours = line[0]
+        assert ours is not None  # solve_plan finds a plan, or raises
+        cells = []
+        for number, peer in enumerate(line[1:]):
+            if peer is not None:
+                ratios[number].append(ours[1] / peer[1])
+            cells.append(f"{ours[1] / peer[1]:.2f}" if peer else "-")
+        out.append(f"| {ours[0].budget / 1e6:.2f} | **{cell(ours)[:6]}**{cell(ours)[6:]} | {' | '.join([*map(cell, line[1:]), *cells])} |")
+    means = [f"{np.exp(np.mean(np.log(r))):.2f}" if r else "-" for r in ratios]
+    return [*out, "", f"Geometric means: expert / layer {means[0]}, expert / PMQ {means[1]}.", ""]
+
+
+def main() -> None:
+    """Measure every model; write one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and results are kept here between runs")
+    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    command = f"python benchmarks/onnx_widths.py {' '.join(map(str, options.models))}"
+    runtime = find_target("onnx").runtime()
+    text = ["# ONNX: what a width for every expert is worth, KL (nats per token) at equal file bytes", ""]
+    text += [
+        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {runtime}; nothing is repaired.",
+        "",
+    ]
+    text += [
+        "KL measured; in brackets KL predicted, experts kept in a layer, file size in MB. What each column may decide: see onnx_widths.py.",
+        "",
+    ]
+    for source in options.models:
+        bench = Bench(source, options.work / source.name, options.tokens)
+        text += table(bench, rows(bench))
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "onnx-widths.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""One layer's statistics and weights -> nats of every choice in it: kept sets, and each tensor in each format (docs/pricing.md, 3 and 4).
+
+The error of a format is what the target's own quantizer does to sampled rows, and its kernels to their inputs, as a mean squared error of
+the output on tokens that were really seen; a slope turns it into nats: KL of the rounding probe over the error of that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.checkpoint import read_tensor
+from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
+from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
+from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.scores import importance_of
+from edgemoe.targets import Target
+
+SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
+LEAST_ROWS = 4  # per expert
+LEAST_ROWS_ALONE = 16  # of an expert that is stored, and so priced, on its own
+TOKENS_PER_EXPERT = 128
+INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
+SEED = 20261126  # of inputs of which only the second moments are known
+Floats = NDArray[np.float64]
+Importance = dict[tuple[str, int], NDArray[np.float32]]
+Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One MoE layer, priced (D domains, C kept counts, E experts, G experts that went on the greedy path)."""
+
+    menu: Menu
+    drop_cost: Floats  # [D, C] of the menu's sets
+    path_cost: Floats  # [D, G + 1] of the sets of the greedy path
+    expert_drop: Floats  # [D, E]
+    errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use
+    slope: dict[str, float]  # role -> nats per error
+    stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
+
+    def price(self, unit: Unit) -> dict[str, Floats]:
+        """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format."""
+        formats = (*self.stored[unit.role, unit.expert], *(f"whole{bits}" for bits in WHOLE_BITS))
+        if unit.expert < 0:
+            return {f: self.slope[unit.role] * (self.menu.gate_sq @ self.errors[unit.role][f]) for f in formats}
+        use = float(self.menu.gate_sq[-1, unit.expert])
+        return {f: np.array([sum(self.slope[r] * use * e[f][unit.expert] for r, e in self.errors.items())]) for f in formats}
+
+    @property
+    def drop_curve(self) -> Floats:
+        """What the greedy path costs beyond the sum of its experts' own prices, by domain, when k are gone [D, E + 1]."""
+        n = self.expert_drop.shape[1]
+        singles = np.concatenate([np.zeros((len(self.expert_drop), 1)), np.cumsum(self.expert_drop[:, self.menu.order], axis=1)], axis=1)
+        curve = self.path_cost - singles
+        return np.concatenate([curve, np.repeat(curve[:, -1:], n + 1 - curve.shape[1], axis=1)], axis=1)  # fewer than top-k never stay
+
+
+def price_layer(
+    model: Model,
+    stats: Stats,
+    target: Target,
+    layer: int,
+    units: list[Unit],
+    probes: Mapping[tuple[str, int], Probe],
+    pool: ThreadPoolExecutor,
+) -> Layer:
+    """Price one MoE layer: what every expert's formats and every kept set cost.
+
+    Args:
+        model: from `inspect_model`.
+        stats: from `collect_stats`.
+        target: whose quantizers and kernels count.
+        layer: its number.
+        units: of experts or their stacks, in this layer.
+        probes: the rounding probes by (role, layer).
+        pool: shares out the experts.
+    """
+    arrays = stats.arrays(layer)
+    replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
+    menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
+    stored = {(u.role, u.expert): target.offered_formats(model, u) for u in units}
+    sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), replay, importance_of(model, stats, layer), stored)
+    tensors = model.of_layer(layer)
+    jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
+    found = [job.result() for job in jobs]
+    errors = {role: {f: np.array([e[role][f] for e in found]) for f in found[0][role]} for role in found[0]}
+    slope = {}
+    for role, by_format in errors.items():
+        error = float(menu.gate_sq[-1] @ by_format["probe"])
+        slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
+    return Layer(menu=menu, errors=errors, slope=slope, stored=stored, **_drop_costs(stats, layer, replay, menu))
+
+
+def probe_kl(stats: Stats, probe: Probe) -> float:
+    """A probe's KL, mean over domains by weight."""
+    return float(stats.weights @ np.array(probe.kl))
+
+
+def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu) -> dict[str, Floats]:
+    """Nats by domain of the menu's sets [D, C] and of those of its greedy path [D, G + 1], and the additive price of each expert [D, E].
+
+    A set costs its loss times a slope that is interpolated between the probed kept counts.  An expert's own price is what its step on the
+    greedy path adds; those that never went cost as much as the dearest that did, or more by their energy.
+    """
+    domains, n_experts = len(stats.domains), replay.probs.shape[1]
+    points: dict[int, Floats] = {}
+    for probe in stats.probes:
+        if probe.kind == "drop" and probe.layer == layer:
+            kept = np.zeros(n_experts, bool)
+            kept[list(probe.kept)] = True
+            loss = set_loss(replay, kept)[0]
+            if loss > 0:
+                points[len(probe.kept)] = np.array(probe.kl) / loss
+    known = sorted(points)
+
+    def price(counts: NDArray[np.int64], losses: Floats) -> Floats:
+        if not known:
+            return np.zeros((domains, len(losses)))
+        return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
+
+    path = price(n_experts - np.arange(len(menu.path)), menu.path)
+    steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
+    experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
+    energy = stats.arrays(layer)["energy"].sum(axis=0)
+    experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
+    experts[:, menu.order] = steps
+    return {"drop_cost": price(np.array(menu.counts), menu.loss), "path_cost": path, "expert_drop": experts}
+
+
+# ---------------------------------------------------------------------------------------------------------------- experts
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What the errors of a layer's experts are measured with."""
+
+    model: Model
+    target: Target
+    x: NDArray[np.float32]  # [N, H] inputs of replay tokens
+    replay: Replay
+    importance: Importance
+    stored: dict[tuple[str, int], tuple[str, ...]]
+
+    def formats(self, role: str, expert: int) -> tuple[str, ...]:
+        """Formats that one projection of an expert may get: its stack's, or its own."""
+        return self.stored[role, -1] if (role, -1) in self.stored else self.stored["ffn_exps", expert]
+
+
+def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Errors]:
+    """Mean squared output error per use of one expert, by projection and format, on the tokens that would pick it first.
+
+    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
+    errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
+    share their errors.
+    """
+    expert, replay = tensors["gate"].expert, sample.replay
+    weight = replay.probs[:, expert] ** 2 * replay.weights
+    tokens = np.argsort(-weight, kind="stable")[:TOKENS_PER_EXPERT]
+    weight = weight[tokens] / max(weight[tokens].sum(), 1e-300)
+    inputs = sample.x[tokens]
+    matrices = {p: read_tensor(sample.model.folder, tensors[p]) for p in PROJECTIONS}
+    a, b = inputs @ matrices["gate"].T, inputs @ matrices["up"].T
+    h = _silu(a) * b
+    column = (matrices["down"] ** 2).sum(axis=0)
+    alone = ("ffn_exps", expert) in sample.stored
+    result: dict[str, Errors] = {}
+    for projection, matrix in matrices.items():
+        role = f"ffn_{projection}_exps"
+        wanted = max(LEAST_ROWS_ALONE if alone else LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1])
+        rows = sample_rows(matrix.shape[0], wanted)
+        scale, part, result[role] = matrix.shape[0] / len(rows), matrix[rows], {}
+        for name, rounded in _roundings(
+            sample.target, part, sample.formats(role, expert), sample.importance.get((role, expert)), EXPERT_BITS
+        ):
+            delta = rounded - part
+            if projection == "gate":
+                squares = ((_silu(a[:, rows] + inputs @ delta.T) - _silu(a[:, rows])) * b[:, rows]) ** 2 @ column[rows]
+            elif projection == "up":
+                squares = (_silu(a[:, rows]) * (inputs @ delta.T)) ** 2 @ column[rows]
+            else:
+                squares = ((h @ delta.T) ** 2).sum(axis=1)
+            result[role][name] = float(weight @ squares) * scale
+        for name in sample.formats(role, expert):
+            result[role][name] += float(weight @ _input_squares(sample.target, name, projection, inputs, (a, b, h), matrices))
+    return result
+
+
+def _input_squares(
+    target: Target,
+    name: str,
+    projection: str,
+    x: NDArray[np.float32],
+    hidden: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+    matrices: Mapping[str, NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Squared output error of each token [N] that comes from a projection's rounded inputs."""
+    a, b, h = hidden
+    given = h if projection == "down" else x
+    rounded = target.round_inputs(given, name)
+    if rounded is given:
+        return np.zeros(len(x), np.float32)
+    if projection == "gate":
+        delta = (_silu(rounded @ matrices["gate"].T) - _silu(a)) * b
+    elif projection == "up":
+        delta = _silu(a) * (rounded @ matrices["up"].T - b)
+    else:
+        delta = rounded - h
+    squares: NDArray[np.float32] = ((delta @ matrices["down"].T) ** 2).sum(axis=1)
+    return squares
+
+
+def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
+    return result
+
+
+def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
+    """Row numbers, evenly spread, the same every time."""
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
+
+
+def _roundings(
+    target: Target, rows: NDArray[np.float32], formats: tuple[str, ...], importance: NDArray[np.float32] | None, probe_bits: int
+) -> list[tuple[str, NDArray[np.float32]]]:
+    """These rows in every offered format, and in the probes' reference roundings."""
+    found = [(name, target.round_rows(rows, name, importance)) for name in formats]
+    whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
+    return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]
+
+
+# --------------------------------------------------------------------------------------------------------------- matrices
+def price_matrix(
+    model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
+) -> dict[str, Floats]:
+    """Nats of storing one matrix in each format [1]: its input-weighted squared error, and what rounded inputs add, scaled by its probe."""
+    tensor = model.find(unit.role, unit.layer)
+    assert tensor is not None  # units are made of the model's tensors
+    matrix = read_tensor(model.folder, tensor)
+    columns = importance.get((unit.role, -1))
+    if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
+        seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
+        rows = np.argsort(-seen, kind="stable")[: max(LEAST_ROWS, 4 * SAMPLE_WEIGHTS // matrix.shape[1])]
+        per_row = seen[rows].astype(np.float64)
+    else:
+        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // matrix.shape[1]))
+        per_row = np.ones(len(rows))
+    weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
+    part, formats = matrix[rows], target.offered_formats(model, unit)
+    inputs = None if columns is None else _draw_inputs(stats, unit.layer if unit.layer >= 0 else model.n_layers - 1, columns)
+
+    def rounded_errors(index: NDArray[np.int64]) -> Errors:
+        found = _roundings(target, part[index], formats, columns, probe.bits)
+        errors = {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
+        for name in formats if inputs is not None else ():
+            assert inputs is not None
+            rounded = target.round_inputs(inputs, name)
+            if rounded is not inputs:
+                errors[name] += float(per_row[index] @ (((rounded - inputs) @ part[index].T).astype(np.float64) ** 2).mean(axis=0))
+        return errors
+
+    blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
+    errors: Errors = {}
+    for found in pool.map(rounded_errors, blocks):
+        errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
+    slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
+    return {name: np.array([slope * error]) for name, error in errors.items()}
+
+
+def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Some inputs [64, cols] of a matrix of which calibration kept mean squares only.
+
+    Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
+    column scaled to its mean square: that keeps how unlike tokens and channels are, which int8 blocks suffer from.  Else normal numbers.
+    """
+    replay = stats.arrays(layer)["replay_x"]
+    if replay.shape[1] == len(second_moments):
+        x = replay[sample_rows(len(replay), INPUT_TOKENS)].astype(np.float32)
+        x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
+    else:
+        x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
+    drawn: NDArray[np.float32] = x * np.sqrt(np.maximum(second_moments, 0.0))
+    return drawn
