@@ -1,8 +1,8 @@
-"""What an ONNX Runtime process holds beside the file, in parts, from shapes alone (docs/decisions/0008-onnx-memory.md has the measurements).
+"""What an ONNX Runtime process holds beside the file, in parts, from shapes alone (measured in docs/decisions/0008-onnx-memory.md).
 
 A budget is promised for what child.py does: CPU, chunks of CHUNK tokens, one F32 cache that is past and present at once, up to THREADS
-threads.  The file is mapped; kernels repack codes into memory of their own and let go of the mapped ones, so a weight is held once, but for
-what the repacked form adds.
+threads.  The file is mapped; kernels repack codes into memory of their own and let go of the mapped ones, so a weight is held once, but
+for what the repacked form adds.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def unit_staging(size: int, name: str, role: str) -> int:
-    """Bytes of the copy while loading: none.  A mapped original goes before the next is repacked, and later parts of the process are more."""
+    """Bytes of the copy while loading: none; a mapped original goes before the next one is repacked, and what comes later is more."""
     return 0
