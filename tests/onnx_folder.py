@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tiny import flat_plan, flat_stats
 
 from edgemoe.inspect import inspect_model
@@ -31,14 +33,20 @@ def write_folder(
     return plan, onnx.write(model, flat_stats(model, work), plan, out, layout=layout)
 
 
-def greedy(path: Path, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
-    """The most likely token, `count` times or until one of `ends`, by plain onnxruntime with its cache fed back."""
+def open_session(path: Path) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+    """A session of plain onnxruntime, and the empty cache that it begins with."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    return session, cache
+
+
+def greedy(path: Path, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
+    """The most likely token, `count` times or until one of `ends`, with the cache fed back."""
+    session, cache = open_session(path)
     names = [o.name for o in session.get_outputs()]
     made: list[int] = []
     feed = np.array([ids], np.int64)
@@ -52,3 +60,12 @@ def greedy(path: Path, ids: Sequence[int], count: int, ends: Sequence[int] = ())
         feed = np.array([[token]])
         cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name.startswith("present")}
     return made
+
+
+def regrets(path: Path, ids: Sequence[int], made: Sequence[int]) -> NDArray[np.float32]:
+    """How much less likely each token of `made` is than the best one after the same beginning: difference of logits, 0 for the best."""
+    session, cache = open_session(path)
+    whole = np.array([[*ids, *made]], np.int64)
+    logits = session.run(["logits"], {"input_ids": whole, "attention_mask": np.ones_like(whole), **cache})[0][0, len(ids) - 1 : -1]
+    result: NDArray[np.float32] = logits.max(axis=1) - logits[np.arange(len(made)), list(made)]
+    return result

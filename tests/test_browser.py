@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import pytest
 from chromium import Page, open_chromium
-from onnx_folder import greedy, write_folder
+from onnx_folder import greedy, regrets, write_folder
 from tiny import EXAMPLES
 
 from edgemoe.ir import Unit, save_record
@@ -106,14 +106,16 @@ def test_the_page_says_what_plain_onnxruntime_says(
 ) -> None:
     plan, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", choose, kept, layout)
     save_record(tmp_path / "out" / "plan.json", plan)
-    # wasm computes 8 and 2 bits without rounding the inputs to int8, so only the first tokens must agree where these widths are in use
-    count = 32 if layout == "onnx" else 12
-    expected = greedy(artifact.path, IDS, count)
+    count = 24
     with serve(tmp_path / "out", modules) as url:
         open_demo(browser, url, f"prompt={quote(PROMPT)}&tokens={count}&temperature=0&go", "done")
         assert text_of(browser, "problem") == ""
         made = [int(token) for token in browser.run("document.getElementById('output').dataset.tokens").split(",")]
-        assert made == expected
+        if choose == "INT4_32":
+            assert made == greedy(artifact.path, IDS, count)
+        # wasm computes 8 and 2 bits without rounding inputs to int8 first (logits of std 5 differ by less than 1 %), so a near tie may fall
+        # to the other side.  Not more: router columns that are off by one in one layer make tokens that are worse by up to 0.85.
+        assert len(made) == count and regrets(artifact.path, IDS, made).max() < 0.3
         from tokenizers import Tokenizer
 
         whole = Tokenizer.from_file(str(EXAMPLES / "tiny-moe" / "tokenizer.json")).decode([*IDS, *made])

@@ -15,6 +15,7 @@ from tiny import EXAMPLES, edit_config, flat_plan
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
+from edgemoe.targets.onnx import FIXED_NAMES
 from edgemoe.targets.onnx.layout import allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
@@ -41,6 +42,7 @@ def written(model: Model, folder: Path, **options: Any) -> dict[str, Any]:
     folder.mkdir()
     names = write_sidecars(model, plan_for(model), folder, **options)
     assert names == sorted(p.name for p in folder.iterdir())
+    assert set(names) <= set(FIXED_NAMES)
     return {name: json.loads((folder / name).read_text()) for name in names if name.endswith(".json")}
 
 
@@ -161,6 +163,18 @@ def test_the_hub_cache_may_link_to_its_own_blobs(tmp_path: Path) -> None:
     (snapshot / "tokenizer.json").symlink_to(Path("..") / ".." / "blobs" / "0123")
     written(inspect_model(snapshot), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+
+
+def test_transformers_js_gets_a_type_that_it_knows_and_the_shape_of_the_cache(tmp_path: Path) -> None:
+    model = inspect_model(EXAMPLES / "tiny-moe-b")
+    for layout in ("onnx", "transformers.js"):
+        (tmp_path / layout).mkdir()
+        write_sidecars(model, plan_for(model, kept=(7, 7)), tmp_path / layout, layout)
+    plain, web = (json.loads((tmp_path / layout / "config.json").read_text()) for layout in ("onnx", "transformers.js"))
+    assert plain["model_type"] == web["edgemoe"]["model_type"] == "mixtral"
+    shape = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 256}
+    assert {key: web[key] for key in shape} == shape
+    assert web["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
 
 
 def test_the_web_layout_refuses_three_bits_and_says_which(tmp_path: Path) -> None:

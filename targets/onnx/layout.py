@@ -21,6 +21,9 @@ from edgemoe.ir import Model, Plan
 PLACES = {"onnx": ("model.onnx", "model.onnx.data"), "transformers.js": ("onnx/model.onnx", "onnx/model.onnx_data")}
 # Widths that a layout's runtimes cannot run: QMoE in wasm refuses 3 bits ("must be 2, 4, or 8"; onnxruntime-web 1.30 and 1.31-dev).
 REFUSED_BITS = {"onnx": (), "transformers.js": (3,)}
+# transformers.js 4.3.1 learns from `model_type` which keys hold the shape of the cache, and refuses types that it does not list ("mixtral",
+# "olmoe").  The graph needs nothing else of it, so all our families pass there as this one, which has the keys that they have.
+TRANSFORMERS_JS_TYPE = "qwen3_moe"
 # What is copied as it is: what tokenizers are made of, by the libraries that load them, and how to sample; with the most bytes that we take
 # (the largest known tokenizer.json has 34 MB).
 COPIED = {
@@ -106,7 +109,8 @@ def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any
     """The checkpoint's config.json for what is left of it.
 
     Where layers keep different numbers of experts, the expert count is that of the fullest, and `edgemoe` says how many each layer has.
-    Weights enter and leave the graph as float32 whatever they were; `auto_map` would send loaders to code that is not here.
+    Weights enter and leave the graph as float32 whatever they were; `auto_map` would send loaders to code that is not here.  In the layout
+    of transformers.js `model_type` is one that this library knows, and `edgemoe` has the true one.
     """
     config = {key: value for key, value in model.config.items() if key not in ("auto_map", "dtype", "torch_dtype", "quantization_config")}
     counts = [len(kept) for kept in plan.kept]
@@ -117,6 +121,8 @@ def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any
         config["edgemoe"]["experts_per_layer"] = counts
     if layout == "transformers.js":
         config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": True}
+        config["edgemoe"]["model_type"] = model.model_type
+        config |= {"model_type": TRANSFORMERS_JS_TYPE, "head_dim": model.head_dim, "num_key_value_heads": model.n_kv_heads}
     return config
 
 
