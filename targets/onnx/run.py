@@ -83,7 +83,7 @@ def _open_tokenizer(path: Path) -> Any:
     file = path.with_name(TOKENIZER)
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (tokenizers raises plain Exception)
         raise VerifyError(f"{file}: cannot be read as a tokenizer: {error}") from error
 
 
