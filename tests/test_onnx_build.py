@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     made = Built(folder / "out", folder / "work", heldout)
     done = run_cli(*made.command(made.out))
     assert done.returncode == 0, done.stderr
-    assert "onnx" in done.stdout and "as predicted" in done.stdout and "with float inputs" in done.stdout
+    assert "onnx" in done.stdout and "as predicted" in done.stdout and "8-bit experts in floats" in done.stdout
     return made
 
 
@@ -83,7 +83,7 @@ def test_bytes_are_the_plans_and_the_process_stays_within_the_budget(built: Buil
 def test_page_and_card_speak_of_onnxruntime(built: Built) -> None:
     page, card = ((built.out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
     for text in (page, card):
-        assert "onnxruntime_genai" in text and "llama" not in text.lower() and "with float inputs" in text.lower()
+        assert "onnxruntime_genai" in text and "llama" not in text.lower() and "8-bit experts in floats" in text
     assert "library_name: onnxruntime" in card
     assert not [n for n in (str(built.out.parent), str(MODEL.parent)) if n in page + card]
 

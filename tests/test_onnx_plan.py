@@ -75,7 +75,7 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
         __name__ = TARGET.__name__  # type: ignore[attr-defined]
 
         def __getattr__(self, name: str) -> object:
-            return (lambda x, _: x) if name == "round_inputs" else getattr(TARGET, name)
+            return (lambda x, *_: x) if name == "round_inputs" else getattr(TARGET, name)
 
     exact = price_choices(model, stats, Exact(), CONTEXT)  # type: ignore[arg-type]
     assert np.array_equal(np.isfinite(exact.cost), np.isfinite(costs.cost))
@@ -126,7 +126,7 @@ def test_the_least_process_is_that_of_the_smallest_plan(model: Model, costs: Cos
 def test_generic_prices_need_no_weights_and_give_a_plan(tmp_path: Path) -> None:
     costs = price_config("qwen3-30b-a3b", 4096, "onnx")
     assert costs.form == "experts" and costs.target == "onnx" and costs.origin.startswith("generic")
-    eight, two = costs.formats.index("INT8_32"), costs.formats.index("INT2_32")
+    eight, two = costs.formats.index("INT8_32"), costs.formats.index("INT2_128")
     experts = np.array([u.expert >= 0 for u in costs.units])
     assert (costs.cost[0, experts, two] > 20 * costs.cost[0, experts, eight]).all()
     plan = solve_plan(costs, 16 * 10**9, solver="lagrange")
@@ -178,7 +178,7 @@ def bare(costs: Costs) -> Costs:
 def pmq(costs: Costs, stats: Stats, model: Model, budget: int) -> Plan:
     arrays = [stats.arrays(layer) for layer in range(model.n_layers)]
     tokens, gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
-    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_32" for bits in PMQ_WIDTHS}, "INT8_32")
+    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_128" for bits in PMQ_WIDTHS}, "INT8_32")
 
 
 def test_pmq_keeps_every_expert_its_widths_and_the_budget(costs: Costs, stats: Stats, model: Model) -> None:
