@@ -168,7 +168,7 @@ def test_a_process_that_fills_its_context_holds_no_more_than_predicted_and_littl
     job = {"context": each.context, "tokens": list(range(1, 200)), "prompts": [], "generate": 0}
     measured = run(path, {**job, "repack": each.repack, "settings": child_settings(each)})["peak"]
     predicted = predict_peak(tiny.layout, each, path.stat().st_size, tiny.units())
-    assert measured <= predicted <= measured + 8 * MIB
+    assert measured <= predicted <= measured + 9 * MIB
 
 
 def test_asking_for_every_logit_costs_what_the_vocabulary_says() -> None:

@@ -16,7 +16,7 @@ from edgemoe.targets.onnx.formats import FORMATS, piece_bytes
 RUNTIME = 62 * 2**20  # Python, numpy, onnxruntime and an empty session: 61.6 MiB, 51.6 of them for the imports
 PER_LAYER = 360 * 2**10  # nodes of a layer with their kernels: 250 KiB, and 47 for each further format of its experts
 PER_TOKEN = 64  # bytes of the context's tokens in the child's own lists
-SUMS = 8  # bytes that a block of 8 or 2 bits adds when it is repacked: its scale again, and a sum
+SUMS = 8  # bytes that a block adds when kernels of int8 inputs repack it: its scale again, and a sum
 GROUPS = 4  # formats of a layer's experts that are counted on; more of them are rare
 F32 = 4  # bytes
 
@@ -55,12 +55,13 @@ def _compute(layout: Layout, tokens: int) -> int:
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
     """Bytes that the process holds for a unit beyond the file's own; `count` does not matter here.
 
-    An embedding that is the output matrix too stays mapped for look-ups, and is held a second time as the matrix product wants it.
+    Experts of 4 and 3 bits are multiplied in floats, everything else with int8 inputs (see formats.round_inputs).  An embedding that is the output matrix too stays mapped for look-ups, and is held a second time as the matrix product wants it.
     """
     kind = FORMATS[name]
     if unit.role == "token_embd" and model.find("output"):
         return 0
-    sums = SUMS * unit.n_weights // kind.block if kind.bits in (2, 8) else 0
+    floats = not kind.block or (unit.expert >= 0 and kind.bits in (3, 4))
+    sums = 0 if floats else SUMS * unit.n_weights // kind.block
     return sums + (piece_bytes(name, model.vocab_size, model.hidden_size)["codes"] if unit.role == "token_embd" else 0)
 
 
