@@ -91,20 +91,20 @@ def without_three(unit: Unit) -> str:
 
 
 @pytest.mark.parametrize(
-    ("choose", "layout", "kept", "shown"),
-    [("INT4_32", "onnx", None, "64 of 64"), (without_three, "transformers.js", KEPT, "45 of 64")],
+    ("choose", "target", "kept", "shown"),
+    [("INT4_32", "onnx", None, "64 of 64"), (without_three, "browser", KEPT, "45 of 64")],
     ids=["4 bits", "every width"],
 )
 def test_the_page_says_what_plain_onnxruntime_says(
     choose: Callable[[Unit], str] | str,
-    layout: str,
+    target: str,
     kept: list[list[int]] | None,
     shown: str,
     browser: Page,
     modules: Path,
     tmp_path: Path,
 ) -> None:
-    plan, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", choose, kept, layout)
+    plan, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", choose, kept, target)
     save_record(tmp_path / "out" / "plan.json", plan)
     count = 24
     with serve(tmp_path / "out", modules) as url:
@@ -159,7 +159,7 @@ def test_three_bits_are_refused_in_words(browser: Page, modules: Path, tmp_path:
     with serve(tmp_path / "out", modules) as url:
         open_demo(browser, url, "", "ready")
         assert browser.run("document.body.dataset.state") == "error"
-        assert "3 bits" in text_of(browser, "problem")
+        assert "--target browser" in text_of(browser, "problem")
         assert browser.run("document.getElementById('go').disabled")
 
 

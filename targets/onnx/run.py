@@ -15,6 +15,7 @@ from typing import Any
 from edgemoe.errors import MachineError, VerifyError
 from edgemoe.ir import Model
 from edgemoe.targets.child_process import OnLogits, run_job
+from edgemoe.targets.onnx.layout import home_of
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"
@@ -80,7 +81,7 @@ def _open_tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MachineError("the tokenizers package is not installed", hint="pip install 'edgemoe[hf]'") from error
-    file = path.with_name(TOKENIZER)
+    file = home_of(path) / TOKENIZER
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # noqa: BLE001  (tokenizers raises plain Exception)
@@ -91,7 +92,7 @@ def _ends(path: Path) -> list[int]:
     """Tokens that end a text, from the configuration beside the model."""
     for name in ("generation_config.json", "config.json"):
         try:
-            ends = json.loads(path.with_name(name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends = json.loads((home_of(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
         if ends is not None:
