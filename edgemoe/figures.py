@@ -93,9 +93,9 @@ WORDS = {
     ),
     "onnx": Words(
         library="onnxruntime",
-        beside="with float inputs",
-        beside_note='"Measured" is the file as it runs: 8- and 2-bit kernels round their inputs to int8, which is in the prediction too; '
-        '"with float inputs" is the same file without that.',
+        beside="8-bit experts in floats",
+        beside_note='"Measured" is the file as it runs, inputs rounded to int8 where kernels do so, as in the prediction; '
+        '"8-bit experts in floats" is the same file with ORT_QMOE_CPU_QNBIT_GEMM=fp32.',
         launch_note="In the folder of this file: one sequence, F32 KV cache.",
         language="python",
     ),

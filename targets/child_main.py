@@ -28,7 +28,8 @@ def peak_bytes() -> int:
 def main() -> None:
     """Do the job of the second file with the script that is the first."""
     spec = importlib.util.spec_from_file_location("child", sys.argv[1])
-    assert spec is not None and spec.loader is not None  # a path that ends in .py
+    assert spec is not None  # a path that ends in .py
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""ONNX artifacts of any shape and plan with random weights: real graphs, bytes drawn instead of quantized, so that large ones take seconds."""
+"""ONNX artifacts of any shape and plan with random weights: real graphs, bytes drawn and not quantized, so that large ones take seconds."""
 
 from __future__ import annotations
 

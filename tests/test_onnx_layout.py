@@ -18,7 +18,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
 from edgemoe.targets import find_target
 from edgemoe.targets.onnx import FIXED_NAMES
-from edgemoe.targets.onnx.layout import allowed, home_of, write_sidecars
+from edgemoe.targets.onnx.layout import allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
 
@@ -201,8 +201,8 @@ def test_the_browser_target_offers_what_onnx_offers_but_three_bits() -> None:
 
 
 @pytest.mark.parametrize("target", ["onnx", "browser"])
-def test_a_graph_knows_the_folder_of_its_tokenizer_whatever_that_is_called(target: str, tmp_path: Path) -> None:
+def test_an_artifact_lists_its_files_and_finds_its_tokenizer_even_in_a_folder_called_onnx(target: str, tmp_path: Path) -> None:
     _, artifact = write_folder(TINY, tmp_path / "onnx", "INT4_64", target=target)
     assert artifact.target == target
-    assert home_of(artifact.path) == tmp_path / "onnx"
+    assert find_target(target).check_tokenizer(artifact.path, inspect_model(TINY), ["The little dog", "\u00e4 3.14\n"]) == []
     assert {f.name for f in artifact.files} == {str(p.relative_to(tmp_path / "onnx")) for p in (tmp_path / "onnx").rglob("*.*")}

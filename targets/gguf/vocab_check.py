@@ -25,7 +25,7 @@ def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> lis
         ModelError: no tokenizer to compare with, or it does not load.
         MachineError: a package is missing.
     """
-    expected = _tokenize_original(folder, lines)
+    expected = tokenize_original(folder, lines)
     library_folder()
     job = json.dumps({"path": str(gguf_path), "lines": list(lines)})
     done = subprocess.run(
@@ -42,7 +42,13 @@ def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> lis
     return [line for line, ours, theirs in zip(lines, json.loads(done.stdout), expected, strict=True) if ours != theirs]
 
 
-def _tokenize_original(folder: Path, lines: Sequence[str]) -> list[list[int]]:
+def tokenize_original(folder: Path, lines: Sequence[str]) -> list[list[int]]:
+    """Tokens of lines by the tokenizer in a folder, without BOS, special tokens read as plain text.
+
+    Raises:
+        ModelError: there is none, or it does not load.
+        MachineError: a package is missing.
+    """
     if (folder / "tokenizer.json").exists():
         file = folder / "tokenizer.json"
         package = load_package("tokenizers")

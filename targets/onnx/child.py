@@ -31,11 +31,11 @@ def _runtime(needs: Sequence[int], exact: bool) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        print(f"onnxruntime cannot be imported: {error}", file=sys.stderr)
+        sys.stderr.write(f"onnxruntime cannot be imported: {error}\n")
         raise SystemExit(LACKING) from None
     found = onnxruntime.__version__
     if [int(part) for part in found.split(".")[:2]] < list(needs):
-        print(f"onnxruntime {found} is too old for this file: {'.'.join(map(str, needs))} or newer is needed", file=sys.stderr)
+        sys.stderr.write(f"onnxruntime {found} is too old for this file: {'.'.join(map(str, needs))} or newer is needed\n")
         raise SystemExit(LACKING)
     return onnxruntime
 
@@ -84,9 +84,8 @@ class Decoder:
 
     def last(self, tokens: Sequence[int], start: int = 0) -> int:
         """Run tokens in chunks; the most likely token after the last one."""
-        for logits in self.every(tokens, start):
-            pass
-        return int(logits[0, -1].argmax())
+        *_, last = (logits[0, -1] for logits in self.every(tokens, start))
+        return int(last.argmax())
 
     def greedy(self, prompt: Sequence[int], n: int, ends: Sequence[int]) -> list[int]:
         """The most likely continuation, until its end or `n` tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from edgemoe.checkpoint import read_json
@@ -72,12 +72,6 @@ def _check_name(layout: str) -> str:
     if layout not in PLACES:
         raise UsageError(f"layout {layout!r} is not known", hint=f"known: {', '.join(PLACES)}")
     return layout
-
-
-def home_of(graph: Path) -> Path:
-    """The folder of an artifact by its graph: where configs and tokenizer are."""
-    below = graph.with_name(PurePath(PLACES["transformers.js"][1]).name).exists()
-    return graph.parent.parent if below else graph.parent
 
 
 def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx") -> list[str]:

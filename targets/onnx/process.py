@@ -1,8 +1,8 @@
-"""What an ONNX Runtime process holds beside the file, in parts, from shapes alone (docs/decisions/0008-onnx-memory.md has the measurements).
+"""What an ONNX Runtime process holds beside the file, in parts, from shapes alone (measured in docs/decisions/0008-onnx-memory.md).
 
 A budget is promised for what child.py does: CPU, chunks of CHUNK tokens, one F32 cache that is past and present at once, up to THREADS
-threads.  The file is mapped; kernels repack codes into memory of their own and let go of the mapped ones, so a weight is held once, but for
-what the repacked form adds.
+threads.  The file is mapped; kernels repack codes into memory of their own and let go of the mapped ones, so a weight is held once, but
+for what the repacked form adds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ RUNTIME = 62 * 2**20  # Python, numpy, onnxruntime and an empty session: 61.6 Mi
 PER_LAYER = 360 * 2**10  # nodes of a layer with their kernels: 250 KiB, and 47 for each further format of its experts
 PER_TOKEN = 64  # bytes of the context's tokens in the child's own lists
 SUMS = 8  # bytes that a block of 8 or 2 bits adds when it is repacked: its scale again, and a sum
+GROUPS = 4  # formats of a layer's experts that are counted on; more of them are rare
 F32 = 4  # bytes
 
 
@@ -40,14 +41,15 @@ def _compute(layout: Layout, tokens: int) -> int:
     """Intermediate results of a chunk.
 
     The arena does not give attention's memory to the experts without gaps, so both are counted.  The expert operator holds for each thread
-    an output and the rows of one expert, which all tokens may choose (moe_quantization_cpu.cc of onnxruntime 1.32).
+    an output and the rows of one expert, which all tokens may choose (moe_quantization_cpu.cc of onnxruntime 1.32); each further format of
+    a layer is another operator, whose pieces have other sizes and leave gaps of about as much as one thread holds (measured).
     """
     cache = max(layout.caches, key=lambda each: each.k + each.v)
     q = layout.n_heads * max(layout.key_length, layout.value_length)
     attention = 2 * layout.hidden_size + 3 * q + 2 * (cache.k + cache.v)
     experts = 4 * layout.hidden_size
     thread = 3 * layout.hidden_size + 3 * max(layout.expert_size, layout.dense_size, layout.shared_size)
-    return F32 * tokens * (attention + experts + THREADS * thread)
+    return F32 * tokens * (attention + experts + (THREADS + GROUPS - 1) * thread)
 
 
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
@@ -63,5 +65,5 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def unit_staging(size: int, name: str, role: str) -> int:
-    """Bytes of the copy while loading: none.  A mapped original goes before the next is repacked, and later parts of the process are more."""
+    """Bytes of the copy while loading: none; a mapped original goes before the next one is repacked, and what comes later is more."""
     return 0

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgemoe.errors import MachineError, VerifyError
+from edgemoe.errors import MachineError, ModelError, VerifyError
 from edgemoe.ir import Model
 from edgemoe.targets.child_process import OnLogits, run_job
-from edgemoe.targets.onnx.layout import home_of
+from edgemoe.targets.gguf.vocab_check import tokenize_original
+from edgemoe.targets.gguf.vocab_tokens import load_package
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"
 NEEDS = "edgemoe.least_onnxruntime"  # metadata entry of the file: the least version that runs it
 LEAST = (1, 31)  # block-wise experts of 4 and 8 bits are dequantized at every call before (50 times slower)
-TOKENIZER = "tokenizer.json"
 
 
 def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -> dict[str, Any]:
@@ -39,27 +39,28 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     if importlib.util.find_spec("onnxruntime") is None:
         raise MachineError("onnxruntime is not installed", hint=INSTALL)
     prompts = list(job.get("prompts", ()))
-    tokenizer = _open_tokenizer(path) if prompts else None
-    ids = [tokenizer.encode(prompt).ids for prompt in prompts] if tokenizer else []
-    asked = [number for number, each in enumerate(ids) if each]
-    full = {**job, "prompts": [ids[number] for number in asked], "ends": _ends(path), "needs": list(_needs(path))}
+    encode, decode = _open_tokenizer(path) if prompts else (None, None)
+    ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
+    full = {**job, "prompts": list(ids.values()), "ends": _ends(path), "needs": list(_needs(path))}
     result = run_job(CHILD, path, full, on_logits, runtime="onnxruntime", hint=INSTALL, environment={})
-    if tokenizer:
-        texts = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in result["samples"]]
-        result["samples"] = [
-            {"prompt": prompts[number], "text": text, "tokens": tokens}
-            for number, text, tokens in zip(asked, texts, result["samples"], strict=True)
-        ]
+    if decode:
+        answers = zip(ids, result["samples"], strict=True)
+        result["samples"] = [{"prompt": prompt, "text": decode(tokens), "tokens": tokens} for prompt, tokens in answers]
     return result
 
 
 def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]:
-    """Lines that the tokenizer beside model.onnx reads otherwise than the checkpoint's own."""
-    import transformers
+    """Lines that the tokenizer beside model.onnx reads otherwise than the checkpoint's own.
 
-    ours = _open_tokenizer(path)
-    original = transformers.AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-    return [line for line in lines if ours.encode(line).ids != original(line)["input_ids"]]
+    Raises:
+        VerifyError: there is none beside it, or it does not load.
+    """
+    expected = tokenize_original(Path(model.folder), lines)
+    try:
+        ours = tokenize_original(_folder(path), lines)
+    except ModelError as error:
+        raise VerifyError(str(error)) from error
+    return [line for line, tokens, original in zip(lines, ours, expected, strict=True) if tokens != original]
 
 
 def runtime() -> str:
@@ -70,29 +71,38 @@ def runtime() -> str:
         return "unknown"
 
 
-def _open_tokenizer(path: Path) -> Any:
-    """The tokenizer beside a model.
+def _folder(path: Path) -> Path:
+    """Where an artifact's small files are: beside the model, or around its folder (transformers.js' layout)."""
+    return path.parent if (path.parent / "config.json").exists() else path.parent.parent
+
+
+def _open_tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """How to encode a prompt, special tokens recognised, and to decode an answer, with the tokenizer beside a model.
 
     Raises:
         VerifyError: it is not there, or not readable.
-        MachineError: the tokenizers package is missing.
+        MachineError: its package is missing.
     """
+    file = _folder(path) / "tokenizer.json"
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MachineError("the tokenizers package is not installed", hint="pip install 'edgemoe[hf]'") from error
-    file = home_of(path) / TOKENIZER
-    try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001  (tokenizers raises plain Exception)
-        raise VerifyError(f"{file}: cannot be read as a tokenizer: {error}") from error
+        if file.exists():
+            tokenizer = load_package("tokenizers").Tokenizer.from_file(str(file))
+            tokenizer.no_truncation()
+            return lambda text: list(tokenizer.encode(text).ids), lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+        file = file.with_name("tokenizer.model")
+        processor = load_package("sentencepiece").SentencePieceProcessor(model_file=str(file))
+    except MachineError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise VerifyError(f"{file}: cannot be read as a tokenizer: {str(error)[:300]}") from error
+    return lambda text: list(processor.encode(text, add_bos=True)), lambda ids: str(processor.decode(ids))
 
 
 def _ends(path: Path) -> list[int]:
     """Tokens that end a text, from the configuration beside the model."""
     for name in ("generation_config.json", "config.json"):
         try:
-            ends = json.loads((home_of(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends = json.loads((_folder(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
         if ends is not None:
