@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
@@ -18,8 +19,10 @@ from urllib.parse import quote
 import pytest
 from chromium import Page, open_chromium
 from onnx_folder import greedy, regrets, write_folder
+from test_report import make_report
 from tiny import EXAMPLES
 
+from edgemoe.card import render_card
 from edgemoe.ir import Unit, save_record
 
 DEMO = EXAMPLES / "browser"
@@ -161,6 +164,15 @@ def test_three_bits_are_refused_in_words(browser: Page, modules: Path, tmp_path:
         assert browser.run("document.body.dataset.state") == "error"
         assert "--target browser" in text_of(browser, "problem")
         assert browser.run("document.getElementById('go').disabled")
+
+
+def test_the_model_card_says_how_javascript_runs_it() -> None:
+    report = make_report()
+    report = replace(report, plan=replace(report.plan, target="browser"))
+    card = render_card(report)
+    assert "library_name: transformers.js" in card and "```js" in card
+    assert 'await pipeline("text-generation", path.basename(import.meta.dirname))' in card
+    assert "llama" not in card.split("## Run it")[1].split("## ")[0]
 
 
 def test_the_server_gives_away_nothing_but_the_demo_and_the_folder(tmp_path: Path) -> None:
