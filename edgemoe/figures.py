@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from edgemoe.ir import Plan, Report, TextScore, Unit
@@ -100,6 +100,7 @@ WORDS = {
         language="python",
     ),
 }
+WORDS["browser"] = replace(WORDS["onnx"], library="transformers.js", language="js", launch_note="As a module in the folder of this file:")
 
 
 def launch_lines(report: Report) -> list[str]:
@@ -107,6 +108,15 @@ def launch_lines(report: Report) -> list[str]:
     name, context = plain(report.artifact.files[0].name), report.plan.context
     if report.plan.target == "gguf":
         return [f"{tool} -m {shlex.quote(name)} -c {context} --no-mmap -ub 512" for tool in ("llama-server", "llama-cli")]
+    if report.plan.target == "browser":
+        return [
+            'import path from "node:path";',
+            'import { pipeline, env } from "@huggingface/transformers"; // npm install @huggingface/transformers@4',
+            "",
+            "env.localModelPath = path.dirname(import.meta.dirname);",
+            'const generator = await pipeline("text-generation", path.basename(import.meta.dirname));',
+            f'console.log(await generator("Once upon a time", {{ max_new_tokens: {min(context, 512) - 8} }}));',
+        ]
     return [
         "import onnxruntime_genai as og  # pip install onnxruntime-genai 'onnxruntime>=1.32'",
         "",

@@ -15,7 +15,7 @@ from edgemoe.errors import UsageError
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
 
-TARGETS = ("gguf", "onnx")
+TARGETS = ("gguf", "onnx", "browser")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
