@@ -65,7 +65,7 @@ class Bench:
         if method == "layer":
             return layer_uniform_plan(self.costs, size)
         found = []
-        for rest in self.costs.formats:
+        for rest in (name for name in self.costs.formats if name.startswith(("INT4", "INT8"))):  # MC keeps 4 bits for all else
             for blocks in itertools.product((32, 64, 128), repeat=len(PMQ_WIDTHS)):
                 try:
                     widths = {bits: f"INT{bits}_{block}" for bits, block in zip(PMQ_WIDTHS, blocks, strict=True)}
