@@ -33,7 +33,7 @@ from shapes import gqa
 from tiny import flat_plan, flat_stats
 
 BOUND = 1.3
-CONTEXT, TOKENS = 512, list(range(1, 480))
+CONTEXT, TOKENS = 160, list(range(1, 1000))
 COUNTS = (8, 32, 128)
 SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 256, "num_experts_per_tok": 4}
 WIDTHS = {"INT4": ("INT4_32",), "INT2, INT4, INT8 mixed": ("INT2_32", "INT4_32", "INT8_32", "INT4_32")}
