@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     "INT4, 8192 tokens": ({"num_hidden_layers": 3}, ("INT4_32",), "INT8_32", "INT8_32", 8192),
     "wide experts, top-2": (CHECKPOINT, ("INT4_32", "INT8_32"), "INT8_32", "INT8_32", 1024),
     "Qwen3-30B's widths": (QWEN, ("INT2_32", "INT4_32", "INT4_64"), "INT8_32", "INT8_32", 512),
-    "OLMoE's router, F32 ends": ({"norm_topk_prob": False, "num_hidden_layers": 6}, ("INT4_32", "INT3_32"), "INT8_64", "F32", 512),
+    "F32 ends": ({"num_hidden_layers": 6}, ("INT4_32", "INT3_32"), "INT8_64", "F32", 512),
 }
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgemoe.ir import Model
 from edgemoe.shapes import model_of_config
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.formats import FORMATS, pack
+from edgemoe.targets.onnx.formats import FORMATS, Format, pack
 from edgemoe.targets.onnx.graph import build_decoder
 from edgemoe.targets.onnx.sheet import DATA_FILE, Place, Sheet, make_model
 from edgemoe.targets.onnx.writer import list_units
@@ -65,30 +65,34 @@ def write_random(model: Model, formats: Mapping[str, str], folder: Path) -> Path
     with (folder / DATA_FILE).open("wb") as file:
         for name, place in sheet.places.items():
             file.seek(place.offset)
-            file.write(_draw(rng, model, name, place).tobytes())
+            file.write(_draw(rng, model, name, _kind(name, formats), place).tobytes())
         file.truncate(sheet.end)
     path = folder / "model.onnx"
     path.write_bytes(graph.SerializeToString())
     return path
 
 
-def _draw(rng: np.random.Generator, model: Model, name: str, place: Place) -> NDArray[Any]:
+def _kind(name: str, formats: Mapping[str, str]) -> Format | None:
+    """Format of a piece's matrix; None for norms and routers."""
+    stem = name.rpartition(".")[0]
+    return FORMATS[stem.split(".")[-2]] if ".fc" in stem else FORMATS.get(formats.get(f"{stem}.weight", ""))
+
+
+def _draw(rng: np.random.Generator, model: Model, name: str, kind: Format | None, place: Place) -> NDArray[Any]:
     """Bytes with which states keep their size: norms of one, matrices of variance 1 / columns, zero points in the middle."""
-    stem, _, piece = name.rpartition(".")
-    kind = FORMATS.get(stem.split(".")[-2]) if ".fc" in stem else None  # of an expert; other matrices hold no format in their names
-    half = kind is not None and kind.scale_bytes == 2
+    piece = name.rpartition(".")[2]
+    if kind is None or not kind.block:
+        n = place.size // 4
+        return np.ones(n, np.float32) if "norm" in name else np.float32(model.hidden_size**-0.5) * rng.standard_normal(n, np.float32)
+    half = kind.scale_bytes == 2
     if piece == "scales":
-        scale = 0.3 * model.hidden_size**-0.5 / (2 ** (kind.bits if kind else 8) / 4)
-        values = scale * (1 + 0.1 * rng.random(place.size // (2 if half else 4), np.float32))
+        scale = 0.3 * model.hidden_size**-0.5 / (2**kind.bits / 4)
+        values = scale * (1 + 0.1 * rng.random(place.size // kind.scale_bytes, np.float32))
         # Codes reach further below zero than above it: with either sign, means cancel, and tokens go to different experts.
         return values.astype(np.float16) if half else values * rng.choice(np.array([-1, 1], np.float32), len(values))
     if piece == "zeros":
-        return np.full(place.size, 0xAA if kind and kind.bits == 2 else 0x88, np.uint8)
-    if piece == "codes" and (kind is None or kind.block):
-        if half:  # scales of 3 bits have no sign
-            three = pack(rng.integers(1, 8, (1, 2**20), np.uint8), 3)[0]
-            return np.resize(np.roll(three, 3 * int(rng.integers(len(three) // 3))), place.size)
-        return rng.integers(0, 256, place.size, np.uint8)
-    if "norm" in name:
-        return np.ones(place.size // 4, np.float32)
-    return (model.hidden_size**-0.5 * rng.standard_normal(place.size // 4, np.float32)).astype(np.float32)
+        return np.full(place.size, 0xAA if kind.bits == 2 else 0x88, np.uint8)
+    if half:  # scales of 3 bits have no sign
+        three = pack(rng.integers(1, 8, (1, 2**20), np.uint8), 3)[0]
+        return np.resize(np.roll(three, 3 * int(rng.integers(len(three) // 3))), place.size)
+    return rng.integers(0, 256, place.size, np.uint8)

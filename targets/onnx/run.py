@@ -17,6 +17,7 @@ from edgemoe.ir import Model
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.gguf.vocab_check import tokenize_original
 from edgemoe.targets.gguf.vocab_tokens import load_package
+from edgemoe.targets.onnx.sheet import import_onnx
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"
@@ -112,7 +113,7 @@ def _ends(path: Path) -> list[int]:
 
 def _needs(path: Path) -> tuple[int, ...]:
     """The least version of onnxruntime that runs the file."""
-    import onnx
+    onnx = import_onnx()
     from google.protobuf.message import DecodeError
 
     try:
