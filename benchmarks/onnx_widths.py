@@ -4,13 +4,14 @@
 
 All plans take the same formats, prices and importance, and are not repaired.  "Layer" is the best plan that stores the experts of a layer
 alike (its drops, and the formats of all else, are decided with it); "PMQ" gives every expert 2, 3 or 4 bits by PMQ's own importance, one
-format to all else, and drops nothing: of each block size and each format for the rest, the plan that our prices like best.  The largest
+format to all else, and drops nothing: of all block sizes and formats for the rest, the plan that our prices like best.  The largest
 file is that of everything at 8 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -65,9 +66,9 @@ class Bench:
             return layer_uniform_plan(self.costs, size)
         found = []
         for rest in self.costs.formats:
-            for block in (32, 64, 128):
+            for blocks in itertools.product((32, 64, 128), repeat=len(PMQ_WIDTHS)):
                 try:
-                    widths = {bits: f"INT{bits}_{block}" for bits in PMQ_WIDTHS}
+                    widths = {bits: f"INT{bits}_{block}" for bits, block in zip(PMQ_WIDTHS, blocks, strict=True)}
                     found.append(pmq_plan(self.costs, size, self.tokens, self.gates, widths, rest))
                 except (BudgetError, UsageError):  # too large, or a format that is not offered
                     continue

@@ -57,7 +57,8 @@ TimeOpt = Annotated[
 TargetOpt = Annotated[
     str,
     typer.Option(
-        metavar="gguf|onnx",
-        help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own.",
+        metavar="gguf|onnx|browser",
+        help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own. "
+        "browser: the same for web browsers and transformers.js.",
     ),
 ]

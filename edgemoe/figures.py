@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from edgemoe.ir import Plan, Report, TextScore, Unit
@@ -93,13 +93,14 @@ WORDS = {
     ),
     "onnx": Words(
         library="onnxruntime",
-        beside="with float inputs",
-        beside_note='"Measured" is the file as it runs: 8- and 2-bit kernels round their inputs to int8, which is in the prediction too; '
-        '"with float inputs" is the same file without that.',
+        beside="8-bit experts in floats",
+        beside_note='"Measured" is the file as it runs, inputs rounded to int8 where kernels do so, as in the prediction; '
+        '"8-bit experts in floats" is the same file with ORT_QMOE_CPU_QNBIT_GEMM=fp32.',
         launch_note="In the folder of this file: one sequence, F32 KV cache.",
         language="python",
     ),
 }
+WORDS["browser"] = replace(WORDS["onnx"], library="transformers.js", language="js", launch_note="As a module in the folder of this file:")
 
 
 def launch_lines(report: Report) -> list[str]:
@@ -107,6 +108,15 @@ def launch_lines(report: Report) -> list[str]:
     name, context = plain(report.artifact.files[0].name), report.plan.context
     if report.plan.target == "gguf":
         return [f"{tool} -m {shlex.quote(name)} -c {context} --no-mmap -ub 512" for tool in ("llama-server", "llama-cli")]
+    if report.plan.target == "browser":
+        return [
+            'import path from "node:path";',
+            'import { pipeline, env } from "@huggingface/transformers"; // npm install @huggingface/transformers@4',
+            "",
+            "env.localModelPath = path.dirname(import.meta.dirname);",
+            'const generator = await pipeline("text-generation", path.basename(import.meta.dirname));',
+            f'console.log(await generator("Once upon a time", {{ max_new_tokens: {min(context, 512) - 8} }}));',
+        ]
     return [
         "import onnxruntime_genai as og  # pip install onnxruntime-genai 'onnxruntime>=1.32'",
         "",

@@ -248,7 +248,7 @@ def _type_nats(target: Target, prior: str) -> Floats:
     def ratio(name: str) -> float:
         if name in known:
             return float(known[name])
-        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((target.round_inputs(x, name) - x) ** 2).mean()
+        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((target.round_inputs(x, name, "ffn_exps") - x) ** 2).mean()
         return float(known["Q4_0"] * error / _Q4_0_ERROR)
 
     return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)

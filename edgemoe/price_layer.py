@@ -199,7 +199,7 @@ def _input_squares(
     """Squared output error of each token [N] that comes from a projection's rounded inputs."""
     a, b, h = hidden
     given = h if projection == "down" else x
-    rounded = target.round_inputs(given, name)
+    rounded = target.round_inputs(given, name, f"ffn_{projection}_exps")
     if rounded is given:
         return np.zeros(len(x), np.float32)
     if projection == "gate":
@@ -256,7 +256,7 @@ def price_matrix(
         errors = {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
         for name in formats if inputs is not None else ():
             assert inputs is not None
-            rounded = target.round_inputs(inputs, name)
+            rounded = target.round_inputs(inputs, name, unit.role)
             if rounded is not inputs:
                 errors[name] += float(per_row[index] @ (((rounded - inputs) @ part[index].T).astype(np.float64) ** 2).mean(axis=0))
         return errors

@@ -2,7 +2,7 @@
 
 The original's last hidden states come from the layer stream (so it may be larger than memory); logits of both sides are compared a window
 at a time and never kept.  KL is measured under the settings that the target's predictions are for, and once more under others
-(`Target.RUNS`): llama.cpp first so that the error is the weights' alone, then as deployed; onnxruntime as it runs, then with float inputs.
+(`Target.RUNS`): llama.cpp first so that the error is the weights' alone, then as deployed; onnxruntime as it runs, then with float experts.
 """
 
 from __future__ import annotations

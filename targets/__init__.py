@@ -15,7 +15,7 @@ from edgemoe.errors import UsageError
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
 
-TARGETS = ("gguf", "onnx")
+TARGETS = ("gguf", "onnx", "browser")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,8 @@ class Target(Protocol):
         """What rows become when stored in a format."""
         ...
 
-    def round_inputs(self, x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-        """What the inputs [n, cols] of a product with a matrix in this format become: themselves, or rounded where kernels do so."""
+    def round_inputs(self, x: NDArray[np.float32], name: str, role: str) -> NDArray[np.float32]:
+        """What the inputs [n, cols] of a product with a matrix of this role and format become: `x` itself, or rounded as kernels do."""
         ...
 
     def write(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny-moe-b"
+PATIENCE = 300  # seconds for a stage to begin
 COMMAND = [sys.executable, "-m", "edgemoe"]
 
 
@@ -30,3 +33,30 @@ def error_of(stderr: str) -> str:
     rest = stderr.splitlines()[stderr.splitlines().index(errors[0]) + 1 :]
     assert len(rest) <= 1 and all(line.startswith("hint: ") for line in rest), stderr
     return errors[0]
+
+
+def _hear_interrupts() -> None:
+    """A shell that starts a test run in the background lets it ignore SIGINT; the command under test must not inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop_when(command: list[object], begun: Callable[[], bool], delay: float, number: int) -> tuple[int, str]:
+    """Send a signal to the whole group of a command `delay` seconds after something has begun; its exit status and stderr."""
+    full = [*COMMAND, *map(str, command)]
+    with subprocess.Popen(
+        full,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=_hear_interrupts,
+    ) as child:
+        deadline = time.monotonic() + PATIENCE
+        while not begun() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(delay)
+        if child.poll() is None:
+            os.killpg(child.pid, number)
+        _, errors = child.communicate(timeout=PATIENCE)
+    return child.returncode, errors

@@ -13,24 +13,24 @@ from tiny import flat_plan, flat_stats
 
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Plan, Unit
-from edgemoe.targets import onnx
+from edgemoe.targets import find_target
 
 
 def write_folder(
-    source: Path, out: Path, choose: Callable[[Unit], str] | str, kept: Sequence[Sequence[int]] | None = None, layout: str = "onnx"
+    source: Path, out: Path, choose: Callable[[Unit], str] | str, kept: Sequence[Sequence[int]] | None = None, target: str = "onnx"
 ) -> tuple[Plan, Artifact]:
     """Write a checkpoint as a plan that nobody solved says: each unit in the format that `choose` gives it."""
-    model = inspect_model(source)
+    model, to = inspect_model(source), find_target(target)
     sets = tuple(tuple(k) for k in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
-    units = [u for u in onnx.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
+    units = [u for u in to.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
     formats = {u.name: choose if isinstance(choose, str) else choose(u) for u in units}
-    sizes = {u.name: onnx.unit_size(model, u, formats[u.name], len(sets[0])) for u in units}
-    size = sum(sizes.values()) + onnx.fixed_size(model, len(sets[0]))
-    plan = replace(flat_plan(model), target="onnx", kept=sets, formats=formats, sizes=sizes, file_size=size, context=model.context_length)
+    sizes = {u.name: to.unit_size(model, u, formats[u.name], len(sets[0])) for u in units}
+    size = sum(sizes.values()) + to.fixed_size(model, len(sets[0]))
+    plan = replace(flat_plan(model), target=target, kept=sets, formats=formats, sizes=sizes, file_size=size, context=model.context_length)
     out.mkdir(parents=True)
     work = out.with_name(out.name + "-stats")
     work.mkdir()
-    return plan, onnx.write(model, flat_stats(model, work), plan, out, layout=layout)
+    return plan, to.write(model, flat_stats(model, work), plan, out, 0, None)
 
 
 def open_session(path: Path) -> tuple[Any, dict[str, NDArray[np.float32]]]:

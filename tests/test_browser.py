@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
@@ -18,8 +19,10 @@ from urllib.parse import quote
 import pytest
 from chromium import Page, open_chromium
 from onnx_folder import greedy, regrets, write_folder
+from test_report import make_report
 from tiny import EXAMPLES
 
+from edgemoe.card import render_card
 from edgemoe.ir import Unit, save_record
 
 DEMO = EXAMPLES / "browser"
@@ -91,20 +94,20 @@ def without_three(unit: Unit) -> str:
 
 
 @pytest.mark.parametrize(
-    ("choose", "layout", "kept", "shown"),
-    [("INT4_32", "onnx", None, "64 of 64"), (without_three, "transformers.js", KEPT, "45 of 64")],
+    ("choose", "target", "kept", "shown"),
+    [("INT4_32", "onnx", None, "64 of 64"), (without_three, "browser", KEPT, "45 of 64")],
     ids=["4 bits", "every width"],
 )
 def test_the_page_says_what_plain_onnxruntime_says(
     choose: Callable[[Unit], str] | str,
-    layout: str,
+    target: str,
     kept: list[list[int]] | None,
     shown: str,
     browser: Page,
     modules: Path,
     tmp_path: Path,
 ) -> None:
-    plan, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", choose, kept, layout)
+    plan, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", choose, kept, target)
     save_record(tmp_path / "out" / "plan.json", plan)
     count = 24
     with serve(tmp_path / "out", modules) as url:
@@ -159,8 +162,17 @@ def test_three_bits_are_refused_in_words(browser: Page, modules: Path, tmp_path:
     with serve(tmp_path / "out", modules) as url:
         open_demo(browser, url, "", "ready")
         assert browser.run("document.body.dataset.state") == "error"
-        assert "3 bits" in text_of(browser, "problem")
+        assert "--target browser" in text_of(browser, "problem")
         assert browser.run("document.getElementById('go').disabled")
+
+
+def test_the_model_card_says_how_javascript_runs_it() -> None:
+    report = make_report()
+    report = replace(report, plan=replace(report.plan, target="browser"))
+    card = render_card(report)
+    assert "library_name: transformers.js" in card and "```js" in card
+    assert 'await pipeline("text-generation", path.basename(import.meta.dirname))' in card
+    assert "llama" not in card.split("## Run it")[1].split("## ")[0]
 
 
 def test_the_server_gives_away_nothing_but_the_demo_and_the_folder(tmp_path: Path) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import COMMAND, MODEL, environment, error_of, run_cli
+from command import MODEL, error_of, run_cli, stop_when
 
 from edgemoe.emit import emit_artifact
 from edgemoe.inspect import inspect_model
@@ -29,7 +26,6 @@ from edgemoe.texts import SHIPPED
 BUDGET = 45_000_000
 TOKENS = ("--calibration-tokens", 8192)
 ONE_CORE = ("taskset", "-c", "0") if shutil.which("taskset") else ()
-PATIENCE = 300  # seconds for a stage to begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,33 +156,6 @@ def test_a_budget_below_the_least_is_refused_before_calibration_and_names_the_le
 
 
 # ------------------------------------------------------------------------------------------------------------ interruptions
-def _hear_interrupts() -> None:
-    """A shell that starts a test run in the background lets it ignore SIGINT; the command under test must not inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stop_when(command: list[object], begun: Callable[[], bool], delay: float, number: int) -> tuple[int, str]:
-    """Send a signal to the whole group of a command `delay` seconds after something has begun; its exit status and stderr."""
-    full = [*COMMAND, *map(str, command)]
-    with subprocess.Popen(
-        full,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-        preexec_fn=_hear_interrupts,
-    ) as child:
-        deadline = time.monotonic() + PATIENCE
-        while not begun() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(delay)
-        if child.poll() is None:
-            os.killpg(child.pid, number)
-        _, errors = child.communicate(timeout=PATIENCE)
-    return child.returncode, errors
-
-
 def test_a_build_killed_in_every_stage_goes_on_to_the_same_bytes(built: Built, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     rng = random.Random(20)

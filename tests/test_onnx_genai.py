@@ -26,9 +26,9 @@ def mixed(unit: Unit) -> str:
     return "INT4_32" if unit.role in ("attn_output", "token_embd") else "INT8_64"
 
 
-@pytest.mark.parametrize("layout", ["onnx", "transformers.js"])
-def test_genai_reads_text_and_says_what_plain_onnxruntime_says(layout: str, tmp_path: Path) -> None:
-    _, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", "INT4_32", layout=layout)
+@pytest.mark.parametrize("target", ["onnx", "browser"])
+def test_genai_reads_text_and_says_what_plain_onnxruntime_says(target: str, tmp_path: Path) -> None:
+    _, artifact = write_folder(EXAMPLES / "tiny-moe", tmp_path / "out", "INT4_32", target=target)
     expected = greedy(artifact.path, IDS, 24)
     command = [sys.executable, EXAMPLES / "onnx_genai.py", tmp_path / "out", "The little dog was", "--tokens", "24", "--greedy"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx_folder import write_folder
 from tiny import EXAMPLES, edit_config, flat_plan
 
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
+from edgemoe.targets import find_target
 from edgemoe.targets.onnx import FIXED_NAMES
 from edgemoe.targets.onnx.layout import allowed, write_sidecars
 
@@ -183,7 +185,24 @@ def test_the_web_layout_refuses_three_bits_and_says_which(tmp_path: Path) -> Non
     assert [name for name in ("INT2_32", "INT3_64", "INT4_32", "INT8_32", "F32") if not allowed(name, "transformers.js")] == ["INT3_64"]
     with pytest.raises(UsageError, match="INT3_64") as caught:
         write_sidecars(model, plan_for(model, fmt="INT3_64"), tmp_path, layout="transformers.js")
-    assert "layout 'onnx'" in caught.value.hint
+    assert "--target browser" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="tflite"):
         write_sidecars(model, plan_for(model), tmp_path, layout="tflite")
+
+
+def test_the_browser_target_offers_what_onnx_offers_but_three_bits() -> None:
+    model = inspect_model(TINY)
+    plain, browser = find_target("onnx"), find_target("browser")
+    for unit in plain.list_units(model):
+        offered = plain.offered_formats(model, unit)
+        assert browser.offered_formats(model, unit) == tuple(name for name in offered if not name.startswith("INT3"))
+    assert set(browser.OFFERED) == {name for name in plain.OFFERED if not name.startswith("INT3")} < set(plain.OFFERED)
+
+
+@pytest.mark.parametrize("target", ["onnx", "browser"])
+def test_an_artifact_lists_its_files_and_finds_its_tokenizer_even_in_a_folder_called_onnx(target: str, tmp_path: Path) -> None:
+    _, artifact = write_folder(TINY, tmp_path / "onnx", "INT4_64", target=target)
+    assert artifact.target == target
+    assert find_target(target).check_tokenizer(artifact.path, inspect_model(TINY), ["The little dog", "\u00e4 3.14\n"]) == []
+    assert {f.name for f in artifact.files} == {str(p.relative_to(tmp_path / "onnx")) for p in (tmp_path / "onnx").rglob("*.*")}

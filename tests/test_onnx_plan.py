@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_fewer_bits_cost_more_nats_and_fewer_bytes(costs: Costs) -> None:
         offered = [f for f in range(len(costs.formats)) if np.isfinite(cost[u, f])]
         for block in ("32", "64", "128"):
             line = sorted((f for f in offered if costs.formats[f].endswith("_" + block)), key=lambda f: bits_of(costs.formats[f]))
-            for few, many in zip(line, line[1:], strict=False):
+            for few, many in itertools.pairwise(line):
                 assert costs.size[0, u, few] < costs.size[0, u, many]
                 assert cost[u, few] > 1.5 * cost[u, many], unit.name  # a bit more is a quarter of the squared error, on large samples
 
@@ -74,7 +75,7 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
         __name__ = TARGET.__name__  # type: ignore[attr-defined]
 
         def __getattr__(self, name: str) -> object:
-            return (lambda x, _: x) if name == "round_inputs" else getattr(TARGET, name)
+            return (lambda x, *_: x) if name == "round_inputs" else getattr(TARGET, name)
 
     exact = price_choices(model, stats, Exact(), CONTEXT)  # type: ignore[arg-type]
     assert np.array_equal(np.isfinite(exact.cost), np.isfinite(costs.cost))
@@ -125,7 +126,7 @@ def test_the_least_process_is_that_of_the_smallest_plan(model: Model, costs: Cos
 def test_generic_prices_need_no_weights_and_give_a_plan(tmp_path: Path) -> None:
     costs = price_config("qwen3-30b-a3b", 4096, "onnx")
     assert costs.form == "experts" and costs.target == "onnx" and costs.origin.startswith("generic")
-    eight, two = costs.formats.index("INT8_32"), costs.formats.index("INT2_32")
+    eight, two = costs.formats.index("INT8_32"), costs.formats.index("INT2_128")
     experts = np.array([u.expert >= 0 for u in costs.units])
     assert (costs.cost[0, experts, two] > 20 * costs.cost[0, experts, eight]).all()
     plan = solve_plan(costs, 16 * 10**9, solver="lagrange")
@@ -177,7 +178,7 @@ def bare(costs: Costs) -> Costs:
 def pmq(costs: Costs, stats: Stats, model: Model, budget: int) -> Plan:
     arrays = [stats.arrays(layer) for layer in range(model.n_layers)]
     tokens, gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
-    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_64" for bits in PMQ_WIDTHS}, "INT8_64")
+    return pmq_plan(bare(costs), budget, tokens, gates, {bits: f"INT{bits}_128" for bits in PMQ_WIDTHS}, "INT8_32")
 
 
 def test_pmq_keeps_every_expert_its_widths_and_the_budget(costs: Costs, stats: Stats, model: Model) -> None:
@@ -193,7 +194,7 @@ def test_pmq_keeps_every_expert_its_widths_and_the_budget(costs: Costs, stats: S
         assert {bits_of(f) for row in by_layer for f in row} <= set(PMQ_WIDTHS)
         assert len({sum(map(bits_of, row)) for row in by_layer}) == 1  # as many bits for each layer
         assert all({3, 4} <= set(map(bits_of, row)) for row in by_layer)
-        assert {f for name, f in plan.formats.items() if "exps" not in name} == {"INT8_64"}
+        assert {f for name, f in plan.formats.items() if "exps" not in name} == {"INT8_32"}
         assert solve_plan(bare(costs), plan.file_size).q <= plan.q * (1 + 1e-9)
     assert sizes and sizes == sorted(set(sizes))
     with pytest.raises(BudgetError, match="pmq"):
@@ -217,7 +218,7 @@ def test_layer_uniform_is_the_best_of_its_kind() -> None:
         costs = replace(random_costs(seed, "experts", experts=3, formats=2), staging=np.zeros((1, 7, 2), np.int64))
         size = np.random.default_rng(seed).integers(20, 60, costs.size.shape)
         size[:, :3], size[:, 3:6] = size[:, :1], size[:, 3:4]  # experts of a layer are equally large
-        costs = replace(costs, cost=np.where(np.isfinite(costs.cost), costs.cost, 1.0), size=size)
+        costs = replace(costs, cost=np.where(np.isfinite(costs.cost), costs.cost, 1.0), size=size, extra=size // 8)
         beside = sum(size for part, size in costs.memory.items() if part != "context") + int(costs.fixed_size[0])
         budget = beside + 200
         best = np.inf

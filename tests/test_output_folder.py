@@ -65,3 +65,25 @@ def test_an_edited_record_cannot_delete_outside_the_folder(tmp_path: Path, name:
     record_artifact(out / "artifact.json", str(tmp_path / name[1:]) if name.startswith("/") else name)
     prepare_output(out, force=True)
     assert all(v.read_text() == "mine" for v in victims)
+
+
+FIXED = ("model.onnx", "config.json", "onnx/model.onnx")
+
+
+def test_a_file_that_the_target_would_write_and_somebody_else_wrote_is_kept_even_with_force(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("a checkpoint's")
+    with pytest.raises(UsageError, match=r"config\.json"):
+        prepare_output(tmp_path, force=True, names=FIXED)
+    assert names(tmp_path) == {"config.json"}
+    prepare_output(tmp_path, force=True, names=("model.onnx",))
+    assert (tmp_path / "config.json").read_text() == "a checkpoint's"
+
+
+def test_files_with_fixed_names_that_are_ours_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    for name in (*FIXED, "notes.txt"):
+        (tmp_path / name).write_text("here")
+    record_artifact(tmp_path / "artifact.json", *FIXED)
+    prepare_output(tmp_path, force=True, names=FIXED)
+    assert not any((tmp_path / name).exists() for name in FIXED)
+    assert (tmp_path / "notes.txt").exists()

@@ -94,7 +94,7 @@ async function openSession(graph, weights) {
     return await ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData: [weights] });
   } catch (error) {
     if (!String(error).includes("expert_weight_bits")) throw error;
-    throw new Error("This file stores experts in 3 bits, which WebAssembly has no kernel for. Make a plan for the layout transformers.js.");
+    throw new Error("This file stores experts in 3 bits, which WebAssembly has no kernel for. Build it with --target browser.");
   }
 }
 

@@ -30,7 +30,7 @@ export function describe({ config, plan, metadata, bytes }, seconds) {
   if (!plan && !metadata["edgemoe.experts_kept"]) return { name, tiles };
   const { layers, cells, found } = plan ? readMap(plan) : readFlags(metadata);
   const experts = cells[0].length, all = layers.length * experts, left = cells.flat().filter(Boolean).length;
-  tiles.push(["experts kept", `${left} of ${all}`, `${experts} in each of ${many(layers.length, "layer")}, ${config.num_experts_per_tok} for each token`]);
+  tiles.push(["experts kept", `${left} of ${all}`, `${many(layers.length, "layer")} of ${experts}, ${config.num_experts_per_tok} for each token`]);
   const legend = plan ? readWidths(plan, found, config, tiles) : [{ bits: "kept", name: "kept", note: many(left, "expert") }];
   tiles.push(["KL", Number(plan?.predicted_kl ?? metadata["edgemoe.predicted_kl"]).toPrecision(2), "nats per token against the original, predicted"]);
   if (left < all) legend.push({ bits: 0, name: "dropped", note: many(all - left, "expert") });

@@ -166,7 +166,7 @@ def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.floa
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
 
 
-def round_inputs(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+def round_inputs(x: NDArray[np.float32], name: str, role: str) -> NDArray[np.float32]:
     """Inputs as they are: llama.cpp rounds them too, which probes and predictions have left out so far."""
     return x
 

@@ -64,7 +64,7 @@ def check_layout(formats: Iterable[str], layout: str) -> None:
     if refused:
         raise UsageError(
             f"the plan stores tensors as {', '.join(refused)}: the wasm runtime behind layout {layout!r} has no kernel for 3 bits",
-            hint="make the plan for that layout, or write the layout 'onnx'",
+            hint="make the plan with --target browser",
         )
 
 

@@ -1,0 +1,69 @@
+"""ONNX for browsers: what the ONNX target offers but 3 bits, which WebAssembly has no kernel for, with files where transformers.js looks.
+
+Prices, sizes, memory and the measuring run are those of onnxruntime's CPU build, which a host can measure; WebAssembly rounds less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.targets import onnx
+from edgemoe.targets.onnx import (
+    FIXED_NAMES,
+    FORM,
+    RUNS,
+    check_tokenizer,
+    fixed_size,
+    list_units,
+    memory_parts,
+    round_inputs,
+    round_rows,
+    run,
+    runtime,
+    unit_extra,
+    unit_size,
+    unit_staging,
+)
+from edgemoe.targets.onnx.layout import allowed
+
+LAYOUT = "transformers.js"
+OFFERED = tuple(name for name in onnx.OFFERED if allowed(name, LAYOUT))
+
+__all__ = [
+    "FIXED_NAMES",
+    "FORM",
+    "OFFERED",
+    "RUNS",
+    "check_tokenizer",
+    "fixed_size",
+    "list_units",
+    "memory_parts",
+    "offered_formats",
+    "round_inputs",
+    "round_rows",
+    "run",
+    "runtime",
+    "unit_extra",
+    "unit_size",
+    "unit_staging",
+    "write",
+]
+
+
+def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
+    """Formats that can store a unit and that WebAssembly runs.
+
+    Raises:
+        ModelError: no format fits.
+    """
+    return tuple(name for name in onnx.offered_formats(model, unit) if allowed(name, LAYOUT))
+
+
+def write(
+    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Artifact:
+    """Write the artifact into a folder; arguments and errors as of `onnx.write`."""
+    return replace(onnx.write(model, stats, plan, folder, shard_max, progress, layout=LAYOUT), target=plan.target)
