@@ -14,7 +14,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.families import MODULE_NAMES
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.scores import importance_of
-from edgemoe.targets.onnx import fixed_size, list_units, round_rows, unit_size, write
+from edgemoe.targets.onnx import fixed_size, list_units, round_inputs, round_rows, unit_size, write
 
 Floats = NDArray[np.float32]
 
@@ -63,7 +63,7 @@ def emit(model: Model, stats: Stats, plan: Plan, folder: Path) -> Artifact:
 
 
 def reference(model: Model, stats: Stats, plan: Plan) -> Any:
-    """The transformers model that a plan describes: dropped experts cut away, every matrix rounded to its format."""
+    """The transformers model that a plan describes: dropped experts cut away, matrices in their formats, inputs as kernels round them."""
     from transformers import AutoModelForCausalLM
 
     module: Any = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
@@ -81,6 +81,8 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
             unit = f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
             if expert < 0 and unit in plan.formats:
                 (ends[role] if block is None else names[MODULE_NAMES[role]]).data.copy_(rounded(tensor, unit))
+                if block is not None:
+                    _round_given(block.get_submodule(MODULE_NAMES[role].removesuffix(".weight")), plan.formats[unit], role)
         if block is not None:
             found = model.of_layer(layer)
             kept = plan.kept[layer]
@@ -90,7 +92,35 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
             experts.down_proj.data = torch.stack(parts["down"])
             gate.weight.data = gate.weight.data[list(kept)]
             experts.num_experts = gate.num_experts = len(kept)
+            experts.forward = _experts_forward(experts, [plan.formats[f"blk.{layer}.ffn_exps.{e}"] for e in kept])
+    head = "output" if "output.weight" in plan.formats else "token_embd"
+    _round_given(module.lm_head, plan.formats[f"{head}.weight"], head)
     return module
+
+
+def _rounded(x: torch.Tensor, name: str, role: str) -> torch.Tensor:
+    flat: Floats = x.reshape(-1, x.shape[-1]).numpy()
+    return torch.from_numpy(round_inputs(flat, name, role)).reshape(x.shape)
+
+
+def _round_given(linear: Any, name: str, role: str) -> None:
+    """Round what a matrix is given."""
+    linear.register_forward_pre_hook(lambda _, args: (_rounded(args[0], name, role),))
+
+
+def _experts_forward(module: Any, formats: Sequence[str]) -> Callable[..., torch.Tensor]:
+    """The sum of the chosen experts, each with its inputs rounded as its format has it."""
+
+    def forward(x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for e, name in enumerate(formats):
+            token, slot = torch.where(index == e)
+            gate, up = (_rounded(x[token], name, "ffn_exps") @ module.gate_up_proj[e].T).chunk(2, -1)
+            h = torch.nn.functional.silu(gate) * up
+            out.index_add_(0, token, (_rounded(h, name, "ffn_exps") @ module.down_proj[e].T) * gates[token, slot, None])
+        return out
+
+    return forward
 
 
 def reference_logits(module: Any, ids: NDArray[np.int64]) -> Floats:

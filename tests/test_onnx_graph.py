@@ -88,8 +88,8 @@ def test_in_floats_it_is_the_trained_model(tmp_path: Path, name: str) -> None:
     assert mean_kl(want, Runner(artifact.path, model).step(tokens)) <= 1e-6
 
 
-# Half of the tokens, and all but a few: where two experts are nearly tied, rounded inputs choose the other one.
-WIDTHS = {"INT2_128": (3e-2, 0.2), "INT3_128": (2e-3, 0.1), "INT4_32": (1e-5, 1e-4), "INT8_32": (3e-2, 0.2), "INT8_128": (3e-2, 0.2)}
+# 2 bits round sums of inputs otherwise than the reference; int8 inputs differ where a half is rounded the other way.
+WIDTHS = {"INT2_128": 4e-2, "INT3_128": 2e-3, "INT4_32": 1e-5, "INT8_32": 1e-2, "INT8_128": 1e-2}
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -100,8 +100,8 @@ def test_experts_of_one_width_are_those_of_the_rounded_model(
     plan = hand_plan(model, only_experts(name), KEPT)
     artifact = emit(model, stats, plan, tmp_path / "out")
     errors = token_errors(reference_logits(reference(model, stats, plan), ids), Runner(artifact.path, model).step(ids))
-    assert np.median(errors) < WIDTHS[name][0]
-    assert np.quantile(errors, 0.9) < WIDTHS[name][1]
+    assert np.median(errors) < WIDTHS[name]
+    assert np.quantile(errors, 0.9) < 2 * WIDTHS[name]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "tied"])
