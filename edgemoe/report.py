@@ -112,7 +112,8 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
     plan, n_layers, n_experts = report.plan, len(report.plan.kept), report.plan.n_experts
     step, band = min(max(1152 // n_experts, 2), 36), min(max(640 // (3 * n_layers), 2), 10)
     pitch = 3 * band + (4 if band > 6 else 1)
-    beside = pitch >= 13 and n_experts * step <= 760
+    alone = any(unit.expert >= 0 for unit in report.units)  # then colours say more than a row of words could
+    beside = pitch >= 13 and n_experts * step <= 760 and not alone
     box = {
         "step": step,
         "gap": 2 if step >= 10 else int(step >= 5),
@@ -132,7 +133,7 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
             stacks.setdefault(unit.layer, []).append(unit)
     layers = sorted(stacks) if len(stacks) == n_layers else range(n_layers)
     rows = [{"layer": layer, **_map_row(stacks.get(layer, []), plan, keys, i, box)} for i, layer in enumerate(layers)]
-    return {**box, "rows": rows, "alone": any(u.expert >= 0 for u in report.units)}
+    return {**box, "rows": rows, "alone": alone}
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 
 from edgemoe.card import render_card
 from edgemoe.errors import MachineError
-from edgemoe.figures import GROUP_ORDER, shares_by_group
+from edgemoe.figures import GROUP_ORDER, allowed_size, shares_by_group
 from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, TextScore, Unit, load_record
 from edgemoe.report import render_html, write_report
 from edgemoe.terminal import summarize_plan, summarize_report
@@ -350,7 +350,7 @@ def test_bytes_by_role_add_up_to_the_file() -> None:
     plan = make_report().plan
     shares = shares_by_group(plan)
     assert sum(sum(formats.values()) for formats in shares.values()) == plan.file_size
-    assert list(shares) == [*GROUP_ORDER[:6], "router, norms, header"]
+    assert list(shares) == [*GROUP_ORDER[1:7], "router, norms, header"]
 
 
 def test_written_report_opens_again_and_leaves_no_parts(tmp_path: Path) -> None:
@@ -442,3 +442,58 @@ def test_browser_check_would_notice_a_request_or_a_script(tmp_path: Path) -> Non
     assert asked == []
     page.write_text(re.sub(r"<meta http-equiv[^>]*>|<script>.*?</script>", "", text), encoding="utf-8")
     assert open_in_chromium(page, tmp_path)[2] == ["http://127.0.0.1:9/x.png"]
+
+
+# --------------------------------------------------------------------------------------------------- experts on their own
+def make_onnx_report(n_layers: int = 4, n_experts: int = 16) -> Report:
+    """A report of a plan in which every expert has a format of its own and layers keep different numbers."""
+    report, rng = make_report(n_layers, n_experts), np.random.default_rng(7)
+    kept = tuple(tuple(sorted(rng.choice(n_experts, n_experts - 2 * layer, replace=False).tolist())) for layer in range(n_layers))
+    names = ("INT2_128", "INT3_128", "INT8_32")
+    units = [u for u in report.units if not u.role.endswith("_exps")]
+    units += [
+        Unit(name=f"blk.{layer}.ffn_exps.{e}", role="ffn_exps", layer=layer, expert=e, n_weights=3 * 128 * 256)
+        for layer, row in enumerate(kept)
+        for e in row
+    ]
+    formats = {u.name: str(rng.choice(names)) if u.expert >= 0 else "INT8_32" for u in units}
+    sizes = {u.name: int(u.n_weights * {"INT2_128": 2.27, "INT3_128": 3.13, "INT8_32": 9.0}[formats[u.name]] / 8) for u in units}
+    size = sum(sizes.values()) + 100_000
+    memory = {**report.plan.memory, "weights": size + 5000}
+    memory["peak"] = sum(v for part, v in memory.items() if part != "peak")
+    plan = replace(
+        report.plan, target="onnx", n_experts=n_experts, kept=kept, formats=formats, sizes=sizes, file_size=size, memory=memory, counts=(),
+        budget=memory["peak"] + 10_000,
+    )  # fmt: skip
+    listed = (("model.onnx", 90_000), ("model.onnx.data", size - 90_000), ("tokenizer.json", 12_345))
+    files = tuple(ArtifactFile(name=n, size=s, sha256="c" * 64) for n, s in listed)
+    artifact = replace(report.artifact, target="onnx", files=files)
+    return replace(report, plan=plan, units=tuple(units), artifact=artifact, runtime="onnxruntime 1.32.0")
+
+
+def test_map_colours_every_expert_by_its_own_format() -> None:
+    report = make_onnx_report()
+    page = render_html(report)
+    for layer, kept in enumerate(report.plan.kept):
+        for expert in range(report.plan.n_experts):
+            told = report.plan.formats[f"blk.{layer}.ffn_exps.{expert}"] if expert in kept else "dropped"
+            assert re.search(rf"<title>layer {layer}, expert {expert}: {told}", page), (layer, expert)
+    cells = {name: len(re.findall(r"M", "".join(re.findall(rf'<path class="{name}" d="([^"]*)"', page)))) for name in ("f0", "f1", "f2")}
+    assert sum(cells.values()) == sum(map(len, report.plan.kept))
+
+
+def test_what_differs_by_layer_and_by_target_is_said_so() -> None:
+    report = make_onnx_report()
+    page, card, printed = render_html(report), render_card(report), print_at(summarize_report(report), 160)
+    assert "10-16 of 16" in page and "10-16 of 16" in card and "10 to 16 of 16 kept in each of 4 layers, 13.0 on average" in printed
+    for text in (page, card):
+        assert "llama" not in text.lower() and "onnxruntime_genai" in text and "8-bit experts in floats" in text
+    assert "12 experts, up to 6 of a layer, are gone" in card
+    assert "equal to the byte" in page and "as predicted" in printed  # the tokenizer's bytes are not the model's
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "onnxruntime"
+    assert allowed_size(report.plan) == report.plan.budget - report.plan.memory["peak"] + report.plan.file_size
+
+
+def test_bytes_of_single_experts_are_one_group() -> None:
+    groups = shares_by_group(make_onnx_report().plan)
+    assert set(groups["experts"]) == {"INT2_128", "INT3_128", "INT8_32"} and "attention" in groups
