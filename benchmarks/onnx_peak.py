@@ -47,6 +47,7 @@ CASES: dict[str, Case] = {
     "INT8": ({"num_hidden_layers": 8}, ("INT8_32",), "INT8_32", "INT8_32", 512),
     "INT2": ({"num_hidden_layers": 12}, ("INT2_32",), "INT4_32", "INT4_32", 512),
     "INT3": ({"num_hidden_layers": 12}, ("INT3_64",), "INT4_32", "INT4_32", 512),
+    "INT3, 4096 tokens": ({"num_hidden_layers": 12}, ("INT3_64",), "INT4_32", "INT4_32", 4096),
     "mixed": ({"num_hidden_layers": 12}, MIXED, "INT8_32", "INT8_32", 512),
     "mixed, dropped experts": ({"num_hidden_layers": 10}, DROPPED, "INT4_64", "INT4_64", 2048),
     "mixed, 8192 tokens": ({"num_hidden_layers": 3}, MIXED, "INT8_32", "INT8_32", 8192),
