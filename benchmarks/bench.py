@@ -60,6 +60,8 @@ class Bench:
         self.calibration, _ = choose_texts(self.files, self.check)
         self.names = [t.name for t in heldout]
         self.held = Yardstick(self.model, self.target, heldout, tokens, work)
+        if min(np.bincount(self.held.windows.domain)) < 2:
+            raise SystemExit(f"--tokens {tokens}: each of {len(heldout)} texts needs two windows, or there is no standard error")
         self.context = choose_context(self.model, None)
         self.stats: Stats = collect_stats(self.model, self.calibration, work, max_tokens=calibration_tokens)
         self.costs: Costs = price_cached(self.model, self.stats, self.target, self.context, work, None)[0]

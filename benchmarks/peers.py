@@ -67,8 +67,7 @@ def mixed(bench: Bench, kind: str, recipe: str, mix: str, kept: Kept) -> Job:
 def mix_jobs(bench: Bench) -> Iterator[Job]:
     """One type for everything, and llama-quantize's mixes."""
     for name in WIDE:
-        types = recipes.storable(bench.model, dict.fromkeys(recipes.row_lengths(bench.model), name))
-        yield typed(bench, "16-bit" if name == "F16" else "one type", "one type", name, types, everyone(bench))
+        yield typed(bench, "16-bit" if name == "F16" else "one type", "one type", name, pure(bench, name), everyone(bench))
     for mix in MIXES:
         yield mixed(bench, "mix", "all experts", mix, everyone(bench))
 
@@ -103,14 +102,15 @@ def recipe_jobs(bench: Bench) -> Iterator[Job]:
             yield typed(bench, "CC-MoE", f"keep {share:.1%}", base, recipes.ccmoe_types(model, base), kept)
 
 
-def search_jobs(bench: Bench, budgets: list[int]) -> Iterator[Job]:
-    """What chooses types for a size: each at every one of our budgets."""
-    model, all_experts = bench.model, everyone(bench)
+def search_jobs(bench: Bench, probe: Yardstick, budgets: list[int]) -> Iterator[Job]:
+    """What chooses types for a size: each at every one of our budgets; `probe_jobs` are measured on `probe`."""
+    model, all_experts, fewer = bench.model, everyone(bench), fewer_experts(bench)
     shelf, errors = searches.make_shelf(model, model.n_experts), cached_errors(bench)
-    probe = bench.probe()
-    sensitivity, curve = single_tensors(bench, probe), type_curve(bench, probe)
-    fewer = recipes.collaborative_sets(model, bench.stats, CCMOE_SHARES[0], released=False)
-    fewer_shelf, gains = searches.make_shelf(model, len(fewer[0])), raise_gains(bench, probe, fewer)
+    fewer_shelf = searches.make_shelf(model, len(fewer[0]))
+    sensitivity = np.array([probe_kl(bench, probe, types, all_experts) for types in single_types(bench).values()])
+    curve = {name: probe_kl(bench, probe, types, all_experts) for name, types in curve_types(bench).items()}
+    start, *raised = (probe_kl(bench, probe, types, fewer) for types in raised_types(bench).values())
+    gains = start - np.array(raised)
     for i, room in enumerate(budgets):
         found = [("target size", "all experts", all_experts, search_target(bench, shelf, errors, all_experts, room))]
         for pinned in (False, True):
@@ -141,40 +141,48 @@ def cached_errors(bench: Bench) -> dict[str, np.ndarray]:
     return load_arrays(path)
 
 
+# ---------------------------------------------------------------------------------------- what the searches measure themselves
+def probe_jobs(bench: Bench) -> Iterator[Job]:
+    """Files that the searches want to know the KL of, on calibration text."""
+    for kind, files in (("single tensors", single_types(bench)), ("curve", curve_types(bench))):
+        yield from (typed(bench, kind, kind, name, types, everyone(bench)) for name, types in files.items())
+    fewer = fewer_experts(bench)
+    yield from (typed(bench, "raised", "raised", name, types, fewer) for name, types in raised_types(bench).items())
+
+
 def probe_kl(bench: Bench, probe: Yardstick, types: Mapping[str, str], kept: Kept) -> float:
-    """KL on calibration text of one file."""
-    score = probe.measure(lambda: bench.write(types, kept), "types", bench.imatrix, sorted(types.items()), kept)
-    return mean_kl(probe, score)
+    """KL on calibration text of one file, mean over domains."""
+    job = typed(bench, "", "", "", types, kept)
+    return mean_kl(probe, probe.measure(job.make, *job.made_from))
 
 
-def mean_kl(probe: Yardstick, score: Score) -> float:
+def mean_kl(yard: Yardstick, score: Score) -> float:
     """KL in nats per token, mean over domains."""
-    return float(np.mean([part.mean() for part in probe.split(score.kl)]))
+    return float(np.mean([part.mean() for part in yard.split(score.kl)]))
 
 
-def single_tensors(bench: Bench, probe: Yardstick) -> np.ndarray:
-    """Measured KL with each unit alone at the worst type, all else in 16 bits [U]: the greedy search's sensitivities."""
-    cols = recipes.row_lengths(bench.model)
-    plain = dict.fromkeys(cols, "F16")
-    worst = recipes.storable(bench.model, dict.fromkeys(cols, WORST_TYPE))
-    return np.array([probe_kl(bench, probe, {**plain, name: worst[name]}, everyone(bench)) for name in shelf_names(bench)])
+def fewer_experts(bench: Bench) -> Kept:
+    """The drop of collaborative compression, 3/4 stay."""
+    return recipes.collaborative_sets(bench.model, bench.stats, CCMOE_SHARES[0], released=False)
 
 
-def type_curve(bench: Bench, probe: Yardstick) -> dict[str, float]:
-    """Measured KL of the whole model at each type."""
-    names = recipes.row_lengths(bench.model)
-    types = {n: recipes.storable(bench.model, dict.fromkeys(names, n)) for n in WIDE if n != "F16"}
-    return {n: probe_kl(bench, probe, t, everyone(bench)) for n, t in types.items()}
+def pure(bench: Bench, name: str) -> dict[str, str]:
+    """One type for every unit, in file order."""
+    return recipes.storable(bench.model, dict.fromkeys((u.name for u in bench.target.list_units(bench.model)), name))
 
 
-def raise_gains(bench: Bench, probe: Yardstick, kept: Kept) -> np.ndarray:
-    """KL that raising each unit alone from IQ1_M to IQ2_XXS saves in the model after its drops [U] (arXiv 2509.25689, step 4)."""
-    base = recipes.storable(bench.model, dict.fromkeys(recipes.row_lengths(bench.model), "IQ1_M"))
-    above = recipes.storable(bench.model, dict.fromkeys(base, "IQ2_XXS"))
-    start = probe_kl(bench, probe, base, kept)
-    return np.array([start - probe_kl(bench, probe, {**base, name: above[name]}, kept) for name in shelf_names(bench)])
+def single_types(bench: Bench) -> dict[str, dict[str, str]]:
+    """Each unit alone at the worst type, all else in 16 bits: the greedy search's sensitivities."""
+    plain, worst = pure(bench, "F16"), pure(bench, WORST_TYPE)
+    return {name: {**plain, name: worst[name]} for name in plain}
 
 
-def shelf_names(bench: Bench) -> list[str]:
-    """Units in the order of a shelf."""
-    return [u.name for u in bench.target.list_units(bench.model)]
+def curve_types(bench: Bench) -> dict[str, dict[str, str]]:
+    """The whole model at each type: its curve."""
+    return {name: pure(bench, name) for name in WIDE if name != "F16"}
+
+
+def raised_types(bench: Bench) -> dict[str, dict[str, str]]:
+    """All at IQ1_M, then each unit alone at IQ2_XXS, after the drop (arXiv 2509.25689, step 4)."""
+    base, above = pure(bench, "IQ1_M"), pure(bench, "IQ2_XXS")
+    return {"none": base} | {name: {**base, name: above[name]} for name in base}

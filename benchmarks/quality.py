@@ -26,7 +26,7 @@ from bench import Bench
 from peers import Job
 from picture import draw
 from table import Entry, Ours
-from yardstick import mean_and_error
+from yardstick import Yardstick
 
 BUDGETS = 10
 TASKS = (("python",), ("english", "german"))  # domains that a task-specific plan is calibrated on
@@ -53,16 +53,15 @@ def budgets_of(bench: Bench, n: int) -> list[int]:
     return [round(largest * (lowest / largest) ** (i / max(n - 1, 1))) for i in range(n)]
 
 
-def measure_jobs(bench: Bench, what: str, jobs: Iterable[Job]) -> list[Entry]:
+def measure_jobs(yard: Yardstick, what: str, jobs: Iterable[Job]) -> list[Entry]:
     """Peers' files, each measured once."""
     listed = list(jobs)
-    clock = Clock(f"{what} (seed {bench.seed})", len({str(j.made_from) for j in listed if not bench.held.knows(*j.made_from)}))
-    found = []
+    clock, found = Clock(what, len({str(j.made_from) for j in listed if not yard.knows(*j.made_from)})), []
     for job in listed:
-        known = bench.held.knows(*job.made_from)
-        score = bench.held.measure(job.make, *job.made_from)
+        known = yard.knows(*job.made_from)
+        score = yard.measure(job.make, *job.made_from)
         if not known:
-            clock.tick(f"{job.kind}, {job.recipe}, {job.name}: {score.size} bytes, KL {mean_and_error(bench.held.split(score.kl))[0]:.5f}")
+            clock.tick(f"{job.kind}, {job.recipe}, {job.name}: {score.size} bytes, KL {peers.mean_kl(yard, score):.5f}")
         found.append(Entry(kind=job.kind, recipe=job.recipe, name=job.name, score=score, budget=job.budget))
     return found
 
@@ -74,7 +73,7 @@ def measure_ours(bench: Bench, what: str, sizes: dict[int, int]) -> list[Ours]:
         plan, path = bench.build(size)
         score = bench.held.measure_file(path)
         found.append(Ours(budget=number, count=plan.count, predicted=plan.predicted_kl, score=score))
-        clock.tick(f"{score.size} bytes, {plan.count} experts, KL {mean_and_error(bench.held.split(score.kl))[0]:.5f}")
+        clock.tick(f"{score.size} bytes, {plan.count} experts, KL {peers.mean_kl(bench.held, score):.5f}")
     return found
 
 
@@ -126,12 +125,14 @@ def measure_seed(options: argparse.Namespace, bench: Bench, budgets: list[int], 
     def wanted(jobs: Iterable[Job]) -> list[Job]:
         return [j for j in jobs if not options.only or j.kind in (*options.only, "16-bit")]
 
-    found = measure_jobs(bench, "mixes", wanted(peers.mix_jobs(bench)))
+    found = measure_jobs(bench.held, f"mixes (seed {bench.seed})", wanted(peers.mix_jobs(bench)))
     if everything:
-        found += measure_jobs(bench, "recipes", wanted(peers.recipe_jobs(bench)))
+        found += measure_jobs(bench.held, "recipes", wanted(peers.recipe_jobs(bench)))
         if not options.only or set(options.only) & set(peers.SEARCHES):
-            found += measure_jobs(bench, "searches", wanted(peers.search_jobs(bench, budgets)))
-        found += measure_jobs(bench, "drops", wanted(peers.drop_jobs(bench)))
+            probe = bench.probe()
+            measure_jobs(probe, "probes of the searches", peers.probe_jobs(bench))
+            found += measure_jobs(bench.held, "searches", wanted(peers.search_jobs(bench, probe, budgets)))
+        found += measure_jobs(bench.held, "drops", wanted(peers.drop_jobs(bench)))
     return found
 
 
@@ -155,8 +156,8 @@ def main() -> None:
     text = write_up(first, command, runs, tasks)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{first.model.name}.md").write_text(text)
-    dots = {k: [(p.score.size, mean_and_error(first.held.split(p.score.kl))[0]) for p in runs[0][2] if p.kind == k] for k in table.kinds()}
-    line = [(o.score.size, mean_and_error(first.held.split(o.score.kl))[0]) for o in runs[0][1]]
+    dots = {k: [(p.score.size, peers.mean_kl(first.held, p.score)) for p in runs[0][2] if p.kind == k] for k in table.kinds()}
+    line = [(o.score.size, peers.mean_kl(first.held, o.score)) for o in runs[0][1]]
     (options.results / f"{first.model.name}.svg").write_text(draw(f"{first.model.name}: quality at equal bytes", line, dots))
     print(text)
 
