@@ -14,6 +14,7 @@ calibrated on one or two domains and measured on these.  What was measured is ke
 from __future__ import annotations
 
 import argparse
+import fcntl
 import platform
 import time
 from collections.abc import Iterable
@@ -140,6 +141,12 @@ def main() -> None:
     """Measure everything; write the tables and the picture."""
     options = parse()
     work = options.work / options.model.name
+    work.mkdir(parents=True, exist_ok=True)
+    lock = (work / "lock").open("w")  # held until the end: two runs would write the same files
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{work}: another run is at work there") from None
     common = (options.model, work, options.tokens, options.calibration_tokens)
     benches = [Bench(*common, seed=seed) for seed in options.seeds]
     first = benches[0]

@@ -122,7 +122,7 @@ def main_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry], n_
         own += [f"{yard.perplexity(row.score, every):.2f}", f"{yard.split(row.score.kl)[worst].mean():.4f} ({yard.names[worst]})"]
         peer = best_peer(yard, peers, row, every)
         if peer is None:
-            lines.append(_row([*own, "none", "-", "-", "-", WIN]))
+            lines.append(_row([*own, "none", "-", "-", "-", "no peer"]))
             continue
         mark, difference, spread = verdict(yard, row.score, peer.score, every, floor)
         theirs = mean_and_error(yard.split(peer.score.kl))[0]
