@@ -93,7 +93,11 @@ def write_up(
         f"each of {', '.join(yard.names)} (no calibration text of the last kind). ± is one standard error over windows; a difference is"
     ]
     lines += ["taken window by window, and a tie below two of its standard errors or below the noise floor, the KL of the F16 file:"]
-    lines += [f"{table.noise_floor(yard, found):.1e}. In brackets: recipe, name and MB of the file that a peer stands with.", ""]
+    plain = next(p.score for p in found if p.kind == "16-bit")
+    lines += [
+        f"{table.noise_floor(yard, found):.1e} (its perplexity is {yard.perplexity(plain, range(len(yard.names))):.2f}). In brackets:"
+    ]
+    lines += ["recipe, name and MB of the file that a peer stands with.", ""]
     lines += ["## At every budget, beside the best of all peers", "", *table.main_table(yard, ours, found, bench.model.n_experts), ""]
     lines += ["## Beside the best of each class", "", *table.class_table(yard, ours, found), ""]
     lines += ["## By domain: ours / the best peer there", "", *table.domain_table(yard, ours, found), ""]
@@ -118,6 +122,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-tasks", action="store_true", help="no task-specific plans")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where NAME.md and NAME.svg go")
     return parser.parse_args()
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What was asked for, without folders."""
+    words = [f"{options.model} --tokens {options.tokens} --calibration-tokens {options.calibration_tokens} --budgets {options.budgets}"]
+    words += [f"--seeds {' '.join(map(str, options.seeds))}"]
+    words += [f"--only {' '.join(map(repr, options.only))}"] if options.only else []
+    return " ".join(["python benchmarks/quality.py", *words, *(["--no-tasks"] if options.no_tasks else [])])
 
 
 def measure_seed(options: argparse.Namespace, bench: Bench, budgets: list[int], *, everything: bool) -> list[Entry]:
@@ -159,8 +171,7 @@ def main() -> None:
     for names in () if options.no_tasks else TASKS:
         bench = Bench(*common, seed=first.seed, domains=names)
         tasks.append((names, measure_ours(bench, " + ".join(names), {i: budgets[i] for i in TASK_BUDGETS if i < len(budgets)})))
-    command = f"python benchmarks/quality.py {options.model} --tokens {options.tokens} --seeds {' '.join(map(str, options.seeds))}"
-    text = write_up(first, command, runs, tasks)
+    text = write_up(first, command_of(options), runs, tasks)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{first.model.name}.md").write_text(text)
     dots = {k: [(p.score.size, peers.mean_kl(first.held, p.score)) for p in runs[0][2] if p.kind == k] for k in table.kinds()}

@@ -2,7 +2,8 @@
 
 At each of our files a peer stands with its smallest file that is not smaller, or, where it searches for a size itself, with what it made
 for the same budget; of each class the best counts.  A difference below the noise floor, or below two standard errors over the same windows,
-is a tie.
+is a tie.  A peer that does not come down to our size stands with a larger file: its bytes over ours are told, and a second count takes only
+those that have at most a tenth more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from peers import CLASSES, SEARCHES
 from yardstick import Array, Score, Yardstick, mean_and_error
 
+NEAR = 1.1  # times our bytes: the second count
 SURE = 2.0  # standard errors of the paired difference
 WIN, TIE, LOSS = "win", "tie", "LOSS"
 
@@ -88,50 +90,51 @@ def kinds() -> tuple[str, ...]:
     return CLASSES + SEARCHES
 
 
-def best_peer(yard: Yardstick, peers: Sequence[Entry], ours: Ours, domains: Sequence[int]) -> Entry | None:
-    """The best of all classes."""
-    found = [p for kind in kinds() if (p := best_of(yard, peers, kind, ours, domains))]
+def best_peer(yard: Yardstick, peers: Sequence[Entry], ours: Ours, domains: Sequence[int], most: float = np.inf) -> Entry | None:
+    """The best of all classes, of those whose file has at most `most` times our bytes."""
+    fits = [p for p in peers if p.score.size <= most * ours.score.size]
+    found = [p for kind in kinds() if (p := best_of(yard, fits, kind, ours, domains))]
     return min(found, key=lambda p: mean_and_error(kl_of(yard, p.score, domains))[0]) if found else None
 
 
 # ------------------------------------------------------------------------------------------------------------------- tables
 def main_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry], n_experts: int) -> list[str]:
     """Ours beside the best of all peers, at every budget."""
+    head = ["file MB", "kept", "predicted", "KL", "p99", "top-1", "perplexity", "worst domain"]
+    head += ["best peer", "its bytes / ours", "its KL", "ours - it", "ours / it", ""]
+    lines = [_row(head), _rule(len(head))]
+    lines += [_row(_own_cells(yard, row, n_experts) + _peer_cells(yard, row, peers)) for row in ours]
+    return [*lines, "", f"All peers: {count(yard, ours, peers)}.  Of {NEAR - 1:.0%} more bytes at most: {count(yard, ours, peers, NEAR)}."]
+
+
+def _own_cells(yard: Yardstick, row: Ours, n_experts: int) -> list[str]:
+    parts, mean = yard.split(row.score.kl), mean_and_error(yard.split(row.score.kl))
+    worst = max(range(len(parts)), key=lambda d: parts[d].mean())
+    cells = [f"{row.score.size / 1e6:.2f}", f"{row.count} of {n_experts}", f"{row.predicted:.3g}", f"**{mean[0]:.3g}** ± {mean[1]:.1g}"]
+    cells += [f"{np.mean(row.score.p99):.3g}", f"{np.mean([p.mean() for p in yard.split(row.score.same)]):.1%}"]
+    return [*cells, f"{yard.perplexity(row.score, range(len(parts))):.2f}", f"{parts[worst].mean():.3g} ({yard.names[worst]})"]
+
+
+def _peer_cells(yard: Yardstick, row: Ours, peers: Sequence[Entry]) -> list[str]:
+    every = range(len(yard.names))
+    peer = best_peer(yard, peers, row, every)
+    if peer is None:
+        return ["none", "-", "-", "-", "-", "no peer"]
+    mark, difference, spread = verdict(yard, row.score, peer.score, every, noise_floor(yard, peers))
+    mine, theirs = (mean_and_error(yard.split(s.kl))[0] for s in (row.score, peer.score))
+    bytes_ = f"{peer.score.size / row.score.size:.2f}"
+    return [f"{peer.kind} ({peer.label})", bytes_, f"{theirs:.3g}", f"{difference:+.3g} ± {spread:.1g}", f"{mine / theirs:.2f}", mark]
+
+
+def count(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry], most: float = np.inf) -> str:
+    """How many budgets are won, tied and lost, and the geometric mean of ours over the best peer."""
     every, floor = range(len(yard.names)), noise_floor(yard, peers)
-    head = [
-        "file MB",
-        "kept",
-        "predicted",
-        "KL",
-        "p99",
-        "top-1",
-        "perplexity",
-        "worst domain",
-        "best peer",
-        "its KL",
-        "ours - it",
-        "ours / it",
-        "",
-    ]
-    lines, ratios, counts = [_row(head), _rule(len(head))], [], {WIN: 0, TIE: 0, LOSS: 0}
-    for row in ours:
-        mean, error = mean_and_error(yard.split(row.score.kl))
-        worst = max(every, key=lambda d: yard.split(row.score.kl)[d].mean())
-        own = [f"{row.score.size / 1e6:.2f}", f"{row.count} of {n_experts}", f"{row.predicted:.4f}", f"**{mean:.4f}** ± {error:.4f}"]
-        own += [f"{np.mean(row.score.p99):.3f}", f"{np.mean([p.mean() for p in yard.split(row.score.same)]):.1%}"]
-        own += [f"{yard.perplexity(row.score, every):.2f}", f"{yard.split(row.score.kl)[worst].mean():.4f} ({yard.names[worst]})"]
-        peer = best_peer(yard, peers, row, every)
-        if peer is None:
-            lines.append(_row([*own, "none", "-", "-", "-", "no peer"]))
-            continue
-        mark, difference, spread = verdict(yard, row.score, peer.score, every, floor)
-        theirs = mean_and_error(yard.split(peer.score.kl))[0]
-        counts[mark] += 1
-        ratios.append(mean / theirs)
-        beside = [f"{peer.kind} ({peer.label})", f"{theirs:.4f}", f"{difference:+.4f} ± {spread:.4f}", f"{ratios[-1]:.2f}", mark]
-        lines.append(_row([*own, *beside]))
-    total = ", ".join(f"{n} {mark}" for mark, n in counts.items())
-    return [*lines, "", f"{total}; geometric mean of ours / best peer {float(np.exp(np.mean(np.log(ratios)))):.2f}."]
+    pairs = [(row, peer) for row in ours if (peer := best_peer(yard, peers, row, every, most))]
+    marks = [verdict(yard, row.score, peer.score, every, floor)[0] for row, peer in pairs]
+    ratios = [mean_and_error(yard.split(r.score.kl))[0] / mean_and_error(yard.split(p.score.kl))[0] for r, p in pairs]
+    told = ", ".join(f"{marks.count(mark)} {mark}" for mark in (WIN, TIE, LOSS))
+    mean = f", geometric mean of ours / best peer {float(np.exp(np.mean(np.log(ratios)))):.2f}" if ratios else ""
+    return f"{told}, {len(ours) - len(pairs)} without a peer{mean}"
 
 
 def class_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry]) -> list[str]:
@@ -143,8 +146,8 @@ def class_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry]) -
         for kind in kinds():
             peer = best_of(yard, peers, kind, row, every)
             mark = peer and verdict(yard, row.score, peer.score, every, floor)[0]
-            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.4f} ({peer.label}) {mark}" if peer else "-")
-        lines.append(_row([f"{row.score.size / 1e6:.2f}", f"{mean_and_error(yard.split(row.score.kl))[0]:.4f}", *cells]))
+            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.3g} ({peer.label}) {mark}" if peer else "-")
+        lines.append(_row([f"{row.score.size / 1e6:.2f}", f"{mean_and_error(yard.split(row.score.kl))[0]:.3g}", *cells]))
     return lines
 
 
@@ -157,8 +160,8 @@ def domain_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry]) 
         for d in range(len(yard.names)):
             peer = best_peer(yard, peers, row, [d])
             mark = peer and verdict(yard, row.score, peer.score, [d], floor)[0]
-            theirs = f"{kl_of(yard, peer.score, [d])[0].mean():.4f} ({peer.kind}) {mark}" if peer else "no peer"
-            cells.append(f"{kl_of(yard, row.score, [d])[0].mean():.4f} / {theirs}")
+            theirs = f"{kl_of(yard, peer.score, [d])[0].mean():.3g} ({peer.kind}) {mark}" if peer else "no peer"
+            cells.append(f"{kl_of(yard, row.score, [d])[0].mean():.3g} / {theirs}")
         lines.append(_row([f"{row.score.size / 1e6:.2f}", *cells]))
     return lines
 
@@ -172,8 +175,8 @@ def seed_table(yard: Yardstick, runs: Sequence[tuple[int, Sequence[Ours], Sequen
         cells = []
         for _, ours, peers in runs:
             peer = best_of(yard, peers, "mix", ours[i], every)
-            cells.append(f"{mean_and_error(yard.split(ours[i].score.kl))[0]:.4f}")
-            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.4f} ({peer.name})" if peer else "-")
+            cells.append(f"{mean_and_error(yard.split(ours[i].score.kl))[0]:.3g}")
+            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.3g} ({peer.name})" if peer else "-")
         lines.append(_row([str(i), *cells]))
     return lines
 
@@ -191,11 +194,11 @@ def task_table(
             plain = next(g for g in general if g.budget == row.budget)
             peer = best_peer(yard, peers, row, domains)
             cells = [" + ".join(names), f"{row.score.size / 1e6:.2f}", str(row.count)]
-            cells.append("**{:.4f}** ± {:.4f}".format(*mean_and_error(kl_of(yard, row.score, domains))))
-            cells.append(f"{mean_and_error(kl_of(yard, plain.score, domains))[0]:.4f}")
+            cells.append("**{:.3g}** ± {:.1g}".format(*mean_and_error(kl_of(yard, row.score, domains))))
+            cells.append(f"{mean_and_error(kl_of(yard, plain.score, domains))[0]:.3g}")
             cells.append(verdict(yard, row.score, plain.score, domains, floor)[0])
             if peer:
-                cells.append(f"{mean_and_error(kl_of(yard, peer.score, domains))[0]:.4f} ({peer.kind}: {peer.label})")
+                cells.append(f"{mean_and_error(kl_of(yard, peer.score, domains))[0]:.3g} ({peer.kind}: {peer.label})")
                 cells.append(verdict(yard, row.score, peer.score, domains, floor)[0])
             lines.append(_row(cells + [""] * (len(head) - len(cells))))
     return lines
