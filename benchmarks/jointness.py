@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quality import Bench
+from bench import Bench
+from yardstick import mean_and_error
 
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.generic import price_config
-from edgemoe.ir import Costs, Plan, hash_json
+from edgemoe.ir import Costs, Plan
 from edgemoe.memory import peak
-from edgemoe.pipeline import price_cached
 from edgemoe.plan import solve_plan
 from edgemoe.rules import ByteLimit, KeptCount, Pin, Rule
 
@@ -107,10 +107,7 @@ def main() -> None:
     if options.model is None:
         return
     bench = Bench(options.model, options.work / options.model.name, options.tokens)
-    costs = price_cached(bench.model, bench.stats, bench.target, 512, bench.work, None)[
-        0
-    ]  # without repair, which needs minutes for each plan
-    overhead = sum(costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
+    costs, overhead = bench.costs, bench.overhead  # without repair, which needs minutes for each plan
     lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]
     when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
     lines += [f"`python benchmarks/jointness.py {options.model}`, {when}.", ""]
@@ -125,9 +122,10 @@ def main() -> None:
             if plan is None:
                 cells.append("does not fit")
                 continue
-            key = f"ours {hash_json(plan.kept, plan.formats)}"
-            made = bench.measure(key, way, "jointness", f"E{plan.count}", lambda plan=plan: bench.write(plan))
-            cells.append(f"**{made.kl:.4f}** ({plan.predicted_kl:.4f}), {plan.count}, {made.size / 1e6:.2f}")
+            made_from = ("types", bench.imatrix, sorted(plan.formats.items()), plan.kept)
+            made = bench.held.measure(lambda plan=plan: bench.write(plan.formats, plan.kept), *made_from)
+            kl = mean_and_error(bench.held.split(made.kl))[0]
+            cells.append(f"**{kl:.4f}** ({plan.predicted_kl:.4f}), {plan.count}, {made.size / 1e6:.2f}")
         lines.append(f"| {budget / 1e6:.1f} | " + " | ".join(cells) + " |")
     text = "\n".join([*lines, ""])
     options.results.mkdir(parents=True, exist_ok=True)

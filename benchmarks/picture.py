@@ -1,19 +1,21 @@
-"""KL against file size as an SVG: our plans as a line, every peer's file as a dot."""
+"""KL against file size as an SVG: our builds as a line, every peer's file as a dot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 150, 36, 48
-COLOURS = {"one type": "#c2410c", "mix": "#a16207", "random": "#9ca3af", "frequency": "#7c3aed", "REAP sum": "#0e7490"}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 440, 64, 180, 36, 48
+COLOURS = {"one type": "#c2410c", "mix": "#a16207", "random": "#9ca3af", "frequency": "#7c3aed", "REAP": "#0e7490", "REAP sum": "#22b8cf"}
+COLOURS |= {"PMQ": "#be185d", "CC-MoE": "#f472b6", "APEX": "#15803d", "published": "#84cc16", "target size": "#111827", "greedy": "#dc2626"}
+COLOURS |= {"collaborative": "#fb923c", "REAP + target size": "#6b7280"}
 Point = tuple[float, float]  # file size in bytes, KL in nats per token
 
 
 def draw(title: str, ours: Sequence[Point], peers: dict[str, Sequence[Point]]) -> str:
     """The picture; sizes beyond our own range are cut off."""
     low, high = min(s for s, _ in ours) * 0.97, max(s for s, _ in ours) * 1.03
-    shown = {kind: [p for p in points if low <= p[0] <= high] for kind, points in peers.items()}
+    shown = {kind: [p for p in points if low <= p[0] <= high] for kind, points in peers.items() if points}
     kls = [kl for points in (ours, *shown.values()) for _, kl in points]
     bottom, top = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)))
 

@@ -1,0 +1,172 @@
+"""Calibration text -> statistics, prices, peers' files and our builds, all of one model and one slice of the text.
+
+Our files are what `edgemoe build` makes (pipeline.build_artifact, its defaults); peers' files go through our writer or llama-quantize, with
+the same importance matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import llama_cpp as lc
+import numpy as np
+from recipes import Kept
+from yardstick import Yardstick
+
+from edgemoe.calibrate import collect_stats
+from edgemoe.errors import VerifyError
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Costs, Model, Plan, Report, Stats, hash_json, load_record
+from edgemoe.memory import peak
+from edgemoe.pipeline import BuildRequest, build_artifact, choose_context, price_cached
+from edgemoe.plan import least_budget, solve_plan
+from edgemoe.scores import importance_of
+from edgemoe.targets import find_target
+from edgemoe.targets.gguf.formats import floor_importance
+from edgemoe.targets.gguf.writer import tensor_name
+from edgemoe.texts import Text, choose_texts
+
+SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
+LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight
+PROBE_TOKENS = 2048  # of calibration text, for the searches that measure single tensors
+CHECK_CHARACTERS = 2000  # of held-out text that a build checks itself on; the bench measures it afterwards
+
+
+class Bench:
+    """A model and one slice of the calibration texts.
+
+    Args:
+        source: the checkpoint.
+        work: folder for results, statistics and files of the moment.
+        tokens: held-out tokens of all texts.
+        calibration_tokens: of all calibration texts.
+        seed: which slice of the calibration texts comes first.
+        domains: names of the calibration texts to use (none: all).
+    """
+
+    def __init__(
+        self, source: Path, work: Path, tokens: int, calibration_tokens: int = 65_536, seed: int = 0, domains: tuple[str, ...] = ()
+    ) -> None:
+        self.model, self.target, self.work, self.seed = inspect_model(source), find_target("gguf"), work, seed
+        self.source, self.calibration_tokens = source, calibration_tokens
+        work.mkdir(parents=True, exist_ok=True)
+        shipped, heldout = choose_texts([], [])
+        texts = tuple(slice_text(t, seed) for t in shipped if not domains or t.name in domains)
+        self.files = write_texts(work / f"texts-{seed}", texts)
+        self.check = write_texts(work / "texts-check", (first_words(heldout[0]),))
+        self.calibration, _ = choose_texts(self.files, self.check)
+        self.names = [t.name for t in heldout]
+        self.held = Yardstick(self.model, self.target, heldout, tokens, work)
+        if min(np.bincount(self.held.windows.domain)) < 2:
+            raise SystemExit(f"--tokens {tokens}: each of {len(heldout)} texts needs two windows, or there is no standard error")
+        self.context = choose_context(self.model, None)
+        self.stats: Stats = collect_stats(self.model, self.calibration, work, max_tokens=calibration_tokens)
+        self.costs: Costs = price_cached(self.model, self.stats, self.target, self.context, work, None)[0]
+        self.any_plan = solve_plan(self.costs, 10**15)
+        self.overhead = peak({**self.costs.memory, "weights": 0, "staging": 0})
+        importance = [importance_of(self.model, self.stats, layer) for layer in range(-1, self.model.n_layers)]
+        self.imatrix = hash_json([sorted((*k, float(v.sum())) for k, v in found.items()) for found in importance])
+
+    def probe(self) -> Yardstick:
+        """A yardstick of calibration text, for searches that measure: held-out text is for the verdict alone."""
+        return Yardstick(self.model, self.target, self.calibration, PROBE_TOKENS, self.work / f"probe-{self.seed}")
+
+    def least_file(self) -> int:
+        """Bytes of our smallest file."""
+        return round(max(LEAST_SHARE * self.model.n_bytes, (least_budget(self.costs) - self.overhead) * 1.02))
+
+    def plan_of(self, types: Mapping[str, str], kept: Kept) -> Plan:
+        """A peer's choice as a plan that the writer takes; what it predicts is nobody's."""
+        return replace(self.any_plan, kept=kept, formats=dict(types), sizes=dict.fromkeys(types, 0), file_size=0, repair=False)
+
+    def write(self, types: Mapping[str, str], kept: Kept) -> Path:
+        """A peer's file, survivors as they are."""
+        folder = self.work / "file"
+        folder.mkdir(exist_ok=True)
+        return self.target.write(self.model, self.stats, self.plan_of(types, kept), folder, 0, None).path
+
+    def quantize(self, mix: str, kept: Kept) -> Path:
+        """A peer's file by llama-quantize, from F16."""
+        source = self.work / f"F16-{hash_json(kept)[:12]}.gguf"
+        if not source.exists():
+            for old in self.work.glob("F16-*.gguf"):
+                old.unlink()
+            self.write(dict.fromkeys(self.any_plan.formats, "F16"), kept).rename(source)
+        return llama_quantize(source, self.work / "peer.gguf", mix, imatrix_entries(self.model, self.stats, kept))
+
+    def build(self, size: int) -> tuple[Plan, Path]:
+        """Our file for `size` bytes of weights, as `edgemoe build` makes it; a broken promise is told, and the file measured."""
+        request = BuildRequest(
+            model=str(self.source),
+            memory=size + self.overhead,
+            out=self.work / "ours",
+            calibration=self.files,
+            calibration_tokens=self.calibration_tokens,
+            heldout=self.check,
+            work=self.work,
+            force=True,
+        )
+        try:
+            build_artifact(request)
+        except VerifyError as error:
+            if not (request.out / "report.json").exists():
+                raise
+            print(f"  note: {error}")
+        report = load_record(request.out / "report.json", Report)
+        return report.plan, request.out / report.artifact.files[0].name
+
+
+# ------------------------------------------------------------------------------------------------------------------- texts
+def slice_text(text: Text, seed: int) -> Text:
+    """The same text from another place on: seed s starts s quarters further and goes round."""
+    start = seed % SLICES * len(text.documents) // SLICES
+    return replace(text, documents=text.documents[start:] + text.documents[:start])
+
+
+def first_words(text: Text) -> Text:
+    """The beginning of a text."""
+    return replace(text, documents=("".join(text.documents)[:CHECK_CHARACTERS],))
+
+
+def write_texts(folder: Path, texts: tuple[Text, ...]) -> tuple[str, ...]:
+    """Texts as files for --calibration and --heldout, documents parted by form feeds."""
+    folder.mkdir(exist_ok=True)
+    for text in texts:
+        (folder / f"{text.name}.txt").write_text("\f".join(text.documents), encoding="utf-8")
+    return tuple(str(folder / f"{text.name}.txt") for text in texts)
+
+
+# ---------------------------------------------------------------------------------------------------------- llama-quantize
+def imatrix_entries(model: Model, stats: Stats, kept: Kept) -> dict[str, np.ndarray]:
+    """Importance by tensor name, experts in the order of the file."""
+    entries: dict[str, np.ndarray] = {}
+    for layer in range(-1, model.n_layers):
+        found = importance_of(model, stats, layer)
+        for role in {role for role, _ in found}:
+            experts = [-1] if (role, -1) in found else kept[layer]
+            entries[tensor_name(role, layer)] = np.concatenate([floor_importance(found[role, e]) for e in experts])
+    return entries
+
+
+@lc.llama_log_callback
+def _silence(level: int, text: bytes, data: object) -> None:
+    """llama-quantize tells a line of each tensor."""
+
+
+def llama_quantize(source: Path, out: Path, mix: str, entries: dict[str, np.ndarray]) -> Path:
+    """llama-quantize with an importance matrix."""
+    lc.llama_log_set(_silence, ctypes.c_void_p(0))
+    params = lc.llama_model_quantize_default_params()
+    params.ftype = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{mix}")
+    params.nthread = 2
+    array = (lc.llama_model_imatrix_data * (len(entries) + 1))()
+    for slot, (name, values) in zip(array, sorted(entries.items()), strict=False):
+        slot.name, slot.size = name.encode(), values.size
+        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = ctypes.cast(array, ctypes.POINTER(lc.llama_model_imatrix_data))
+    if lc.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) != 0:
+        raise SystemExit(f"llama-quantize failed for {mix}")
+    return out

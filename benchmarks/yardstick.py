@@ -1,0 +1,120 @@
+"""A GGUF -> its Score: llama.cpp on fixed windows beside the original in F32, window by window; what was measured once is remembered.
+
+Results are kept as lines of JSON, one for each file, named by a hash of what the file was made from and of the windows; files are not kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.checkpoint import read_tensor
+from edgemoe.ir import Model, hash_file, hash_json
+from edgemoe.targets import Target
+from edgemoe.texts import Text
+from edgemoe.verify import reference_states, tokenize_heldout
+
+EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
+ROWS_AT_ONCE = 128  # of logits in float64
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One measured file: bytes, means over the tokens of each window (nats per token, share), 99th percentiles of KL of each domain."""
+
+    size: int
+    kl: tuple[float, ...]
+    same: tuple[float, ...]
+    nll: tuple[float, ...]
+    p99: tuple[float, ...]
+
+
+class Yardstick:
+    """Windows of some texts, and what the original makes of them."""
+
+    def __init__(self, model: Model, target: Target, texts: Sequence[Text], tokens: int, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.model, self.target, self.names = model, target, tuple(t.name for t in texts)
+        self.windows = tokenize_heldout(model, texts, tokens)
+        self.states = reference_states(model, self.windows, work)
+        self.head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))
+        self.key = hash_json(model.fingerprint, self.windows.tokens.tolist(), self.windows.lengths.tolist())
+        self.log = work / "results.jsonl"
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.known = {key: Score(**{k: tuple(v) if k != "size" else v for k, v in score.items()}) for key, score in map(json.loads, lines)}
+
+    def knows(self, *made_from: object) -> bool:
+        """Whether a file was measured before."""
+        return hash_json(self.key, *made_from) in self.known
+
+    def measure(self, make: Callable[[], Path], *made_from: object) -> Score:
+        """Make a file unless it was measured before, measure it, delete it."""
+        key = hash_json(self.key, *made_from)
+        if key not in self.known:
+            path = make()
+            self._remember(key, self._run(path))
+            path.unlink()
+        return self.known[key]
+
+    def measure_file(self, path: Path) -> Score:
+        """Measure a file that stays; it is known by its bytes."""
+        key = hash_json(self.key, hash_file(path))
+        if key not in self.known:
+            self._remember(key, self._run(path))
+        return self.known[key]
+
+    def _remember(self, key: str, score: Score) -> None:
+        self.known[key] = score
+        with self.log.open("a") as log:
+            log.write(json.dumps([key, asdict(score)]) + "\n")
+
+    def _run(self, path: Path) -> Score:
+        rows = [w[:n].tolist() for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)]
+        found: list[tuple[Array, Array, Array]] = []
+
+        def compare(number: int, logits: NDArray[np.float32]) -> None:
+            found.append(compare_window(self.states[number, : len(rows[number])] @ self.head.T, logits, np.array(rows[number])))
+
+        self.target.run(path, {"windows": rows, "vocab_size": self.model.vocab_size, **EXACT}, compare)
+        kl, same, nll = (tuple(float(f[i].mean()) for f in found) for i in range(3))
+        tokens = [np.concatenate([f[0] for f, d in zip(found, self.windows.domain, strict=True) if d == n]) for n in range(len(self.names))]
+        return Score(size=path.stat().st_size, kl=kl, same=same, nll=nll, p99=tuple(float(np.quantile(t, 0.99)) for t in tokens))
+
+    def split(self, values: Sequence[float]) -> list[Array]:
+        """Values of the windows by domain."""
+        return [np.array(values)[self.windows.domain == d] for d in range(len(self.names))]
+
+    def perplexity(self, score: Score, domains: Sequence[int]) -> float:
+        """Per token, over the windows of some domains alike."""
+        return float(np.exp(np.mean([self.split(score.nll)[d].mean() for d in domains])))
+
+
+def compare_window(original: NDArray[np.float32], ours: NDArray[np.float32], tokens: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+    """Of every token of a window: KL(original || ours) in nats, whether the first choice is the same, and its surprise (one less)."""
+    kl, same, nll = [], [], []
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        p, q = (_log_softmax(logits[start : start + ROWS_AT_ONCE]) for logits in (original, ours))
+        kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        following = tokens[start + 1 : start + 1 + len(q)]
+        nll.append(-q[np.arange(len(following)), following])
+    return np.concatenate(kl), np.concatenate(same).astype(np.float64), np.concatenate(nll)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> Array:
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    found: Array = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return found
+
+
+def mean_and_error(parts: Sequence[Array]) -> tuple[float, float]:
+    """Mean over domains of the mean over their windows, and its standard error (domains are given, windows are a sample of each)."""
+    mean = float(np.mean([p.mean() for p in parts]))
+    return mean, float(np.sqrt(sum(p.var(ddof=1) / len(p) for p in parts))) / len(parts)
