@@ -11,6 +11,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import ModelError
 from edgemoe.feedback import Floats, Grid, Moments, Signed, Table, Uniform, descend_columns, round_columns
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
@@ -32,7 +33,12 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
         name: the ggml type.
         moments: of the matrix's inputs, [C, C].
         sweeps: of refitted scales and codes after the feedback.
+
+    Raises:
+        ModelError: a weight is NaN or infinite (ggml itself would write garbage).
     """
+    if not np.isfinite(rows).all():
+        raise ModelError(f"{name}: a row holds NaN or infinite weights")
     cols = rows.shape[1]
     left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
     chunks = [slice(i, min(i + CHUNK, cols)) for i in range(0, cols, CHUNK)]
