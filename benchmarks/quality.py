@@ -27,10 +27,9 @@ from picture import draw
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Stats, hash_json
-from edgemoe.pipeline import price_cached
+from edgemoe.pipeline import ROUNDINGS, price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import discount_drops
-from edgemoe.repair import repair_survivors
 from edgemoe.scores import importance_of, score_experts
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import WIDE, floor_importance
@@ -60,8 +59,8 @@ class Result:
 class Bench:
     """A model, its statistics, prices and held-out windows; measures files and remembers the results."""
 
-    def __init__(self, source: Path, work: Path, tokens: int) -> None:
-        self.model, self.target, self.work = inspect_model(source), find_target("gguf"), work
+    def __init__(self, source: Path, work: Path, tokens: int, rounding: str = ROUNDINGS[0]) -> None:
+        self.model, self.target, self.work, self.rounding = inspect_model(source), find_target("gguf"), work, rounding
         work.mkdir(parents=True, exist_ok=True)
         self.calibration, heldout = choose_texts([], [])
         self.stats: Stats = collect_stats(self.model, self.calibration, work)
@@ -94,9 +93,9 @@ class Bench:
         folder.mkdir(exist_ok=True)
         return self.target.write(model or self.model, self.stats, plan, folder, 0, None).path
 
-    def write_repaired(self, plan: Plan) -> Path:
+    def write_stored(self, plan: Plan) -> Path:
         """Emit a plan as `build` does."""
-        return self.write(plan, repair_survivors(self.model, self.calibration, plan, self.work))
+        return self.write(plan, store_weights(self.model, self.calibration, self.stats, plan, self.work, rounding=self.rounding))
 
     def flat_plan(self, name: str, kept: tuple[tuple[int, ...], ...]) -> Plan:
         """Every tensor in one format."""
@@ -174,8 +173,8 @@ def measure_ours(bench: Bench, largest: int) -> Iterator[tuple[Result, Plan]]:
     for i in range(BUDGETS):
         size = round(largest * (lowest / largest) ** (i / (BUDGETS - 1)))
         plan = solve_plan(bench.costs, size + overhead)
-        key = f"ours repaired {hash_json(plan.kept, plan.formats)}"
-        yield bench.measure(key, "ours", "ours", f"E{plan.count}", lambda plan=plan: bench.write_repaired(plan)), plan
+        key = f"ours {bench.rounding} {hash_json(plan.kept, plan.formats)}"
+        yield bench.measure(key, "ours", "ours", f"E{plan.count}", lambda plan=plan: bench.write_stored(plan)), plan
 
 
 CLASSES = ("one type", "mix", "random", "frequency", "REAP sum")
@@ -217,9 +216,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench"), help="files and results are kept here between runs")
     parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default=ROUNDINGS[0], help="of our files")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where NAME.md and NAME.svg go")
     options = parser.parse_args()
-    bench = Bench(options.model, options.work / options.model.name, options.tokens)
+    bench = Bench(options.model, options.work / options.model.name, options.tokens, options.rounding)
     peers = list(measure_peers(bench))
     largest = next(p.size for p in peers if p.recipe == "all experts" and p.name == "Q8_0")
     ours = list(measure_ours(bench, largest))

@@ -1,7 +1,7 @@
 """Weights, second moments of their inputs, a grid -> codes: rounding that lets later columns take up the error of earlier ones.
 
-With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  Columns are rounded one group
-after another; each group's error is passed on to the columns still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
+With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  One group of columns is rounded
+after another; each group's error is passed on to those still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
 LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays: stock formats store it per block of columns.
 Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  Rows are independent.
 """
@@ -21,11 +21,11 @@ Floats = NDArray[np.float32]
 
 # ---------------------------------------------------------------------------------------------------------- second moments
 def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating]) -> NDArray[np.float64]:
-    """An expert's mean x x' [C, C] from its own tokens, shrunk to the layer's where they are few; the layer's is scaled to the same mean."""
-    own, layer = np.asarray(own, np.float64), np.asarray(layer, np.float64)
+    """An expert's second moments [C, C], shrunk to the layer's (scaled to the same trace) where its tokens are few."""
+    whole: NDArray[np.float64] = np.asarray(layer, np.float64)
     if not n_own > 0 or not np.trace(own) > 0:
-        return layer
-    scaled = layer * (np.trace(own) / max(np.trace(layer), 1e-300))
+        return whole
+    scaled = whole * (np.trace(own) / max(np.trace(whole), 1e-300))
     mixed: NDArray[np.float64] = (n_own * own + TRUST * scaled) / (n_own + TRUST)
     return mixed
 
@@ -118,7 +118,7 @@ class Signed:
         parts = 8 // width
         up = np.where(scale < 0, np.float32(-1), np.float32(1))
         signs = self._first_signs(w * up)
-        value = np.abs(w) * up  # stands for the parts not yet chosen
+        value = (np.abs(w) * up).astype(np.float32)  # stands for the parts not yet chosen
         index = np.zeros((len(w), parts), np.int64)
         for turn in range(2):
             for part in range(parts):
@@ -154,7 +154,7 @@ class Signed:
         if self.magnitudes.shape[1] < 8:
             others = value * signs
             others[:, at] = 0
-            target = target - others @ metric[:, at]
+            target = np.asarray(target - others @ metric[:, at], np.float32)
         rows, cols = np.triu_indices(inner.shape[0])
         twice = np.where(rows == cols, 1, 2).astype(np.float32)
         features = np.concatenate([self.magnitudes[:, rows] * self.magnitudes[:, cols] * twice, self.magnitudes], axis=1)
@@ -168,7 +168,8 @@ class Signed:
         rows, cols = np.triu_indices(8, 1)
         features = np.concatenate([patterns[:, rows] * patterns[:, cols] * 2, patterns], axis=1)
         weights = np.concatenate([value[:, rows] * value[:, cols] * metric[rows, cols], -2 * value * linear], axis=1)
-        return patterns[(weights @ features.T).argmin(axis=1)]
+        best: Floats = patterns[(weights @ features.T).argmin(axis=1)]
+        return best
 
 
 def sign_patterns(*, even: bool) -> Floats:
@@ -209,9 +210,7 @@ def round_columns(weights: Floats, grid: Grid, moments: Moments, columns: slice)
     return codes, values, error @ upper[columns, stop:]
 
 
-def descend_columns(
-    codes: NDArray[np.int32], values: Floats, grid: Grid, moments: Moments, gradient: Floats, columns: slice
-) -> None:
+def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moments: Moments, gradient: Floats, columns: slice) -> None:
     """Choose every group of some columns again, all others given; codes, values and gradient [R, C] are changed in place.
 
     Args:

@@ -49,7 +49,7 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
         left[:, chunk.stop :] -= correction
         packed.append(write_codes(stock, name, codes))
     if sweeps:
-        gradient = (rows - values) @ moments.h
+        gradient = np.asarray((rows - values) @ moments.h, np.float32)
     for _ in range(sweeps):
         for n, chunk in enumerate(chunks):
             packed[n] = _refit_scales(packed[n], name, values, moments, gradient, chunk)
@@ -57,6 +57,16 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
             descend_columns(codes, values, grid_of(packed[n], name), moments, gradient, chunk)
             packed[n] = write_codes(packed[n], name, codes)
     return np.concatenate(packed, axis=1)
+
+
+def feeds_back(name: str) -> bool:
+    """Whether feedback knows a format."""
+    return name in FED_BACK
+
+
+def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Moments | None) -> NDArray[np.uint8]:
+    """Rows in a format, by the stock quantizer with this importance, or with feedback where there are second moments."""
+    return quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments)
 
 
 # -------------------------------------------------------------------------------------------------------------------- grids

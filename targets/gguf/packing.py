@@ -17,7 +17,7 @@ from edgemoe.targets.gguf.formats import FORMATS
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`bits` [groups, code bits]: place of each code bit in the block, counted from the low bit of byte 0; `scales`: bytes of each float16."""
+    """`bits` [groups, code bits]: place of each code bit in the block, counted from the low bit of byte 0."""
 
     dim: int  # columns of a group
     bits: NDArray[np.int64]
@@ -56,7 +56,7 @@ def layout_of(name: str) -> Layout:
         "Q3_K": lambda: Layout(1, np.hstack([_pairs(32), _bit(i % 32, i // 32)]), (108,)),
         "Q4_K": lambda: Layout(1, _nibbles(16, 32, 256), (0, 2)),
         "Q5_K": lambda: Layout(1, np.hstack([_nibbles(48, 32, 256), _bit(16 + i % 32, i // 32)]), (0, 2)),
-        "Q6_K": lambda: Layout(1, np.hstack([_q6_low(), (8 * (128 + i // 128 * 32 + i % 32) + 2 * (i // 32 % 4))[:, None] + [0, 1]]), (208,)),
+        "Q6_K": lambda: Layout(1, np.hstack([_q6_low(), _q6_high()]), (208,)),
         "IQ4_XS": lambda: Layout(1, _nibbles(8, 16, 256), (0,)),
         "IQ4_NL": lambda: Layout(1, _nibbles(2, 16, 32), (0,)),
         "Q4_0": lambda: Layout(1, _nibbles(2, 16, 32), (0,)),
@@ -67,13 +67,11 @@ def layout_of(name: str) -> Layout:
         "MXFP4": lambda: Layout(1, _nibbles(1, 16, 32)),
         "IQ2_XXS": lambda: Layout(8, np.hstack([8 * (2 + g // 4 * 8 + g % 4)[:, None] + eight, _sign_bits(6, 8)]), (0,)),
         "IQ2_XS": lambda: Layout(8, 8 * (2 + 2 * g)[:, None] + np.arange(16), (0,)),
-        "IQ2_S": lambda: Layout(
-            8, np.hstack([8 * (2 + g)[:, None] + eight, (8 * (66 + g // 4) + 2 * (g % 4))[:, None] + [0, 1], 8 * (34 + g)[:, None] + eight]), (0,)
-        ),
+        "IQ2_S": lambda: Layout(8, np.hstack([_bytes(2), (8 * (66 + g // 4) + 2 * (g % 4))[:, None] + np.arange(2), _bytes(34)]), (0,)),
         "IQ3_XXS": lambda: Layout(8, np.hstack([8 * (2 + 2 * g)[:, None] + np.arange(16), _sign_bits(66, 4)]), (0,)),
-        "IQ3_S": lambda: Layout(8, np.hstack([_iq3s_index(0), _iq3s_index(1), 8 * (74 + g)[:, None] + eight]), (0,)),
-        "IQ1_S": lambda: Layout(8, np.hstack([8 * (2 + g)[:, None] + eight, (8 * (34 + g // 4 * 2) + 3 * (g % 4))[:, None] + [0, 1, 2]]), (0,)),
-        "IQ1_M": lambda: Layout(8, np.hstack([8 * g[:, None] + eight, (8 * (32 + g // 2) + 4 * (g % 2))[:, None] + np.arange(4)])),
+        "IQ3_S": lambda: Layout(8, np.hstack([_iq3s_index(0), _iq3s_index(1), _bytes(74)]), (0,)),
+        "IQ1_S": lambda: Layout(8, np.hstack([_bytes(2), (8 * (34 + g // 4 * 2) + 3 * (g % 4))[:, None] + np.arange(3)]), (0,)),
+        "IQ1_M": lambda: Layout(8, np.hstack([_bytes(0), (8 * (32 + g // 2) + 4 * (g % 2))[:, None] + np.arange(4)])),
     }
     return layouts[name]()
 
@@ -81,6 +79,16 @@ def layout_of(name: str) -> Layout:
 def _q6_low() -> NDArray[np.int64]:
     i = np.arange(256)
     return (8 * (i // 128 * 64 + i % 64) + 4 * (i // 64 % 2))[:, None] + np.arange(4)
+
+
+def _q6_high() -> NDArray[np.int64]:
+    i = np.arange(256)
+    return (8 * (128 + i // 128 * 32 + i % 32) + 2 * (i // 32 % 4))[:, None] + np.arange(2)
+
+
+def _bytes(start: int) -> NDArray[np.int64]:
+    """A byte for each of 32 groups."""
+    return 8 * (start + np.arange(32))[:, None] + np.arange(8)
 
 
 def _sign_bits(start: int, stride: int) -> NDArray[np.int64]:
