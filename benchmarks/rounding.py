@@ -49,8 +49,8 @@ def input_moments(model: Model, texts: list[Text], tokens: int) -> Moments:
 
             def note(expert: int, token: torch.Tensor, x: torch.Tensor, h: torch.Tensor, _: torch.Tensor, gate: torch.Tensor) -> None:
                 weight = gate**2 * mask[token]
-                for name, value in (("in", x), ("mid", h)):
-                    seen.append((name, expert, ((value * weight[:, None]).T @ value).double().numpy(), int(mask[token].sum())))
+                grams = (("in", (x * weight[:, None]).T @ x), ("mid", (h * weight[:, None]).T @ h))
+                seen.extend((name, expert, gram.double().numpy(), int(mask[token].sum())) for name, gram in grams)
 
             with recording(Recorder(on_expert=note)):
                 return stream.run_layer(module, x), seen
@@ -59,9 +59,9 @@ def input_moments(model: Model, texts: list[Text], tokens: int) -> Moments:
         states = []
         for out, seen in map_ordered(run, pieces, device=stream.device):
             states.append(out)
-            for name, expert, gram, n in seen:
-                old = found.get((layer, name, expert), (0.0, 0))
-                found[layer, name, expert] = (old[0] + gram, old[1] + n)
+            for name, owner, gram, n in seen:
+                old = found.get((layer, name, owner), (0.0, 0))
+                found[layer, name, owner] = (old[0] + gram, old[1] + n)
         stream.unload_layer(layer)
     return found
 
