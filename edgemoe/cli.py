@@ -165,13 +165,14 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
     experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
     per_state = request.calibration_tokens * model.hidden_size * 4
+    streams = request.repair or request.rounding == "feedback"
     needs = {
         "least_budget": least,
         "budget": request.memory,
         "beside_weights": sum(parts.values()),
         "context": context,
-        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if request.repair else 2 * per_state),
-        "memory_to_build": (4 if request.repair else 2) * largest + 3 * 2**29,
+        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if streams else 2 * per_state),
+        "memory_to_build": (4 if streams else 2) * largest + 3 * 2**29,
     }
     if as_json:
         print(json.dumps(needs, indent=1))

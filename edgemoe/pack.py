@@ -39,18 +39,19 @@ class Packing:
 
     model: Model
     stats: Stats
-    plan: Plan
     target: Target
-
-    def formats(self) -> dict[tuple[str, int, int], str]:
-        """The plan's format by (role, layer, expert); expert -1 for a matrix or a whole stack."""
-        units = self.target.list_units(self.model)
-        return {(u.role, u.layer, u.expert): self.plan.formats[u.name] for u in units if u.name in self.plan.formats}
+    formats: Mapping[tuple[str, int, int], str]  # by (role, layer, expert); expert -1 for a matrix or a whole stack
 
     def format_of(self, role: str, layer: int, expert: int = -1) -> str:
         """The format of one matrix."""
-        found = self.formats()
-        return found[role, layer, expert if (role, layer, expert) in found else -1]
+        return self.formats[role, layer, expert if (role, layer, expert) in self.formats else -1]
+
+
+def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target) -> Packing:
+    """What to round with, from what was planned."""
+    units = target.list_units(model)
+    formats = {(u.role, u.layer, u.expert): plan.formats[u.name] for u in units if u.name in plan.formats}
+    return Packing(model=model, stats=stats, target=target, formats=formats)
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix

@@ -19,7 +19,7 @@ from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, Ve
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
-from edgemoe.pack import Packing
+from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.repair import repair_survivors
@@ -151,7 +151,7 @@ def store_weights(
     check_rounding(rounding)
     packing = None
     if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
-        packing = Packing(model=model, stats=stats, plan=plan, target=find_target(plan.target))
+        packing = plan_packing(model, stats, plan, find_target(plan.target))
     if not packing and not plan.repair:
         return model
     return repair_survivors(model, texts, plan, work, max_tokens=max_tokens, packing=packing, progress=progress)

@@ -78,7 +78,7 @@ def repair_survivors(
     work = work.absolute() / f"repair-{key[:16]}"
     done = work / "model.json"
     if done.exists():
-        return _open_repaired(done, model, packing.formats() if packing else {})
+        return _open_repaired(done, model, packing.formats if packing else {})
     work.mkdir(parents=True, exist_ok=True)
     windows = tokenize(model, texts, max_tokens, WINDOW)
     weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
@@ -88,7 +88,7 @@ def repair_survivors(
         if progress:
             progress(layer + 1, model.n_layers)
     job.pack_ends()
-    formats = packing.formats() if packing else {}
+    formats = packing.formats if packing else {}
     repaired = replace(model, tensors=tuple(_overlay(t, work, formats) for t in model.tensors))
     save_record(done, repaired)
     for scratch in work.glob("*.bin"):

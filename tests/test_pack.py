@@ -19,7 +19,7 @@ from edgemoe.errors import ModelError, UsageError
 from edgemoe.feedback import factor_moments, objective
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan, Stats
-from edgemoe.pack import Packing, pack_matrix
+from edgemoe.pack import pack_matrix, plan_packing
 from edgemoe.pipeline import store_weights
 from edgemoe.repair import repair_survivors
 from edgemoe.targets import find_target, gguf
@@ -114,7 +114,7 @@ def test_without_feedback_or_drops_weights_stay_where_they_are(model: Model, tex
 def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     model: Model, texts: list[Text], stats: Stats, plan: Plan, stored: Model, tmp_path: Path
 ) -> None:
-    packing = Packing(model=model, stats=stats, plan=plan, target=find_target("gguf"))
+    packing = plan_packing(model, stats, plan, find_target("gguf"))
 
     def kill(done: int, _: int) -> None:
         if done == 1:
