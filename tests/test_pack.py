@@ -136,7 +136,7 @@ from edgemoe.targets.gguf.feedback import quantize_fed_back
 rng = np.random.default_rng(3)
 x = rng.normal(size=(600, 512)) @ rng.normal(size=(512, 512))
 rows, moments = rng.normal(size=(256, 512)).astype(np.float32), factor_moments(x.T @ x)
-print([hashlib.sha256(quantize_fed_back(rows, kind, moments).tobytes()).hexdigest() for kind in ("Q3_K", "IQ2_XXS", "IQ1_M")])
+print([hashlib.sha256(quantize_fed_back(rows, kind, moments).tobytes()).hexdigest() for kind in ("Q3_K", "IQ2_XXS")])
 """
 
 
