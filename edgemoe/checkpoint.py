@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgemoe.ir import Tensor
 
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 MAX_JSON = 64 * 2**20
+PACKED = "U8"  # how our own files hold packed rows; no checkpoint's
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -60,7 +62,7 @@ def list_shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+def read_header(path: Path, dtypes: Collection[str] = DTYPES) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Tensors of one safetensors file: name -> (dtype, shape, offset of its first byte in the file).
 
     Raises:
@@ -82,19 +84,19 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        found[name] = _check_entry(path, name, entry, 8 + length, size)
+        found[name] = _check_entry(path, name, entry, 8 + length, size, dtypes)
     return found
 
 
-def _check_entry(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[str, tuple[int, ...], int]:
+def _check_entry(path: Path, name: str, entry: Any, start: int, size: int, dtypes: Collection[str]) -> tuple[str, tuple[int, ...], int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
         begin, end = int(begin), int(end)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{path}: the header entry of {name!r} is malformed: {error!r}") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelError(f"{path}: {name} has dtype {dtype}, which is not supported", hint=f"supported: {', '.join(DTYPES)}")
-    expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ModelError(f"{path}: {name} has dtype {dtype}, which is not supported", hint=f"supported: {', '.join(dtypes)}")
+    expected = math.prod(shape) * (1 if dtype == PACKED else np.dtype(DTYPES[dtype]).itemsize)
     if any(n < 0 for n in shape) or begin < 0 or end - begin != expected:
         raise ModelError(f"{path}: {name} of shape {list(shape)} in {dtype} takes {expected} bytes, its data_offsets {begin}..{end} do not")
     if start + end > size:
@@ -109,6 +111,8 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
         ModelError: the file is too short, or a weight is NaN or infinite.
     """
     path = Path(folder) / tensor.file
+    if tensor.packed:
+        raise ModelError(f"{path}: {tensor.name} is packed as {tensor.packed}, not plain", hint=f"delete {path.parent}")
     raw = np.empty(tensor.n_bytes, np.uint8)
     try:
         with path.open("rb") as file:
@@ -123,3 +127,18 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
         bad = int(values.size - np.isfinite(values).sum())
         raise ModelError(f"{path}: {tensor.name} holds {bad} NaN or infinite weights")
     return values
+
+
+def read_packed(folder: str | Path, tensor: Tensor, row_bytes: int) -> NDArray[np.uint8]:
+    """The packed rows of a tensor that has them [R, row_bytes].
+
+    Raises:
+        ModelError: the file is too short.
+    """
+    path = Path(folder) / tensor.file
+    rows = np.empty((tensor.shape[0], row_bytes), np.uint8)
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        if file.readinto(rows.data) != rows.nbytes:
+            raise ModelError(f"{path}: file ends inside {tensor.name}", hint=f"delete {path.parent}")
+    return rows

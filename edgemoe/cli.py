@@ -34,6 +34,7 @@ from edgemoe.cli_options import (
     ObjectiveOpt,
     OutOpt,
     RecipeOpt,
+    RoundingOpt,
     RuleOpt,
     ShardOpt,
     SolverOpt,
@@ -102,6 +103,7 @@ def build(
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
     ] = None,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
+    rounding: RoundingOpt = "feedback",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -138,6 +140,7 @@ def build(
         seconds=time_limit,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         repair=repair,
+        rounding=rounding,
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
@@ -168,13 +171,14 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
     experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
     per_state = request.calibration_tokens * model.hidden_size * 4
+    streams = request.repair or request.rounding == "feedback"
     needs = {
         "least_budget": least,
         "budget": request.memory,
         "beside_weights": sum(parts.values()),
         "context": context,
-        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if request.repair else 2 * per_state),
-        "memory_to_build": (4 if request.repair else 2) * largest + 3 * 2**29,
+        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if streams else 2 * per_state),
+        "memory_to_build": (4 if streams else 2) * largest + 3 * 2**29,
     }
     if as_json:
         print(json.dumps(needs, indent=1))
@@ -236,15 +240,18 @@ def emit(
     calibration: CalibrationOpt = None,
     calibration_tokens: TokensOpt = 65_536,
     shard_max: ShardOpt = None,
+    rounding: RoundingOpt = "feedback",
     force: ForceOpt = False,
 ) -> None:
     """Write what a plan says; survivors of a drop are repaired first, with the shipped texts or yours, if the plan was priced so."""
     from edgemoe.emit import emit_artifact
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats, load_record, save_record
-    from edgemoe.pipeline import prepare_output
+    from edgemoe.pipeline import check_rounding, prepare_output, store_weights
     from edgemoe.targets import find_target
+    from edgemoe.texts import choose_texts
 
+    check_rounding(rounding)
     found, chosen = inspect_model(model), load_record(plan, Plan)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     _same_model(found.fingerprint, collected.model, stats)
@@ -252,20 +259,16 @@ def emit(
     target = find_target(chosen.target)
     prepare_output(output, force=force, names=target.FIXED_NAMES)
     with show_progress() as progress:
-        stored = found
-        if chosen.repair:
-            from edgemoe.repair import repair_survivors
-            from edgemoe.texts import choose_texts
-
-            texts, _ = choose_texts(calibration or [], [])
-            stored = repair_survivors(
-                found,
-                texts,
-                chosen,
-                output / ".work",
-                max_tokens=calibration_tokens,
-                progress=lambda d, n: progress("repair", d, n),
-            )
+        stored = store_weights(
+            found,
+            choose_texts(calibration or [], [])[0],
+            collected,
+            chosen,
+            output / ".work",
+            rounding=rounding,
+            max_tokens=calibration_tokens,
+            progress=lambda d, n: progress("repair", d, n),
+        )
         artifact = emit_artifact(
             stored,
             collected,

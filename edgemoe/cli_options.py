@@ -40,6 +40,9 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.
 OutOpt = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where the result goes.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Replace what edgemoe wrote to OUT before.")]
 ShardOpt = Annotated[str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF into files of at most this size.")]
+RoundingOpt = Annotated[
+    str, typer.Option("--rounding", help="feedback (on the calibration text, layer by layer) or stock (ggml's own, matrix by matrix).")
+]
 RecipeOpt = Annotated[
     Path | None,
     typer.Option("--recipe", metavar="FILE", help="YAML with rules that the plan must keep, and the objective."),

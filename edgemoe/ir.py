@@ -43,6 +43,7 @@ class Tensor:
     dtype: str  # BF16, F16, F32 or F64
     file: str
     offset: int  # of the first byte in the file
+    packed: str = ""  # format of a target in which the file holds the rows already, ready to be copied; empty: plain `dtype`
 
     @property
     def n_weights(self) -> int:

@@ -17,20 +17,22 @@ from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
 from edgemoe.emit import emit_artifact
 from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Artifact, Costs, Model, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
+from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
+from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.repair import repair_survivors
 from edgemoe.report import write_report
 from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
-from edgemoe.texts import choose_texts
+from edgemoe.texts import Text, choose_texts
 from edgemoe.units import format_bytes
 from edgemoe.verify import broken_promises, verify_artifact
 
 Progress = Callable[[str, int, int], None]  # (stage, done, all)
 MARKER = "build.json"
+ROUNDINGS = ("feedback", "stock")
 CURVE_POINTS = 24
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
 
@@ -54,6 +56,7 @@ class BuildRequest:
     seconds: float | None = None
     shard_max: int = 0
     repair: bool = True
+    rounding: str = "feedback"
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -68,6 +71,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     target = find_target(request.target)
     check_output(request.out, force=request.force, names=target.FIXED_NAMES)
     check_solver(request.solver)
+    check_rounding(request.rounding)
     model = inspect_model(request.model)
     context = choose_context(model, request.context)
     check_budget(model, target, context, request.memory)
@@ -90,11 +94,16 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
         costs_hash=costs_hash,
     )
     save_record(request.out / ".work" / "plan.json", plan)
-    stored = model
-    if plan.repair:
-        stored = repair_survivors(
-            model, calibration, plan, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "repair")
-        )
+    stored = store_weights(
+        model,
+        calibration,
+        stats,
+        plan,
+        work,
+        rounding=request.rounding,
+        max_tokens=request.calibration_tokens,
+        progress=_stage(progress, "repair"),
+    )
     artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
@@ -110,6 +119,52 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     if broken:
         raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
     return report
+
+
+def store_weights(
+    model: Model,
+    texts: Sequence[Text],
+    stats: Stats,
+    plan: Plan,
+    work: Path,
+    *,
+    rounding: str = "feedback",
+    max_tokens: int = DEFAULT_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """The model as `emit` stores it: survivors repaired if the plan was priced so, matrices packed if rounding is by feedback.
+
+    Args:
+        model: the original.
+        texts: calibration texts.
+        stats: what they gave.
+        plan: what stays, and as what.
+        work: folder for the new weights.
+        rounding: "feedback" or "stock" (ggml's own, matrix by matrix).
+        max_tokens: of all texts together.
+        progress: called with (layers done, all layers).
+
+    Raises:
+        UsageError: `rounding` is neither.
+        ModelError: as `repair_survivors`.
+    """
+    check_rounding(rounding)
+    packing = None
+    if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
+        packing = plan_packing(model, stats, plan, find_target(plan.target))
+    if not packing and not plan.repair:
+        return model
+    return repair_survivors(model, texts, plan, work, max_tokens=max_tokens, packing=packing, progress=progress)
+
+
+def check_rounding(name: str) -> None:
+    """Refuse an unknown way of rounding before hours of work.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    if name not in ROUNDINGS:
+        raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
 
 
 def price_model(

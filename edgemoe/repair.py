@@ -8,7 +8,7 @@ work folder, one file per layer; after each layer everything is on disk, so a ki
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import DTYPES, read_header
+from edgemoe.checkpoint import DTYPES, PACKED, read_header, read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.ir import PROJECTIONS, Model, Plan, Tensor, hash_json, load_record, save_arrays, save_record, write_text
-from edgemoe.refit import RATE, RIDGE, Experts, Tokens, refit_layer
-from edgemoe.stream import LayerStream, Recorder, States, Windows, map_ordered, only_experts, recording, tokenize
+from edgemoe.ir import PROJECTIONS, Model, Plan, Tensor, array_file, hash_json, load_record, save_arrays, save_record, write_text
+from edgemoe.pack import Gram, Packed, Packing, Pair, pack_attention, pack_end, pack_experts, second_moments
+from edgemoe.refit import RATE, RIDGE, Experts, Tokens, fill_residual, refit_layer
+from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, only_experts, recording, tokenize
 from edgemoe.texts import Text
 
 WINDOW = 512
@@ -42,81 +43,89 @@ def repair_survivors(
     *,
     max_tokens: int = DEFAULT_TOKENS,
     epochs: int = EPOCHS,
+    packing: Packing | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Refit the experts that the plan keeps; without drops, the model as it is.
+    """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and packing, the model as it is.
 
     Args:
         model: the original, from `inspect_model`.
         texts: calibration texts with weights.
-        plan: says who survives; its formats do not matter.
+        plan: says who survives; its formats matter for packing only.
         work: folder for the new weights (in a subfolder named by what they are made from) and for what a killed run goes on from.
         max_tokens: of all texts together; every text gives the same number.
         epochs: of descent after the closed form; 0 refits W_down alone.
+        packing: round every matrix to the plan's formats as the stream reaches it (see `pack.py`); None: weights stay unrounded.
         progress: called with (layers done, all layers).
 
     Returns:
-        The model's record with the survivors' tensors in files of the work folder.
+        The model's record with the survivors' tensors (or all that were packed) in files of the work folder.
 
     Raises:
         ModelError: the plan belongs to another model, or the texts give no tokens.
     """
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
-    if all(len(kept) == model.n_experts for kept in plan.kept):
+    drops = any(len(kept) < model.n_experts for kept in plan.kept)
+    if not packing and not drops:
         return model
+    if not (plan.repair or not packing):
+        epochs = -1
     stream = LayerStream(model)
     settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, stream.device.type)
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings)
+    made_for = (packing.stats.key, plan.formats) if packing else None
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
     done = work / "model.json"
     if done.exists():
-        return _open_repaired(done, model)
+        return _open_repaired(done, model, packing.formats if packing else {})
     work.mkdir(parents=True, exist_ok=True)
     windows = tokenize(model, texts, max_tokens, WINDOW)
     weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
-    job = _Job(model, stream, windows, weights, plan, work, key, epochs)
+    job = _Job(model, stream, windows, weights, plan, work, key, epochs, packing)
     for layer in job.resume(progress):
         job.repair_layer(layer)
         if progress:
             progress(layer + 1, model.n_layers)
-    repaired = replace(model, tensors=tuple(_overlay(t, work) for t in model.tensors))
+    job.pack_ends()
+    formats = packing.formats if packing else {}
+    repaired = replace(model, tensors=tuple(_overlay(t, work, formats) for t in model.tensors))
     save_record(done, repaired)
     for scratch in work.glob("*.bin"):
         scratch.unlink()
     return repaired
 
 
-def _open_repaired(path: Path, model: Model) -> Model:
+def _open_repaired(path: Path, model: Model, formats: Mapping[tuple[str, int, int], str]) -> Model:
     """A finished repair, refused when it is not of this model or its files have changed."""
     repaired = load_record(path, Model)
     if repaired.fingerprint != model.fingerprint:
         raise ModelError(f"{path}: was made from another checkpoint than {model.folder}", hint=f"delete {path.parent}")
     tensors = []
     for old, found in zip(model.tensors, repaired.tensors, strict=True):
-        fresh = _overlay(old, path.parent)
-        if (fresh.name, fresh.offset, fresh.dtype) != (found.name, found.offset, found.dtype):
+        fresh = _overlay(old, path.parent, formats)
+        if (fresh.name, fresh.offset, fresh.dtype, fresh.packed) != (found.name, found.offset, found.dtype, found.packed):
             raise ModelError(f"{path}: {old.name} is not where the record says", hint=f"delete {path.parent}")
         tensors.append(fresh)  # wherever model and work folder lie now
     return replace(model, tensors=tuple(tensors))
 
 
-def _overlay(tensor: Tensor, work: Path) -> Tensor:
-    """The repaired tensor, or the original where none was made."""
-    path = work / _layer_file(tensor.layer)
-    if tensor.expert < 0 or not path.exists():
+def _overlay(tensor: Tensor, work: Path, formats: Mapping[tuple[str, int, int], str]) -> Tensor:
+    """The repaired or packed tensor, or the original where none was made."""
+    path = work / array_file(tensor.layer)
+    if not path.exists():
         return tensor
-    found = read_header(path).get(_array_name(tensor))
+    found = read_header(path, (*DTYPES, PACKED)).get(_array_name(tensor))
     if found is None:
         return tensor
     dtype, shape, offset = found
+    if dtype == PACKED and shape[0] == tensor.shape[0]:
+        place = (tensor.role, tensor.layer, tensor.expert)
+        kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
+        return replace(tensor, packed=kind, file=str(path), offset=offset)
     if shape != tensor.shape:
         raise ModelError(f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {work}")
     return replace(tensor, dtype=dtype, file=str(path), offset=offset)
-
-
-def _layer_file(layer: int) -> str:
-    return f"layer-{layer:04d}.safetensors"
 
 
 def _array_name(tensor: Tensor) -> str:
@@ -137,9 +146,10 @@ class _Job:
         work: Path,
         key: str,
         epochs: int,
+        packing: Packing | None,
     ) -> None:
         self.model, self.stream, self.windows, self.weights = model, stream, windows, weights
-        self.plan, self.work, self.key, self.epochs = plan, work, key, epochs
+        self.plan, self.work, self.key, self.epochs, self.packing = plan, work, key, epochs, packing
         length = windows.tokens.shape[1]
         self.real = np.arange(length)[None] < windows.lengths[:, None]  # [windows, length]
         self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
@@ -162,10 +172,10 @@ class _Job:
             start = int(saved["layer"]) if saved.get("key") == self.key else 0
         if start == 0:
             original, pruned = self.states("original", 0), self.states("pruned", 0)
+            table = self.pack_embedding()[1] if self.packing else None
             for index in self.windows.chunks():
-                first = self.stream.embed(self.windows.tokens[index])
-                original.write(index, first)
-                pruned.write(index, first)
+                original.write(index, self.stream.embed(self.windows.tokens[index]))
+                pruned.write(index, self.stream.embed(self.windows.tokens[index], table))
             original.close()
             pruned.close()
         if progress:
@@ -178,6 +188,7 @@ class _Job:
         module = self.stream.load_layer(layer)
         following = self.states("original", layer + 1)
         self._run_original(module, layer, following)
+        arrays = self._pack_attention(module, layer) if self.packing else {}
         tokens = self._run_pruned(module, layer, np.array(kept), following)
         views = [self.stream.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
         gate, up, down = (view[list(kept)] for view in views)
@@ -186,13 +197,19 @@ class _Job:
         self.stream.unload_layer(layer)
         residual = self._array("residual", self.model.hidden_size)
         dtype = next(DTYPES[t.dtype] for t in self.model.tensors if t.layer == layer and t.expert >= 0)
-        refit_layer(tokens, experts, residual, epochs=self.epochs, store=lambda e: _round(e, dtype))
-        arrays = {
-            f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
-            for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
-            for n, expert in enumerate(kept)
-        }
-        save_arrays(self.work / _layer_file(layer), arrays)
+        if len(kept) < self.model.n_experts and self.epochs >= 0:
+            refit_layer(tokens, experts, residual, epochs=self.epochs, store=lambda e: _round(e, dtype))
+        else:
+            fill_residual(tokens, experts, residual)
+        if self.packing:
+            arrays |= pack_experts(self.packing, layer, tokens, experts, residual, kept)[0]
+        else:
+            arrays |= {
+                f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
+                for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
+                for n, expert in enumerate(kept)
+            }
+        save_arrays(self.work / array_file(layer), arrays)
         self._leave(layer, following, residual)
 
     def _run_original(self, module: Any, layer: int, following: States) -> None:
@@ -251,6 +268,59 @@ class _Job:
     def _array(self, name: str, width: int) -> NDArray[np.float32]:
         """Scratch [tokens, width] in a file."""
         return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
+
+    def _moments(self, before: States, run: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, tuple[Gram, Gram]]:
+        """Second moments of what `run` gives for the states, by name, domains by weight; over the fitted tokens and over the guard."""
+        n = np.bincount(self.windows.domain, self.windows.lengths, len(self.weights))
+        weights = np.repeat((self.weights / n)[self.windows.domain], self.windows.lengths).astype(np.float32)
+
+        def chunk(index: NDArray[np.int64]) -> dict[str, tuple[Gram, Gram]]:
+            rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
+            mine, guard = torch.from_numpy(weights[rows]), torch.from_numpy(self.guard[rows])
+            return {name: second_moments(x.cpu()[real], mine, guard) for name, x in run(before.read(index)).items()}
+
+        total: dict[str, tuple[Gram, Gram]] = {}
+        for found in map_ordered(chunk, self.windows.chunks(), device=self.stream.device):
+            for name, (fitted, guard) in found.items():
+                old = total.get(name)
+                total[name] = (old[0] + fitted, old[1] + guard) if old else (fitted, guard)
+        return total
+
+    def _pack_attention(self, module: Any, layer: int) -> Packed:
+        """Round the layer's attention matrices in place, on what the pruned stream brings them."""
+        assert self.packing is not None
+        before = self.states("pruned", layer)
+
+        def run(states: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            with recording(Recorder()) as seen:
+                self.stream.run_layer(module, states)
+            return seen.inputs
+
+        moments = self._moments(before, run)
+        before.close()
+        return pack_attention(self.packing, module, layer, moments)
+
+    def pack_embedding(self) -> Pair:
+        """The embedding, packed, and what it decodes to: the pruned stream starts from that."""
+        assert self.packing is not None
+        return pack_end(self.packing, "token_embd", self._read("token_embd"), (None, None))
+
+    def pack_ends(self) -> None:
+        """Pack embedding and output matrix, the latter on what the pruned stream brings it; nothing without packing."""
+        if not self.packing:
+            return
+        arrays = {"token_embd.-1": self.pack_embedding()[0]}
+        if self.model.find("output"):
+            before, (norm, _, eps) = self.states("pruned", self.model.n_layers), self.stream.head()
+            moments = self._moments(before, lambda states: {"output": apply_norm(states, norm, eps).flatten(0, 1)})
+            before.close()
+            arrays["output.-1"] = pack_end(self.packing, "output", self._read("output"), moments["output"])[0]
+        save_arrays(self.work / array_file(-1), arrays)
+
+    def _read(self, role: str) -> NDArray[np.float32]:
+        tensor = self.model.find(role)
+        assert tensor is not None
+        return read_tensor(self.model.folder, tensor)
 
     def _leave(self, layer: int, following: States, residual: NDArray[np.float32]) -> None:
         """Write the pruned stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import UsageError
+from edgemoe.feedback import Moments
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
 
@@ -70,6 +71,20 @@ class Target(Protocol):
 
     def round_inputs(self, x: NDArray[np.float32], name: str, role: str) -> NDArray[np.float32]:
         """What the inputs [n, cols] of a product with a matrix of this role and format become: `x` itself, or rounded as kernels do."""
+        ...
+
+    def feeds_back(self, name: str) -> bool:
+        """Whether `pack_rows` uses second moments in this format."""
+        ...
+
+    def pack_rows(
+        self, rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None, moments: Moments | None
+    ) -> NDArray[np.uint8]:
+        """Rows as the artifact stores them [R, bytes], by the stock quantizer or, with second moments of the inputs, with feedback."""
+        ...
+
+    def unpack_rows(self, packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.float32]:
+        """What packed rows stand for [R, cols]."""
         ...
 
     def write(

@@ -16,9 +16,11 @@ from edgemoe.targets.onnx import (
     FORM,
     RUNS,
     check_tokenizer,
+    feeds_back,
     fixed_size,
     list_units,
     memory_parts,
+    pack_rows,
     round_inputs,
     round_rows,
     run,
@@ -26,6 +28,7 @@ from edgemoe.targets.onnx import (
     unit_extra,
     unit_size,
     unit_staging,
+    unpack_rows,
 )
 from edgemoe.targets.onnx.layout import allowed
 
@@ -38,10 +41,12 @@ __all__ = [
     "OFFERED",
     "RUNS",
     "check_tokenizer",
+    "feeds_back",
     "fixed_size",
     "list_units",
     "memory_parts",
     "offered_formats",
+    "pack_rows",
     "round_inputs",
     "round_rows",
     "run",
@@ -49,6 +54,7 @@ __all__ = [
     "unit_extra",
     "unit_size",
     "unit_staging",
+    "unpack_rows",
     "write",
 ]
 

@@ -1,7 +1,9 @@
 """GGUF for stock llama.cpp: one kept count for all layers, one ggml type per tensor (an expert stack is one tensor)."""
 
 from edgemoe.targets import Runs
+from edgemoe.targets.gguf.feedback import feeds_back, pack_rows
 from edgemoe.targets.gguf.formats import OFFERED, round_inputs, round_rows
+from edgemoe.targets.gguf.formats import dequantize as unpack_rows
 from edgemoe.targets.gguf.process import memory_parts, offered_formats, unit_extra, unit_size, unit_staging
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
 from edgemoe.targets.gguf.writer import fixed_size, list_units, write
@@ -21,10 +23,12 @@ __all__ = [
     "OFFERED",
     "RUNS",
     "check_tokenizer",
+    "feeds_back",
     "fixed_size",
     "list_units",
     "memory_parts",
     "offered_formats",
+    "pack_rows",
     "round_inputs",
     "round_rows",
     "run",
@@ -32,5 +36,6 @@ __all__ = [
     "unit_extra",
     "unit_size",
     "unit_staging",
+    "unpack_rows",
     "write",
 ]

@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import read_tensor
+from edgemoe.checkpoint import read_packed, read_tensor
 from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import find_family, rope_theta
 from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
@@ -28,6 +28,7 @@ from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
 
+Packable = TypeVar("Packable", np.float32, np.uint8)
 NO_HASH = "0" * 64
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
 FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
@@ -263,13 +264,16 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
         kind = plan.formats[name]
         rows: list[NDArray[np.uint8]] = []
         for tensor in kept:  # one expert's float32 at a time; only the packed stack grows
+            if tensor.packed == kind:
+                rows.append(prepare(model, tensor, read_packed(model.folder, tensor, row_bytes(kind, tensor.shape[1]))))
+                continue
             weights = prepare(model, tensor, read_tensor(model.folder, tensor))
             rows.append(quantize_parallel([(weights, importance.get((tensor.role, tensor.expert)))], kind, pool))
         yield name, np.concatenate(rows)
 
 
-def prepare(model: Model, tensor: Tensor, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weights as the target wants them: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
+def prepare(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
+    """Rows (weights or packed) as the target wants them: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
     heads = {"attn_q": model.n_heads, "attn_k": model.n_kv_heads}.get(tensor.role)
     if heads is None or not find_family(model.model_type).permute_qk:
         return weights

@@ -1,6 +1,7 @@
 """ONNX for onnxruntime: every expert is dropped or has a format of its own; each layer keeps as many experts as it likes."""
 
 from edgemoe.targets import Runs
+from edgemoe.targets.onnx.feedback import feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.formats import OFFERED, round_inputs, round_rows
 from edgemoe.targets.onnx.layout import COPIED, PLACES
 from edgemoe.targets.onnx.process import memory_parts, unit_extra, unit_staging
@@ -20,10 +21,12 @@ __all__ = [
     "OFFERED",
     "RUNS",
     "check_tokenizer",
+    "feeds_back",
     "fixed_size",
     "list_units",
     "memory_parts",
     "offered_formats",
+    "pack_rows",
     "round_inputs",
     "round_rows",
     "run",
@@ -31,5 +34,6 @@ __all__ = [
     "unit_extra",
     "unit_size",
     "unit_staging",
+    "unpack_rows",
     "write",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import read_tensor
+from edgemoe.checkpoint import read_packed, read_tensor
 from edgemoe.errors import MachineError, ModelError
-from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
+from edgemoe.ir import PROJECTIONS, Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
 from edgemoe.scores import importance_of
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, quantize_parallel
+from edgemoe.targets.onnx.feedback import split_rows
+from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, piece_bytes, quantize_parallel
 from edgemoe.targets.onnx.graph import build_decoder, widest_format
 from edgemoe.targets.onnx.layout import PLACES, check_layout, write_sidecars
 from edgemoe.targets.onnx.sheet import CONTRIB, Sheet, make_model, pad_model
@@ -233,14 +234,14 @@ def _contents(model: Model, stats: Stats, plan: Plan) -> Iterator[tuple[str, int
                 name = unit_name(role, layer).removesuffix(".weight")
                 if expert >= 0:
                     continue
+                if is_planned(tensor):
+                    kind = plan.formats[f"{name}.weight"]
+                    yield from _pieces(name, 0, _stored(model, [tensor], kind, importance.get((role, -1)), pool))
+                    continue
                 values = read_tensor(model.folder, tensor)
                 if role == "ffn_gate_inp":
-                    order = [e for _, experts in groups[layer] for e in experts]
-                    yield name, 0, np.ascontiguousarray(values[order].T)
-                elif is_planned(tensor):
-                    yield from _quantized(name, 0, values, plan.formats[f"{name}.weight"], importance.get((role, -1)), pool)
-                else:
-                    yield name, 0, values
+                    values = values[[e for _, experts in groups[layer] for e in experts]].T
+                yield name, 0, np.ascontiguousarray(values)
             if layer >= 0:
                 yield from _experts(model, layer, groups[layer], tensors, importance, pool)
 
@@ -256,18 +257,29 @@ def _experts(
     """The experts of a layer, one after the other; gate and up rows are interleaved."""
     for kind, experts in groups:
         for number, e in enumerate(experts):
-            gate, up, down = (read_tensor(model.folder, tensors[f"ffn_{p}_exps", e]) for p in ("gate", "up", "down"))
-            both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+            gate, up, down = (tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS)
             name = f"blk.{layer}.ffn_exps.{kind}"
-            yield from _quantized(f"{name}.fc1", number, both, kind, importance["ffn_gate_exps", e], pool)
-            yield from _quantized(f"{name}.fc2", number, down, kind, importance["ffn_down_exps", e], pool)
+            yield from _pieces(f"{name}.fc1", number, _stored(model, [gate, up], kind, importance["ffn_gate_exps", e], pool))
+            yield from _pieces(f"{name}.fc2", number, _stored(model, [down], kind, importance["ffn_down_exps", e], pool))
 
 
-def _quantized(
-    name: str, number: int, rows: NDArray[np.float32], kind: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
-) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """The pieces of a matrix, the `number`-th of its stack."""
-    parts = [packed.pieces() for packed in quantize_parallel(rows, kind, importance, pool)]
-    for piece in parts[0]:
-        values = np.concatenate([part[piece] for part in parts])
+def _stored(
+    model: Model, tensors: Sequence[Tensor], kind: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
+) -> dict[str, NDArray[np.uint8]]:
+    """The pieces of some matrices of one shape, their rows in turn: copied where they are packed already, else quantized now."""
+    found = []
+    for tensor in tensors:
+        rows, cols = tensor.shape
+        if tensor.packed == kind:
+            row_bytes = sum(piece_bytes(kind, 1, cols).values())
+            found.append(split_rows(read_packed(model.folder, tensor, row_bytes), kind, cols).pieces())
+        else:
+            parts = [part.pieces() for part in quantize_parallel(read_tensor(model.folder, tensor), kind, importance, pool)]
+            found.append({piece: np.concatenate([part[piece] for part in parts]) for piece in parts[0]})
+    return {piece: np.stack([part[piece] for part in found], axis=1).reshape(rows * len(tensors), -1) for piece in found[0]}
+
+
+def _pieces(name: str, number: int, pieces: Mapping[str, NDArray[np.uint8]]) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """Places of the pieces of a matrix that is the `number`-th of its stack."""
+    for piece, values in pieces.items():
         yield f"{name}.{piece}", number * values.nbytes, values

@@ -1,0 +1,149 @@
+"""Packing in the stream: what the file holds is what the stream computed with, chosen by tokens set aside, the same on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import EXAMPLES, flat_plan
+
+from edgemoe.calibrate import collect_stats
+from edgemoe.checkpoint import read_packed, read_tensor
+from edgemoe.errors import ModelError, UsageError
+from edgemoe.feedback import factor_moments, objective
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Model, Plan, Stats
+from edgemoe.pack import pack_matrix, plan_packing
+from edgemoe.pipeline import store_weights
+from edgemoe.repair import repair_survivors
+from edgemoe.targets import find_target, gguf
+from edgemoe.targets.gguf.formats import dequantize, quantize, row_bytes
+from edgemoe.texts import SHIPPED, Text, read_text
+
+TOKENS = 2048
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return inspect_model(EXAMPLES / "tiny-moe-b")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return [read_text(str(path)) for path in sorted((SHIPPED / "calibration").glob("*.txt"))][:2]
+
+
+@pytest.fixture(scope="module")
+def stats(model: Model, texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    return collect_stats(model, texts, tmp_path_factory.mktemp("stats"), max_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def plan(model: Model) -> Plan:
+    base = flat_plan(model, kept=[(0, 1, 4), (2, 3, 6)])
+    names = {name: "Q2_K" if "_exps" in name else "Q4_K" for name in base.formats}
+    return replace(base, formats=names, repair=True)
+
+
+@pytest.fixture(scope="module")
+def stored(model: Model, texts: list[Text], stats: Stats, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return store_weights(model, texts, stats, plan, tmp_path_factory.mktemp("work"), max_tokens=TOKENS)
+
+
+def test_every_matrix_of_the_plan_is_packed_in_its_format(stored: Model, plan: Plan) -> None:
+    formats = {(u.role, u.layer): plan.formats[u.name] for u in gguf.list_units(stored)}
+    for tensor in stored.tensors:
+        survives = tensor.expert < 0 or tensor.expert in plan.kept[tensor.layer]
+        assert tensor.packed == (formats.get((tensor.role, tensor.layer), "") if survives else ""), tensor
+
+
+def test_the_file_holds_the_packed_rows(stored: Model, stats: Stats, plan: Plan, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    path = gguf.write(stored, stats, plan, tmp_path, 0, None).path
+    found = {t.name: t.data for t in GGUFReader(path).tensors}
+    for tensor in stored.tensors:
+        if tensor.packed and tensor.role in ("ffn_down_exps", "attn_v", "output"):
+            rows = read_packed(stored.folder, tensor, row_bytes(tensor.packed, tensor.shape[1]))
+            name = next(u.name for u in gguf.list_units(stored) if (u.role, u.layer) == (tensor.role, tensor.layer))
+            data = found[name]
+            mine = data[plan.kept[tensor.layer].index(tensor.expert)] if tensor.expert >= 0 else data
+            np.testing.assert_array_equal(np.asarray(mine).reshape(rows.shape), rows)
+
+
+def test_packed_weights_are_not_taken_for_plain_ones(stored: Model, stats: Stats, plan: Plan, tmp_path: Path) -> None:
+    tensor = next(t for t in stored.tensors if t.packed)
+    with pytest.raises(ModelError, match="packed as"):
+        read_tensor(stored.folder, tensor)
+    other = replace(plan, formats=dict.fromkeys(plan.formats, "Q8_0"))
+    with pytest.raises(ModelError, match="packed as"):
+        gguf.write(stored, stats, other, tmp_path, 0, None)
+
+
+def test_guard_tokens_choose_between_stock_and_feedback() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 64)) @ rng.normal(size=(64, 256)) + 0.5 * rng.normal(size=(512, 256))
+    rows, gram = rng.normal(size=(8, 256)).astype(np.float32), x.T @ x
+    target, importance = find_target("gguf"), np.ones(256, np.float32)
+    stock = quantize(rows, "Q2_K", importance)
+    with ThreadPoolExecutor(1) as pool:
+        packed, values = pack_matrix(target, rows, "Q2_K", importance, gram, gram, pool)
+        misled, _ = pack_matrix(target, rows, "Q2_K", importance, gram, np.linalg.inv(gram), pool)
+        plain, _ = pack_matrix(target, rows, "F16", importance, gram, gram, pool)
+    moments = factor_moments(gram)
+    assert objective(rows, values, moments).sum() < 0.5 * objective(rows, dequantize(stock, "Q2_K", 256), moments).sum()
+    np.testing.assert_array_equal(values, dequantize(packed, "Q2_K", 256))
+    np.testing.assert_array_equal(misled, stock)
+    np.testing.assert_array_equal(plain, quantize(rows, "F16"))
+
+
+def test_without_feedback_or_drops_weights_stay_where_they_are(model: Model, texts: list[Text], stats: Stats, tmp_path: Path) -> None:
+    whole = flat_plan(model)
+    assert store_weights(model, texts, stats, whole, tmp_path, rounding="stock") is model
+    assert store_weights(model, texts, replace(stats, probes=()), whole, tmp_path) is model  # from an imatrix: nothing was to be run
+    with pytest.raises(UsageError, match="rounding"):
+        store_weights(model, texts, stats, whole, tmp_path, rounding="coin")
+
+
+def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
+    model: Model, texts: list[Text], stats: Stats, plan: Plan, stored: Model, tmp_path: Path
+) -> None:
+    packing = plan_packing(model, stats, plan, find_target("gguf"))
+
+    def kill(done: int, _: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, packing=packing, progress=kill)
+    resumed = repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, packing=packing)
+    for ours, theirs in zip(resumed.tensors, stored.tensors, strict=True):
+        if ours.packed:
+            size = row_bytes(ours.packed, ours.shape[1])
+            np.testing.assert_array_equal(read_packed("", ours, size), read_packed("", theirs, size))
+
+
+CHILD = """
+import hashlib, numpy as np
+from edgemoe.feedback import factor_moments
+from edgemoe.targets.gguf.feedback import quantize_fed_back
+rng = np.random.default_rng(3)
+x = rng.normal(size=(600, 512)) @ rng.normal(size=(512, 512))
+rows, moments = rng.normal(size=(256, 512)).astype(np.float32), factor_moments(x.T @ x)
+print([hashlib.sha256(quantize_fed_back(rows, kind, moments).tobytes()).hexdigest() for kind in ("Q3_K", "IQ2_XXS")])
+"""
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
+    root = Path(__file__).parents[1]
+    found = set()
+    for threads in ("1", "2"):
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(root)}
+        found.add(subprocess.run([sys.executable, "-c", CHILD], env=env, check=True, capture_output=True, text=True).stdout)
+    assert len(found) == 1
