@@ -101,6 +101,9 @@ def build(
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
     ] = None,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
+    refine: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -111,7 +114,7 @@ def build(
     """
     budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
-    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective}
+    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective, "--refine": refine}
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
@@ -132,6 +135,7 @@ def build(
         seconds=time_limit,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         repair=repair,
+        refine=refine,
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),

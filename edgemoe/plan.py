@@ -30,7 +30,7 @@ OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
 ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
-__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
+__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "drop_costs", "least_budget", "solve_plan", "sweep_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +248,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         memory["vram"] = on_gpu + costs.memory["kv"] + costs.memory["compute"]
     kept = compiled.kept(costs, solution.picks)
     unit_cost = costs.cost[c, stored, formats[stored]]
-    drop = _drop_costs(costs, compiled, kept)  # [D]
+    drop = drop_costs(costs, c, kept)  # [D]
     by_domain = costs.factor[:, stored] @ unit_cost + drop
     q = float(costs.weights @ by_domain)
     plan = Plan(
@@ -284,16 +284,16 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     return replace(plan, rules=_rule_uses(task, plan, rules))
 
 
-def _drop_costs(costs: Costs, compiled: Compiled, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Nats of the kept sets by domain [D]: the menu's price, corrected by single experts where the set is another."""
+def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by single experts where they differ."""
     if costs.form == "experts":
         gone = (~kept).sum(axis=1)
         curve = costs.drop_curve[np.arange(len(gone)), gone].sum()
         total = (costs.expert_drop * ~kept).sum(axis=(1, 2)) + curve
     else:
-        menu = costs.kept[compiled.c]
+        menu = costs.kept[c]
         changed = (costs.expert_drop * (menu & ~kept)).sum(axis=(1, 2)) - (costs.expert_drop * (~menu & kept)).sum(axis=(1, 2))
-        total = costs.drop_cost[:, compiled.c].sum(axis=1) + changed
+        total = costs.drop_cost[:, c].sum(axis=1) + changed
     return np.asarray(total)
 
 
