@@ -101,6 +101,12 @@ class Forward:
                 view.copy_(self.store(unit, wanted) if isinstance(wanted, str) else wanted)
                 self.there[unit] = wanted
 
+    def layer_output(self, layer: int, formats: Mapping[Unit, str], kept: Any) -> list[torch.Tensor]:
+        """States after one changed layer that receives what the original does."""
+        self._fill(layer, formats, {})
+        with only_experts(self.modules[layer], np.array(kept[layer])):
+            return [self.stream.run_layer(self.modules[layer], x) for x in self.before[layer]]
+
     def _log_p(self, states: torch.Tensor, head: torch.Tensor, number: int) -> torch.Tensor:
         length = self.windows.tokens.shape[1]
         real = torch.from_numpy((np.arange(length)[None] < self.windows.lengths[self.chunks[number]][:, None]).ravel())

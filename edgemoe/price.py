@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
+from edgemoe.flips import fit_flips, routers_behind, without_flips
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
@@ -64,8 +65,7 @@ class _Layer:
     """One MoE layer, priced: expert errors [E] by projection and format, the menu, and what its probes say."""
 
     menu: Menu
-    drop_cost: NDArray[np.float64]  # [D, C]
-    expert_drop: NDArray[np.float64]  # [D, E]
+    drops: list[tuple[float, NDArray[np.float64]]]  # loss and KL [D] of each dropping probe
     errors: dict[str, dict[str, NDArray[np.float64]]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
 
@@ -92,7 +92,8 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     drop = np.zeros((domains, len(counts), model.n_layers))
     expert_drop, usage = (np.zeros((domains, model.n_layers, model.n_experts)) for _ in range(2))
     kept = np.ones((len(counts), model.n_layers, model.n_experts), bool)
-    whole = {bits: 0.0 for bits in WHOLE_BITS}  # Q of the whole-model probes
+    whole = {bits: np.zeros(len(units)) for bits in WHOLE_BITS}  # what each unit's rounding in the whole-model probes would cost alone
+    layers: dict[int, _Layer] = {}
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     if progress:
         progress(0, model.n_layers)
@@ -101,7 +102,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
             importance = importance_of(model, stats, layer)
             priced = _price_layer(model, stats, target, layer, importance, pool, probes) if layer >= 0 else None
             if priced is not None:
-                drop[:, :, layer], expert_drop[:, layer], kept[:, layer] = priced.drop_cost, priced.expert_drop, priced.menu.kept
+                kept[:, layer], layers[layer] = priced.menu.kept, priced
                 usage[:, layer] = _shares(stats.arrays(layer)["gate_norm"])
             for u, unit in enumerate(units):
                 if unit.layer != layer:
@@ -111,10 +112,19 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
                 else:
                     by_format = _price_matrix(model, stats, target, unit, importance, probes[unit.role, unit.layer], pool)
                 for bits in whole:
-                    whole[bits] += float(by_format[f"whole{bits}"][-1])
+                    whole[bits][u] = float(by_format[f"whole{bits}"][-1])
                 table.fill(u, unit, by_format)
             if progress:
                 progress(layer + 1, model.n_layers)
+    probed = np.array([probe_kl(stats, probes[u.role, u.layer]) for u in units])
+    trusted = [(whole[p.bits], probe_kl(stats, p)) for p in stats.probes if p.kind == "all" and 0 < probe_kl(stats, p) < TRUSTED_KL]
+    kappa, kappa_sum = fit_flips(units, model.n_layers, probed, trusted)
+    for u, unit in enumerate(units):
+        behind = float(routers_behind(unit.role, unit.layer, model.n_layers).mean())
+        table.cost[:, u] *= without_flips(probed[u], kappa * behind) / max(probed[u], 1e-300)
+    for layer, priced in layers.items():
+        behind = float(routers_behind("", layer, model.n_layers).mean())
+        drop[:, :, layer], expert_drop[:, layer] = _drop_costs(stats, layer, priced, kappa * behind)
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -126,7 +136,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         counts=counts,
         n_experts=model.n_experts,
         top_k=model.top_k,
-        kappa=fit_kappa(stats, whole),
+        kappa=kappa_sum,
         memory={"context": context, **target.memory_parts(model, context)},
         cold=stats.cold,
         domains=tuple(d.name for d in stats.domains),
@@ -178,17 +188,6 @@ def _first_tensor(model: Model, unit: Unit) -> Tensor:
     return next(t for t in model.tensors if t.role == unit.role and t.layer == unit.layer)
 
 
-def fit_kappa(stats: Stats, whole: dict[int, float]) -> float:
-    """Kappa of KL = Q + kappa sqrt(Q), from the whole-model probes that lie where the expansion holds."""
-    found = []
-    for probe in stats.probes:
-        if probe.kind == "all":
-            q, kl = whole[probe.bits], probe_kl(stats, probe)
-            if q > 0 and kl < TRUSTED_KL:
-                found.append((kl - q) / np.sqrt(q))
-    return max(0.0, float(np.mean(found))) if found else 0.0
-
-
 def probe_kl(stats: Stats, probe: Probe) -> float:
     """A probe's KL, mean over domains by weight."""
     return float(stats.weights @ np.array(probe.kl))
@@ -219,38 +218,50 @@ def _price_layer(
     for role, by_format in errors.items():
         error = float(menu.gate_sq[-1] @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
-    return _Layer(menu, *_drop_costs(stats, layer, replay, menu, model.n_experts), errors, slope)
+    return _Layer(menu, dropped_points(stats, layer, replay, model.n_experts), errors, slope)
 
 
-def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu, n_experts: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nats by domain of each kept set in the menu [D, C], and the additive price of each expert [D, E].
-
-    A set costs its loss times a slope that is interpolated between the probed kept counts.  An expert's own price is what its step on the
-    greedy path adds; those that never went cost as much as the dearest that did, or more by their energy.
-    """
-    domains = len(stats.domains)
-    points: dict[int, NDArray[np.float64]] = {}
+def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, NDArray[np.float64]]]:
+    """Loss, and KL by domain [D], of each probe that dropped experts in this layer, by rising loss."""
+    points = []
     for probe in stats.probes:
         if probe.kind == "drop" and probe.layer == layer:
             kept = np.zeros(n_experts, bool)
             kept[list(probe.kept)] = True
-            loss = set_loss(replay, kept)[0]
-            if loss > 0:
-                points[len(probe.kept)] = np.array(probe.kl) / loss
-    if not points:
+            points.append((set_loss(replay, kept)[0], np.array(probe.kl)))
+    return sorted((p for p in points if p[0] > 0), key=lambda p: p[0])
+
+
+def price_losses(
+    points: list[tuple[float, NDArray[np.float64]]], weights: NDArray[np.float64], losses: NDArray[np.float64], kappa: float
+) -> NDArray[np.float64]:
+    """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
+
+    The slopes are without flips, of which there are kappa sqrt(q) in a probe.
+    """
+    known = [loss for loss, _ in points]
+    means = [float(weights @ kl) for _, kl in points]
+    shares = [float(without_flips(mean, kappa)) / max(mean, 1e-300) for mean in means]
+    slopes = np.array([kl / loss * share for (loss, kl), share in zip(points, shares, strict=True)])  # [probes, D]
+    return np.stack([np.interp(losses, known, slope) * losses for slope in slopes.T])
+
+
+def _drop_costs(stats: Stats, layer: int, priced: _Layer, kappa: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats by domain of each kept set in the menu [D, C], and the additive price of each expert [D, E].
+
+    An expert's own price is what its step on the greedy path adds; those that never went cost as much as the dearest that did, or more by
+    their energy.
+    """
+    menu, domains, n_experts = priced.menu, len(stats.domains), priced.menu.kept.shape[1]
+    if not priced.drops:
         return np.zeros((domains, len(menu.counts))), np.zeros((domains, n_experts))
-    known = sorted(points)
-
-    def price(counts: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
-
-    path = price(n_experts - np.arange(len(menu.path)), menu.path)
+    path = price_losses(priced.drops, stats.weights, menu.path, kappa)
     steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
     experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
     energy = stats.arrays(layer)["energy"].sum(axis=0)
     experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
     experts[:, menu.order] = steps
-    return price(np.array(menu.counts), menu.loss), experts
+    return price_losses(priced.drops, stats.weights, menu.loss, kappa), experts
 
 
 def _stack_costs(layer: _Layer, role: str, error: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -267,15 +278,13 @@ def _expert_errors(
     replay: Replay,
     importance: dict[tuple[str, int], NDArray[np.float32]],
 ) -> dict[str, Errors]:
-    """Mean squared output error per use of one expert, by projection and format, on the tokens that would pick it first.
+    """Mean squared output error per use of one expert, by projection and format, on tokens drawn by the square of their gate.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
     errors of different rows are independent, so sampled rows stand for all.
     """
     expert = tensors["gate"].expert
-    weight = replay.probs[:, expert] ** 2 * replay.weights
-    tokens = np.argsort(-weight, kind="stable")[:TOKENS_PER_EXPERT]
-    weight = weight[tokens] / max(weight[tokens].sum(), 1e-300)
+    tokens, weight = _draw_tokens(replay.probs[:, expert] ** 2 * replay.weights)
     inputs = x[tokens].astype(np.float32)
     gate, up, down = (read_tensor(model.folder, tensors[p]) for p in PROJECTIONS)
     a, b = inputs @ gate.T, inputs @ up.T
@@ -299,6 +308,20 @@ def _expert_errors(
                 squares = ((h @ delta.T) ** 2).sum(axis=1)
             result[role][name] = float(weight @ squares) * scale
     return result
+
+
+def _draw_tokens(weight: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """At most TOKENS_PER_EXPERT tokens and their weights, summing to 1: drawn evenly from the running sum, the heaviest first.
+
+    Not the heaviest alone: the importance matrix was made for these, and rounding errs most on the others.
+    """
+    order = np.argsort(-weight, kind="stable")
+    running = np.cumsum(weight[order])
+    if running[-1] <= 0:
+        return order[:1], np.ones(1)
+    wanted = (np.arange(TOKENS_PER_EXPERT) + 0.5) / TOKENS_PER_EXPERT * running[-1]
+    places, times = np.unique(np.minimum(np.searchsorted(running, wanted), len(order) - 1), return_counts=True)
+    return order[places], times / TOKENS_PER_EXPERT
 
 
 def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
