@@ -4,10 +4,10 @@
 
 Plans touch one layer or all: experts dropped at random, tensors of the layers in formats at random, or both; nothing is repaired.
 KL is measured in transformers with the target's own roundings (forward.py).  Rank correlation is Spearman's: within a layer (mean over
-layers), across layers (plans that touch one layer, pooled), and among plans that touch all of them.  The ratio predicted / measured is given
-for predictors in nats.  The forms (a) to (f) use the true change D of each layer's output on calibration text and gradients g of sampled
-log-likelihoods with respect to it: (a) (sum_t g.D)^2, (b) sum_t (g.D)^2, (c) sum_t,i g_i^2 D_i^2, (d) sum_t mean_i(g_i^2) |D|^2, (e) a layer's
-mean of that times |D|^2, (f) |D|^2; half of each, per token.
+layers), across layers (plans that touch one layer, pooled), and among plans that touch all of them.  The ratio predicted / measured is
+given for predictors in nats.  The forms (a) to (f) use the true change D of each layer's output on calibration text and gradients g of
+sampled log-likelihoods with respect to it: (a) (sum_t g.D)^2, (b) sum_t (g.D)^2, (c) sum_t,i g_i^2 D_i^2, (d) sum_t mean_i(g_i^2) |D|^2,
+(e) a layer's mean of that times |D|^2, (f) |D|^2; half of each, per token.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ def fit_flips(
         whole: for each probe of the whole model the KL that every unit's share in it would cost if it grew with the error alone [U], and
             the KL that was measured.  Fitted by least squares of log(predicted / measured).
     """
+    if not whole:
+        return 0.0, 0.0
     behind = np.stack([routers_behind(u.role, u.layer, n_layers) for u in units], axis=1)  # [L, U]
     found = []
     for kappa in KAPPAS:
@@ -60,4 +62,4 @@ def fit_flips(
         flips = np.array([kappa * np.sqrt(behind @ (part * share)).mean() for part, _ in whole])
         misfit = float(np.square(np.log(np.maximum(q + flips, 1e-300) / np.array([kl for _, kl in whole]))).sum())
         found.append((misfit, float(kappa), float(np.mean(flips / np.sqrt(np.maximum(q, 1e-300))))))
-    return min(found)[1:] if whole else (0.0, 0.0)
+    return min(found)[1:]
