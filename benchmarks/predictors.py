@@ -30,7 +30,6 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Stats
 from edgemoe.menus import make_replay, set_loss
 from edgemoe.pipeline import price_cached
-from edgemoe.price import drop_slopes
 from edgemoe.scores import SCORES, score_experts
 from edgemoe.stream import apply_norm, tokenize
 from edgemoe.targets import find_target
@@ -83,10 +82,15 @@ class Pricer:
         self.replays = [
             make_replay(stats.arrays(n), stats.weights, model.top_k, renormalize=model.renormalize) for n in range(model.n_layers)
         ]
-        slopes = [drop_slopes(stats, n, replay, model.n_experts) for n, replay in enumerate(self.replays)]
-        self.slopes = [{count: float(stats.weights @ v) for count, v in found.items()} for found in slopes]
+        self.drops = [self._menu_prices(layer) for layer in range(model.n_layers)]
         self.units = {(u.role, u.layer): n for n, u in enumerate(costs.units)}
         self.gradients = self._gradients()
+
+    def _menu_prices(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Losses of the menu's sets, rising, and nats for each unit of loss."""
+        losses = np.array([set_loss(self.replays[layer], kept[layer])[0] for kept in self.costs.kept[:-1]])
+        order = np.argsort(losses)
+        return losses[order], (self.costs.weights @ self.costs.drop_cost[:, :-1, layer] / losses)[order]
 
     def _gradients(self) -> list[torch.Tensor]:
         """Of the summed log-likelihood of labels drawn from the model, by each layer's output [samples, tokens, hidden]."""
@@ -131,7 +135,7 @@ class Pricer:
             if trial.kind == "quantize":
                 parts |= self._errors(formats)
             total = {name: total.get(name, 0.0) + value for name, value in parts.items()}
-        total["ours"] = self.costs.predict_kl(total["ours"]) if trial.layer < 0 else total["ours"]
+        total["ours"] = self.costs.predict_kl(total["ours"])
         return total
 
     def _forms(self, layer: int, kept: list[list[int]], formats: dict[tuple[str, int], str]) -> dict[str, float]:
@@ -152,8 +156,7 @@ class Pricer:
     def _ours(self, layer: int, kept: list[int], formats: dict[tuple[str, int], str]) -> dict[str, float]:
         costs, mask = self.costs, np.isin(np.arange(self.model.n_experts), kept)
         loss = set_loss(self.replays[layer], mask)[0]
-        known = sorted(self.slopes[layer])
-        drop = loss * float(np.interp(len(kept), known, [self.slopes[layer][k] for k in known])) if known else 0.0
+        drop = loss * float(np.interp(loss, *self.drops[layer]))
         c = costs.counts.index(len(kept))
         rounding = sum(float(costs.cost[c, self.units[unit], costs.formats.index(name)]) for unit, name in formats.items())
         return {"ours": drop + rounding} | ({} if formats else {"set-aware, no layer constant": loss})

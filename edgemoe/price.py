@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.flips import fit_flips, routers_behind, without_flips
+from edgemoe.flips import additive_part, fit_flips, routers_behind
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Tensor, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
@@ -121,7 +121,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     kappa, kappa_sum = fit_flips(units, model.n_layers, probed, trusted)
     for u, unit in enumerate(units):
         behind = float(routers_behind(unit.role, unit.layer, model.n_layers).mean())
-        table.cost[:, u] *= without_flips(probed[u], kappa * behind) / max(probed[u], 1e-300)
+        table.cost[:, u] *= additive_part(probed[u], kappa * behind) / max(probed[u], 1e-300)
     for layer, priced in layers.items():
         behind = float(routers_behind("", layer, model.n_layers).mean())
         drop[:, :, layer], expert_drop[:, layer] = _drop_costs(stats, layer, priced, kappa * behind)
@@ -237,11 +237,11 @@ def price_losses(
 ) -> NDArray[np.float64]:
     """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
 
-    The slopes are without flips, of which there are kappa sqrt(q) in a probe.
+    `kappa` as in `additive_part`.
     """
     known = [loss for loss, _ in points]
     means = [float(weights @ kl) for _, kl in points]
-    shares = [float(without_flips(mean, kappa)) / max(mean, 1e-300) for mean in means]
+    shares = [float(additive_part(mean, kappa)) / max(mean, 1e-300) for mean in means]
     slopes = np.array([kl / loss * share for (loss, kl), share in zip(points, shares, strict=True)])  # [probes, D]
     return np.stack([np.interp(losses, known, slope) * losses for slope in slopes.T])
 
