@@ -20,7 +20,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Round, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
-from edgemoe.price import discount_drops, least_process, price_choices
+from edgemoe.price import REVISION, discount_drops, least_process, price_choices
 from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import repair_survivors
 from edgemoe.report import write_report
@@ -200,7 +200,7 @@ def price_cached(
     model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
-    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__)[:16]}.json"
+    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
     if not path.exists():
         save_record(path, price_choices(model, stats, target, context, progress))
     return load_record(path, Costs), hash_file(path)

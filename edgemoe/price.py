@@ -25,6 +25,7 @@ from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
+REVISION = 2  # raised when the same statistics give other prices, so that no older ones are opened
 SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
 LEAST_ROWS = 4  # per expert
 TOKENS_PER_EXPERT = 128
