@@ -26,6 +26,7 @@ OWN = "GLM-5.2"
 MOE = re.compile(r"DeepSeek|GLM|Kimi|A\d+B$|A\d+B-")
 # Layers after these are next-token-prediction blocks, which plain decoding never runs (their measured KLD is 0).
 LAYERS = {"GLM-4.5": 92, "GLM-4.6": 92, "GLM-4.7": 92, "GLM-4.5-Air": 46, "GLM-5.1": 78, "GLM-5.2": 78}
+TENSOR = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 BINS = 10  # of relative depth
 FLOOR_QUANTILE = 0.02  # of a model's single-tensor KLDs: what remains when next to nothing was changed
 SAME_GROUP = 0.75  # tensors whose figures agree in so many of their layers were measured as one
@@ -86,7 +87,7 @@ def read_sensitivities(path: Path) -> dict[str, dict[tuple[str, int], float]]:
     for row in csv.DictReader(path.open()):
         if not MOE.search(row["model"]) or not row["kld"]:
             continue
-        match = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", row["tensor"])
+        match = TENSOR.fullmatch(row["tensor"])
         role, layer = (match[2], int(match[1])) if match else (row["tensor"].removesuffix(".weight"), -1)
         if layer < LAYERS.get(row["model"], 10**9):
             found[row["model"]][role, layer] = float(row["kld"])

@@ -104,6 +104,9 @@ def build(
     ] = None,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
     rounding: RoundingOpt = "feedback",
+    refine: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -119,6 +122,7 @@ def build(
         "--context": context,
         "--recipe": recipe and recipe.name,
         "--objective": objective,
+        "--refine": refine,
     }
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
@@ -141,6 +145,7 @@ def build(
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         repair=repair,
         rounding=rounding,
+        refine=refine,
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),

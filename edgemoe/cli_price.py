@@ -28,6 +28,9 @@ def price(
     saliency: Annotated[
         Path | None, typer.Option(metavar="CSV", help="With --imatrix: scores of experts, layer,expert,score[,domain]; larger means keep.")
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With STATS, a control: drop by a published score, as reap, energy or frequency.")
+    ] = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
 ) -> None:
@@ -40,6 +43,8 @@ def price(
         raise UsageError("give exactly one of STATS and --imatrix", hint=hint)
     if saliency is not None and imatrix is None:
         raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
+    if score is not None and stats is None:
+        raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import save_record
     from edgemoe.pipeline import choose_context
@@ -54,20 +59,22 @@ def price(
         print(f"note: {costs.origin}", file=sys.stderr)
     else:
         assert stats is not None
-        costs = _price_measured(found, stats, chosen, tokens)
+        costs = _price_measured(found, stats, chosen, tokens, score)
     save_record(output, costs)
     print("\n".join([f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}", *notes]))
 
 
-def _price_measured(model: Model, folder: Path, target: Target, context: int) -> Costs:
+def _price_measured(model: Model, folder: Path, target: Target, context: int, score: str | None) -> Costs:
     from edgemoe.ir import Stats, load_record
     from edgemoe.price import price_choices
+    from edgemoe.scores import drops_by_score
 
     stats = replace(load_record(folder / "stats.json", Stats), folder=str(folder))
     if stats.model != model.fingerprint:
         raise ModelError(f"{folder}: was made from another checkpoint", hint="make it again from this one")
     with show_progress() as progress:
-        return price_choices(model, stats, target, context, lambda done, total: progress("price", done, total))
+        costs = price_choices(model, stats, target, context, lambda done, total: progress("price", done, total))
+    return drops_by_score(costs, stats, score) if score else costs
 
 
 def _price_imported(model: Model, file: Path, saliency: Path | None, work: Path, target: Target, context: int) -> tuple[Costs, Stats]:

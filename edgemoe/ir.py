@@ -388,6 +388,23 @@ class TextScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round of refinement: what a plan and its drops alone should cost and did, on calibration text (nats per token).
+
+    The factors are those by which prices of drops and of formats were then multiplied.
+    """
+
+    predicted: float
+    measured: float
+    predicted_drops: float
+    measured_drops: float
+    count: int
+    file_size: int
+    drop_factor: float
+    format_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What was promised and what was measured; everything the report page shows."""
 
@@ -407,6 +424,7 @@ class Report:
     problems: tuple[str, ...]
     runtime: str
     machine: str
+    rounds: tuple[Round, ...] = ()  # how the plan came about, where it was refined
 
 
 # ------------------------------------------------------------------------------------------------------ saving, opening

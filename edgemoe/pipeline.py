@@ -17,11 +17,12 @@ from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
 from edgemoe.emit import emit_artifact
 from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
+from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Round, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
-from edgemoe.price import discount_drops, least_process, price_choices
+from edgemoe.price import REVISION, discount_drops, least_process, price_choices
+from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import repair_survivors
 from edgemoe.report import write_report
 from edgemoe.rules import Rule
@@ -34,6 +35,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, all)
 MARKER = "build.json"
 ROUNDINGS = ("feedback", "stock")
 CURVE_POINTS = 24
+DEFAULT_ROUNDS = 0  # of refinement: each costs one more file written and run
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
 
 
@@ -57,6 +59,7 @@ class BuildRequest:
     shard_max: int = 0
     repair: bool = True
     rounding: str = "feedback"
+    refine: int = DEFAULT_ROUNDS
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -83,33 +86,30 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
     if request.repair:
         costs = discount_drops(costs)
-    plan = solve_plan(
-        costs,
-        request.memory,
-        rules=request.rules,
-        objective=request.objective,
-        solver=request.solver,
-        gap=request.gap,
-        seconds=request.seconds,
-        costs_hash=costs_hash,
-    )
+
+    def solve(costs: Costs) -> Plan:
+        options = {"objective": request.objective, "solver": request.solver, "gap": request.gap, "seconds": request.seconds}
+        return solve_plan(costs, request.memory, rules=request.rules, costs_hash=costs_hash, **options)  # type: ignore[arg-type]
+
+    def stored_as(plan: Plan, rounding: str = request.rounding) -> Model:
+        tokens, stage = request.calibration_tokens, _stage(progress, "repair")
+        return store_weights(model, calibration, stats, plan, work, rounding=rounding, max_tokens=tokens, progress=stage)
+
+    plan, rounds = solve(costs), tuple[Round, ...]()
+    if request.refine:
+        tokens, stage = request.calibration_tokens, _stage(progress, "refine")
+        measure = Measurer(model, stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, progress=stage)
+        refined = refine_plan(costs, plan, request.refine, solve, measure)
+        plan, costs, rounds = refined.plan, refined.costs, refined.rounds
     save_record(request.out / ".work" / "plan.json", plan)
-    stored = store_weights(
-        model,
-        calibration,
-        stats,
-        plan,
-        work,
-        rounding=request.rounding,
-        max_tokens=request.calibration_tokens,
-        progress=_stage(progress, "repair"),
-    )
+    stored = stored_as(plan)
     artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
     warning = warn_of_context(model, context)
     report = replace(
         report,
+        rounds=rounds,
         frontier=frontier_of(costs, plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
         model={**report.model, "command": request.command},
         problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
@@ -248,7 +248,7 @@ def price_cached(
     model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
-    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__)[:16]}.json"
+    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
     if not path.exists():
         save_record(path, price_choices(model, stats, target, context, progress))
     return load_record(path, Costs), hash_file(path)

@@ -30,7 +30,7 @@ OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
 ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
-__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "describe_choice", "least_budget", "solve_plan", "sweep_sizes"]
+__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "describe_choice", "drop_costs", "least_budget", "solve_plan", "sweep_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +288,7 @@ def describe_choice(
     memory = {**(costs.memory if beside is None else beside), "weights": held, "staging": int(staging)}
     context = memory.pop("context")
     memory["peak"] = peak(memory)
-    drop = _drop_costs(costs, c, kept)  # [D]
+    drop = drop_costs(costs, c, kept)  # [D]
     by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + drop
     q = float(costs.weights @ by_domain)
     return Plan(
@@ -323,8 +323,8 @@ def describe_choice(
     )
 
 
-def _drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Nats of the kept sets by domain [D]: the menu's price, corrected by single experts where the set is another."""
+def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by single experts where they differ."""
     if costs.form == "experts":
         gone = (~kept).sum(axis=1)
         curve = costs.drop_curve[np.arange(len(gone)), gone].sum()

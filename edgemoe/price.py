@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.errors import ModelError
+from edgemoe.flips import additive_part, fit_flips, routers_behind
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import offered_counts
@@ -22,11 +23,13 @@ from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target, count_bytes
 
+REVISION = 2  # raised when the same statistics give other prices, so that no older ones are opened
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
 REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
 Progress = Callable[[int, int], None]
 Probes = Mapping[tuple[str, int], Probe]
+Parts = dict[tuple[str, int], float]  # by role and layer: what rounding a stack or matrix adds to a probe of the whole model, alone
 
 
 def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
@@ -48,34 +51,22 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     counts = (model.n_experts,) if target.FORM == "experts" else offered_counts(model.n_experts, model.top_k)
     sizes = count_bytes(model, target, units, counts)
     cost = np.full(sizes.size.shape, np.inf)
-    drops = _no_drops(model, len(stats.domains), counts)
-    factor = np.ones((len(stats.domains), len(units)))
-    whole = {bits: 0.0 for bits in WHOLE_BITS}  # Q of the whole-model probes
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
-    if progress:
-        progress(0, model.n_layers)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for layer in range(-1, model.n_layers):
-            mine = {u: unit for u, unit in enumerate(units) if unit.layer == layer}
-            experts = [unit for unit in mine.values() if unit.is_stack or unit.expert >= 0]
-            importance = importance_of(model, stats, layer)
-            priced = price_layer(model, stats, target, layer, experts, probes, pool) if layer >= 0 else None
-            use = np.ones((len(stats.domains), model.n_experts))
-            if priced is not None:
-                _enter_drops(drops, layer, priced, stats, target)
-                use = _use(stats, layer)
-            for u, unit in mine.items():
-                if priced is not None and (unit.role, unit.expert) in priced.stored:
-                    by_format = priced.price(unit)
-                else:
-                    by_format = price_matrix(model, stats, target, unit, importance, probes[unit.role, unit.layer], pool)
-                for bits in whole:
-                    whole[bits] += float(by_format[f"whole{bits}"][-1])
-                for f in np.flatnonzero(sizes.offered[u]):
-                    cost[:, u, f] = by_format[target.OFFERED[f]]
-                factor[:, u] = _domain_factor(stats, unit, probes, use)
-            if progress:
-                progress(layer + 1, model.n_layers)
+    layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
+    kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
+    drops = _no_drops(model, len(stats.domains), counts)
+    for layer, priced in layers.items():
+        _enter_drops(drops, layer, priced, stats, target, kappa * float(routers_behind("", layer, model.n_layers).mean()))
+    factor = np.ones((len(stats.domains), len(units)))
+    use = {layer: _use(stats, layer) for layer in layers}
+    for u, unit in enumerate(units):
+        factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
+        if u in matrices:
+            by_format = {name: nats * share[unit.role, unit.layer] for name, nats in matrices[u].items()}
+        else:
+            by_format = layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
+        for f in np.flatnonzero(sizes.offered[u]):
+            cost[:, u, f] = by_format[target.OFFERED[f]]
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -87,7 +78,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         counts=counts,
         n_experts=model.n_experts,
         top_k=model.top_k,
-        kappa=fit_kappa(stats, whole),
+        kappa=kappa_sum,
         memory={"context": context, **target.memory_parts(model, context)},
         cold=stats.cold,
         domains=tuple(d.name for d in stats.domains),
@@ -102,6 +93,37 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     )
 
 
+def _price_probes(
+    model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
+) -> tuple[dict[int, Layer], dict[int, dict[str, Floats]], dict[int, Parts]]:
+    """Everything as if probes' KL grew with the error alone.
+
+    Returns:
+        The MoE layers; of every other unit, by number, nats [1] by format; and the parts of the whole-model probes, by bits.
+    """
+    layers: dict[int, Layer] = {}
+    matrices: dict[int, dict[str, Floats]] = {}
+    whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
+    if progress:
+        progress(0, model.n_layers)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for layer in range(-1, model.n_layers):
+            experts = [unit for unit in units if unit.layer == layer and (unit.is_stack or unit.expert >= 0)]
+            if experts:
+                layers[layer] = price_layer(model, stats, target, layer, experts, probes, pool)
+                for bits, parts in whole.items():
+                    parts.update({(role, layer): layers[layer].whole(role, bits) for role in layers[layer].errors})
+            importance = importance_of(model, stats, layer)
+            for u, unit in enumerate(units):
+                if unit.layer == layer and unit.expert < 0 and not unit.is_stack:
+                    matrices[u] = price_matrix(model, stats, target, unit, importance, probes[unit.role, layer], pool)
+                    for bits, parts in whole.items():
+                        parts[unit.role, layer] = float(matrices[u][f"whole{bits}"][0])
+            if progress:
+                progress(layer + 1, model.n_layers)
+    return layers, matrices, whole
+
+
 def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
     """The fields of Costs that say what dropping costs, empty."""
     layers, experts = model.n_layers, model.n_experts
@@ -114,14 +136,15 @@ def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, 
     }
 
 
-def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats, target: Target) -> None:
+def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats, target: Target, kappa: float) -> None:
     """Enter one layer: the menu where counts are shared, else the curve that brings sums of single prices to the greedy path's."""
-    drops["expert_drop"][:, layer] = priced.expert_drop
+    found = priced.price_drops(stats.weights, kappa)
+    drops["expert_drop"][:, layer] = found.experts
     drops["usage"][:, layer] = _shares(stats.arrays(layer)["gate_norm"])
     if target.FORM == "experts":
-        drops["drop_curve"][layer] = stats.weights @ priced.drop_curve
+        drops["drop_curve"][layer] = stats.weights @ found.curve
     else:
-        drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = priced.drop_cost, priced.menu.kept
+        drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = found.menu, priced.menu.kept
 
 
 def discount_drops(costs: Costs) -> Costs:
@@ -144,9 +167,9 @@ def discount_drops(costs: Costs) -> Costs:
     )
 
 
-def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats) -> Floats:
+def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats | None) -> Floats:
     """How much more a unit's rounding costs in each domain than on average [D]: as its probe's KL; an expert's also as it is used there."""
-    if unit.expert < 0:
+    if unit.expert < 0 or use is None:
         return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
     kl = np.sum([probes[f"ffn_{p}_exps", unit.layer].kl for p in PROJECTIONS], axis=0)
     return _over_mean(kl * use[:, unit.expert], stats)
@@ -175,15 +198,20 @@ def _shares(sums: Floats) -> Floats:
     return shares
 
 
-def fit_kappa(stats: Stats, whole: dict[int, float]) -> float:
-    """Kappa of KL = Q + kappa sqrt(Q), from the whole-model probes that lie where the expansion holds."""
-    found = []
-    for probe in stats.probes:
-        if probe.kind == "all":
-            q, kl = whole[probe.bits], probe_kl(stats, probe)
-            if q > 0 and kl < TRUSTED_KL:
-                found.append((kl - q) / np.sqrt(q))
-    return max(0.0, float(np.mean(found))) if found else 0.0
+def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int, Parts]) -> tuple[float, float, Parts]:
+    """Kappa of the flips, kappa of a sum of prices, and the share of each probe's KL that adds up (flips.py)."""
+    keys = list(whole[WHOLE_BITS[0]])
+    every = [probes[key] for key in keys]
+    probed = np.array([probe_kl(stats, probe) for probe in every])
+    trusted = [
+        (np.array([whole[p.bits][key] for key in keys]), probe_kl(stats, p))
+        for p in stats.probes
+        if p.kind == "all" and 0 < probe_kl(stats, p) < TRUSTED_KL
+    ]
+    kappa, kappa_sum = fit_flips(every, model.n_layers, probed, trusted)
+    reach = np.array([routers_behind(p.role, p.layer, model.n_layers).mean() for p in every])
+    shares = additive_part(probed, kappa * reach) / np.maximum(probed, 1e-300)
+    return kappa, kappa_sum, dict(zip(keys, shares.tolist(), strict=True))
 
 
 def least_process(model: Model, target: Target, context: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
+from edgemoe.flips import additive_part
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
 from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
 from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
@@ -36,28 +37,52 @@ class Layer:
     """One MoE layer, priced (D domains, C kept counts, E experts, G experts that went on the greedy path)."""
 
     menu: Menu
-    drop_cost: Floats  # [D, C] of the menu's sets
-    path_cost: Floats  # [D, G + 1] of the sets of the greedy path
-    expert_drop: Floats  # [D, E]
+    drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
+    energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
     errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
-    def price(self, unit: Unit) -> dict[str, Floats]:
-        """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format."""
-        formats = (*self.stored[unit.role, unit.expert], *(f"whole{bits}" for bits in WHOLE_BITS))
-        if unit.expert < 0:
-            return {f: self.slope[unit.role] * (self.menu.gate_sq @ self.errors[unit.role][f]) for f in formats}
-        use = float(self.menu.gate_sq[-1, unit.expert])
-        return {f: np.array([sum(self.slope[r] * use * e[f][unit.expert] for r, e in self.errors.items())]) for f in formats}
+    def whole(self, role: str, bits: int) -> float:
+        """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
+        return self.slope[role] * float(self.menu.gate_sq[-1] @ self.errors[role][f"whole{bits}"])
 
-    @property
-    def drop_curve(self) -> Floats:
-        """What the greedy path costs beyond the sum of its experts' own prices, by domain, when k are gone [D, E + 1]."""
-        n = self.expert_drop.shape[1]
-        singles = np.concatenate([np.zeros((len(self.expert_drop), 1)), np.cumsum(self.expert_drop[:, self.menu.order], axis=1)], axis=1)
-        curve = self.path_cost - singles
-        return np.concatenate([curve, np.repeat(curve[:, -1:], n + 1 - curve.shape[1], axis=1)], axis=1)  # fewer than top-k never stay
+    def price(self, unit: Unit, share: Mapping[str, float]) -> dict[str, Floats]:
+        """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
+
+        `share`: of a probe's KL, by role, that adds up (flips.py).
+        """
+        slope = {role: value * share[role] for role, value in self.slope.items()}
+        formats = self.stored[unit.role, unit.expert]
+        if unit.expert < 0:
+            return {f: slope[unit.role] * (self.menu.gate_sq @ self.errors[unit.role][f]) for f in formats}
+        use = float(self.menu.gate_sq[-1, unit.expert])
+        return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in self.errors.items())]) for f in formats}
+
+    def price_drops(self, weights: Floats, kappa: float) -> Drops:
+        """Price the menu's sets, those of the greedy path, and single experts.
+
+        An expert's own price is what its step on the greedy path adds; those that never went cost as much as the dearest that did, or
+        more by their energy.  `weights` of the domains [D]; `kappa` as in `price_losses`.
+        """
+        menu, n = self.menu, self.menu.kept.shape[1]
+        path = price_losses(self.drops, weights, menu.path, kappa)
+        steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
+        experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n))
+        experts *= np.maximum(self.energy / max(float(self.energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
+        experts[:, menu.order] = steps
+        curve = path - np.concatenate([np.zeros((len(weights), 1)), np.cumsum(steps, axis=1)], axis=1)
+        curve = np.concatenate([curve, np.repeat(curve[:, -1:], n + 1 - curve.shape[1], axis=1)], axis=1)  # fewer than top-k never stay
+        return Drops(menu=price_losses(self.drops, weights, menu.loss, kappa), experts=experts, curve=curve)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drops:
+    """What dropping experts of one layer costs, in nats by domain."""
+
+    menu: Floats  # [D, C] the menu's sets
+    experts: Floats  # [D, E] single experts, additive
+    curve: Floats  # [D, E + 1] what the greedy path costs beyond the sum of its experts' own prices when k are gone
 
 
 def price_layer(
@@ -93,7 +118,9 @@ def price_layer(
     for role, by_format in errors.items():
         error = float(menu.gate_sq[-1] @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
-    return Layer(menu=menu, errors=errors, slope=slope, stored=stored, **_drop_costs(stats, layer, replay, menu))
+    energy = arrays["energy"].astype(np.float64).sum(axis=0)
+    drops = dropped_points(stats, layer, replay, model.n_experts)
+    return Layer(menu=menu, drops=drops, energy=energy, errors=errors, slope=slope, stored=stored)
 
 
 def probe_kl(stats: Stats, probe: Probe) -> float:
@@ -101,35 +128,29 @@ def probe_kl(stats: Stats, probe: Probe) -> float:
     return float(stats.weights @ np.array(probe.kl))
 
 
-def _drop_costs(stats: Stats, layer: int, replay: Replay, menu: Menu) -> dict[str, Floats]:
-    """Nats by domain of the menu's sets [D, C] and of those of its greedy path [D, G + 1], and the additive price of each expert [D, E].
-
-    A set costs its loss times a slope that is interpolated between the probed kept counts.  An expert's own price is what its step on the
-    greedy path adds; those that never went cost as much as the dearest that did, or more by their energy.
-    """
-    domains, n_experts = len(stats.domains), replay.probs.shape[1]
-    points: dict[int, Floats] = {}
+def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, Floats]]:
+    """Loss, and KL by domain [D], of each probe that dropped experts in this layer, by rising loss."""
+    points = []
     for probe in stats.probes:
         if probe.kind == "drop" and probe.layer == layer:
             kept = np.zeros(n_experts, bool)
             kept[list(probe.kept)] = True
-            loss = set_loss(replay, kept)[0]
-            if loss > 0:
-                points[len(probe.kept)] = np.array(probe.kl) / loss
-    known = sorted(points)
+            points.append((set_loss(replay, kept)[0], np.array(probe.kl)))
+    return sorted((p for p in points if p[0] > 0), key=lambda p: p[0])
 
-    def price(counts: NDArray[np.int64], losses: Floats) -> Floats:
-        if not known:
-            return np.zeros((domains, len(losses)))
-        return np.stack([np.interp(counts, known, [points[n][d] for n in known]) * losses for d in range(domains)])
 
-    path = price(n_experts - np.arange(len(menu.path)), menu.path)
-    steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
-    experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n_experts))
-    energy = stats.arrays(layer)["energy"].sum(axis=0)
-    experts *= np.maximum(energy / max(float(energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
-    experts[:, menu.order] = steps
-    return {"drop_cost": price(np.array(menu.counts), menu.loss), "path_cost": path, "expert_drop": experts}
+def price_losses(points: list[tuple[float, Floats]], weights: Floats, losses: Floats, kappa: float) -> Floats:
+    """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
+
+    `kappa` as in `additive_part`.  Zero where nothing was probed.
+    """
+    if not points:
+        return np.zeros((len(weights), *losses.shape))
+    known = [loss for loss, _ in points]
+    means = [float(weights @ kl) for _, kl in points]
+    shares = [float(additive_part(mean, kappa)) / max(mean, 1e-300) for mean in means]
+    slopes = np.array([kl / loss * share for (loss, kl), share in zip(points, shares, strict=True)])  # [probes, D]
+    return np.stack([np.interp(losses, known, slope) * losses for slope in slopes.T])
 
 
 # ---------------------------------------------------------------------------------------------------------------- experts
@@ -150,16 +171,14 @@ class _Sample:
 
 
 def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Errors]:
-    """Mean squared output error per use of one expert, by projection and format, on the tokens that would pick it first.
+    """Mean squared output error per use of one expert, by projection and format, on tokens drawn by the square of their gate.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
     errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
     share their errors.
     """
     expert, replay = tensors["gate"].expert, sample.replay
-    weight = replay.probs[:, expert] ** 2 * replay.weights
-    tokens = np.argsort(-weight, kind="stable")[:TOKENS_PER_EXPERT]
-    weight = weight[tokens] / max(weight[tokens].sum(), 1e-300)
+    tokens, weight = _draw_tokens(replay.probs[:, expert] ** 2 * replay.weights)
     inputs = sample.x[tokens]
     matrices = {p: read_tensor(sample.model.folder, tensors[p]) for p in PROJECTIONS}
     a, b = inputs @ matrices["gate"].T, inputs @ matrices["up"].T
@@ -186,6 +205,20 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Err
         for name in sample.formats(role, expert):
             result[role][name] += float(weight @ _input_squares(sample.target, name, projection, inputs, (a, b, h), matrices))
     return result
+
+
+def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """At most TOKENS_PER_EXPERT tokens and their weights, summing to 1: drawn evenly from the running sum, the heaviest first.
+
+    Not the heaviest alone: the importance matrix was made for these, and rounding errs most on the others.
+    """
+    order = np.argsort(-weight, kind="stable")
+    running = np.cumsum(weight[order])
+    if running[-1] <= 0:
+        return order[:1], np.ones(1)
+    wanted = (np.arange(TOKENS_PER_EXPERT) + 0.5) / TOKENS_PER_EXPERT * running[-1]
+    places, times = np.unique(np.minimum(np.searchsorted(running, wanted), len(order) - 1), return_counts=True)
+    return order[places], times / TOKENS_PER_EXPERT
 
 
 def _input_squares(

@@ -1,19 +1,22 @@
 """Statistics of one layer -> what the field makes of them: published expert scores, and the importance matrix.
 
-Scores are controls and options, never prices: they have no unit and are comparable within one layer only.  Sums run over the routed tokens
-of every domain, each domain counting by its weight.
+Scores are controls and options (`price --score`), no prices: they have no unit and are comparable within one layer only.  Sums run over
+the routed tokens of every domain, each domain counting by its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.ir import Model, Stats
+from edgemoe.errors import UsageError
+from edgemoe.ir import Costs, Model, Stats
 
-Sums = dict[str, NDArray[np.float64]]  # [E] each: count, gate, gate_sq, norm, norm_sq, gate_norm, energy
+SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")
+Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, and top_logit
 
 
 def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -26,10 +29,13 @@ SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
     "frequency": lambda s: s["count"],  # n_e
     "gate-sum": lambda s: s["gate"],  # sum g
     "ean": lambda s: s["norm"],  # sum |f|
-    "man": lambda s: _mean(s["norm"], s["count"]),  # sum |f| / n_e
+    "man": lambda s: _mean(s["norm"], s["count"]),  # sum |f| / n_e: arXiv 2606.15716
+    "msan": lambda s: _mean(s["norm_sq"], s["count"]),  # sum |f|^2 / n_e: the same
     "reap-sum": lambda s: s["gate_norm"],  # sum g |f|
     "reap": lambda s: _mean(s["gate_norm"], s["count"]),  # sum g |f| / n_e: REAP, arXiv 2510.13999
     "energy": lambda s: s["energy"],  # sum g^2 |f|^2
+    "collaborative": lambda s: 0.5 * s["count"] + 0.5 * _mean(s["gate"], s["count"]),  # share of tokens, mean gate: arXiv 2509.25689
+    "tcess": lambda s: s["top_logit"],  # router logit where e is the first choice, mean over tokens: PreMoe, arXiv 2505.17639
 }
 
 
@@ -37,8 +43,37 @@ def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
     """A published saliency of each expert of a layer [E]; larger means keep."""
     arrays = stats.arrays(layer)
     share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
-    sums = {name: (share * arrays[name]).sum(axis=0) for name in ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")}
+    sums = {name: (share * arrays[name]).sum(axis=0) for name in SUMS}
+    domain = arrays["replay_domain"].astype(np.int64)
+    sums["top_logit"] = top_logits(arrays["replay_logits"], (stats.weights / np.maximum(np.bincount(domain), 1))[domain])
     return SCORES[score](sums)
+
+
+def top_logits(logits: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over tokens (by weight) of an expert's router logit [E], counted where it is the token's largest."""
+    mean: NDArray[np.float64] = np.zeros(logits.shape[1])
+    np.add.at(mean, logits.argmax(axis=1), weights * logits.max(axis=1) / weights.sum())
+    return mean
+
+
+def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
+    """The same prices, but experts go in the order of a published score, and a kept set costs in proportion to the scores that go.
+
+    One factor for the whole model makes all sets together cost what they did, so that drops and formats stay comparable: a control.
+
+    Raises:
+        UsageError: no such score, or prices of single experts' formats.
+    """
+    if score not in SCORES or costs.form != "stacks":
+        raise UsageError(f"score {score!r} cannot price these drops", hint=f"known, for GGUF: {', '.join(SCORES)}")
+    scores = np.stack([score_experts(stats, layer, score) for layer in costs.expert_layers])  # [L, E]
+    rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    kept = rank[None] < np.array(costs.counts)[:, None, None]  # [C, L, E]
+    gone = (np.maximum(scores, 0.0)[None] * ~kept).sum(axis=2)  # [C, L]
+    factor = float(costs.weights @ costs.drop_cost.sum(axis=(1, 2))) / max(float(gone.sum()), 1e-300)
+    shape = costs.drop_cost.shape, costs.expert_drop.shape
+    experts = np.broadcast_to(factor * np.maximum(scores, 0.0), shape[1]).copy()
+    return replace(costs, kept=kept, drop_cost=np.broadcast_to(factor * gone, shape[0]).copy(), expert_drop=experts)
 
 
 def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> NDArray[np.float64]:

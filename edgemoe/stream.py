@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -294,8 +294,14 @@ def map_ordered(function: Callable[[T], Any], items: Sequence[T], *, device: tor
         torch.set_num_threads(before)
 
 
-def final_states(model: Model, windows: Windows, work: Path, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
-    """Normed last hidden states of the original model [windows, length, hidden], computed a layer at a time."""
+def final_states(
+    model: Model,
+    windows: Windows,
+    work: Path,
+    progress: Callable[[int, int], None] | None = None,
+    kept: Sequence[Sequence[int]] | None = None,
+) -> NDArray[np.float32]:
+    """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
     stream = LayerStream(model)
     states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))
     chunks = windows.chunks()
@@ -308,8 +314,9 @@ def final_states(model: Model, windows: Windows, work: Path, progress: Callable[
             def run(index: NDArray[np.int64], module: Any = module) -> None:
                 states.write(index, stream.run_layer(module, states.read(index)))
 
-            for _ in map_ordered(run, chunks, device=stream.device):
-                pass
+            with nullcontext() if kept is None else only_experts(module, np.array(kept[layer])):
+                for _ in map_ordered(run, chunks, device=stream.device):
+                    pass
             stream.unload_layer(layer)
             if progress:
                 progress(layer + 1, model.n_layers)

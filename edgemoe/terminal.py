@@ -23,7 +23,7 @@ from edgemoe.figures import (
     shares_by_format,
     shares_by_group,
 )
-from edgemoe.ir import Plan, Report
+from edgemoe.ir import Plan, Report, Round
 from edgemoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -135,4 +135,15 @@ def summarize_report(report: Report) -> Group:
         for s in report.scores
     ]
     problems = [Text(f"problem: {plain(p)}", style="bold red") for p in report.problems]
-    return Group(_pairs(facts), *([_grid(heads, rows)] if rows else []), *problems)
+    return Group(_pairs(facts), *([_grid(heads, rows)] if rows else []), *_refinement(report.rounds), *problems)
+
+
+def _refinement(rounds: tuple[Round, ...]) -> list[RenderableType]:
+    """Predicted and measured KL of every round, and of its drops alone."""
+    if not rounds:
+        return []
+    heads = ("refinement", "kept", "KL predicted", "measured", "drops predicted", "measured")
+    rows = [
+        (str(n), str(r.count), *map(nats, (r.predicted, r.measured, r.predicted_drops, r.measured_drops))) for n, r in enumerate(rounds)
+    ]
+    return [_grid(heads, rows)]

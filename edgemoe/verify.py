@@ -188,11 +188,22 @@ def _score_window(original: NDArray[np.float32], ours: NDArray[np.float32], toke
         raise VerifyError("the artifact gives NaN or infinite logits")
     for start in range(0, len(tokens), ROWS_AT_ONCE):
         p, q = (_log_softmax(logits[start : start + ROWS_AT_ONCE]) for logits in (original, ours))
-        into.kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        into.kl.append(_kl(p, q))
         into.same.append(p.argmax(axis=1) == q.argmax(axis=1))
         following = tokens[start + 1 : start + 1 + len(p)]
         into.nll.append(-q[np.arange(len(following)), following])
         into.original_nll.append(-p[np.arange(len(following)), following])
+
+
+def kl_of_rows(original: NDArray[np.float32], ours: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(original || ours) of each row of logits [n, vocab], nats."""
+    steps = range(0, len(original), ROWS_AT_ONCE)
+    return np.concatenate([_kl(*(_log_softmax(x[i : i + ROWS_AT_ONCE]) for x in (original, ours))) for i in steps])
+
+
+def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return result
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -56,15 +56,30 @@ GOLDEN = {
     (3,): 1.278745,
     (0, 1): 3.597837,
     (0, 2): 1.141010,
+    (0, 3): 0.906367,
     (1, 2): 0.192611,
+    (1, 3): 1.312503,
     (2, 3): 2.556748,
 }
+ENERGY = (0.626890, 0.803529, 0.093070, 2.901659)  # sum of g^2 |f|^2: what a drop would cost if the router did not choose again
 
 
 @pytest.mark.parametrize(("gone", "loss"), GOLDEN.items())
 def test_set_losses_equal_the_golden_values(gone: tuple[int, ...], loss: float) -> None:
     kept = np.array([e not in gone for e in range(4)])
     assert set_loss(golden(renormalize=True), kept)[0] * 6 == pytest.approx(loss, abs=1e-6)
+
+
+def test_the_golden_menu_drops_the_best_pair_where_adding_up_energies_would_not() -> None:
+    menu = build_menu(golden(renormalize=True), (2, 3, 4))
+    assert np.flatnonzero(~menu.kept[1]).tolist() == [2] and np.flatnonzero(~menu.kept[0]).tolist() == [1, 2]
+    assert np.argsort(ENERGY)[:2].tolist() == [2, 0] and GOLDEN[1, 2] < GOLDEN[0, 2] / 5
+
+
+def test_dropping_one_more_expert_can_cost_less() -> None:
+    assert GOLDEN[0, 2] < GOLDEN[0,]
+    losses = [set_loss(golden(renormalize=True), np.array([e not in gone for e in range(4)]))[0] for gone in ((0,), (0, 2))]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(("gone", "loss"), [((0,), 1.007515), ((1,), 0.023005), ((2,), 0.024037), ((3,), 1.116036)])

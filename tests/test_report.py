@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 from edgemoe.card import render_card
 from edgemoe.errors import MachineError
 from edgemoe.figures import GROUP_ORDER, allowed_size, shares_by_group
-from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, TextScore, Unit, load_record
+from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, Round, TextScore, Unit, load_record
 from edgemoe.report import render_html, write_report
 from edgemoe.terminal import summarize_plan, summarize_report
 
@@ -321,6 +321,17 @@ def test_summary_prints_promised_and_measured_numbers() -> None:
         assert expected in text
     weights = sum(u.n_weights * (0.75 if u.role.endswith("exps") else 1) for u in report.units)
     assert f"{8 * sum(report.plan.sizes.values()) / weights:.3f}" in text
+
+
+def test_rounds_of_refinement_are_shown_in_page_and_terminal() -> None:
+    first = Round(
+        predicted=0.0123, measured=0.0345, predicted_drops=0.0021, measured_drops=0.0067, count=12, file_size=10**7, drop_factor=3.2,
+        format_factor=2.6,
+    )  # fmt: skip
+    report = replace(make_report(), rounds=(first, replace(first, predicted=0.0289, measured=0.0291)))
+    for text in (Page(render_html(report)).text, print_at(summarize_report(report), 80)):
+        assert all(number in text for number in ("0.0123", "0.0345", "0.0021", "0.0067", "0.0289", "0.0291"))
+    assert "refine" not in print_at(summarize_report(make_report()), 80)
 
 
 def test_summary_fits_a_terminal_of_eighty_columns_and_carries_no_escapes() -> None:

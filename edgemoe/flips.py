@@ -1,0 +1,79 @@
+"""KL of probes -> the part of it that adds up, and kappa: what flipped routing choices cost (docs/pricing.md, 5).
+
+A change of any size moves some tokens of later layers over the edge between two experts.  How many is linear in the size of the change, so
+KL = Q + (flips), Q quadratic and flips linear.  With Q_m the part of Q that lies before router m, of M routers:
+
+    KL = Q + kappa mean_m sqrt(Q_m)
+
+A probe of one tensor holds its own flips: q + kappa h sqrt(q), where h is the share of routers behind it (0 for the output matrix, which
+has none).  Flips of many changes do not add up, q does; kappa is what makes the probes of single tensors agree with those of the whole
+model.  A planner needs sums, so a price is q and its share of the flips of a plan whose Q is typical (the tangent of the square root
+there): q (1 + kappa h / (2 sqrt(Q_typical))).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import Probe
+
+TYPICAL = 0.01  # nats: Q of plans of 3 to 5 bits a weight; of .003, .01 and .03 it predicts best (docs/pricing.md, 5)
+KAPPAS = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 400)])  # square roots of nats; the best of these (2.3 % apart) is taken
+
+
+def routers_behind(role: str, layer: int, n_layers: int) -> NDArray[np.float64]:
+    """Which routers a change in a tensor can move [layers]: 1 or 0."""
+    if role == "token_embd":
+        first = 0
+    elif role == "output":
+        first = n_layers
+    else:
+        first = layer if role.startswith("attn") else layer + 1
+    behind: NDArray[np.float64] = (np.arange(n_layers) >= first).astype(np.float64)
+    return behind
+
+
+def without_flips(kl: NDArray[np.float64] | float, kappa: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """The q of KL = q + kappa sqrt(q)."""
+    root = (np.sqrt(np.square(kappa) + 4 * np.maximum(kl, 0.0)) - kappa) / 2
+    return np.asarray(root**2)
+
+
+def additive_part(kl: NDArray[np.float64] | float, kappa: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """The price that stands for a probe of this KL, `kappa` being that of the formula times the share of routers behind it."""
+    part: NDArray[np.float64] = without_flips(kl, kappa) * (1 + np.asarray(kappa) / (2 * np.sqrt(TYPICAL)))
+    return part
+
+
+def fit_flips(
+    tensors: Sequence[Probe], n_layers: int, probed: NDArray[np.float64], whole: Sequence[tuple[NDArray[np.float64], float]]
+) -> tuple[float, float]:
+    """Kappa of the formula above, and kappa of KL = C + kappa sqrt(C), where C is a sum of prices.
+
+    Args:
+        tensors: probes of U tensors, of which role and layer count.
+        n_layers: each with a router.
+        probed: KL of the units' probes [U].
+        whole: for each probe of the whole model the KL that every unit's share in it would cost if it grew with the error alone [U], and
+            the KL that was measured.  Both kappas minimise the squares of log(predicted / measured).
+    """
+    if not whole:
+        return 0.0, 0.0
+    behind = np.stack([routers_behind(t.role, t.layer, n_layers) for t in tensors], axis=1)  # [L, U]
+    reach, measured = behind.mean(axis=0), np.array([kl for _, kl in whole])
+    parts = np.stack([part for part, _ in whole]) / np.maximum(probed, 1e-300)  # [probes, U]
+
+    def misfit(predicted: NDArray[np.float64]) -> float:
+        return float(np.square(np.log(np.maximum(predicted, 1e-300) / measured)).sum())
+
+    def with_flips(kappa: float) -> NDArray[np.float64]:
+        q = parts * without_flips(probed, kappa * reach)
+        total: NDArray[np.float64] = q.sum(axis=1) + kappa * np.sqrt(q @ behind.T).mean(axis=1)
+        return total
+
+    kappa = float(min(KAPPAS, key=lambda k: misfit(with_flips(k))))
+    prices = parts @ additive_part(probed, kappa * reach)
+    return kappa, float(min(KAPPAS, key=lambda k: misfit(prices + k * np.sqrt(prices))))

@@ -1,0 +1,229 @@
+"""Plan -> its KL measured on calibration text -> prices rescaled -> a plan whose prediction holds (docs/pricing.md, 13).
+
+One idea: a plan knows two sums, what its drops and what its formats should cost.  Both are measured (the drops by running the original
+with only the kept experts, the whole by running the artifact), each sum is scaled to what was found, and the program is solved again.
+Every measurement is kept in the work folder, rounded, so that a rerun chooses the same plans.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.checkpoint import read_tensor
+from edgemoe.emit import emit_artifact
+from edgemoe.ir import Costs, Model, Plan, Round, Stats, hash_json, write_text
+from edgemoe.plan import drop_costs
+from edgemoe.targets import Target
+from edgemoe.texts import Text
+from edgemoe.verify import WINDOW, compare_logits, kl_of_rows, reference_states
+
+MEASURE_TOKENS = 4096
+SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (repair.GUARD_EVERY)
+DIGITS = 3  # significant digits of a measured KL that are used: another processor's last bits must not choose another plan
+LEAST_SHARE = 0.1  # of a plan's cost that drops or formats must have for its factor to be told apart from the whole's
+MOST = 4.0  # the formats' factor stays within this of the whole's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """KL of a plan on the measuring text, and of its drops alone (0 without drops); nats per token."""
+
+    kl: float
+    drop_kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """The best measured plan with prices that meet its measurement, and what every round found."""
+
+    plan: Plan
+    costs: Costs
+    rounds: tuple[Round, ...]
+
+
+def refine_plan(costs: Costs, plan: Plan, rounds: int, solve: Callable[[Costs], Plan], measure: Callable[[Plan], Measured]) -> Refined:
+    """Measure, rescale, solve again, at most `rounds` times or until the plan stays the same; the best measured plan is kept.
+
+    Args:
+        costs: the prices that `plan` was made from.
+        plan: the first plan.
+        rounds: how often to solve again; the last plan is measured too, if it is another.
+        solve: makes a plan from prices.
+        measure: runs a plan.
+    """
+    log: list[Round] = []
+    found: list[tuple[float, Plan, Costs, Plan]] = []  # KL, the plan, prices that meet it, and the best plan by these prices
+    while True:
+        seen = measure(plan)
+        before, costs = costs, rescale(costs, plan, seen)
+        log.append(_note(plan, seen, before, costs))
+        following = solve(costs)
+        found.append((seen.kl, plan, costs, following))
+        if len(log) > rounds or any(_same(following, known) for _, known, *_ in found):
+            break
+        plan = following
+    _, best, prices, optimum = min(found, key=lambda f: f[0])
+    final = optimum if _same(best, optimum) else _reprice(best, prices, optimum)
+    return Refined(plan=final, costs=prices, rounds=tuple(log))
+
+
+def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
+    """Prices by which the plan's prediction, and that of its drops alone, are what was measured.
+
+    With s = measured / predicted of the whole, costs grow by s and kappa by sqrt(s), since KL = Q + kappa sqrt(Q); of the new sum the drops
+    take what they were measured to cost, the formats the rest.
+    """
+    whole = max(seen.kl, 1e-12) / max(plan.predicted_kl, 1e-12)
+    drop, rounding = whole, whole
+    formats_q = plan.q - plan.drop_q
+    if min(plan.drop_q, formats_q) > LEAST_SHARE * plan.q and 0 < seen.drop_kl < seen.kl:
+        drop = seen.drop_kl / costs.predict_kl(plan.drop_q)
+        rounding = float(np.clip((whole * plan.q - drop * plan.drop_q) / formats_q, whole / MOST, whole * MOST))
+        drop = (whole * plan.q - rounding * formats_q) / plan.drop_q
+    return replace(
+        costs,
+        cost=costs.cost * rounding,
+        drop_cost=costs.drop_cost * drop,
+        expert_drop=costs.expert_drop * drop,
+        drop_curve=costs.drop_curve * drop,
+        kappa=costs.kappa * math.sqrt(whole),
+    )
+
+
+def _note(plan: Plan, seen: Measured, before: Costs, after: Costs) -> Round:
+    """One line of the report's table; the factors are this round's."""
+    return Round(
+        predicted=plan.predicted_kl,
+        measured=seen.kl,
+        predicted_drops=before.predict_kl(plan.drop_q),
+        measured_drops=seen.drop_kl,
+        count=plan.count,
+        file_size=plan.file_size,
+        drop_factor=_ratio(after.expert_drop, before.expert_drop),
+        format_factor=_ratio(after.cost, before.cost),
+    )
+
+
+def _ratio(after: NDArray[np.float64], before: NDArray[np.float64]) -> float:
+    finite = np.isfinite(before) & (before > 0)
+    return float(after[finite][0] / before[finite][0]) if finite.any() else 1.0
+
+
+def _same(a: Plan, b: Plan) -> bool:
+    return (a.kept, a.formats) == (b.kept, b.formats)
+
+
+def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
+    """A plan at other prices; by them `optimum` would be better, though it was measured to be worse: so its bound holds, proven or not."""
+    c = costs.counts.index(plan.count) if costs.form == "stacks" else 0
+    stored = [u for u, unit in enumerate(costs.units) if unit.name in plan.formats]
+    chosen = [costs.formats.index(plan.formats[costs.units[u].name]) for u in stored]
+    kept = np.zeros(costs.kept.shape[1:], bool)
+    for row, experts in enumerate(plan.kept):
+        kept[row, list(experts)] = True
+    drop = drop_costs(costs, c, kept)
+    domains = costs.factor[:, stored] @ costs.cost[c, stored, chosen] + drop
+    q = float(costs.weights @ domains)
+    worst = q if plan.objective == "mean" else float(domains.max())
+    return replace(
+        plan,
+        q=q,
+        drop_q=float(costs.weights @ drop),
+        predicted_kl=costs.predict_kl(q),
+        domain_q={name: float(v) for name, v in zip(costs.domains, domains, strict=True)},
+        bound=min(optimum.bound, worst),
+        gap=max(0.0, 1 - optimum.bound / max(worst, 1e-300)),
+        proven=False,
+        price=optimum.price,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- measuring
+class Measurer:
+    """Runs plans on the measuring text; what was measured before is read from the work folder."""
+
+    def __init__(
+        self,
+        model: Model,
+        stats: Stats,
+        texts: Sequence[Text],
+        target: Target,
+        work: Path,
+        *,
+        max_tokens: int,
+        stored_as: Callable[..., Model],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model, self.stats, self.texts, self.target, self.work, self.stored_as = model, stats, texts, target, work, stored_as
+        self.windows = measuring_windows(model, texts, max_tokens)
+        self.progress = progress
+        self.done = 0
+
+    def __call__(self, plan: Plan) -> Measured:
+        """KL of the plan and of its drops."""
+        made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, __version__)
+        path = self.work / f"measured-{hash_json(made_from, plan.kept, plan.formats, plan.repair)[:16]}.json"
+        if not path.exists():
+            write_text(path, json.dumps(asdict(self._measure(plan, path.with_suffix("")))) + "\n")
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.done)
+        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _measure(self, plan: Plan, folder: Path) -> Measured:
+        original = reference_states(self.model, self.windows, self.work)
+        stored = self.stored_as(plan)
+        try:
+            artifact = emit_artifact(stored, self.stats, plan, self.target, folder)
+            names = [t.name for t in self.texts]
+            scores = compare_logits(
+                artifact.path, self.model, self.windows, original, names, self.target, settings=self.target.RUNS.compared
+            )
+            weights = {t.name: t.weight for t in self.texts}
+            whole = float(np.average([s.kl_mean for s in scores], weights=[weights[s.name] for s in scores]))
+            drops = self._drops(plan, original, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return Measured(kl=_rounded(whole), drop_kl=_rounded(drops))
+
+    def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> float:
+        """KL of the kept experts, repaired and not rounded, in transformers a layer at a time."""
+        if all(len(kept) == self.model.n_experts for kept in plan.kept):
+            return 0.0
+        from edgemoe.stream import final_states
+
+        changed = final_states(self.stored_as(plan, "stock"), self.windows, folder, kept=plan.kept)
+        head = read_tensor(self.model.folder, self.model.find("output") or self.model.find("token_embd"))  # type: ignore[arg-type]
+        means: dict[int, list[NDArray[np.float64]]] = {}
+        for i, n in enumerate(self.windows.lengths):
+            means.setdefault(int(self.windows.domain[i]), []).append(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T))
+        weights = [self.texts[d].weight for d in means]
+        return float(np.average([np.concatenate(rows).mean() for rows in means.values()], weights=weights))
+
+
+def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> Any:
+    """Windows of the calibration text, all texts alike, that no repair was fitted to; never held-out text."""
+    from edgemoe.stream import tokenize
+
+    windows = tokenize(model, texts, max_tokens, WINDOW)
+    each = max(1, round(MEASURE_TOKENS / WINDOW / len(texts)))
+    chosen = []
+    for d in range(len(texts)):
+        mine = np.flatnonzero(windows.domain == d)
+        guard = mine[SKIP::EVERY] if len(mine) > SKIP else mine[-1:]
+        chosen.append(guard[np.linspace(0, len(guard) - 1, min(each, len(guard))).round().astype(int)])
+    return windows.take(np.sort(np.concatenate(chosen)))
+
+
+def _rounded(kl: float) -> float:
+    return float(f"{kl:.{DIGITS}g}")

@@ -1,0 +1,103 @@
+"""Refinement in a world whose true costs are known: other factors for drops and for formats than the prices say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from strategies import budget_between, random_costs
+
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Costs, Plan
+from edgemoe.plan import solve_plan
+from edgemoe.refine import MEASURE_TOKENS, Measured, measuring_windows, refine_plan, rescale
+from edgemoe.repair import GUARD_EVERY
+from edgemoe.stream import tokenize
+from edgemoe.texts import choose_texts
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-moe-b"
+
+
+def world(costs: Costs, drop: float, formats: float) -> Costs:
+    """Costs as they really are."""
+    scaled = {"drop_cost": costs.drop_cost * drop, "expert_drop": costs.expert_drop * drop, "drop_curve": costs.drop_curve * drop}
+    return replace(costs, cost=costs.cost * formats, **scaled)
+
+
+def observer(truth: Costs, said: Costs) -> Callable[[Plan], Measured]:
+    """Measures a plan in that world: the factor of each part is known, so the plan's own sums at `said` prices tell."""
+    drop = float(truth.expert_drop.sum() / said.expert_drop.sum())
+    finite = np.isfinite(said.cost) & (said.cost > 0)
+    formats = float(truth.cost[finite][0] / said.cost[finite][0])
+
+    def measure(plan: Plan) -> Measured:
+        at_said = _parts(said, plan)
+        q_drop, q_formats = at_said[0] * drop, at_said[1] * formats
+        return Measured(kl=truth.predict_kl(q_drop + q_formats), drop_kl=truth.predict_kl(q_drop) if q_drop else 0.0)
+
+    return measure
+
+
+def _parts(costs: Costs, plan: Plan) -> tuple[float, float]:
+    """Drops and formats of a plan at these prices, added up here."""
+    c = costs.counts.index(plan.count)
+    formats = sum(float(costs.cost[c, u, costs.formats.index(plan.formats[n.name])]) for u, n in enumerate(costs.units))
+    return float(costs.weights @ costs.drop_cost[:, c].sum(axis=1)), formats
+
+
+@pytest.mark.parametrize(("drop", "formats"), [(3.0, 1.2), (0.3, 1.5), (1.0, 1.0), (1.4, 0.6)])
+@pytest.mark.parametrize("seed", range(4))
+def test_after_one_round_the_prediction_is_what_is_measured_and_no_plan_got_worse(seed: int, drop: float, formats: float) -> None:
+    said = random_costs(seed, "stacks", layers=3, experts=6, formats=4)
+    budget, measure = budget_between(said, 0.35), observer(world(said, drop, formats), said)
+    first = solve_plan(said, budget)
+    refined = refine_plan(said, first, 1, lambda costs: solve_plan(costs, budget), measure)
+    found = measure(refined.plan).kl
+    assert refined.plan.predicted_kl == pytest.approx(found, rel=1e-6)
+    assert found <= measure(first).kl * (1 + 1e-9)
+    assert len(refined.rounds) <= 2 and refined.rounds[0].predicted == first.predicted_kl
+    assert refined.plan.bound <= refined.plan.q * (1 + 1e-9)
+
+
+def test_drops_and_formats_get_factors_of_their_own() -> None:
+    for seed in range(20):
+        said = random_costs(seed, "stacks", layers=3, experts=6, formats=4)
+        said = replace(said, kappa=0.0)
+        plan = solve_plan(said, budget_between(said, 0.2))
+        if 0.2 < plan.drop_q / plan.q < 0.8:
+            after = rescale(said, plan, observer(world(said, 2.0, 0.7), said)(plan))
+            assert after.drop_cost.sum() / said.drop_cost.sum() == pytest.approx(2.0, rel=1e-6)
+            finite = np.isfinite(said.cost) & (said.cost > 0)
+            assert after.cost[finite].sum() / said.cost[finite].sum() == pytest.approx(0.7, rel=1e-6)
+            return
+    raise AssertionError("no seed has a plan with both")
+
+
+def test_a_plan_that_measures_worse_is_not_taken_though_prices_prefer_it() -> None:
+    said = random_costs(1, "stacks", layers=3, experts=6, formats=4)
+    budgets = [budget_between(said, share) for share in (0.5, 0.2)]
+    good, bad = (solve_plan(said, b) for b in budgets)
+    assert (good.kept, good.formats) != (bad.kept, bad.formats)
+    worse = {str(bad.formats): Measured(kl=9.0, drop_kl=0.0)}
+    refined = refine_plan(
+        said, good, 1, lambda costs: solve_plan(costs, budgets[1]), lambda p: worse.get(str(p.formats), Measured(kl=0.5, drop_kl=0.0))
+    )
+    assert (refined.plan.kept, refined.plan.formats) == (good.kept, good.formats) and not refined.plan.proven
+    assert refined.plan.predicted_kl == pytest.approx(0.5, rel=1e-6)
+
+
+def test_the_measuring_text_is_calibration_text_that_no_repair_was_fitted_to_and_nothing_held_out() -> None:
+    model = inspect_model(EXAMPLE)
+    calibration, heldout = choose_texts([], [])
+    windows = measuring_windows(model, calibration, 65_536)
+    every = tokenize(model, calibration, 65_536, 512)
+    number = np.array([np.sum(every.domain[:i] == d) for i, d in enumerate(every.domain)])
+    guards = {w.tobytes() for w, n in zip(every.tokens, number, strict=True) if n % GUARD_EVERY == GUARD_EVERY // 2}
+    assert {w.tobytes() for w in windows.tokens} <= guards
+    assert set(windows.domain.tolist()) == set(range(len(calibration)))
+    assert MEASURE_TOKENS / 2 <= windows.lengths.sum() <= 2 * MEASURE_TOKENS
+    held = tokenize(model, heldout, 65_536, 512)
+    assert not {w.tobytes() for w in windows.tokens} & {w.tobytes() for w in held.tokens}
