@@ -90,21 +90,22 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
             assert (ratio[experts, f] >= 1).all() and np.median(ratio[experts, f]) < 1.1, name
 
 
-def test_the_price_along_the_greedy_path_is_that_of_its_sets(model: Model, stats: Stats, costs: Costs) -> None:
+def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count(model: Model, stats: Stats, costs: Costs) -> None:
+    stacks, compared = price_choices(model, stats, find_target("gguf"), CONTEXT), 0
     for layer in range(model.n_layers):
         replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
         menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
-        probes = {len(p.kept): p for p in stats.probes if p.kind == "drop" and p.layer == layer}
         for gone in range(len(menu.order) + 1):
+            kept = np.ones(model.n_experts, bool)
+            kept[menu.order[:gone]] = False
             added = stats.weights @ costs.expert_drop[:, layer, menu.order[:gone]].sum(axis=1) + costs.drop_curve[layer, gone]
-            if model.n_experts - gone in probes:  # the probed set itself, where it is the path's, was measured
-                kept = np.ones(model.n_experts, bool)
-                kept[menu.order[:gone]] = False
-                if tuple(np.flatnonzero(kept)) == probes[model.n_experts - gone].kept:
-                    assert added == pytest.approx(stats.weights @ np.array(probes[model.n_experts - gone].kl), rel=1e-6)
             assert added >= -1e-9
+            c = stacks.counts.index(model.n_experts - gone)
+            if np.array_equal(stacks.kept[c, layer], kept):  # no swap found a better set
+                assert added == pytest.approx(stats.weights @ stacks.drop_cost[:, c, layer], rel=1e-6, abs=1e-12)
+                compared += 1
         assert costs.drop_curve[layer, 0] == 0
-    assert not costs.drop_cost.any()
+    assert compared > model.n_layers and not costs.drop_cost.any()
 
 
 def test_repair_makes_every_set_of_the_path_cheaper_by_the_factor_of_its_count(costs: Costs) -> None:
