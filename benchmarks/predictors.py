@@ -146,12 +146,14 @@ class Pricer:
         delta = torch.cat([(a - b).flatten(0, 1) for a, b in zip(after, forward.before[layer + 1], strict=True)])
         n, dot, size = len(delta), (g * delta).sum(-1), delta.square().sum(-1)
         windows = dot.view(SAMPLES, -1, self.forward.windows.tokens.shape[1]).sum(-1)
+        stream = torch.cat([x.flatten(0, 1) for x in forward.before[layer + 1]]).square().sum(-1)
         token = g.square().mean((0, 2))
         values = (
             windows.square().sum(1).mean(), dot.square().sum(1).mean(), (g.square().mean(0) * delta.square()).sum(),
             (token * size).sum(), token.mean() * size.sum(), size.sum(),
         )  # fmt: skip
-        return {f"form ({c})": 0.5 * float(v) / n for c, v in zip(FORMS, values, strict=True)}
+        relative = {"(f) over the stream's own square": float((size / stream).sum()) / n}
+        return {f"form ({c})": 0.5 * float(v) / n for c, v in zip(FORMS, values, strict=True)} | relative
 
     def _ours(self, layer: int, kept: list[int], formats: dict[tuple[str, int], str]) -> dict[str, float]:
         costs, mask = self.costs, np.isin(np.arange(self.model.n_experts), kept)
