@@ -46,6 +46,7 @@ def render_card(report: Report) -> str:
         if plan.count < plan.n_experts
         else "keeps all its experts"
     )
+    drop += f", each cut to its {plan.width} best neurons and refitted" if plan.width else ""
     known = {key: model[key] for key in ("license", "base_model") if model.get(key)}
     tags = [plan.target, "moe", "imatrix", "edgemoe"]
     front = {**known, "base_model_relation": "quantized", "library_name": plan.target, "pipeline_tag": "text-generation", "tags": tags}
@@ -93,6 +94,8 @@ def _limits(report: Report) -> Iterator[str]:
     if plan.count < plan.n_experts:
         gone = plan.n_experts - plan.count
         yield f"{gone} experts of every layer are gone: what only they knew, and calibration never asked for, is lost."
+    if plan.width:
+        yield f"Every expert was cut to {plan.width} neurons: what the others did is made good in part only."
     if tokens:
         yield f"Quality was measured on {tokens} tokens of the texts named above; try your own task before you rely on it."
     yield f"Memory holds for one sequence of {plan.context} tokens without memory mapping; more context, more slots or a GPU need more."

@@ -39,6 +39,7 @@ from edgemoe.cli_options import (
     SolverOpt,
     TimeOpt,
     TokensOpt,
+    WidthOpt,
 )
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.cli_plan import plan, read_rules
@@ -101,6 +102,7 @@ def build(
         Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
     ] = None,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
+    width: WidthOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -111,7 +113,7 @@ def build(
     """
     budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
-    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective}
+    given = {"--context": context, "--recipe": recipe and recipe.name, "--objective": objective, "--width": width}
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
@@ -132,6 +134,7 @@ def build(
         seconds=time_limit,
         shard_max=parse_bytes(shard_max) if shard_max else 0,
         repair=repair,
+        width=width or "",
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
@@ -150,15 +153,18 @@ def build(
 
 
 def _dry_run(request: Any, *, as_json: bool) -> None:
+    from edgemoe.families import resize_experts
     from edgemoe.inspect import inspect_model
+    from edgemoe.narrow import choose_widths
     from edgemoe.pipeline import check_budget, choose_context, warn_of_context
     from edgemoe.price import least_process
     from edgemoe.targets import find_target
 
     model, target = inspect_model(request.model), find_target(request.target)
     context = choose_context(model, request.context)
-    parts = target.memory_parts(model, context)
-    least = least_process(model, target, context)
+    narrowest = resize_experts(model, choose_widths(model, request.width)[-1])
+    parts = target.memory_parts(narrowest, context)
+    least = least_process(narrowest, target, context)
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
     experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
     per_state = request.calibration_tokens * model.hidden_size * 4
@@ -179,7 +185,7 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
         print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
         if warn_of_context(model, context):
             print(f"warning: {warn_of_context(model, context)}", file=sys.stderr)
-    check_budget(model, target, context, request.memory)
+    check_budget(narrowest, target, context, request.memory)
 
 
 @app.command()

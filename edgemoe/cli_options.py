@@ -54,3 +54,9 @@ ObjectiveOpt = Annotated[
 TimeOpt = Annotated[
     float | None, typer.Option("--time-limit", metavar="SECONDS", min=0.1, help="Then take the best plan so far, with its proven gap.")
 ]
+WidthOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--width", metavar="N|auto", help="Cut experts to their N best neurons; auto: to 3/4 or 1/2 if that pays. [default: no cut]"
+    ),
+]

@@ -1,4 +1,4 @@
-"""The whole job: inspect -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
+"""The whole job: inspect -> (narrow) -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
 
 OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,18 @@ from edgemoe import __version__
 from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
 from edgemoe.emit import emit_artifact
 from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
+from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Artifact, Costs, Model, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
+from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Stats, hash_file, hash_json, load_record, save_record, write_text
 from edgemoe.memory import DEFAULT_CONTEXT
+from edgemoe.narrow import charge, choose_widths, narrow_experts
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import discount_drops, least_process, price_choices
-from edgemoe.repair import repair_survivors
+from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.report import write_report
 from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
-from edgemoe.texts import choose_texts
+from edgemoe.texts import Text, choose_texts
 from edgemoe.units import format_bytes
 from edgemoe.verify import broken_promises, verify_artifact
 
@@ -54,6 +56,7 @@ class BuildRequest:
     seconds: float | None = None
     shard_max: int = 0
     repair: bool = True
+    width: str = ""  # neurons of every expert, or "auto"; empty: as they are
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -70,38 +73,29 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     model = inspect_model(request.model)
     target = find_target(request.target)
     context = choose_context(model, request.context)
-    check_budget(model, target, context, request.memory)
+    widths = choose_widths(model, request.width)
+    check_budget(resize_experts(model, widths[-1]), target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     prepare_output(request.out, force=request.force)
     work = open_work(request.out, request.work)
 
-    stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
-    costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
-    if request.repair:
-        costs = discount_drops(costs)
-    plan = solve_plan(
-        costs,
-        request.memory,
-        rules=request.rules,
-        objective=request.objective,
-        solver=request.solver,
-        gap=request.gap,
-        seconds=request.seconds,
-        costs_hash=costs_hash,
-    )
+    offer, plan = plan_widths(request, model, widths, target, context, calibration, work, progress)
     save_record(request.out / ".work" / "plan.json", plan)
-    stored = model
+    stored = offer.model
     if plan.repair:
         stored = repair_survivors(
-            model, calibration, plan, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "repair")
+            *(model, calibration, plan, offer.work),
+            start=offer.model,
+            max_tokens=request.calibration_tokens,
+            progress=_stage(progress, "repair"),
         )
-    artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
+    artifact = emit_artifact(stored, offer.stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
     warning = warn_of_context(model, context)
     report = replace(
         report,
-        frontier=frontier_of(costs, plan.file_size),
+        frontier=frontier_of(offer.costs, plan.file_size),
         model={**report.model, "command": request.command},
         problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
     )
@@ -110,6 +104,77 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     if broken:
         raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
     return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The experts at one width: their weights, what calibration saw of them, their prices, and the folder where all that lies."""
+
+    model: Model
+    stats: Stats
+    costs: Costs
+    costs_hash: str
+    work: Path
+
+
+def plan_widths(
+    request: BuildRequest,
+    model: Model,
+    widths: Sequence[int],
+    target: Target,
+    context: int,
+    texts: Sequence[Text],
+    work: Path,
+    progress: Progress,
+) -> tuple[Offer, Plan]:
+    """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
+
+    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it.
+
+    Raises:
+        BudgetError: nothing fits at any width; says what the narrowest needs.
+    """
+    best: tuple[Offer, Plan] | None = None
+    refused: list[BudgetError] = []
+    for width in widths:
+        name, tokens = (f" {width}" if width < model.expert_size else ""), request.calibration_tokens
+        epochs = EPOCHS if request.repair else 0
+        tell = _stage(progress, f"narrow{name}")
+        narrowed = narrow_experts(model, texts, width, work, max_tokens=tokens, epochs=epochs, progress=tell)
+        if best and narrowed.loss(best[0].costs, request.objective) >= _promised(*best):
+            break
+        stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))
+        costs, key = price_cached(narrowed.model, stats, target, context, narrowed.work, _stage(progress, f"price{name}"))
+        costs = charge(discount_drops(costs) if request.repair else costs, narrowed)
+        offer = Offer(model=narrowed.model, stats=stats, costs=costs, costs_hash=key, work=narrowed.work)
+        try:
+            plan = _solve(request, offer)
+        except BudgetError as error:
+            refused.append(error)
+            continue
+        if best is None or _promised(offer, plan) < _promised(*best):
+            best = offer, plan
+    if best is None:
+        raise refused[-1]
+    return best
+
+
+def _solve(request: BuildRequest, offer: Offer) -> Plan:
+    return solve_plan(
+        offer.costs,
+        request.memory,
+        rules=request.rules,
+        objective=request.objective,
+        solver=request.solver,
+        gap=request.gap,
+        seconds=request.seconds,
+        costs_hash=offer.costs_hash,
+    )
+
+
+def _promised(offer: Offer, plan: Plan) -> float:
+    """KL that the plan's objective is predicted to have: the mean, or the worst domain's."""
+    return offer.costs.predict_kl(max(plan.domain_q.values())) if plan.objective == "worst" else plan.predicted_kl
 
 
 def price_model(

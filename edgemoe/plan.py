@@ -280,6 +280,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         rules=(),
         repair=costs.repair,
         origin=costs.origin,
+        width=costs.width,
     )
     return replace(plan, rules=_rule_uses(task, plan, rules))
 

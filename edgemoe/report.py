@@ -20,6 +20,7 @@ from edgemoe.figures import (
     allowed_size,
     billions,
     dropped_experts,
+    dropping,
     find_runs,
     launch_lines,
     mean_bits,
@@ -195,6 +196,7 @@ def render_html(report: Report) -> str:
         bpw=mean_bits(report.units, plan),
         agreement=agreement(report),
         proof=proof(plan),
+        dropping=dropping(plan),
         launch=launch_lines(report),
     )
     return page.encode("utf-8", "replace").decode("utf-8")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgemoe.checkpoint import read_tensor
 from edgemoe.devices import estimate_speed
 from edgemoe.errors import VerifyError
+from edgemoe.families import resize_experts
 from edgemoe.ir import Artifact, Model, Plan, Report, TextScore, hash_json, load_arrays, save_arrays
 from edgemoe.machine import measure_bandwidth
 from edgemoe.targets import Target
@@ -89,7 +90,7 @@ def verify_artifact(
         model=_describe(model),
         plan=plan,
         artifact=artifact,
-        units=tuple(target.list_units(model)),
+        units=tuple(target.list_units(resize_experts(model, plan.width or model.expert_size))),
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),
