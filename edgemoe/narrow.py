@@ -20,7 +20,7 @@ from edgemoe import __version__
 from edgemoe.errors import UsageError
 from edgemoe.families import resize_experts
 from edgemoe.ir import Costs, Model, hash_json, write_text
-from edgemoe.neurons import Arrays, camera_energy, load_scores, score_neurons
+from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
 from edgemoe.refit import RATE, RIDGE, Experts, Tokens
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
@@ -140,7 +140,8 @@ def narrow_experts(
     folder = work.absolute() / f"narrow-{width}-{key[:16]}"
     made = open_overlay(base, folder)
     if made is None:
-        scores = score_neurons(model, texts, work, progress=lambda done, _: tell(done)) if steps > layers else None
+        few = min(max_tokens, TOKENS)
+        scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
         twin = Twin(model, model, texts, max_tokens, folder, key)
 
         def change(layer: int, _: Tokens, experts: Experts) -> Experts:
