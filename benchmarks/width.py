@@ -41,7 +41,7 @@ from edgemoe.twin import save_overlay
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original
-SCORE_TOKENS = 16_384
+SCORE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
