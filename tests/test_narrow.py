@@ -87,7 +87,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
     ALL_EXPERTS_FUNCTIONS.register("factored", experts)
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "factored"}
     whole = AutoModelForCausalLM.from_pretrained(sources[family], **options).eval()
-    windows = tokenize(model, texts, 400, 512)
+    windows = tokenize(model, texts, 200, 512)
     expected = np.zeros((model.n_layers, model.n_experts, model.expert_size))
     for chunk in windows.chunks():
         draw = torch.Generator().manual_seed(int(chunk[0]))
@@ -104,7 +104,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
             for e in range(model.n_experts):
                 expected[layer, e] += squares[chosen == e].sum(dim=0).numpy()
         factors.clear()
-    folder = score_neurons(model, texts, tmp_path, max_tokens=400)
+    folder = score_neurons(model, texts, tmp_path, max_tokens=200)
     for layer in range(model.n_layers):
         found = load_arrays(folder / array_file(layer))["heapr"]
         assert np.abs(found - expected[layer]).max() < 1e-3 * expected[layer].max()
@@ -194,10 +194,6 @@ def trained() -> Model:
     return inspect_model(EXAMPLES / "tiny-moe-b")
 
 
-def narrow(model: Model, texts: list[Text], work: Path, **options: Any) -> Narrowed:
-    return narrow_experts(model, texts, 256, work, max_tokens=3072, **{"score": "magnitude", **options})
-
-
 def test_the_full_width_changes_nothing(trained: Model, texts: list[Text], tmp_path: Path) -> None:
     made = narrow_experts(trained, texts, 512, tmp_path / "none", max_tokens=4096)
     assert made.model is trained
@@ -207,7 +203,7 @@ def test_the_full_width_changes_nothing(trained: Model, texts: list[Text], tmp_p
     assert charge(costs, replace(made, kl=(0.0,) * len(costs.domains))) is costs
 
 
-def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(trained: Model, texts: list[Text], tmp_path: Path) -> None:
+def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(sources: dict[str, Path], texts: list[Text], tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
@@ -215,24 +211,28 @@ def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(trained: Model, tex
         if done == total - 1:
             raise Killed
 
-    options = {"score": "heapr", "epochs": 0}
-    whole = narrow(trained, texts, tmp_path / "whole", **options)
+    model = inspect_model(sources["mixtral"])
+
+    def narrow(work: Path, progress: Any = None) -> Narrowed:
+        return narrow_experts(model, texts, WIDTH, work, max_tokens=2048, epochs=1, progress=progress)
+
+    whole = narrow(tmp_path / "whole")
     with pytest.raises(Killed):
-        narrow(trained, texts, tmp_path / "killed", progress=kill, **options)
-    resumed = narrow(trained, texts, tmp_path / "killed", **options)
+        narrow(tmp_path / "killed", kill)
+    resumed = narrow(tmp_path / "killed")
     assert resumed.kl == whole.kl
-    for name in [array_file(layer) for layer in range(trained.n_layers)]:
+    for name in [array_file(layer) for layer in range(model.n_layers)]:
         assert (whole.work / name).read_bytes() == (resumed.work / name).read_bytes()
     assert not list(resumed.work.glob("*.bin"))
-    assert narrow(trained, texts, tmp_path / "killed", **options) == resumed
-    assert whole.model.expert_size == whole.model.config["intermediate_size"] == 256
-    assert whole.model.fingerprint == trained.fingerprint
+    assert narrow(tmp_path / "killed") == resumed
+    assert whole.model.expert_size == whole.model.config["intermediate_size"] == WIDTH
+    assert whole.model.fingerprint == model.fingerprint
 
 
 def test_best_neurons_cost_less_than_random_ones_and_what_is_charged_is_what_was_measured(
     trained: Model, texts: list[Text], tmp_path: Path
 ) -> None:
-    best, random = (narrow(trained, texts, tmp_path, score=score) for score in ("magnitude", "random"))
+    best, random = (narrow_experts(trained, texts, 256, tmp_path, score=score, max_tokens=2048) for score in ("magnitude", "random"))
     assert sum(best.kl) < 0.8 * sum(random.kl)
     costs = random_costs(0, "stacks")
     kl = tuple(0.01 * (d + 1) for d in range(len(costs.domains)))
