@@ -1,6 +1,6 @@
 """Fewer experts, narrower experts or fewer bits: plans with the width free beside plans without, at equal bytes; and which neurons to keep.
 
-    python benchmarks/width.py [--work DIR] [--tokens 5120] [--calibration-tokens 32768] [--models examples/tiny-moe-b examples/tiny-moe]
+    python benchmarks/width.py [--work DIR] [--tokens 5120] [--calibration-tokens 32768] [--models examples/tiny-moe-b]
 
 Plans: the best of each width in files of equal size, written and measured in llama.cpp.  Scores: nothing quantized, nothing dropped, every
 expert cut to 3/4 and 1/2 by each score; as cut, with W_down refitted in closed form, and (for the default score) after descent, as `build`
@@ -159,7 +159,7 @@ def compare_plans(bench: Bench) -> list[str]:
 def main() -> None:
     """Measure everything and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["examples/tiny-moe-b", "examples/tiny-moe"])
+    parser.add_argument("--models", nargs="+", default=["examples/tiny-moe-b"])
     parser.add_argument("--work", type=Path, default=Path("bench"), help="everything measured is kept here between runs")
     parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
@@ -172,7 +172,7 @@ def main() -> None:
         bench.work.mkdir(parents=True, exist_ok=True)
         plans += compare_plans(bench)
         scores += compare_scores(bench)
-    made = f"`python benchmarks/width.py`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores"
+    made = f"`python benchmarks/width.py --models {' '.join(options.models)}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores"
     lines = [f"# The expert width as an option: KL (nats/token) on {options.tokens} held-out tokens", ""]
     lines += [
         f"{made}; {options.calibration_tokens} calibration tokens for plans, {SCORE_TOKENS} for scores. What stands where: see width.py.",
