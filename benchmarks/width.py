@@ -172,7 +172,8 @@ def main() -> None:
         bench.work.mkdir(parents=True, exist_ok=True)
         plans += compare_plans(bench)
         scores += compare_scores(bench)
-    made = f"`python benchmarks/width.py --models {' '.join(options.models)}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores"
+    command = f"`python benchmarks/width.py --models {' '.join(options.models)}`"
+    made = f"{command}, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores"
     lines = [f"# The expert width as an option: KL (nats/token) on {options.tokens} held-out tokens", ""]
     lines += [
         f"{made}; {options.calibration_tokens} calibration tokens for plans, {SCORE_TOKENS} for scores. What stands where: see width.py.",
