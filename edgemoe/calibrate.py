@@ -52,7 +52,12 @@ def collect_stats(
     windows = tokenize(model, texts, max_tokens, WINDOW)
     settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
     stream = LayerStream(model)
-    settings |= {"edgemoe": __version__, "device": stream.device.type, "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS)}
+    settings |= {
+        "edgemoe": __version__,
+        "expert_size": model.expert_size,
+        "device": stream.device.type,
+        "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
+    }
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     work = work / f"stats-{key[:16]}"
     done = work / "stats.json"

@@ -46,6 +46,7 @@ def render_card(report: Report) -> str:
     counts = counts_text(plan)
     whole = min(map(len, plan.kept)) == plan.n_experts
     drop = "keeps all its experts" if whole else f"keeps {counts} of its {plan.n_experts} experts, chosen layer by layer"
+    drop += f", each cut to its {plan.width} best neurons and refitted" if plan.width else ""
     known = {key: model[key] for key in ("license", "base_model") if model.get(key)}
     tags = [plan.target, "moe", "imatrix", "edgemoe"]
     front = {
@@ -104,6 +105,8 @@ def _limits(report: Report) -> Iterator[str]:
     if max(gone, default=0):
         told = f"{gone[0]} experts of every layer" if plan.has_one_count else f"{sum(gone)} experts, up to {max(gone)} of a layer,"
         yield f"{told} are gone: what only they knew, and calibration never asked for, is lost."
+    if plan.width:
+        yield f"Every expert was cut to {plan.width} neurons: what the others did is made good in part only."
     if tokens:
         yield f"Quality was measured on {tokens} tokens of the texts named above; try your own task before you rely on it."
     yield f"Memory holds for one sequence of {plan.context} tokens without memory mapping; more context, more slots or a GPU need more."

@@ -41,6 +41,7 @@ from edgemoe.cli_options import (
     TargetOpt,
     TimeOpt,
     TokensOpt,
+    WidthOpt,
 )
 from edgemoe.cli_output import print_rich, show_progress
 from edgemoe.cli_plan import plan, read_rules
@@ -107,6 +108,7 @@ def build(
     refine: Annotated[
         int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
     ] = 0,
+    width: WidthOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -123,6 +125,7 @@ def build(
         "--recipe": recipe and recipe.name,
         "--objective": objective,
         "--refine": refine,
+        "--width": width,
     }
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
@@ -146,6 +149,7 @@ def build(
         repair=repair,
         rounding=rounding,
         refine=refine,
+        width=width or "",
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
@@ -164,15 +168,18 @@ def build(
 
 
 def _dry_run(request: Any, *, as_json: bool) -> None:
+    from edgemoe.families import resize_experts
     from edgemoe.inspect import inspect_model
+    from edgemoe.narrow import choose_widths
     from edgemoe.pipeline import check_budget, choose_context, warn_of_context
     from edgemoe.price import least_process
     from edgemoe.targets import find_target
 
     model, target = inspect_model(request.model), find_target(request.target)
     context = choose_context(model, request.context)
-    parts = target.memory_parts(model, context)
-    least = least_process(model, target, context)
+    narrowest = resize_experts(model, choose_widths(model, request.width)[-1])
+    parts = target.memory_parts(narrowest, context)
+    least = least_process(narrowest, target, context)
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
     experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
     per_state = request.calibration_tokens * model.hidden_size * 4
@@ -194,7 +201,7 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
         print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
         if warn_of_context(model, context):
             print(f"warning: {warn_of_context(model, context)}", file=sys.stderr)
-    check_budget(model, target, context, request.memory)
+    check_budget(narrowest, target, context, request.memory)
 
 
 @app.command()
@@ -252,7 +259,8 @@ def emit(
     from edgemoe.emit import emit_artifact
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats, load_record, save_record
-    from edgemoe.pipeline import check_rounding, prepare_output, store_weights
+    from edgemoe.outputs import prepare_output
+    from edgemoe.pipeline import check_rounding, store_weights
     from edgemoe.targets import find_target
     from edgemoe.texts import choose_texts
 
@@ -300,7 +308,7 @@ def verify(
     from edgemoe.errors import VerifyError
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Report, load_record
-    from edgemoe.pipeline import find_artifact, finish_output
+    from edgemoe.outputs import find_artifact, finish_output
     from edgemoe.targets import find_target
     from edgemoe.terminal import summarize_report
     from edgemoe.texts import choose_texts

@@ -65,3 +65,9 @@ TargetOpt = Annotated[
         "browser: the same for web browsers and transformers.js.",
     ),
 ]
+WidthOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--width", metavar="N|auto", help="Cut experts to their N best neurons; auto: to 3/4 or 1/2 if that pays. [default: no cut]"
+    ),
+]

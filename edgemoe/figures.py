@@ -53,6 +53,11 @@ def ranges(ids: Iterable[int], width: int = 0) -> str:
     return text if not width or len(text) <= width else text[: width - 3].rsplit(" ", 1)[0] + " ..."
 
 
+def dropping(plan: Plan) -> str:
+    """What, beside rounding, a plan pays for."""
+    return "dropping experts and cutting those that stay" if plan.width else "dropping experts"
+
+
 def dropped_experts(plan: Plan, layer: int) -> list[int]:
     """Experts of a layer that go."""
     return sorted(set(range(plan.n_experts)) - set(plan.kept[layer]))

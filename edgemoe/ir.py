@@ -210,6 +210,7 @@ class Costs:
     origin: str = ""  # where prices come from when this model was not measured
     repair: bool = False  # drops are priced as they are after the survivors' repair
     n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
+    width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
     cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     extra: NDArray[np.int64] = field(compare=False)
@@ -300,6 +301,7 @@ class Plan:
     rules: tuple[RuleUse, ...]
     repair: bool  # the survivors are to be repaired after the drop: that is how it was priced
     origin: str  # where prices come from when this model was not measured
+    width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
 
     def __post_init__(self) -> None:
         for layer, kept in enumerate(self.kept):
@@ -307,6 +309,18 @@ class Plan:
                 raise ModelError(f"plan: layer {layer} keeps {kept}, which are not some of {self.n_experts} experts in order")
             if not self.top_k <= len(kept):
                 raise ModelError(f"plan: layer {layer} keeps {len(kept)} experts, but the router picks {self.top_k}")
+
+    def check_width(self, model: Model) -> None:
+        """Refuse a model whose experts are wider than the plan wants them.
+
+        Raises:
+            ModelError: names both widths.
+        """
+        if self.width not in (0, model.expert_size):
+            found = f"{model.folder} has {model.expert_size}"
+            raise ModelError(
+                f"the plan is for experts of {self.width} neurons, {found}", hint=f"`edgemoe build --width {self.width}` cuts them"
+            )
 
     @property
     def count(self) -> int:

@@ -1,30 +1,29 @@
-"""The whole job: inspect -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
+"""The whole job: inspect -> (narrow) -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
 
 OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemoe import __version__
 from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
 from edgemoe.emit import emit_artifact
-from edgemoe.errors import BudgetError, MachineError, ModelError, UsageError, VerifyError
+from edgemoe.errors import BudgetError, UsageError, VerifyError
+from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Artifact, Costs, Model, Plan, Report, Round, Stats, hash_file, hash_json, load_record, save_record, write_text
+from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats, hash_file, hash_json, load_record, save_record
 from edgemoe.memory import DEFAULT_CONTEXT
+from edgemoe.narrow import charge, choose_widths, narrow_experts
+from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import REVISION, discount_drops, least_process, price_choices
 from edgemoe.refine import Measurer, refine_plan
-from edgemoe.repair import repair_survivors
-from edgemoe.report import write_report
+from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
 from edgemoe.texts import Text, choose_texts
@@ -32,7 +31,6 @@ from edgemoe.units import format_bytes
 from edgemoe.verify import broken_promises, verify_artifact
 
 Progress = Callable[[str, int, int], None]  # (stage, done, all)
-MARKER = "build.json"
 ROUNDINGS = ("feedback", "stock")
 CURVE_POINTS = 24
 DEFAULT_ROUNDS = 0  # of refinement: each costs one more file written and run
@@ -60,6 +58,7 @@ class BuildRequest:
     repair: bool = True
     rounding: str = "feedback"
     refine: int = DEFAULT_ROUNDS
+    width: str = ""  # neurons of every expert, or "auto"; empty: as they are
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -77,40 +76,35 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     check_rounding(request.rounding)
     model = inspect_model(request.model)
     context = choose_context(model, request.context)
-    check_budget(model, target, context, request.memory)
+    widths = choose_widths(model, request.width)
+    check_budget(resize_experts(model, widths[-1]), target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     prepare_output(request.out, force=request.force, names=target.FIXED_NAMES)
     work = open_work(request.out, request.work)
 
-    stats = collect_stats(model, calibration, work, max_tokens=request.calibration_tokens, progress=_stage(progress, "calibrate"))
-    costs, costs_hash = price_cached(model, stats, target, context, work, _stage(progress, "price"))
-    if request.repair:
-        costs = discount_drops(costs)
-
-    def solve(costs: Costs) -> Plan:
-        options = {"objective": request.objective, "solver": request.solver, "gap": request.gap, "seconds": request.seconds}
-        return solve_plan(costs, request.memory, rules=request.rules, costs_hash=costs_hash, **options)  # type: ignore[arg-type]
+    offer, plan = plan_widths(request, model, widths, target, context, calibration, work, progress)
 
     def stored_as(plan: Plan, rounding: str = request.rounding) -> Model:
         tokens, stage = request.calibration_tokens, _stage(progress, "repair")
-        return store_weights(model, calibration, stats, plan, work, rounding=rounding, max_tokens=tokens, progress=stage)
+        known = (model, calibration, offer.stats, plan, offer.work)
+        return store_weights(*known, start=offer.model, rounding=rounding, max_tokens=tokens, progress=stage)
 
-    plan, rounds = solve(costs), tuple[Round, ...]()
+    rounds = tuple[Round, ...]()
     if request.refine:
         tokens, stage = request.calibration_tokens, _stage(progress, "refine")
-        measure = Measurer(model, stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, progress=stage)
-        refined = refine_plan(costs, plan, request.refine, solve, measure)
-        plan, costs, rounds = refined.plan, refined.costs, refined.rounds
+        measure = Measurer(model, offer.stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, progress=stage)
+        refined = refine_plan(offer.costs, plan, request.refine, lambda costs: _solve(request, replace(offer, costs=costs)), measure)
+        plan, offer, rounds = refined.plan, replace(offer, costs=refined.costs), refined.rounds
     save_record(request.out / ".work" / "plan.json", plan)
     stored = stored_as(plan)
-    artifact = emit_artifact(stored, stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
+    artifact = emit_artifact(stored, offer.stats, plan, target, request.out, shard_max=request.shard_max, progress=_stage(progress, "emit"))
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, model, plan, heldout, target, work, progress=_stage(progress, "verify"))
     warning = warn_of_context(model, context)
     report = replace(
         report,
         rounds=rounds,
-        frontier=frontier_of(costs, plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
+        frontier=frontier_of(offer.costs, plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
         model={**report.model, "command": request.command},
         problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
     )
@@ -121,6 +115,77 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     return report
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The experts at one width: their weights, what calibration saw of them, their prices, and the folder where all that lies."""
+
+    model: Model
+    stats: Stats
+    costs: Costs
+    costs_hash: str
+    work: Path
+
+
+def plan_widths(
+    request: BuildRequest,
+    model: Model,
+    widths: Sequence[int],
+    target: Target,
+    context: int,
+    texts: Sequence[Text],
+    work: Path,
+    progress: Progress,
+) -> tuple[Offer, Plan]:
+    """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
+
+    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it.
+
+    Raises:
+        BudgetError: nothing fits at any width; says what the narrowest needs.
+    """
+    best: tuple[Offer, Plan] | None = None
+    refused: list[BudgetError] = []
+    for width in widths:
+        name, tokens = (f" {width}" if width < model.expert_size else ""), request.calibration_tokens
+        epochs = EPOCHS if request.repair else 0
+        tell = _stage(progress, f"narrow{name}")
+        narrowed = narrow_experts(model, texts, width, work, max_tokens=tokens, epochs=epochs, progress=tell)
+        if best and narrowed.loss(best[0].costs, request.objective) >= _promised(*best):
+            break
+        stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))
+        costs, key = price_cached(narrowed.model, stats, target, context, narrowed.work, _stage(progress, f"price{name}"))
+        costs = charge(discount_drops(costs) if request.repair else costs, narrowed)
+        offer = Offer(model=narrowed.model, stats=stats, costs=costs, costs_hash=key, work=narrowed.work)
+        try:
+            plan = _solve(request, offer)
+        except BudgetError as error:
+            refused.append(error)
+            continue
+        if best is None or _promised(offer, plan) < _promised(*best):
+            best = offer, plan
+    if best is None:
+        raise refused[-1]
+    return best
+
+
+def _solve(request: BuildRequest, offer: Offer) -> Plan:
+    return solve_plan(
+        offer.costs,
+        request.memory,
+        rules=request.rules,
+        objective=request.objective,
+        solver=request.solver,
+        gap=request.gap,
+        seconds=request.seconds,
+        costs_hash=offer.costs_hash,
+    )
+
+
+def _promised(offer: Offer, plan: Plan) -> float:
+    """KL that the plan's objective is predicted to have: the mean, or the worst domain's."""
+    return offer.costs.predict_kl(max(plan.domain_q.values())) if plan.objective == "worst" else plan.predicted_kl
+
+
 def store_weights(
     model: Model,
     texts: Sequence[Text],
@@ -128,6 +193,7 @@ def store_weights(
     plan: Plan,
     work: Path,
     *,
+    start: Model | None = None,
     rounding: str = "feedback",
     max_tokens: int = DEFAULT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
@@ -140,6 +206,7 @@ def store_weights(
         stats: what they gave.
         plan: what stays, and as what.
         work: folder for the new weights.
+        start: the model that is stored, if it is a narrowed one; `stats` are then of it.
         rounding: "feedback" or "stock" (ggml's own, matrix by matrix).
         max_tokens: of all texts together.
         progress: called with (layers done, all layers).
@@ -151,10 +218,10 @@ def store_weights(
     check_rounding(rounding)
     packing = None
     if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
-        packing = plan_packing(model, stats, plan, find_target(plan.target))
+        packing = plan_packing(start or model, stats, plan, find_target(plan.target))
     if not packing and not plan.repair:
-        return model
-    return repair_survivors(model, texts, plan, work, max_tokens=max_tokens, packing=packing, progress=progress)
+        return start or model
+    return repair_survivors(model, texts, plan, work, start=start, max_tokens=max_tokens, packing=packing, progress=progress)
 
 
 def check_rounding(name: str) -> None:
@@ -259,87 +326,3 @@ def frontier_of(costs: Costs, weights: int) -> tuple[dict[str, float], ...]:
     largest = (costs.size[-1] + costs.extra[-1]).max(axis=1).sum() + costs.fixed_size[-1]
     low, high = weights / 3, min(weights * 2.2, float(largest))
     return sweep_sizes(costs, [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)])
-
-
-# ----------------------------------------------------------------------------------------------------------------- folders
-def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
-    """Refuse an OUT that is not new, empty, our unfinished work or, with `force`, any folder; nothing is changed.
-
-    Args:
-        out: the folder.
-        force: take a folder that holds other files.
-        names: that the target's files will have; no file of this name that somebody else wrote is overwritten, `force` or not.
-
-    Raises:
-        UsageError: something else is there.
-    """
-    for parent in (out, *out.parents):
-        if parent.exists() and not parent.is_dir():
-            raise UsageError(f"{out}: {parent} is a file, not a folder", hint="choose another -o")
-        if parent.exists():
-            break
-    if out.is_dir() and any(out.iterdir()) and not force and not (out / ".work" / MARKER).exists():
-        raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
-    if (out / ".work" / MARKER).exists():
-        return
-    ours: set[str] = set()
-    with suppress(ModelError):
-        ours = {f.name for f in find_artifact(out).files}
-    foreign = [name for name in names if (out / name).exists() and name not in ours]
-    if foreign:
-        raise UsageError(f"{out / foreign[0]}: is there, and edgemoe did not write it", hint="choose another -o, or move the file away")
-
-
-def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
-    """Make OUT ours, cleared of our last result or of what an unfinished build emitted; arguments as for `check_output`.
-
-    Raises:
-        UsageError: something else is there.
-        MachineError: it cannot be made.
-    """
-    check_output(out, force=force, names=names)
-    try:
-        for folder in (out, out / ".work"):
-            with suppress(ModelError):  # nothing there, not ours, or of another version: it stays
-                _remove_result(out, find_artifact(folder), names)
-        (out / ".work").mkdir(parents=True, exist_ok=True)
-        write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
-    except OSError as error:
-        raise MachineError(f"{out}: cannot be written: {error.strerror}") from error
-
-
-def find_artifact(out: Path) -> Artifact:
-    """The artifact that `emit` or `build` left in a folder.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if (out / "artifact.json").exists():
-        return replace(load_record(out / "artifact.json", Artifact), folder=str(out))
-    if (out / "report.json").exists():
-        return replace(load_record(out / "report.json", Report).artifact, folder=str(out))
-    raise ModelError(f"{out}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
-
-
-def _remove_result(out: Path, artifact: Artifact, names: Sequence[str]) -> None:
-    """Delete what a record lists: files right in OUT, or those that the target may put below it."""
-    for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
-        if (Path(name).name == name or name in names) and (out / name).is_file():
-            (out / name).unlink()
-
-
-def open_work(out: Path, work: Path | None) -> Path:
-    """The folder for Stats and Costs: OUT/.work, or one that is shared between builds."""
-    folder = work or out / ".work"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"{folder}: cannot be made: {error.strerror}") from error
-    return folder
-
-
-def finish_output(out: Path, report: Report) -> None:
-    """Write plan and report beside the artifact; the work folder inside OUT goes."""
-    save_record(out / "plan.json", report.plan)
-    write_report(replace(report, artifact=replace(report.artifact, folder=".")), out)  # no path of this machine is published
-    shutil.rmtree(out / ".work", ignore_errors=True)

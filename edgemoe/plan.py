@@ -320,6 +320,7 @@ def describe_choice(
         rules=(),
         repair=costs.repair,
         origin=costs.origin,
+        width=costs.width,
     )
 
 

@@ -146,8 +146,8 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
 
         base = flat(main.read(run.probe_index[index]))
         reference = (base @ output.T).double().log_softmax(-1)
-        kls = [_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
-        kls.append(_kl(reference, base @ rounded.T))
+        kls = [token_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
+        kls.append(token_kl(reference, base @ rounded.T))
         sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
         sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
         totals: NDArray[np.float64] = sums.numpy()
@@ -163,7 +163,7 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
     return tuple(replace(p, kl=tuple(float(v) for v in kl[:, i])) for i, p in enumerate(named))
 
 
-def _kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def token_kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(reference || softmax(logits)) of each token, nats."""
     changed = logits.double().log_softmax(-1)
     return (reference.exp() * (reference - changed)).sum(-1)

@@ -1,46 +1,30 @@
-"""Model, texts, Plan -> Model: the same record, its surviving experts refitted to what the dropped ones leave (docs/pricing.md, 10).
-
-Two streams run side by side, a layer at a time: the original, and the pruned one as repaired so far.  In each layer the survivors are
-fitted so that the pruned stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the
-work folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
-"""
+"""Model, texts, Plan -> Model: survivors refitted to what dropped ones leave, and matrices packed in that pass (docs/pricing.md, 10)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import DTYPES, PACKED, read_header, read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.ir import PROJECTIONS, Model, Plan, Tensor, array_file, hash_json, load_record, save_arrays, save_record, write_text
-from edgemoe.pack import Gram, Packed, Packing, Pair, pack_attention, pack_end, pack_experts, second_moments
-from edgemoe.refit import RATE, RIDGE, Experts, Tokens, fill_residual, refit_layer
-from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, only_experts, recording, tokenize
+from edgemoe.ir import Model, Plan, hash_json
+from edgemoe.pack import Packing
+from edgemoe.refit import RATE, RIDGE
+from edgemoe.stream import default_device
 from edgemoe.texts import Text
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
 
-WINDOW = 512
 DEFAULT_TOKENS = 65_536
-GUARD_EVERY = 7  # windows: one of them decides whether a repair helps, the others are fitted to
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
-DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
-Progress = Callable[[int, int], None]
 
 
-# ------------------------------------------------------------------------------------------------------------ entry point
 def repair_survivors(
     model: Model,
     texts: Sequence[Text],
     plan: Plan,
     work: Path,
     *,
+    start: Model | None = None,
     max_tokens: int = DEFAULT_TOKENS,
     epochs: int = EPOCHS,
     packing: Packing | None = None,
@@ -49,294 +33,42 @@ def repair_survivors(
     """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and packing, the model as it is.
 
     Args:
-        model: the original, from `inspect_model`.
+        model: the original, from `inspect_model`: what the survivors are fitted to.
         texts: calibration texts with weights.
         plan: says who survives; its formats matter for packing only.
         work: folder for the new weights (in a subfolder named by what they are made from) and for what a killed run goes on from.
+        start: the model whose experts are refitted, if it is another: a narrowed one, in a work folder of its own.
         max_tokens: of all texts together; every text gives the same number.
         epochs: of descent after the closed form; 0 refits W_down alone.
         packing: round every matrix to the plan's formats as the stream reaches it (see `pack.py`); None: weights stay unrounded.
         progress: called with (layers done, all layers).
 
     Returns:
-        The model's record with the survivors' tensors (or all that were packed) in files of the work folder.
+        The starting model's record with the survivors' tensors (or all that were packed) in files of the work folder.
 
     Raises:
         ModelError: the plan belongs to another model, or the texts give no tokens.
     """
+    base = start or model
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
-    drops = any(len(kept) < model.n_experts for kept in plan.kept)
-    if not packing and not drops:
-        return model
-    if not (plan.repair or not packing):
+    plan.check_width(base)
+    if not packing and all(len(kept) == model.n_experts for kept in plan.kept):
+        return base
+    if packing and not plan.repair:
         epochs = -1
-    stream = LayerStream(model)
-    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, stream.device.type)
+    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width)
     made_for = (packing.stats.key, plan.formats) if packing else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
-    done = work / "model.json"
-    if done.exists():
-        return _open_repaired(done, model, packing.formats if packing else {})
-    work.mkdir(parents=True, exist_ok=True)
-    windows = tokenize(model, texts, max_tokens, WINDOW)
-    weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
-    job = _Job(model, stream, windows, weights, plan, work, key, epochs, packing)
-    for layer in job.resume(progress):
-        job.repair_layer(layer)
+    formats = packing.formats if packing else {}
+    repaired = open_overlay(base, work, formats)
+    if repaired is not None:
+        return repaired
+    twin = Twin(model, base, texts, max_tokens, work, key, packing)
+    for layer in twin.resume(progress):
+        twin.refit_layer(layer, plan.kept[layer], epochs=epochs)
         if progress:
             progress(layer + 1, model.n_layers)
-    job.pack_ends()
-    formats = packing.formats if packing else {}
-    repaired = replace(model, tensors=tuple(_overlay(t, work, formats) for t in model.tensors))
-    save_record(done, repaired)
-    for scratch in work.glob("*.bin"):
-        scratch.unlink()
-    return repaired
-
-
-def _open_repaired(path: Path, model: Model, formats: Mapping[tuple[str, int, int], str]) -> Model:
-    """A finished repair, refused when it is not of this model or its files have changed."""
-    repaired = load_record(path, Model)
-    if repaired.fingerprint != model.fingerprint:
-        raise ModelError(f"{path}: was made from another checkpoint than {model.folder}", hint=f"delete {path.parent}")
-    tensors = []
-    for old, found in zip(model.tensors, repaired.tensors, strict=True):
-        fresh = _overlay(old, path.parent, formats)
-        if (fresh.name, fresh.offset, fresh.dtype, fresh.packed) != (found.name, found.offset, found.dtype, found.packed):
-            raise ModelError(f"{path}: {old.name} is not where the record says", hint=f"delete {path.parent}")
-        tensors.append(fresh)  # wherever model and work folder lie now
-    return replace(model, tensors=tuple(tensors))
-
-
-def _overlay(tensor: Tensor, work: Path, formats: Mapping[tuple[str, int, int], str]) -> Tensor:
-    """The repaired or packed tensor, or the original where none was made."""
-    path = work / array_file(tensor.layer)
-    if not path.exists():
-        return tensor
-    found = read_header(path, (*DTYPES, PACKED)).get(_array_name(tensor))
-    if found is None:
-        return tensor
-    dtype, shape, offset = found
-    if dtype == PACKED and shape[0] == tensor.shape[0]:
-        place = (tensor.role, tensor.layer, tensor.expert)
-        kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
-        return replace(tensor, packed=kind, file=str(path), offset=offset)
-    if shape != tensor.shape:
-        raise ModelError(f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {work}")
-    return replace(tensor, dtype=dtype, file=str(path), offset=offset)
-
-
-def _array_name(tensor: Tensor) -> str:
-    return f"{tensor.role}.{tensor.expert}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- a layer
-class _Job:
-    """One repair under way."""
-
-    def __init__(
-        self,
-        model: Model,
-        stream: LayerStream,
-        windows: Windows,
-        weights: NDArray[np.float64],
-        plan: Plan,
-        work: Path,
-        key: str,
-        epochs: int,
-        packing: Packing | None,
-    ) -> None:
-        self.model, self.stream, self.windows, self.weights = model, stream, windows, weights
-        self.plan, self.work, self.key, self.epochs, self.packing = plan, work, key, epochs, packing
-        length = windows.tokens.shape[1]
-        self.real = np.arange(length)[None] < windows.lengths[:, None]  # [windows, length]
-        self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
-        number = np.array([np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)])  # of each window in its domain
-        self.guard = np.repeat(number % GUARD_EVERY == GUARD_EVERY // 2, windows.lengths)
-
-    def states(self, name: str, layer: int) -> States:
-        """Hidden states before a layer: "original" or "pruned"."""
-        return States(self.work / f"{name}-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
-
-    def rows(self, index: NDArray[np.int64]) -> slice:
-        """Token rows of a chunk of windows."""
-        return slice(int(self.first[index[0]]), int(self.first[index[-1] + 1]))
-
-    def resume(self, progress: Progress | None) -> range:
-        """The layers still to do, after a fresh start or a killed run."""
-        path, start = self.work / "progress.json", 0
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            start = int(saved["layer"]) if saved.get("key") == self.key else 0
-        if start == 0:
-            original, pruned = self.states("original", 0), self.states("pruned", 0)
-            table = self.pack_embedding()[1] if self.packing else None
-            for index in self.windows.chunks():
-                original.write(index, self.stream.embed(self.windows.tokens[index]))
-                pruned.write(index, self.stream.embed(self.windows.tokens[index], table))
-            original.close()
-            pruned.close()
-        if progress:
-            progress(start, self.model.n_layers)
-        return range(start, self.model.n_layers)
-
-    def repair_layer(self, layer: int) -> None:
-        """Run both streams through a layer, refit its survivors, leave weights and states on disk."""
-        kept = self.plan.kept[layer]
-        module = self.stream.load_layer(layer)
-        following = self.states("original", layer + 1)
-        self._run_original(module, layer, following)
-        arrays = self._pack_attention(module, layer) if self.packing else {}
-        tokens = self._run_pruned(module, layer, np.array(kept), following)
-        views = [self.stream.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
-        gate, up, down = (view[list(kept)] for view in views)
-        experts = Experts(gate=gate.clone(), up=up.clone(), down=down.clone())
-        del views, gate, up, down
-        self.stream.unload_layer(layer)
-        residual = self._array("residual", self.model.hidden_size)
-        dtype = next(DTYPES[t.dtype] for t in self.model.tensors if t.layer == layer and t.expert >= 0)
-        if len(kept) < self.model.n_experts and self.epochs >= 0:
-            refit_layer(tokens, experts, residual, epochs=self.epochs, store=lambda e: _round(e, dtype))
-        else:
-            fill_residual(tokens, experts, residual)
-        if self.packing:
-            arrays |= pack_experts(self.packing, layer, tokens, experts, residual, kept)[0]
-        else:
-            arrays |= {
-                f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
-                for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
-                for n, expert in enumerate(kept)
-            }
-        save_arrays(self.work / array_file(layer), arrays)
-        self._leave(layer, following, residual)
-
-    def _run_original(self, module: Any, layer: int, following: States) -> None:
-        before = self.states("original", layer)
-
-        def run(index: NDArray[np.int64]) -> None:
-            following.write(index, self.stream.run_layer(module, before.read(index)))
-
-        for _ in map_ordered(run, self.windows.chunks(), device=self.stream.device):
-            pass
-        before.close()
-
-    def _run_pruned(self, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
-        """What the survivors receive in the pruned stream, and what they would have to give for it to leave the layer as the original."""
-        before, k, hidden = self.states("pruned", layer), self.model.top_k, self.model.hidden_size
-        x, target = self._array("input", hidden), self._array("target", hidden)
-        chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
-        position = {int(expert): n for n, expert in enumerate(kept)}
-
-        def run(index: NDArray[np.int64]) -> NDArray[np.float64]:
-            real = torch.from_numpy(self.real[index].ravel())
-            slots = torch.zeros(len(real), dtype=torch.int64)
-            who, how_much = torch.zeros(len(real), k, dtype=torch.int32), torch.zeros(len(real), k)
-
-            def note(expert: int, token: torch.Tensor, _: Any, __: Any, ___: Any, gate: torch.Tensor) -> None:
-                token = token.cpu()
-                who[token, slots[token]], how_much[token, slots[token]] = position[expert], gate.cpu()
-                slots[token] += 1
-
-            with recording(Recorder(on_expert=note)) as seen:
-                out = self.stream.run_layer(module, before.read(index))
-            assert seen.moe_input is not None
-            assert seen.moe_output is not None
-            wanted = original.read(index).to(out.device) - out + seen.moe_output.view_as(out)
-            rows = self.rows(index)
-            x[rows] = seen.moe_input.cpu()[real].numpy()
-            target[rows] = wanted.flatten(0, 1).cpu()[real].numpy()
-            chosen[rows], gates[rows] = who[real].numpy(), how_much[real].numpy()
-            error = (wanted - seen.moe_output.view_as(out)).square().sum(-1).cpu().double().numpy() * self.real[index]
-            sums: NDArray[np.float64] = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
-            return sums
-
-        with only_experts(module, kept):
-            error = sum(map_ordered(run, self.windows.chunks(), device=self.stream.device))
-        before.close()
-        return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=self._weigh(np.asarray(error)), guard=self.guard)
-
-    def _weigh(self, error: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Weight of every token, mean one, from the summed squared residual of each domain [D]."""
-        n = np.bincount(self.windows.domain, self.windows.lengths, len(error))
-        each = self.weights / n / np.maximum(error / n, 1e-30) ** DOMAIN_POWER
-        tokens = np.repeat(each[self.windows.domain], self.windows.lengths)
-        weights: NDArray[np.float32] = (tokens / tokens.mean()).astype(np.float32)
-        return weights
-
-    def _array(self, name: str, width: int) -> NDArray[np.float32]:
-        """Scratch [tokens, width] in a file."""
-        return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
-
-    def _moments(self, before: States, run: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, tuple[Gram, Gram]]:
-        """Second moments of what `run` gives for the states, by name, domains by weight; over the fitted tokens and over the guard."""
-        n = np.bincount(self.windows.domain, self.windows.lengths, len(self.weights))
-        weights = np.repeat((self.weights / n)[self.windows.domain], self.windows.lengths).astype(np.float32)
-
-        def chunk(index: NDArray[np.int64]) -> dict[str, tuple[Gram, Gram]]:
-            rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
-            mine, guard = torch.from_numpy(weights[rows]), torch.from_numpy(self.guard[rows])
-            return {name: second_moments(x.cpu()[real], mine, guard) for name, x in run(before.read(index)).items()}
-
-        total: dict[str, tuple[Gram, Gram]] = {}
-        for found in map_ordered(chunk, self.windows.chunks(), device=self.stream.device):
-            for name, (fitted, guard) in found.items():
-                old = total.get(name)
-                total[name] = (old[0] + fitted, old[1] + guard) if old else (fitted, guard)
-        return total
-
-    def _pack_attention(self, module: Any, layer: int) -> Packed:
-        """Round the layer's attention matrices in place, on what the pruned stream brings them."""
-        assert self.packing is not None
-        before = self.states("pruned", layer)
-
-        def run(states: torch.Tensor) -> Mapping[str, torch.Tensor]:
-            with recording(Recorder()) as seen:
-                self.stream.run_layer(module, states)
-            return seen.inputs
-
-        moments = self._moments(before, run)
-        before.close()
-        return pack_attention(self.packing, module, layer, moments)
-
-    def pack_embedding(self) -> Pair:
-        """The embedding, packed, and what it decodes to: the pruned stream starts from that."""
-        assert self.packing is not None
-        return pack_end(self.packing, "token_embd", self._read("token_embd"), (None, None))
-
-    def pack_ends(self) -> None:
-        """Pack embedding and output matrix, the latter on what the pruned stream brings it; nothing without packing."""
-        if not self.packing:
-            return
-        arrays = {"token_embd.-1": self.pack_embedding()[0]}
-        if self.model.find("output"):
-            before, (norm, _, eps) = self.states("pruned", self.model.n_layers), self.stream.head()
-            moments = self._moments(before, lambda states: {"output": apply_norm(states, norm, eps).flatten(0, 1)})
-            before.close()
-            arrays["output.-1"] = pack_end(self.packing, "output", self._read("output"), moments["output"])[0]
-        save_arrays(self.work / array_file(-1), arrays)
-
-    def _read(self, role: str) -> NDArray[np.float32]:
-        tensor = self.model.find(role)
-        assert tensor is not None
-        return read_tensor(self.model.folder, tensor)
-
-    def _leave(self, layer: int, following: States, residual: NDArray[np.float32]) -> None:
-        """Write the pruned stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""
-        pruned = self.states("pruned", layer + 1)
-        for index in self.windows.chunks():
-            out = following.read(index)
-            out[torch.from_numpy(self.real[index])] -= torch.from_numpy(np.asarray(residual[self.rows(index)]))
-            pruned.write(index, out)
-        pruned.close()
-        following.close()
-        write_text(self.work / "progress.json", json.dumps({"key": self.key, "layer": layer + 1}))
-        for old in self.work.glob(f"*-{layer}.bin"):
-            old.unlink()
-
-
-def _round(experts: Experts, dtype: Any) -> None:
-    """As the files hold them: in the checkpoint's own type, so that a repair costs no more bytes than what it repairs."""
-    for stack in experts.stacks:
-        stack.copy_(torch.from_numpy(stack.cpu().numpy().astype(dtype).astype(np.float32)))
+    twin.pack_ends()
+    return save_overlay(base, work, formats)

@@ -157,6 +157,11 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         _local.recorder = None
 
 
+def default_device() -> str:
+    """Where layers run: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class LayerStream:
     """Skeleton of a model on no device, and one layer at a time filled from the checkpoint."""
 
@@ -166,7 +171,7 @@ class LayerStream:
 
         ALL_EXPERTS_FUNCTIONS.register("edgemoe", _experts_forward)
         self.model, self.family = model, find_family(model.model_type)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or default_device())
         config = AutoConfig.for_model(**model.config)
         config._experts_implementation = "edgemoe"
         with torch.device("meta"):
@@ -211,11 +216,11 @@ class LayerStream:
         both: torch.Tensor = experts.gate_up_proj.data
         return both[expert, rows]
 
-    def run_layer(self, module: Any, states: torch.Tensor) -> torch.Tensor:
-        """Output states [windows, length, hidden] of a loaded layer."""
+    def run_layer(self, module: Any, states: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
+        """Output states [windows, length, hidden] of a loaded layer, with a graph behind them if gradients are wanted."""
         states = states.to(self.device)
         positions = torch.arange(states.shape[1], device=self.device)[None]
-        with torch.inference_mode():
+        with torch.enable_grad() if gradients else torch.inference_mode():
             out = module(states, attention_mask=None, position_ids=positions, position_embeddings=self._rotary(states, positions))
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result

@@ -13,6 +13,7 @@ from edgemoe.figures import (
     billions,
     counts_text,
     dropped_experts,
+    dropping,
     kept_words,
     mean_bits,
     nats,
@@ -59,6 +60,7 @@ def _common_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("budget", f"{format_bytes(plan.budget)} at a context of {plan.context} tokens"),
         ("experts", f"{kept_words(plan)}, the router picks {plan.top_k}"),
+        *([("width", f"every expert cut to its {plan.width} best neurons")] if plan.width else []),
         ("formats", ", ".join(f"{name} {size / max(plan.file_size, 1):.1%}" for name, size in shares_by_format(plan).items())),
     ]
 
@@ -75,7 +77,7 @@ def summarize_plan(plan: Plan) -> Group:
         *_common_facts(plan),
         ("file", f"{format_bytes(plan.file_size)}, {plan.file_size} bytes; the budget allows {allowed_size(plan)}"),
         ("peak memory", f"{format_bytes(plan.memory['peak'])}: {', '.join(parts)}"),
-        ("KL", f"{nats(plan.predicted_kl)} nats per token predicted; cost {plan.q:.6g}, of it {nats(plan.drop_q)} for dropping"),
+        ("KL", f"{nats(plan.predicted_kl)} nats per token predicted; cost {plan.q:.6g}, of it {nats(plan.drop_q)} for {dropping(plan)}"),
         ("bound", f"no plan costs less than {plan.bound:.6g}, gap {plan.gap:.3%}, {proof(plan)}"),
     ]
     n_layers = len(plan.kept)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgemoe.checkpoint import read_tensor
 from edgemoe.devices import estimate_speed
 from edgemoe.errors import VerifyError
+from edgemoe.families import resize_experts
 from edgemoe.ir import Artifact, Model, Plan, Report, TextScore, hash_json, load_arrays, save_arrays
 from edgemoe.machine import measure_bandwidth
 from edgemoe.targets import Target
@@ -85,7 +86,7 @@ def verify_artifact(
         model=_describe(model),
         plan=plan,
         artifact=artifact,
-        units=tuple(unit for unit in target.list_units(model) if unit.name in plan.formats),
+        units=tuple(u for u in target.list_units(resize_experts(model, plan.width or model.expert_size)) if u.name in plan.formats),
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),

@@ -8,7 +8,7 @@ import pytest
 
 from edgemoe.errors import UsageError
 from edgemoe.ir import Artifact, ArtifactFile, save_record
-from edgemoe.pipeline import MARKER, check_output, prepare_output
+from edgemoe.outputs import MARKER, check_output, prepare_output
 
 
 def record_artifact(path: Path, *names: str) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgemoe.errors import ModelError
+from edgemoe.ir import Model
 
 # Parameter names in memory (transformers 5, where experts are stacked), by role; equal in all families so far.
 MODULE_NAMES = {
@@ -63,6 +64,19 @@ def find_family(model_type: str) -> Family:
         raise ModelError(f"config.json: model_type {model_type!r} is not supported", hint=f"supported: {', '.join(known_families())}")
     family: Family = importlib.import_module(f"edgemoe.families.{model_type}").FAMILY
     return family
+
+
+def resize_experts(model: Model, width: int) -> Model:
+    """The record of the model with `width` neurons in every expert: config and shapes are those of such a checkpoint.
+
+    It says where no weights are that were cut: `narrow.py` puts files of its own in place.
+    """
+    if width == model.expert_size:
+        return model
+    gate, down = (width, model.hidden_size), (model.hidden_size, width)
+    tensors = tuple(replace(t, shape=down if t.role == "ffn_down_exps" else gate) if t.expert >= 0 else t for t in model.tensors)
+    config = {**model.config, find_family(model.model_type).expert_size_key: width}
+    return replace(model, config=config, expert_size=width, tensors=tensors)
 
 
 def refuse_common(config: Mapping[str, Any]) -> str | None:

@@ -116,7 +116,8 @@ def write(
     """
     if not plan.has_one_count:
         raise ModelError("the plan keeps different numbers of experts in different layers: no GGUF can hold that", hint="make another plan")
-    stem = f"{model.name}-E{plan.count}-{_bits_per_weight(model, plan):.2f}bpw"
+    width = f"-W{plan.width}" if plan.width else ""
+    stem = f"{model.name}-E{plan.count}{width}-{_bits_per_weight(model, plan):.2f}bpw"
     part = folder / f"{stem}.gguf"
     scratch = folder / ".part"
     try:

@@ -1,0 +1,175 @@
+"""Model, texts, width -> Model: the same record with every expert cut to its best neurons (docs/pricing.md, 15).
+
+Stock llama.cpp stores one expert width for all layers, so the width is one number for the whole plan: the program is solved for each width
+that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.errors import UsageError
+from edgemoe.families import resize_experts
+from edgemoe.ir import Costs, Model, hash_json, write_text
+from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
+from edgemoe.refit import RATE, RIDGE, Experts, Tokens
+from edgemoe.stream import default_device
+from edgemoe.texts import Text
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
+
+BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
+AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
+# Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
+# (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (benchmarks/results/width.md).
+UNSEEN = 1.5
+SCORES = ("heapr", "camera", "magnitude", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrowed:
+    """A narrowed model, what narrowing costs by domain (KL in nats per token, on text that nothing was fitted to), and its work folder."""
+
+    model: Model
+    kl: tuple[float, ...]
+    work: Path
+
+    def loss(self, costs: Costs, objective: str) -> float:
+        """What narrowing alone is expected to cost on text not seen, by the objective: mean over domains by weight, or worst domain."""
+        return UNSEEN * (max(self.kl) if objective == "worst" else float(costs.weights @ np.array(self.kl)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ widths
+def choose_widths(model: Model, asked: str) -> tuple[int, ...]:
+    """Widths to try, falling: what was asked, or for "auto" the whole, three quarters and half, where formats can store them.
+
+    Raises:
+        UsageError: no such width; names those that are possible.
+    """
+    if asked in ("", str(model.expert_size)):
+        return (model.expert_size,)
+    possible = range(BLOCK, model.expert_size, BLOCK)
+    if asked == "auto":
+        wanted = [round(model.expert_size * share) for share in AUTO_SHARES]
+        return tuple(w for w in wanted if w in possible or w == model.expert_size)
+    if not asked.isdecimal() or int(asked) not in possible:
+        best = [str(w) for w in possible if w % SUPER_BLOCK == 0]
+        every = f"multiples of {BLOCK} below {model.expert_size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
+        hint = f"give auto, {model.expert_size} (as it is), or one of: {every}"
+        raise UsageError(
+            f"--width {asked}: {model.name} has experts of {model.expert_size} neurons and cannot have such ones",
+            hint=f"{hint}; formats below 4 bits need {', '.join(best)}" if best else hint,
+        )
+    return (int(asked),)
+
+
+# ------------------------------------------------------------------------------------------------------------------ scores
+def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> NDArray[np.float64]:
+    """What each neuron is worth [E, M] by one of SCORES; comparable within an expert.  The last two are controls."""
+    if name == "heapr":
+        return np.asarray(arrays["heapr"], np.float64)
+    if name == "camera":
+        return camera_energy(arrays["phi_sq"], arrays["phi_sq_max"], arrays["down_sq"])
+    if name == "magnitude":
+        return magnitude(experts)
+    return np.random.default_rng(layer).random(tuple(experts.gate.shape[:2]))
+
+
+def magnitude(experts: Experts) -> NDArray[np.float64]:
+    """Product of the norms of a neuron's gate row, up row and down column [E, M]."""
+    norms = experts.gate.norm(dim=2) * experts.up.norm(dim=2) * experts.down.norm(dim=1)
+    return np.asarray(norms.double().cpu().numpy())
+
+
+def best_neurons(score: NDArray[np.float64], ties: NDArray[np.float64], width: int) -> NDArray[np.int64]:
+    """The `width` best neurons of each expert [E, width], in order; where scores are equal (an expert that saw nothing) by `ties`."""
+    order = np.stack([np.lexsort((t, s))[::-1] for s, t in zip(score, ties, strict=True)])
+    return np.sort(order[:, :width], axis=1)
+
+
+def cut(experts: Experts, neurons: NDArray[np.int64]) -> Experts:
+    """Only these neurons [E, width] of each expert."""
+    gate, up, down = (
+        torch.stack([s.index_select(dim, torch.from_numpy(n).to(s.device)) for s, n in zip(stack, neurons, strict=True)])
+        for stack, dim in zip(experts.stacks, (0, 0, 1), strict=True)
+    )
+    return Experts(gate=gate, up=up, down=down)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the job
+def narrow_experts(
+    model: Model,
+    texts: Sequence[Text],
+    width: int,
+    work: Path,
+    *,
+    score: str = "heapr",
+    max_tokens: int,
+    epochs: int = 0,
+    progress: Progress | None = None,
+) -> Narrowed:
+    """Cut every expert to its best neurons and refit what is left to the original's outputs, layer by layer on the narrowed stream.
+
+    Args:
+        model: the original.
+        texts: calibration texts with weights.
+        width: neurons that stay; the full width changes nothing.
+        work: folder for the scores (shared by all widths), for the new weights (in a subfolder named by what they are made from), and for
+            what a killed run goes on from.
+        score: which neurons are best: one of SCORES.
+        max_tokens: of all texts together.
+        epochs: of descent on all three matrices after W_down's closed form.
+        progress: called with (steps done, all steps).
+    """
+    if width == model.expert_size:
+        return Narrowed(model=model, kl=(0.0,) * len(texts), work=work)
+    layers, base = model.n_layers, resize_experts(model, width)
+    steps = layers + (2 * layers if score in ("heapr", "camera") else 0)
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, steps)
+
+    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), score, width)
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
+    folder = work.absolute() / f"narrow-{width}-{key[:16]}"
+    made = open_overlay(base, folder, {})
+    if made is None:
+        few = min(max_tokens, TOKENS)
+        scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
+        twin = Twin(model, model, texts, max_tokens, folder, key)
+
+        def change(layer: int, _: Tokens, experts: Experts) -> Experts:
+            arrays = load_scores(scores, layer) if scores else {}
+            return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+
+        for layer in twin.resume(lambda done, _: tell(steps - layers + done)):
+            twin.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+            tell(steps - layers + layer + 1)
+        write_text(folder / "kl.json", json.dumps(twin.measure()))
+        made = save_overlay(base, folder, {})
+    return Narrowed(model=made, kl=tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8"))), work=folder)
+
+
+def charge(costs: Costs, narrowed: Narrowed) -> Costs:
+    """The price list of a narrowed model with what narrowing costs added to every plan, spread over the layers.
+
+    The sum q is such that a plan that does nothing else is predicted to have UNSEEN times the KL that was measured: q + kappa sqrt(q) = KL.
+    """
+    kl = narrowed.loss(costs, "mean")
+    if not kl:
+        return costs
+    q = ((math.sqrt(costs.kappa**2 + 4 * kl) - costs.kappa) / 2) ** 2
+    each = UNSEEN * np.array(narrowed.kl) * q / kl / costs.n_layers  # [D]
+    width = narrowed.model.expert_size
+    if costs.form == "stacks":
+        return replace(costs, width=width, drop_cost=costs.drop_cost + each[:, None, None])
+    return replace(costs, width=width, drop_curve=costs.drop_curve + float(costs.weights @ each))

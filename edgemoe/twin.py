@@ -1,0 +1,342 @@
+"""Model, a changed Model, texts -> the changed one's experts, refitted a layer at a time (docs/pricing.md, 10, 12 and 15).
+
+Two streams run side by side: the original, and the changed one as refitted so far.  In each layer the experts that are left are fitted so
+that the changed stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the work
+folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe.checkpoint import DTYPES, PACKED, read_header, read_tensor
+from edgemoe.errors import ModelError
+from edgemoe.ir import PROJECTIONS, Model, Tensor, array_file, load_record, save_arrays, save_record, write_text
+from edgemoe.pack import Gram, Packed, Packing, Pair, pack_attention, pack_end, pack_experts, second_moments
+from edgemoe.probes import token_kl
+from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
+from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
+from edgemoe.texts import Text
+
+WINDOW = 512
+GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
+DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
+Progress = Callable[[int, int], None]
+Formats = Mapping[tuple[str, int, int], str]  # of packed matrices, by (role, layer, expert); expert -1 for a matrix or a whole stack
+Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts see, its experts -> those to refit
+
+
+# ---------------------------------------------------------------------------------------------------------------- overlay
+def save_overlay(base: Model, work: Path, formats: Formats) -> Model:
+    """The record of `base` with the tensors that lie in files of `work` in place of its own; kept as work/model.json."""
+    made = replace(base, tensors=tuple(_overlay(t, work, formats) for t in base.tensors))
+    save_record(work / "model.json", made)
+    for scratch in work.glob("*.bin"):
+        scratch.unlink()
+    return made
+
+
+def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
+    """What `save_overlay` saved, refused when it is not of this model or its files have changed; None when it is not there.
+
+    Raises:
+        ModelError: made from another checkpoint, or damaged.
+    """
+    path = work / "model.json"
+    if not path.exists():
+        return None
+    saved = load_record(path, Model)
+    if saved.fingerprint != base.fingerprint:
+        raise ModelError(f"{path}: was made from another checkpoint than {base.folder}", hint=f"delete {work}")
+    tensors = []
+    for old, found in zip(base.tensors, saved.tensors, strict=True):
+        fresh = _overlay(old, work, formats)
+        if (fresh.name, fresh.offset, fresh.dtype, fresh.packed) != (found.name, found.offset, found.dtype, found.packed):
+            raise ModelError(f"{path}: {old.name} is not where the record says", hint=f"delete {work}")
+        tensors.append(fresh)  # wherever model and work folder lie now
+    return replace(base, tensors=tuple(tensors))
+
+
+def _overlay(tensor: Tensor, work: Path, formats: Formats) -> Tensor:
+    """The new tensor, plain or packed, or the old one where none was made."""
+    path = work / array_file(tensor.layer)
+    if not path.exists():
+        return tensor
+    found = read_header(path, (*DTYPES, PACKED)).get(_array_name(tensor))
+    if found is None:
+        return tensor
+    dtype, shape, offset = found
+    if dtype == PACKED and shape[0] == tensor.shape[0]:
+        place = (tensor.role, tensor.layer, tensor.expert)
+        kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
+        return replace(tensor, packed=kind, file=str(path), offset=offset)
+    if shape != tensor.shape:
+        raise ModelError(f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {work}")
+    return replace(tensor, dtype=dtype, file=str(path), offset=offset)
+
+
+def _array_name(tensor: Tensor) -> str:
+    return f"{tensor.role}.{tensor.expert}"
+
+
+# ------------------------------------------------------------------------------------------------------------ two streams
+class Twin:
+    """The original and a changed model, side by side over the calibration texts."""
+
+    def __init__(
+        self, model: Model, start: Model, texts: Sequence[Text], max_tokens: int, work: Path, key: str, packing: Packing | None = None
+    ) -> None:
+        """Open both models and the texts.
+
+        Args:
+            model: the original.
+            start: the changed model as it starts.
+            texts: calibration texts.
+            max_tokens: of them together.
+            work: folder for what is made.
+            key: of what is made.
+            packing: round every matrix as the stream reaches it; None: weights stay unrounded.
+        """
+        self.model, self.work, self.key, self.packing = model, work, key, packing
+        self.original = LayerStream(model)
+        self.changed = self.original if start is model else LayerStream(start)
+        self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
+        self.weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+        work.mkdir(parents=True, exist_ok=True)
+        length = windows.tokens.shape[1]
+        self.real = np.arange(length)[None] < windows.lengths[:, None]  # [windows, length]
+        self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
+        number = np.array([np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)])  # of each window in its domain
+        self.guard_windows = number % GUARD_EVERY == GUARD_EVERY // 2
+        self.guard = np.repeat(self.guard_windows, windows.lengths)
+
+    def states(self, name: str, layer: int) -> States:
+        """Hidden states before a layer: "original" or "changed"."""
+        return States(self.work / f"{name}-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
+
+    def rows(self, index: NDArray[np.int64]) -> slice:
+        """Token rows of a chunk of windows."""
+        return slice(int(self.first[index[0]]), int(self.first[index[-1] + 1]))
+
+    def resume(self, progress: Progress | None) -> range:
+        """The layers still to do, after a fresh start or a killed run."""
+        path, start = self.work / "progress.json", 0
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            start = int(saved["layer"]) if saved.get("key") == self.key else 0
+        if start == 0:
+            original, changed = self.states("original", 0), self.states("changed", 0)
+            table = self._pack_embedding()[1] if self.packing else None
+            for index in self.windows.chunks():
+                original.write(index, self.original.embed(self.windows.tokens[index]))
+                changed.write(index, self.original.embed(self.windows.tokens[index], table))
+            original.close()
+            changed.close()
+        if progress:
+            progress(start, self.model.n_layers)
+        return range(start, self.model.n_layers)
+
+    def refit_layer(self, layer: int, kept: Sequence[int], *, epochs: int, change: Change | None = None) -> None:
+        """Run both streams through a layer, refit the experts if any went or were changed, pack, leave weights and states on disk.
+
+        Args:
+            layer: the next one.
+            kept: experts that stay.
+            epochs: of descent after the closed form; 0 refits W_down alone, -1 nothing.
+            change: what is done to the experts before they are refitted.
+        """
+        module = self.original.load_layer(layer)
+        following = self.states("original", layer + 1)
+        self._run_original(module, layer, following)
+        if self.changed is not self.original:
+            self.original.unload_layer(layer)
+            module = self.changed.load_layer(layer)
+        arrays = self._pack_attention(module, layer) if self.packing else {}
+        tokens = self._run_changed(module, layer, np.array(kept), following)
+        views = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
+        gate, up, down = (view[list(kept)] for view in views)
+        experts = Experts(gate=gate.clone(), up=up.clone(), down=down.clone())
+        del views, gate, up, down
+        self.changed.unload_layer(layer)
+        residual = self._array("residual", self.model.hidden_size)
+        if change is not None:
+            experts = change(layer, tokens, experts)
+            fill_residual(tokens, experts, residual)
+            domains = np.repeat(self.windows.domain, self.windows.lengths)
+            error = np.bincount(domains, np.square(residual).sum(axis=1, dtype=np.float64), len(self.weights))
+            tokens = replace(tokens, weights=self._weigh(error.astype(np.float64)))
+        dtype = next(DTYPES[t.dtype] for t in self.model.tensors if t.layer == layer and t.expert >= 0)
+        if epochs >= 0 and (change is not None or len(kept) < self.model.n_experts):
+            refit_layer(tokens, experts, residual, epochs=epochs, store=lambda e: _round(e, dtype))
+        else:
+            fill_residual(tokens, experts, residual)
+        if self.packing:
+            arrays |= pack_experts(self.packing, layer, tokens, experts, residual, kept)[0]
+        else:
+            arrays |= {
+                f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
+                for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
+                for n, expert in enumerate(kept)
+            }
+        save_arrays(self.work / array_file(layer), arrays)
+        self._leave(layer, following, residual)
+
+    def _run_original(self, module: Any, layer: int, following: States) -> None:
+        before = self.states("original", layer)
+
+        def run(index: NDArray[np.int64]) -> None:
+            following.write(index, self.original.run_layer(module, before.read(index)))
+
+        for _ in map_ordered(run, self.windows.chunks(), device=self.original.device):
+            pass
+        before.close()
+
+    def _run_changed(self, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
+        """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
+        before, k, hidden = self.states("changed", layer), self.model.top_k, self.model.hidden_size
+        x, target = self._array("input", hidden), self._array("target", hidden)
+        chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
+        position = {int(expert): n for n, expert in enumerate(kept)}
+
+        def run(index: NDArray[np.int64]) -> NDArray[np.float64]:
+            real = torch.from_numpy(self.real[index].ravel())
+            slots = torch.zeros(len(real), dtype=torch.int64)
+            who, how_much = torch.zeros(len(real), k, dtype=torch.int32), torch.zeros(len(real), k)
+
+            def note(expert: int, token: torch.Tensor, _: Any, __: Any, ___: Any, gate: torch.Tensor) -> None:
+                token = token.cpu()
+                who[token, slots[token]], how_much[token, slots[token]] = position[expert], gate.cpu()
+                slots[token] += 1
+
+            with recording(Recorder(on_expert=note)) as seen:
+                out = self.changed.run_layer(module, before.read(index))
+            assert seen.moe_input is not None
+            assert seen.moe_output is not None
+            wanted = original.read(index).to(out.device) - out + seen.moe_output.view_as(out)
+            rows = self.rows(index)
+            x[rows] = seen.moe_input.cpu()[real].numpy()
+            target[rows] = wanted.flatten(0, 1).cpu()[real].numpy()
+            chosen[rows], gates[rows] = who[real].numpy(), how_much[real].numpy()
+            error = (wanted - seen.moe_output.view_as(out)).square().sum(-1).cpu().double().numpy() * self.real[index]
+            sums: NDArray[np.float64] = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
+            return sums
+
+        with only_experts(module, kept):
+            error = sum(map_ordered(run, self.windows.chunks(), device=self.changed.device))
+        before.close()
+        return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=self._weigh(np.asarray(error)), guard=self.guard)
+
+    def _weigh(self, error: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Weight of every token, mean one, from the summed squared residual of each domain [D]."""
+        n = np.bincount(self.windows.domain, self.windows.lengths, len(error))
+        each = self.weights / n / np.maximum(error / n, 1e-30) ** DOMAIN_POWER
+        tokens = np.repeat(each[self.windows.domain], self.windows.lengths)
+        weights: NDArray[np.float32] = (tokens / tokens.mean()).astype(np.float32)
+        return weights
+
+    def _array(self, name: str, width: int) -> NDArray[np.float32]:
+        """Scratch [tokens, width] in a file."""
+        return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
+
+    def _moments(self, before: States, run: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, tuple[Gram, Gram]]:
+        """Second moments of what `run` gives for the states, by name, domains by weight; over the fitted tokens and over the guard."""
+        n = np.bincount(self.windows.domain, self.windows.lengths, len(self.weights))
+        weights = np.repeat((self.weights / n)[self.windows.domain], self.windows.lengths).astype(np.float32)
+
+        def chunk(index: NDArray[np.int64]) -> dict[str, tuple[Gram, Gram]]:
+            rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
+            mine, guard = torch.from_numpy(weights[rows]), torch.from_numpy(self.guard[rows])
+            return {name: second_moments(x.cpu()[real], mine, guard) for name, x in run(before.read(index)).items()}
+
+        total: dict[str, tuple[Gram, Gram]] = {}
+        for found in map_ordered(chunk, self.windows.chunks(), device=self.changed.device):
+            for name, (fitted, guard) in found.items():
+                old = total.get(name)
+                total[name] = (old[0] + fitted, old[1] + guard) if old else (fitted, guard)
+        return total
+
+    def _pack_attention(self, module: Any, layer: int) -> Packed:
+        """Round the layer's attention matrices in place, on what the changed stream brings them."""
+        assert self.packing is not None
+        before = self.states("changed", layer)
+
+        def run(states: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            with recording(Recorder()) as seen:
+                self.changed.run_layer(module, states)
+            return seen.inputs
+
+        moments = self._moments(before, run)
+        before.close()
+        return pack_attention(self.packing, module, layer, moments)
+
+    def _pack_embedding(self) -> Pair:
+        """The embedding, packed, and what it decodes to: the changed stream starts from that."""
+        assert self.packing is not None
+        return pack_end(self.packing, "token_embd", self._read("token_embd"), (None, None))
+
+    def pack_ends(self) -> None:
+        """Pack embedding and output matrix, the latter on what the changed stream brings it; nothing without packing."""
+        if not self.packing:
+            return
+        arrays = {"token_embd.-1": self._pack_embedding()[0]}
+        if self.model.find("output"):
+            before, (norm, _, eps) = self.states("changed", self.model.n_layers), self.original.head()
+            moments = self._moments(before, lambda states: {"output": apply_norm(states, norm, eps).flatten(0, 1)})
+            before.close()
+            arrays["output.-1"] = pack_end(self.packing, "output", self._read("output"), moments["output"])[0]
+        save_arrays(self.work / array_file(-1), arrays)
+
+    def _read(self, role: str) -> NDArray[np.float32]:
+        tensor = self.model.find(role)
+        assert tensor is not None
+        return read_tensor(self.model.folder, tensor)
+
+    def _leave(self, layer: int, following: States, residual: NDArray[np.float32]) -> None:
+        """Write the changed stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""
+        changed = self.states("changed", layer + 1)
+        for index in self.windows.chunks():
+            out = following.read(index)
+            out[torch.from_numpy(self.real[index])] -= torch.from_numpy(np.asarray(residual[self.rows(index)]))
+            changed.write(index, out)
+        changed.close()
+        following.close()
+        write_text(self.work / "progress.json", json.dumps({"key": self.key, "layer": layer + 1}))
+        for old in self.work.glob(f"*-{layer}.bin"):
+            old.unlink()
+
+    def measure(self) -> tuple[float, ...]:
+        """KL(original || changed) in nats per token, by domain, after the last layer: on the windows that nothing was fitted to.
+
+        A text too short to have such windows is measured on what it has.
+        """
+        norm, output, eps = self.original.head()
+        original, changed = (self.states(name, self.model.n_layers) for name in ("original", "changed"))
+        domains = self.windows.domain
+        fresh = np.array([self.guard_windows[i] or not self.guard_windows[domains == d].any() for i, d in enumerate(domains)])
+
+        def one(window: int) -> float:
+            index, n = np.array([window]), int(self.windows.lengths[window])
+            before, after = (apply_norm(s.read(index)[0, :n], norm, eps) @ output.T for s in (original, changed))
+            return float(token_kl(before.double().log_softmax(-1), after).sum())
+
+        chosen = np.flatnonzero(fresh)
+        sums = np.array(list(map_ordered(one, chosen.tolist(), device=self.original.device)))
+        original.close()
+        changed.close()
+        n = len(self.weights)
+        kl = np.bincount(domains[chosen], sums, n) / np.bincount(domains[chosen], self.windows.lengths[chosen], n)
+        return tuple(float(v) for v in kl)
+
+
+def _round(experts: Experts, dtype: Any) -> None:
+    """As the files hold them: in the checkpoint's own type, so that a repair costs no more bytes than what it repairs."""
+    for stack in experts.stacks:
+        stack.copy_(torch.from_numpy(stack.cpu().numpy().astype(dtype).astype(np.float32)))

@@ -1,0 +1,266 @@
+"""Narrower experts: which neurons stay, that what is left is what transformers computes, and what a build makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import random_costs
+from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats, make_checkpoint
+
+from edgemoe.checkpoint import read_tensor
+from edgemoe.emit import emit_artifact
+from edgemoe.errors import ModelError, UsageError
+from edgemoe.families import find_family, resize_experts
+from edgemoe.inspect import inspect_model
+from edgemoe.ir import Model, array_file, load_arrays, save_arrays
+from edgemoe.narrow import UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
+from edgemoe.neurons import camera_energy, heapr_sums, score_neurons
+from edgemoe.refit import Experts
+from edgemoe.stream import tokenize
+from edgemoe.targets import gguf
+from edgemoe.targets.gguf.run import run
+from edgemoe.targets.gguf.writer import fixed_size, list_units
+from edgemoe.texts import SHIPPED, Text, read_text
+from edgemoe.twin import save_overlay
+
+WIDTH = 96  # of 160: no multiple of 64, nor half
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    shape = {"n_experts": 4, "hidden": 128, "expert_size": 160}
+    return {family: make_checkpoint(root / family, family, seed=i, **shape) for i, family in enumerate(FAMILIES)}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return [read_text(str(SHIPPED / "calibration" / f"{name}.txt")) for name in ("english", "python")]
+
+
+# ----------------------------------------------------------------------------------------------------------------- scores
+H = torch.tensor([[0.5, -1, 2], [1.5, 0.25, -0.5], [-0.75, 1, 0], [0.2, -0.4, 1]], dtype=torch.float64)
+DOWN = torch.tensor([[1, 0, -1], [0.5, 2, 0.25]], dtype=torch.float64)
+GAMMA = torch.tensor([[0.1, -0.2], [0.3, 0.1], [-0.2, 0.4], [0, 0.5]], dtype=torch.float64)
+GATES = np.array([0.6, 0.4, 0.9, 0.3])
+
+
+def test_heapr_gives_the_worked_example_token_by_token() -> None:
+    found = heapr_sums(H, GAMMA, DOWN, torch.full((4,), 0.25, dtype=torch.float64))
+    assert found.numpy() == pytest.approx([0.034766, 0.120313, 0.015566], abs=1e-6)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1.136531, 4.777600, 1.668125]), (0.9, [0.626231, 3.393760, 1.543813])])
+def test_camera_gives_the_worked_example(share: float, expected: list[float]) -> None:
+    phi_sq = (GATES[:, None] * H.numpy()) ** 2
+    found = camera_energy(phi_sq.sum(axis=0), phi_sq.max(axis=0), (DOWN.numpy() ** 2).sum(axis=0), share)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: dict[str, Path], texts: list[Text], tmp_path: Path) -> None:
+    """A factor of one on every hidden activation of every token, in transformers' own model: its gradient is h <gamma, w>."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = inspect_model(sources[family])
+    factors: list[torch.Tensor] = []
+
+    def experts(module: Any, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        factor = torch.ones(len(x), index.shape[1], model.expert_size, requires_grad=True)
+        factor.chosen = index  # type: ignore[attr-defined]
+        factors.append(factor)
+        gate, up = (module.gate_up_proj[index] @ x[:, None, :, None])[..., 0].chunk(2, dim=-1)
+        h = torch.nn.functional.silu(gate) * up * factor
+        return ((module.down_proj[index] @ h[..., None])[..., 0] * gates[..., None]).sum(dim=1)
+
+    ALL_EXPERTS_FUNCTIONS.register("factored", experts)
+    options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "factored"}
+    whole = AutoModelForCausalLM.from_pretrained(sources[family], **options).eval()
+    windows = tokenize(model, texts, 200, 512)
+    expected = np.zeros((model.n_layers, model.n_experts, model.expert_size))
+    for chunk in windows.chunks():
+        draw = torch.Generator().manual_seed(int(chunk[0]))
+        logits = whole(torch.from_numpy(windows.tokens[chunk])).logits
+        picked = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0].view(logits.shape[:2])
+        real = torch.from_numpy(np.arange(logits.shape[1])[None] < windows.lengths[chunk][:, None])
+        torch.nn.functional.cross_entropy(logits[real], picked[real], reduction="sum").backward()
+        count = np.bincount(windows.domain, windows.lengths)
+        weight = torch.from_numpy(0.5 / count[windows.domain[chunk]])[:, None].expand(real.shape)[real]
+        for layer, factor in enumerate(factors):
+            assert factor.grad is not None
+            squares = factor.grad.double()[real.flatten()].square() * 0.5 * weight[:, None, None]
+            chosen = factor.chosen[real.flatten()]  # type: ignore[attr-defined]
+            for e in range(model.n_experts):
+                expected[layer, e] += squares[chosen == e].sum(dim=0).numpy()
+        factors.clear()
+    folder = score_neurons(model, texts, tmp_path, max_tokens=200)
+    for layer in range(model.n_layers):
+        found = load_arrays(folder / array_file(layer))["heapr"]
+        assert np.abs(found - expected[layer]).max() < 1e-3 * expected[layer].max()
+    assert not list(folder.glob("*.bin"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12))
+def test_the_best_neurons_stay_in_their_order(seed: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    score, ties = rng.integers(0, 4, size=(3, 12)).astype(float), rng.permuted(np.tile(np.arange(12.0), (3, 1)), axis=1)
+    found = best_neurons(score, ties, width)
+    for e in range(3):
+        assert found[e].tolist() == sorted(set(found[e].tolist()))
+        gone = sorted(set(range(12)) - set(found[e].tolist()))
+        pairs = [(score[e, i], ties[e, i]) for i in range(12)]
+        assert len(found[e]) == width
+        assert all(pairs[i] > pairs[j] for i in found[e] for j in gone)
+
+
+def test_neurons_that_do_nothing_can_go_without_a_trace() -> None:
+    rng = np.random.default_rng(0)
+    gate, up, down = (torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((2, 6, 4), (2, 6, 4), (2, 4, 6)))
+    down[0, :, 1] = 0
+    up[1, 4] = 0
+    experts, x = Experts(gate=gate, up=up, down=down), torch.from_numpy(rng.normal(size=(5, 4)).astype(np.float32))
+    left = cut(experts, best_neurons(magnitude(experts), np.zeros((2, 6)), 5))
+    for e in range(2):
+        assert torch.allclose(left.hidden(e, x) @ left.down[e].T, experts.hidden(e, x) @ experts.down[e].T, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- parity, bytes
+def narrow_by_hand(source: Path, neurons: np.ndarray, out: Path) -> Path:
+    """The checkpoint with only some neurons [L, E, width] of its experts, for transformers to run."""
+    shutil.copytree(source, out)
+    config = json.loads((source / "config.json").read_text())
+    spec, weights = find_family(config["model_type"]), load_file(source / "model.safetensors")
+    for layer, e in np.ndindex(neurons.shape[:2]):
+        for projection, name in spec.expert_names.items():
+            name = f"model.layers.{layer}." + name.format(expert=e)
+            index = torch.from_numpy(neurons[layer, e])
+            weights[name] = weights[name].index_select(1 if projection == "down" else 0, index).contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps({**config, spec.expert_size_key: neurons.shape[2]}))
+    return out
+
+
+def narrow_by_overlay(model: Model, neurons: np.ndarray, work: Path) -> Model:
+    """The same through our own record."""
+    work.mkdir()
+    for layer in range(model.n_layers):
+        arrays = {}
+        for (role, e), tensor in model.of_layer(layer).items():
+            if e >= 0:
+                arrays[f"{role}.{e}"] = np.take(read_tensor(model.folder, tensor), neurons[layer, e], axis=int(role == "ffn_down_exps"))
+        save_arrays(work / array_file(layer), arrays)
+    return save_overlay(resize_experts(model, neurons.shape[2]), work)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrowed_file_gives_the_logits_of_the_sliced_original(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = inspect_model(sources[family])
+    rng = np.random.default_rng(1)
+    neurons = np.array([[np.sort(rng.permutation(160)[:WIDTH]) for _ in range(4)] for _ in range(2)])
+    narrow = narrow_by_overlay(model, neurons, tmp_path / "work")
+    plan = replace(flat_plan(narrow), width=WIDTH)
+    artifact = emit_artifact(narrow, flat_stats(narrow, tmp_path / "stats"), plan, gguf, tmp_path / "out")  # type: ignore[arg-type]
+    by_hand = narrow_by_hand(sources[family], neurons, tmp_path / "sliced")
+    tokens = tokenize(model, [read_text(str(SHIPPED / "heldout" / "english.txt"))], 256, 256).tokens
+    whole = AutoModelForCausalLM.from_pretrained(by_hand, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = whole(torch.from_numpy(tokens)).logits[0].numpy()
+    found: list[np.ndarray] = []
+    job = {"windows": tokens.tolist(), "vocab_size": model.vocab_size, "exact": True, "repack": False}
+    run(artifact.path, job, lambda _, logits: found.append(logits))
+    assert np.median(np.abs(found[0] - expected).max(axis=1)) < 1e-3
+    assert artifact.size == plan.file_size == fixed_size(inspect_model(by_hand), 4) + sum(plan.sizes.values())
+    assert [u.n_weights for u in list_units(narrow)] == [u.n_weights for u in list_units(inspect_model(by_hand))]
+    assert f"-W{WIDTH}-" in artifact.path.name
+
+
+# ------------------------------------------------------------------------------------------------------------ a narrowing
+@pytest.fixture(scope="module")
+def trained() -> Model:
+    return inspect_model(EXAMPLES / "tiny-moe-b")
+
+
+def test_the_full_width_changes_nothing(trained: Model, texts: list[Text], tmp_path: Path) -> None:
+    made = narrow_experts(trained, texts, 512, tmp_path / "none", max_tokens=4096)
+    assert made.model is trained
+    assert made.kl == (0.0, 0.0)
+    assert not (tmp_path / "none").exists()
+    costs = random_costs(0, "stacks")
+    assert charge(costs, replace(made, kl=(0.0,) * len(costs.domains))) is costs
+
+
+def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(sources: dict[str, Path], texts: list[Text], tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == total - 1:
+            raise Killed
+
+    model = inspect_model(sources["mixtral"])
+
+    def narrow(work: Path, progress: Any = None) -> Narrowed:
+        return narrow_experts(model, texts, WIDTH, work, max_tokens=2048, epochs=1, progress=progress)
+
+    whole = narrow(tmp_path / "whole")
+    with pytest.raises(Killed):
+        narrow(tmp_path / "killed", kill)
+    resumed = narrow(tmp_path / "killed")
+    assert resumed.kl == whole.kl
+    for name in [array_file(layer) for layer in range(model.n_layers)]:
+        assert (whole.work / name).read_bytes() == (resumed.work / name).read_bytes()
+    assert not list(resumed.work.glob("*.bin"))
+    assert narrow(tmp_path / "killed") == resumed
+    assert whole.model.expert_size == whole.model.config["intermediate_size"] == WIDTH
+    assert whole.model.fingerprint == model.fingerprint
+
+
+def test_best_neurons_cost_less_than_random_ones_and_what_is_charged_is_what_was_measured(
+    trained: Model, texts: list[Text], tmp_path: Path
+) -> None:
+    best, random = (narrow_experts(trained, texts, 256, tmp_path, score=score, max_tokens=2048) for score in ("magnitude", "random"))
+    assert sum(best.kl) < 0.8 * sum(random.kl)
+    costs = random_costs(0, "stacks")
+    kl = tuple(0.01 * (d + 1) for d in range(len(costs.domains)))
+    charged = charge(costs, replace(best, kl=kl))
+    added = (charged.drop_cost - costs.drop_cost).sum(axis=2)  # [D, C]
+    assert costs.predict_kl(float(costs.weights @ added[:, -1])) == pytest.approx(UNSEEN * float(costs.weights @ np.array(kl)))
+    assert np.allclose(added, added[:, :1])
+    assert charged.width == 256
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+@pytest.mark.parametrize("asked", ["0", "100", "544", "half", "-32", "1e2"])
+def test_bad_widths_are_refused_with_those_that_are_possible(asked: str, trained: Model) -> None:
+    with pytest.raises(UsageError, match=f"--width {asked}") as found:
+        choose_widths(trained, asked)
+    assert "32, 64, 96" in found.value.hint
+    assert "256" in found.value.hint
+
+
+def test_auto_tries_what_formats_can_store(trained: Model) -> None:
+    assert choose_widths(trained, "auto") == (512, 384, 256)
+    assert choose_widths(replace(trained, expert_size=192), "auto") == (192, 96)
+    assert choose_widths(trained, "") == choose_widths(trained, "512") == (512,)
+    assert choose_widths(trained, "96") == (96,)
+
+
+def test_a_plan_for_narrower_experts_is_not_written_from_wide_ones(trained: Model, tmp_path: Path) -> None:
+    plan = replace(flat_plan(trained), width=256)
+    with pytest.raises(ModelError, match="256 neurons") as found:
+        emit_artifact(trained, flat_stats(trained, tmp_path / "stats"), plan, gguf, tmp_path / "out")  # type: ignore[arg-type]
+    assert "--width 256" in found.value.hint
