@@ -19,13 +19,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from quality import Bench
+from bench import Bench
+from peers import mean_kl
 
 from edgemoe.errors import BudgetError
 from edgemoe.generic import price_generic
 from edgemoe.imatrix import read_imatrix, save_imported_stats
 from edgemoe.imports import price_imported, read_saliency
-from edgemoe.ir import Costs, Plan, Stats, hash_json
+from edgemoe.ir import Costs, Plan, Stats
 from edgemoe.plan import solve_plan
 from edgemoe.rules import MaxFormats
 
@@ -79,7 +80,7 @@ def compare(source: Path, work: Path, tokens: int) -> None:
                 cells.append("-")
                 continue
             q = measured_nats(bench.costs, plan)
-            kl = measure(bench, imported if way in ("imatrix", "+ saliency") else bench.stats, plan, way)
+            kl = measure(bench, imported if way in ("imatrix", "+ saliency") else bench.stats, plan)
             best = q if way == "measured" else best
             cells.append(
                 f"{q:.4f} nats, KL {kl:.4f}, keeps {plan.count}" if way == "measured" else f"{q / best:.2f} (KL {kl:.4f}, {plan.count})"
@@ -87,7 +88,7 @@ def compare(source: Path, work: Path, tokens: int) -> None:
         print(f"| {model.name} | {bits:g} | " + " | ".join(cells) + " |", flush=True)
 
 
-def measure(bench: Bench, stats: Stats, plan: Plan, way: str) -> float:
+def measure(bench: Bench, stats: Stats, plan: Plan) -> float:
     """KL of a plan's file, written with one importance matrix."""
 
     def make() -> Path:
@@ -95,7 +96,7 @@ def measure(bench: Bench, stats: Stats, plan: Plan, way: str) -> float:
         folder.mkdir(exist_ok=True)
         return bench.target.write(bench.model, stats, plan, folder, 0, None).path
 
-    return bench.measure(hash_json(stats.key, plan.formats, plan.kept), way, "", "", make).kl
+    return mean_kl(bench.held, bench.held.measure(make, stats.key, plan.formats, plan.kept))
 
 
 def main() -> None:
