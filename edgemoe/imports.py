@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +26,7 @@ from edgemoe.errors import ModelError
 from edgemoe.generic import Saliency, layer_nats, price_drops, price_generic
 from edgemoe.ir import PROJECTIONS, Costs, Model, Stats, Tensor, Unit
 from edgemoe.menus import drop_floor
+from edgemoe.pools import open_pool
 from edgemoe.price_layer import LEAST_ROWS, sample_rows
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
@@ -155,7 +155,7 @@ def price_imported(
     cost = np.full(base.cost.shape, np.inf)
     if progress:
         progress(0, model.n_layers)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_pool() as pool:
         for layer in range(-1, model.n_layers):
             mine = [u for u, unit in enumerate(base.units) if unit.layer == layer]
             count = stats.arrays(layer)["count"].sum(axis=0) if layer >= 0 else np.ones(model.n_experts)

@@ -7,7 +7,6 @@ decide for each matrix whether feedback is better than the target's stock quanti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from edgemoe.families import MODULE_NAMES
 from edgemoe.feedback import Moments, factor_moments, mix_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
+from edgemoe.pools import open_pool
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_down
 from edgemoe.scores import importance_of
 from edgemoe.stream import map_ordered
@@ -130,7 +130,7 @@ def pack_experts(
             packed[f"{role}.{expert}"] = bytes_
             stack[n].copy_(torch.from_numpy(values))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_pool() as pool:
         inputs = _expert_moments(tokens, experts, hidden=False)
         for projection in PROJECTIONS[:2]:
             store(projection, inputs)
@@ -174,7 +174,7 @@ def pack_attention(packing: Packing, module: Any, layer: int, moments: Mapping[s
     """
     importance, params = importance_of(packing.model, packing.stats, layer), dict(module.named_parameters())
     packed: Packed = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_pool() as pool:
         for role in ATTENTION:
             weights = params[MODULE_NAMES[role]].data
             kind, seen = packing.format_of(role, layer), moments["attn_output" if role == "attn_output" else "attn_q"]
@@ -187,5 +187,5 @@ def pack_attention(packing: Packing, module: Any, layer: int, moments: Mapping[s
 def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], moments: tuple[Gram | None, Gram | None]) -> Pair:
     """Pack the embedding (whose rows are looked up: the stock quantizer's, no moments) or the output matrix; also what it decodes to."""
     importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_pool() as pool:
         return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, *moments, pool)

@@ -5,9 +5,7 @@ What a layer's choices cost is measured in price_layer.py; here layers become on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +16,7 @@ from edgemoe.flips import additive_part, fit_flips, routers_behind
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import offered_counts
+from edgemoe.pools import open_pool
 from edgemoe.price_layer import Floats, Layer, price_layer, price_matrix, probe_kl
 from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
@@ -106,7 +105,7 @@ def _price_probes(
     whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
     if progress:
         progress(0, model.n_layers)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_pool() as pool:
         for layer in range(-1, model.n_layers):
             experts = [unit for unit in units if unit.layer == layer and (unit.is_stack or unit.expert >= 0)]
             if experts:
