@@ -250,12 +250,15 @@ def emit(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File that plan made.")],
     output: OutOpt,
     calibration: CalibrationOpt = None,
-    calibration_tokens: TokensOpt = 65_536,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]")
+    ] = None,
     shard_max: ShardOpt = None,
     rounding: RoundingOpt = "feedback",
     force: ForceOpt = False,
 ) -> None:
-    """Write what a plan says; survivors of a drop are repaired first, with the shipped texts or yours, if the plan was priced so."""
+    """Write what a plan says; survivors are repaired, and weights rounded, on the texts that calibrate had: give yours again."""
+    from edgemoe.calibrate import DEFAULT_TOKENS
     from edgemoe.emit import emit_artifact
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats, load_record, save_record
@@ -279,7 +282,7 @@ def emit(
             chosen,
             output / ".work",
             rounding=rounding,
-            max_tokens=calibration_tokens,
+            max_tokens=calibration_tokens or int(collected.settings.get("max_tokens", DEFAULT_TOKENS)),
             progress=lambda d, n: progress("repair", d, n),
         )
         artifact = emit_artifact(
