@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgemoe.ir import Probe
 
-TYPICAL = 0.01  # nats: Q of plans of 3 to 5 bits a weight; of .003, .01 and .03 it predicts best (docs/pricing.md, 5)
+TYPICAL = 0.01  # nats: Q of plans of 3 to 5 bits a weight; chosen on the bundled models, .03 does as well (docs/pricing.md, 5)
 KAPPAS = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 400)])  # square roots of nats; the best of these (2.3 % apart) is taken
 
 
