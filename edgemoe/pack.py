@@ -119,47 +119,43 @@ def pack_experts(
     """
     importance = importance_of(packing.model, packing.stats, layer)
     packed: Packed = {}
-
-    def store(projection: str, moments: list[tuple[Gram, Gram]]) -> None:
-        stack = getattr(experts, projection)
-        role = f"ffn_{projection}_exps"
-        for n, expert in enumerate(kept):
-            kind = packing.format_of(role, layer, expert)
-            rows = stack[n].cpu().numpy()
-            bytes_, values = pack_matrix(packing.target, rows, kind, importance[role, expert], *moments[n], pool)
-            packed[f"{role}.{expert}"] = bytes_
-            stack[n].copy_(torch.from_numpy(values))
-
     with open_pool() as pool:
-        inputs = _expert_moments(tokens, experts, hidden=False)
-        for projection in PROJECTIONS[:2]:
-            store(projection, inputs)
+
+        def store(projections: Sequence[str], *, hidden: bool) -> None:
+            layer_gram = sum(_expert_moments(tokens, experts, n, hidden=hidden)[0] for n in range(len(kept)))
+            for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
+                fitted, guard, seen = _expert_moments(tokens, experts, n, hidden=hidden)
+                mixed = mix_moments(fitted, seen, np.asarray(layer_gram))
+                for projection in projections:
+                    stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
+                    kind = packing.format_of(role, layer, expert)
+                    rows, columns = stack[n].cpu().numpy(), importance[role, expert]
+                    packed[f"{role}.{expert}"], values = pack_matrix(packing.target, rows, kind, columns, mixed, guard, pool)
+                    stack[n].copy_(torch.from_numpy(values))
+
+        store(PROJECTIONS[:2], hidden=False)
         fill_residual(tokens, experts, residual)
         refit_down(tokens, experts, residual)
-        store(PROJECTIONS[2], _expert_moments(tokens, experts, hidden=True))
+        store(PROJECTIONS[2:], hidden=True)
     return packed, fill_residual(tokens, experts, residual)[1]
 
 
-def _expert_moments(tokens: Tokens, experts: Experts, *, hidden: bool) -> list[tuple[Gram, Gram]]:
-    """Second moments of what each survivor's gate and up (or down) receive, times g^2 lambda, those of few tokens shrunk to the layer's."""
+def _expert_moments(tokens: Tokens, experts: Experts, n: int, *, hidden: bool) -> tuple[Gram, Gram, int]:
+    """Second moments of what a survivor's gate and up (or down) receive, times g^2 lambda: of fitted, of guard tokens; how many are fitted."""
     device = experts.down.device
-    found: list[tuple[Gram, Gram, int]] = []
-    for expert in range(len(experts)):
-        rows, slots = np.nonzero(tokens.chosen == expert)
+    rows, slots = np.nonzero(tokens.chosen == n)
 
-        def sums(block: slice, expert: int = expert, rows: NDArray[np.int64] = rows, slots: NDArray[np.int64] = slots) -> tuple[Gram, Gram]:
-            mine = rows[block]
-            x = torch.from_numpy(np.asarray(tokens.x[mine])).to(device)
-            weights = torch.from_numpy(tokens.weights[mine] * tokens.gates[mine, slots[block]] ** 2).to(device)
-            return second_moments(experts.hidden(expert, x) if hidden else x, weights, torch.from_numpy(tokens.guard[mine]).to(device))
+    def sums(block: slice) -> tuple[Gram, Gram]:
+        mine = rows[block]
+        x = torch.from_numpy(np.asarray(tokens.x[mine])).to(device)
+        weights = torch.from_numpy(tokens.weights[mine] * tokens.gates[mine, slots[block]] ** 2).to(device)
+        return second_moments(experts.hidden(n, x) if hidden else x, weights, torch.from_numpy(tokens.guard[mine]).to(device))
 
-        size = experts.down.shape[2] if hidden else experts.down.shape[1]
-        fitted, guard = np.zeros((size, size)), np.zeros((size, size))
-        for first, second in map_ordered(sums, [slice(i, i + BLOCK) for i in range(0, len(rows), BLOCK)], device=device):
-            fitted, guard = fitted + first, guard + second
-        found.append((fitted, guard, int((~tokens.guard[rows]).sum())))
-    layer = np.sum([fitted for fitted, _, _ in found], axis=0)
-    return [(mix_moments(fitted, n, layer), guard) for fitted, guard, n in found]
+    size = experts.down.shape[2] if hidden else experts.down.shape[1]
+    fitted, guard = np.zeros((size, size)), np.zeros((size, size))
+    for first, second in map_ordered(sums, [slice(i, i + BLOCK) for i in range(0, len(rows), BLOCK)], device=device):
+        fitted, guard = fitted + first, guard + second
+    return fitted, guard, int((~tokens.guard[rows]).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------- other matrices
