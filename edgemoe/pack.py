@@ -141,7 +141,7 @@ def pack_experts(
 
 
 def _expert_moments(tokens: Tokens, experts: Experts, n: int, *, hidden: bool) -> tuple[Gram, Gram, int]:
-    """Second moments of what a survivor's gate and up (or down) receive, times g^2 lambda: of fitted, of guard tokens; how many are fitted."""
+    """Second moments of what a survivor's gate and up (or down) receive, times g^2 lambda: of fitted and guard tokens; how many fitted."""
     device = experts.down.device
     rows, slots = np.nonzero(tokens.chosen == n)
 
