@@ -161,7 +161,7 @@ def narrow_by_overlay(model: Model, neurons: np.ndarray, work: Path) -> Model:
             if e >= 0:
                 arrays[f"{role}.{e}"] = np.take(read_tensor(model.folder, tensor), neurons[layer, e], axis=int(role == "ffn_down_exps"))
         save_arrays(work / array_file(layer), arrays)
-    return save_overlay(resize_experts(model, neurons.shape[2]), work)
+    return save_overlay(resize_experts(model, neurons.shape[2]), work, {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

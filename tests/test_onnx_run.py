@@ -165,6 +165,7 @@ def predict_and_measure(model: Model, formats: dict[str, str], folder: Path, con
     return predicted, run(path, job)["peak"]
 
 
+LIBRARIES = 12 * 2**20  # bytes that the runtime's libraries take more or less, from installation to installation (decision 8)
 MEMORY = {
     "mixed widths, dropped experts": ({"num_hidden_layers": 3}, ["INT2_32", "INT3_32", "INT4_32", "INT8_32", ""], "INT8_32", 512),
     "a longer context": ({"num_hidden_layers": 2}, ["INT4_64", "INT2_64", "INT3_64"], "INT4_32", 1500),
@@ -177,4 +178,4 @@ def test_a_process_that_fills_its_context_holds_no_more_than_predicted_and_littl
     config, experts, others, context = MEMORY[name]
     model = random_model(**config)
     predicted, measured = predict_and_measure(model, spread_formats(model, experts, others, others), tmp_path / "random", context)
-    assert measured <= predicted <= 1.05 * measured
+    assert measured <= predicted <= 1.05 * measured + LIBRARIES
