@@ -37,7 +37,7 @@ Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts se
 # ---------------------------------------------------------------------------------------------------------------- overlay
 def save_overlay(base: Model, work: Path, formats: Formats) -> Model:
     """The record of `base` with the tensors that lie in files of `work` in place of its own; kept as work/model.json."""
-    made = replace(base, tensors=tuple(_overlay(t, work, formats) for t in base.tensors))
+    made = replace(base, tensors=_overlay(base, work, formats))
     save_record(work / "model.json", made)
     for scratch in work.glob("*.bin"):
         scratch.unlink()
@@ -56,21 +56,22 @@ def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
     saved = load_record(path, Model)
     if saved.fingerprint != base.fingerprint:
         raise ModelError(f"{path}: was made from another checkpoint than {base.folder}", hint=f"delete {work}")
-    tensors = []
-    for old, found in zip(base.tensors, saved.tensors, strict=True):
-        fresh = _overlay(old, work, formats)
+    tensors = _overlay(base, work, formats)  # wherever model and work folder lie now
+    for old, fresh, found in zip(base.tensors, tensors, saved.tensors, strict=True):
         if (fresh.name, fresh.offset, fresh.dtype, fresh.packed) != (found.name, found.offset, found.dtype, found.packed):
             raise ModelError(f"{path}: {old.name} is not where the record says", hint=f"delete {work}")
-        tensors.append(fresh)  # wherever model and work folder lie now
-    return replace(base, tensors=tuple(tensors))
+    return replace(base, tensors=tensors)
 
 
-def _overlay(tensor: Tensor, work: Path, formats: Formats) -> Tensor:
-    """The new tensor, plain or packed, or the old one where none was made."""
-    path = work / array_file(tensor.layer)
-    if not path.exists():
-        return tensor
-    found = read_header(path, (*DTYPES, PACKED)).get(_array_name(tensor))
+def _overlay(base: Model, work: Path, formats: Formats) -> tuple[Tensor, ...]:
+    """Every tensor: the new one, plain or packed, or the old one where none was made."""
+    paths = {layer: work / array_file(layer) for layer in {t.layer for t in base.tensors}}
+    headers = {layer: read_header(path, (*DTYPES, PACKED)) for layer, path in paths.items() if path.exists()}
+    return tuple(_overlay_tensor(t, paths[t.layer], headers.get(t.layer, {}), formats) for t in base.tensors)
+
+
+def _overlay_tensor(tensor: Tensor, path: Path, header: Mapping[str, tuple[str, tuple[int, ...], int]], formats: Formats) -> Tensor:
+    found = header.get(_array_name(tensor))
     if found is None:
         return tensor
     dtype, shape, offset = found
@@ -79,7 +80,9 @@ def _overlay(tensor: Tensor, work: Path, formats: Formats) -> Tensor:
         kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
         return replace(tensor, packed=kind, file=str(path), offset=offset)
     if shape != tensor.shape:
-        raise ModelError(f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {work}")
+        raise ModelError(
+            f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {path.parent}"
+        )
     return replace(tensor, dtype=dtype, file=str(path), offset=offset)
 
 
