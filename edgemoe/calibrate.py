@@ -22,11 +22,10 @@ from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
 from edgemoe.stream import LayerStream, States, Windows, tokenize
-from edgemoe.texts import Text
+from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.watch import Run, save_ends, watch_layer
 
 WINDOW = 512
-DEFAULT_TOKENS = 65_536
 REPLAY_TOKENS = 2048
 PROBE_TOKENS = 4096
 PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens

@@ -249,7 +249,12 @@ def emit(
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder that calibrate made.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File that plan made.")],
     output: OutOpt,
-    calibration: CalibrationOpt = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]", help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]"
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]")
     ] = None,
@@ -257,27 +262,33 @@ def emit(
     rounding: RoundingOpt = "feedback",
     force: ForceOpt = False,
 ) -> None:
-    """Write what a plan says; survivors are repaired, and weights rounded, on the texts that calibrate had: give yours again."""
-    from edgemoe.calibrate import DEFAULT_TOKENS
-    from edgemoe.emit import emit_artifact
+    """Write what a plan says.
+
+    Surviving experts are repaired, and weights rounded, on the texts that STATS were made from: give again what `calibrate` or `build` had
+    as --calibration.
+    """
+    from edgemoe.emit import check_split, emit_artifact
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats, load_record, save_record
     from edgemoe.outputs import prepare_output
     from edgemoe.pipeline import check_rounding, store_weights
     from edgemoe.targets import find_target
-    from edgemoe.texts import choose_texts
+    from edgemoe.texts import DEFAULT_TOKENS, choose_texts, recall_texts
 
     check_rounding(rounding)
     found, chosen = inspect_model(model), load_record(plan, Plan)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     _same_model(found.fingerprint, collected.model, stats)
     _same_model(found.fingerprint, chosen.model, plan)
-    target = find_target(chosen.target)
+    target, most = find_target(chosen.target), parse_bytes(shard_max) if shard_max else 0
+    check_split(target, most)
+    asked = collected.probes and (chosen.repair or rounding != "stock")  # an importance matrix does not say which texts it comes from
+    texts = recall_texts(collected, calibration or []) if asked else choose_texts(calibration or [], [])[0]
     prepare_output(output, force=force, names=target.FIXED_NAMES)
     with show_progress() as progress:
         stored = store_weights(
             found,
-            choose_texts(calibration or [], [])[0],
+            texts,
             collected,
             chosen,
             output / ".work",
@@ -291,7 +302,7 @@ def emit(
             chosen,
             target,
             output,
-            shard_max=parse_bytes(shard_max) if shard_max else 0,
+            shard_max=most,
             progress=lambda d, n: progress("emit", d, n),
         )
     save_record(output / "plan.json", chosen)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from edgemoe.errors import EdgemoeError, MachineError, ModelError
+from edgemoe.errors import EdgemoeError, MachineError, ModelError, UsageError
 from edgemoe.ir import Artifact, Model, Plan, Stats
 from edgemoe.targets import Target
 from edgemoe.units import format_bytes
@@ -36,7 +36,9 @@ def emit_artifact(
     Raises:
         ModelError: the plan belongs to another model, or the checkpoint is damaged.
         MachineError: not enough disk space, or the folder is not writable.
+        UsageError: the target's files cannot be split.
     """
+    check_split(target, shard_max)
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
     plan.check_width(model)
@@ -54,3 +56,13 @@ def emit_artifact(
     if shard_max == 0 and artifact.model_size != plan.file_size:
         raise EdgemoeError(f"{artifact.path} has {artifact.model_size} bytes, the plan promised {plan.file_size}: please report this")
     return artifact
+
+
+def check_split(target: Target, shard_max: int) -> None:
+    """Refuse to split what cannot be split, before hours of work.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if shard_max and not target.SPLITS:
+        raise UsageError("--shard-max: only a GGUF can be split; ONNX is a graph and one data file", hint="leave --shard-max out")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemoe import __version__
-from edgemoe.calibrate import DEFAULT_TOKENS, collect_stats
-from edgemoe.emit import emit_artifact
+from edgemoe.calibrate import collect_stats
+from edgemoe.emit import check_split, emit_artifact
 from edgemoe.errors import BudgetError, UsageError, VerifyError
 from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
@@ -26,7 +26,7 @@ from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
 from edgemoe.targets import Target, find_target
-from edgemoe.texts import Text, choose_texts
+from edgemoe.texts import DEFAULT_TOKENS, Text, choose_texts
 from edgemoe.units import format_bytes
 from edgemoe.verify import broken_promises, verify_artifact
 
@@ -71,6 +71,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
         EdgemoeError: every kind in errors.py; nothing half-written is left under a final name.
     """
     target = find_target(request.target)
+    check_split(target, request.shard_max)
     check_output(request.out, force=request.force, names=target.FIXED_NAMES)
     check_solver(request.solver)
     check_rounding(request.rounding)

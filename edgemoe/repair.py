@@ -11,10 +11,9 @@ from edgemoe.ir import Model, Plan, hash_json
 from edgemoe.pack import Packing
 from edgemoe.refit import RATE, RIDGE
 from edgemoe.stream import default_device
-from edgemoe.texts import Text
+from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
 
-DEFAULT_TOKENS = 65_536
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.errors import ModelError, UsageError
+from edgemoe.ir import Stats
 
 SHIPPED = Path(__file__).parent / "data"
+DEFAULT_TOKENS = 65_536  # of all calibration texts together
 HELDOUT_SHARE = 0.1
 MAX_BYTES = 2**30
 _SAME_BY_CHANCE = 200  # characters; shorter paragraphs may be equal in different texts
@@ -59,6 +61,27 @@ def choose_texts(calibration: Sequence[str], heldout: Sequence[str]) -> tuple[tu
         if seen.intersection(text.documents):
             raise UsageError(f"held-out text {text.name} shares documents with the calibration text", hint="give other files to --heldout")
     return calibrate, held
+
+
+def recall_texts(stats: Stats, given: Sequence[str]) -> tuple[Text, ...]:
+    """The texts that statistics come from, given again (as FILE or FILE:WEIGHT; none: the shipped mix); whole, or without a held-out tenth.
+
+    Raises:
+        UsageError: these are other texts; says which ones it must be.
+        ModelError: a file that cannot be read or holds no text.
+    """
+    known = [(d.name, d.weight, d.sha256) for d in stats.domains]
+    whole = tuple(map(read_text, given)) or choose_texts((), ())[0]
+    split = tuple(_split(text)[0] for text in whole if len(text.documents) > 1)
+    for texts in (whole, split):
+        if [(t.name, t.weight, t.sha256) for t in texts] == known:
+            return texts
+    named = ", ".join(f"{name} (weight {weight:g})" for name, weight, _ in known)
+    found = ", ".join(f"{t.name} (weight {t.weight:g})" for t in whole) if given else "the shipped mix"
+    raise UsageError(
+        f"--calibration: {stats.folder} was made from {named}, and emit repairs and rounds on the same texts; found {found}",
+        hint="give every --calibration again as calibrate or build had it, in the same order; none for the shipped mix",
+    )
 
 
 def read_text(spec: str) -> Text:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import UsageError
+from edgemoe.errors import MachineError, UsageError
 from edgemoe.feedback import Moments
-from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Unit, hash_file
 from edgemoe.memory import Layout
 
 TARGETS = ("gguf", "onnx", "browser")
@@ -35,6 +37,7 @@ class Target(Protocol):
     FORM: str  # "stacks" or "experts": see Costs
     OFFERED: tuple[str, ...]
     RUNS: Runs
+    SPLITS: bool  # whether `write` can split its file
     FIXED_NAMES: tuple[str, ...]  # of files that every artifact has, whatever the model: a folder of other files may have them too
 
     def list_units(self, model: Model) -> list[Unit]:
@@ -130,6 +133,28 @@ def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Seq
                 extra[where, u, f] = target.unit_extra(model, unit, name, count)
                 staging[where, u, f] = target.unit_staging(bytes_, name, unit.role)
     return Sizes(size=size, extra=extra, staging=staging, offered=offered)
+
+
+def write_whole(folder: Path, plan: Plan, fill: Callable[[Path], Sequence[str]]) -> Artifact:
+    """What `fill` writes into a scratch folder and names, the file to load first; files get their own names only when all are complete.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    scratch = folder / ".part"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        names = fill(scratch)
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(scratch / name, folder / name)
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
+    return Artifact(folder=str(folder), target=plan.target, plan="", files=files)
 
 
 def find_target(name: str) -> Target:

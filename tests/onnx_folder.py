@@ -21,12 +21,7 @@ def write_folder(
 ) -> tuple[Plan, Artifact]:
     """Write a checkpoint as a plan that nobody solved says: each unit in the format that `choose` gives it."""
     model, to = inspect_model(source), find_target(target)
-    sets = tuple(tuple(k) for k in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
-    units = [u for u in to.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
-    formats = {u.name: choose if isinstance(choose, str) else choose(u) for u in units}
-    sizes = {u.name: to.unit_size(model, u, formats[u.name], len(sets[0])) for u in units}
-    size = sum(sizes.values()) + to.fixed_size(model, len(sets[0]))
-    plan = replace(flat_plan(model), target=target, kept=sets, formats=formats, sizes=sizes, file_size=size, context=model.context_length)
+    plan = replace(flat_plan(model, choose, kept, target), context=model.context_length)
     out.mkdir(parents=True)
     work = out.with_name(out.name + "-stats")
     work.mkdir()

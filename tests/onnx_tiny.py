@@ -3,58 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tiny import flat_plan
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.families import MODULE_NAMES
-from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.ir import Artifact, Model, Plan, Stats
 from edgemoe.scores import importance_of
-from edgemoe.targets.onnx import fixed_size, list_units, round_inputs, round_rows, unit_size, write
+from edgemoe.targets.onnx import round_inputs, round_rows, write
 
 Floats = NDArray[np.float32]
 
 
-def hand_plan(model: Model, choose: str | Callable[[Unit], str], kept: Sequence[Sequence[int]] | None = None) -> Plan:
-    """A plan that nobody solved: `choose` names the format of every unit."""
-    sets = tuple(tuple(experts) for experts in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
-    units = [u for u in list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
-    formats = {u.name: choose if isinstance(choose, str) else choose(u) for u in units}
-    sizes = {u.name: unit_size(model, u, formats[u.name], model.n_experts) for u in units}
-    return Plan(
-        model=model.fingerprint,
-        model_name=model.name,
-        costs="c" * 64,
-        target="onnx",
-        budget=2**30,
-        context=512,
-        solver="highs",
-        objective="mean",
-        n_experts=model.n_experts,
-        top_k=model.top_k,
-        kept=sets,
-        formats=formats,
-        sizes=sizes,
-        file_size=fixed_size(model, model.n_experts) + sum(sizes.values()),
-        memory={"peak": 2**30},
-        q=0.0,
-        drop_q=0.0,
-        predicted_kl=0.125,
-        bound=0.0,
-        gap=0.0,
-        proven=True,
-        price=0.0,
-        counts=(),
-        vram=(),
-        domain_q={},
-        rules=(),
-        repair=False,
-        origin="",
-    )
+hand_plan = partial(flat_plan, target="onnx")
 
 
 def emit(model: Model, stats: Stats, plan: Plan, folder: Path) -> Artifact:

@@ -18,7 +18,8 @@ from command import MODEL, error_of, run_cli
 
 from edgemoe.checkpoint import read_header
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Plan, save_record
+from edgemoe.ir import Domain, Plan, Probe, Stats, load_record, save_record
+from edgemoe.texts import choose_texts, read_text, recall_texts
 
 BUDGET = "45MB"
 Run = Callable[..., tuple[int, str]]
@@ -217,6 +218,12 @@ def test_an_option_with_an_impossible_value_is_refused_before_work(run: Run, out
     assert "calibrate" not in errors and not out.exists()
 
 
+@pytest.mark.parametrize("target", ["onnx", "browser"])
+def test_what_cannot_be_split_is_not_asked_to_be(run: Run, out: Path, target: str) -> None:
+    status, errors = run(*build(MODEL, out, "--target", target, "--shard-max", "1MB"))
+    assert status == 2 and "--shard-max" in error_of(errors) and not out.exists()
+
+
 # ------------------------------------------------------------------------------------------------------------------ records
 def make_plan() -> Plan:
     found = inspect_model(MODEL)
@@ -234,11 +241,9 @@ def save_plan(folder: Path) -> Path:
     return folder / "the-plan.json"
 
 
-def save_stats(folder: Path) -> Path:
-    from edgemoe.ir import Stats
-
+def save_stats(folder: Path, domains: tuple[Domain, ...] = (), probes: tuple[Probe, ...] = ()) -> Path:
     (folder / "stats").mkdir()
-    stats = Stats(folder="", model=inspect_model(MODEL).fingerprint, key="", settings={}, domains=(), probes=(), cold=())
+    stats = Stats(folder="", model=inspect_model(MODEL).fingerprint, key="", settings={}, domains=domains, probes=probes, cold=())
     save_record(folder / "stats" / "stats.json", stats)
     return folder / "stats"
 
@@ -289,8 +294,21 @@ def test_statistics_of_another_checkpoint(run: Run, tmp_path: Path, out: Path) -
         assert status == 4 and str(stats) in error_of(errors)
 
 
-def test_a_plan_survives_saving(tmp_path: Path) -> None:
-    from edgemoe.ir import load_record
+def test_emit_wants_the_texts_that_the_statistics_come_from(run: Run, tmp_path: Path, out: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("".join(f"Paragraph {i}.\n\n" for i in range(40)))
+    (text,) = choose_texts([f"{mine}:3"], [])[0]  # without its last tenth
+    domain = Domain(name="mine", weight=3.0, tokens=100, sha256=text.sha256)
+    stats = save_stats(tmp_path, (domain,), (Probe(kind="all", bits=4, kl=(0.1,)),))
+    for given in ((), ("--calibration", mine)):
+        status, errors = run("emit", MODEL, stats, save_plan(tmp_path), "-o", out, *given)
+        assert status == 2 and "mine (weight 3)" in error_of(errors) and "--calibration" in errors and not out.exists()
+    saved = load_record(stats / "stats.json", Stats)
+    assert recall_texts(saved, [f"{mine}:3"]) == (text,)
+    whole = read_text(f"{mine}:3")  # as with --heldout
+    assert recall_texts(dataclasses.replace(saved, domains=(dataclasses.replace(domain, sha256=whole.sha256),)), [f"{mine}:3"]) == (whole,)
 
+
+def test_a_plan_survives_saving(tmp_path: Path) -> None:
     plan = make_plan()
     assert dataclasses.asdict(load_record(save_plan(tmp_path), Plan)) == dataclasses.asdict(plan)

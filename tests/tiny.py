@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgemoe.families import MODULE_NAMES, find_family
-from edgemoe.ir import Domain, Model, Plan, Stats, array_file, save_arrays
-from edgemoe.targets.gguf.process import unit_size
-from edgemoe.targets.gguf.writer import fixed_size, list_units
+from edgemoe.ir import Domain, Model, Plan, Stats, Unit, array_file, save_arrays
+from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FAMILIES = ("qwen3_moe", "olmoe", "mixtral")
@@ -149,19 +148,22 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------------- plan, statistics
-def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence[Sequence[int]] | None = None) -> Plan:
-    """A plan that nobody solved: every unit in one format, or in the format that a dict gives its name."""
-    sets = tuple(tuple(experts) for experts in kept) if kept else (tuple(range(model.n_experts)),) * model.n_layers
-    count, units = len(sets[0]), list_units(model)
-    formats = {unit.name: fmt if isinstance(fmt, str) else fmt[unit.name] for unit in units}
-    sizes = {}
-    for unit in units:
-        sizes[unit.name] = unit_size(model, unit, formats[unit.name], count)
+def flat_plan(
+    model: Model,
+    fmt: str | Mapping[str, str] | Callable[[Unit], str] = "F32",
+    kept: Sequence[Sequence[int]] | None = None,
+    target: str = "gguf",
+) -> Plan:
+    """A plan that nobody solved: every unit in one format, or in that which a dict gives its name, or a function the unit."""
+    to, sets = find_target(target), tuple(map(tuple, kept)) if kept else (tuple(range(model.n_experts)),) * model.n_layers
+    count, units = len(sets[0]), [u for u in to.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
+    formats = {u.name: fmt if isinstance(fmt, str) else fmt(u) if callable(fmt) else fmt[u.name] for u in units}
+    sizes = {u.name: to.unit_size(model, u, formats[u.name], count) for u in units}
     return Plan(
         model=model.fingerprint,
         model_name=model.name,
         costs="c" * 64,
-        target="gguf",
+        target=target,
         budget=2**30,
         context=512,
         solver="highs",
@@ -171,11 +173,11 @@ def flat_plan(model: Model, fmt: str | Mapping[str, str] = "F32", kept: Sequence
         kept=sets,
         formats=formats,
         sizes=sizes,
-        file_size=fixed_size(model, count) + sum(sizes.values()),
+        file_size=to.fixed_size(model, count) + sum(sizes.values()),
         memory={"peak": 2**30},
         q=0.0,
         drop_q=0.0,
-        predicted_kl=0.0,
+        predicted_kl=0.125,
         bound=0.0,
         gap=0.0,
         proven=True,

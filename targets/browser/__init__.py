@@ -5,16 +5,15 @@ Prices, sizes, memory and the measuring run are those of onnxruntime's CPU build
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
-from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
+from edgemoe.ir import Model, Unit
 from edgemoe.targets import onnx
 from edgemoe.targets.onnx import (
     FIXED_NAMES,
     FORM,
     RUNS,
+    SPLITS,
     check_tokenizer,
     feeds_back,
     fixed_size,
@@ -34,29 +33,7 @@ from edgemoe.targets.onnx.layout import allowed
 
 LAYOUT = "transformers.js"
 OFFERED = tuple(name for name in onnx.OFFERED if allowed(name, LAYOUT))
-
-__all__ = [
-    "FIXED_NAMES",
-    "FORM",
-    "OFFERED",
-    "RUNS",
-    "check_tokenizer",
-    "feeds_back",
-    "fixed_size",
-    "list_units",
-    "memory_parts",
-    "offered_formats",
-    "pack_rows",
-    "round_inputs",
-    "round_rows",
-    "run",
-    "runtime",
-    "unit_extra",
-    "unit_size",
-    "unit_staging",
-    "unpack_rows",
-    "write",
-]
+write = partial(onnx.write, layout=LAYOUT)
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -66,10 +43,3 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
         ModelError: no format fits.
     """
     return tuple(name for name in onnx.offered_formats(model, unit) if allowed(name, LAYOUT))
-
-
-def write(
-    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
-) -> Artifact:
-    """Write the artifact into a folder; arguments and errors as of `onnx.write`."""
-    return replace(onnx.write(model, stats, plan, folder, shard_max, progress, layout=LAYOUT), target=plan.target)

@@ -9,6 +9,7 @@ from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
 from edgemoe.targets.gguf.writer import fixed_size, list_units, write
 
 FORM = "stacks"
+SPLITS = True
 FIXED_NAMES: tuple[str, ...] = ()  # a GGUF is named after the model and the plan
 RUNS = Runs(
     compared={"exact": True, "repack": False},  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
@@ -16,26 +17,3 @@ RUNS = Runs(
     fallback={"repack": False},  # seen with AMX
     fallback_note="llama.cpp fails on this machine with repacked weights ({error}); measured without (--no-repack)",
 )
-
-__all__ = [
-    "FIXED_NAMES",
-    "FORM",
-    "OFFERED",
-    "RUNS",
-    "check_tokenizer",
-    "feeds_back",
-    "fixed_size",
-    "list_units",
-    "memory_parts",
-    "offered_formats",
-    "pack_rows",
-    "round_inputs",
-    "round_rows",
-    "run",
-    "runtime",
-    "unit_extra",
-    "unit_size",
-    "unit_staging",
-    "unpack_rows",
-    "write",
-]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_packed, read_tensor
-from edgemoe.errors import MachineError, ModelError
+from edgemoe.errors import ModelError
 from edgemoe.families import find_family, rope_theta
-from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
+from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit
 from edgemoe.scores import importance_of
+from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
@@ -118,13 +118,9 @@ def write(
         raise ModelError("the plan keeps different numbers of experts in different layers: no GGUF can hold that", hint="make another plan")
     width = f"-W{plan.width}" if plan.width else ""
     stem = f"{model.name}-E{plan.count}{width}-{_bits_per_weight(model, plan):.2f}bpw"
-    part = folder / f"{stem}.gguf"
-    scratch = folder / ".part"
-    try:
-        scratch.mkdir(exist_ok=True)
-        for old in scratch.iterdir():
-            old.unlink()
-        writer = _open_writer(scratch / part.name, model, stats, plan, shard_max)
+
+    def fill(scratch: Path) -> list[str]:
+        writer = _open_writer(scratch / f"{stem}.gguf", model, stats, plan, shard_max)
         infos = _add_infos(writer, model, lambda unit: plan.formats[unit.name], plan.count)
         _write_header(writer)
         written, total = 0, sum(infos.values())
@@ -135,15 +131,9 @@ def write(
                 if progress:
                     progress(written, total)
         writer.close()
-        names = sorted(p.name for p in scratch.iterdir())
-        for name in names:
-            os.replace(scratch / name, folder / name)
-    except OSError as error:
-        raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
-    return Artifact(folder=str(folder), target="gguf", plan="", files=files)
+        return sorted(p.name for p in scratch.iterdir())
+
+    return write_whole(folder, plan, fill)
 
 
 def _bits_per_weight(model: Model, plan: Plan) -> float:

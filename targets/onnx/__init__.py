@@ -9,31 +9,9 @@ from edgemoe.targets.onnx.run import check_tokenizer, run, runtime
 from edgemoe.targets.onnx.writer import fixed_size, list_units, offered_formats, unit_size, write
 
 FORM = "experts"
+SPLITS = False  # the graph is a file of its own, and the data lie in one
 FIXED_NAMES = (*(name for names in PLACES.values() for name in names), "config.json", "genai_config.json", *COPIED)
 RUNS = Runs(
     compared={"exact": False},  # as it runs: what kernels round of their inputs is in our prices
     beside={"exact": True},
 )
-
-__all__ = [
-    "FIXED_NAMES",
-    "FORM",
-    "OFFERED",
-    "RUNS",
-    "check_tokenizer",
-    "feeds_back",
-    "fixed_size",
-    "list_units",
-    "memory_parts",
-    "offered_formats",
-    "pack_rows",
-    "round_inputs",
-    "round_rows",
-    "run",
-    "runtime",
-    "unit_extra",
-    "unit_size",
-    "unit_staging",
-    "unpack_rows",
-    "write",
-]

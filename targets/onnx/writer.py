@@ -8,7 +8,6 @@ layer).  So the planner knows both files to the byte before anything is written.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_packed, read_tensor
-from edgemoe.errors import MachineError, ModelError
-from edgemoe.ir import PROJECTIONS, Artifact, ArtifactFile, Model, Plan, Stats, Tensor, Unit, hash_file
+from edgemoe.errors import ModelError
+from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit
 from edgemoe.scores import importance_of
+from edgemoe.targets import write_whole
 from edgemoe.targets.onnx.experts import group_experts
 from edgemoe.targets.onnx.feedback import split_rows
 from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, piece_bytes, quantize_parallel
@@ -166,7 +166,7 @@ def write(
         stats: the importance of columns.
         plan: what to keep and how.
         folder: where to; must exist.
-        shard_max: not used: the graph is a file of its own, and the data lie in one.
+        shard_max: not used: such files are not split.
         progress: called with (bytes written, all bytes).
         layout: what the files are called (see layout.py).
 
@@ -182,22 +182,15 @@ def write(
     counts = [[(name, len(experts)) for name, experts in groups[layer]] for layer in range(model.n_layers)]
     interface = build_decoder(sheet, model, counts, plan.formats)
     graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), graph_size(model))
-    scratch = folder / ".part"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / model_file).parent.mkdir(parents=True)
+
+    def fill(scratch: Path) -> list[str]:
+        (scratch / model_file).parent.mkdir(exist_ok=True)
         names = [model_file, data_file, *write_sidecars(model, plan, scratch, layout)]
         (scratch / model_file).write_bytes(graph.SerializeToString(deterministic=True))
         _fill(scratch / data_file, sheet, plan.file_size - graph_size(model), _contents(model, stats, plan), progress)
-        (folder / model_file).parent.mkdir(exist_ok=True)
-        for name in names:
-            os.replace(scratch / name, folder / name)
-    except OSError as error:
-        raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
-    return Artifact(folder=str(folder), target="onnx", plan="", files=files)
+        return names
+
+    return write_whole(folder, plan, fill)
 
 
 def _layer_groups(plan: Plan) -> dict[int, list[tuple[str, tuple[int, ...]]]]:
