@@ -19,14 +19,13 @@ import numpy as np
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Plan, hash_json
-from edgemoe.pipeline import price_cached
+from edgemoe.ir import Model, Plan, hash_json
+from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import discount_drops
 from edgemoe.refine import Measurer, refine_plan
-from edgemoe.repair import repair_survivors
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
+from edgemoe.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 8
@@ -61,20 +60,20 @@ def measure_model(source: str, work: Path, tokens: int) -> list[dict[str, Any]]:
     cache = work / "refine.json"
     known: dict[str, float] = json.loads(cache.read_text()) if cache.exists() else {}
 
-    def repair(plan: Plan) -> Any:
-        return repair_survivors(model, calibration, plan, work)
+    def stored_as(plan: Plan, rounding: str = "feedback") -> Model:
+        return store_weights(model, calibration, stats, plan, work, rounding=rounding)
 
     def judge(plan: Plan) -> float:
         key = hash_json(model.fingerprint, stats.key, plan.kept, plan.formats, windows.tokens.tolist())
         if key not in known:
-            path = target.write(repair(plan), stats, plan, work / "judge", 0, None).path
+            path = target.write(stored_as(plan), stats, plan, work / "judge", 0, None).path
             known[key] = float(np.mean([s.kl_mean for s in compare_logits(path, model, windows, states, names, target)]))
             path.unlink()
             cache.write_text(json.dumps(known))
         return known[key]
 
     (work / "judge").mkdir(exist_ok=True)
-    measure = Measurer(model, stats, calibration, target, work, max_tokens=65_536, repair=repair)
+    measure = Measurer(model, stats, calibration, target, work, max_tokens=DEFAULT_TOKENS, stored_as=stored_as)
     overhead = sum(costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
     lowest = max(LEAST * model.n_bytes, (least_budget(costs) - overhead) * 1.02)
     rows = []

@@ -13,11 +13,11 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
@@ -25,38 +25,19 @@ from edgemoe.ir import Costs, Model, Plan
 from edgemoe.pipeline import price_cached
 from edgemoe.plan import solve_plan
 from edgemoe.repair import EPOCHS, repair_survivors
-from edgemoe.stream import LayerStream, Windows, apply_norm, map_ordered, only_experts, tokenize
+from edgemoe.stream import LayerStream, Windows, final_states, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
+from edgemoe.verify import kl_of_rows
 
 SHARES = (0.75, 0.5, 0.25)
 OPTIONS = {"closed form": {"epochs": 0}, "default": {"epochs": EPOCHS}}
 
 
-def last_states(model: Model, windows: Windows, kept: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Normed last states [windows, length, hidden] with only some experts in each layer."""
-    stream = LayerStream(model)
-    chunks = windows.chunks()
-    states = [stream.embed(windows.tokens[index]) for index in chunks]
-    for layer, experts in enumerate(kept):
-        module = stream.load_layer(layer)
-        with only_experts(module, np.array(experts)):
-            states = list(map_ordered(lambda x, module=module: stream.run_layer(module, x), states, device=stream.device))
-        stream.unload_layer(layer)
-    norm, _, eps = stream.head()
-    return torch.cat([apply_norm(x, norm, eps) for x in states])
-
-
-def kl_by_domain(model: Model, windows: Windows, original: torch.Tensor, pruned: torch.Tensor, n_domains: int) -> np.ndarray:
-    """Mean KL(original || pruned) in nats per token [domains]."""
-    head = LayerStream(model).head()[1].T
-
-    def measure(number: int) -> float:
-        n = int(windows.lengths[number])
-        p, q = ((states[number, :n] @ head).double().log_softmax(-1) for states in (original, pruned))
-        return float((p.exp() * (p - q)).sum())
-
-    sums = list(map_ordered(measure, range(len(windows.tokens)), device=torch.device("cpu")))
+def kl_by_domain(model: Model, windows: Windows, original: np.ndarray, changed: np.ndarray, n_domains: int) -> np.ndarray:
+    """Mean KL(original || changed) in nats per token [domains], from normed last states [windows, length, hidden]."""
+    head = LayerStream(model).head()[1].T.numpy()
+    sums = [kl_of_rows(original[i, :n] @ head, changed[i, :n] @ head).sum() for i, n in enumerate(windows.lengths)]
     return np.bincount(windows.domain, sums, n_domains) / np.bincount(windows.domain, windows.lengths, n_domains)
 
 
@@ -64,7 +45,7 @@ def drop_plan(costs: Costs, count: int) -> Plan:
     """The menu's kept sets at one count; formats do not matter here."""
     plan, c = solve_plan(costs, 10**15), costs.counts.index(count)
     kept = tuple(tuple(int(e) for e in np.flatnonzero(costs.kept[c, layer])) for layer in range(costs.kept.shape[1]))
-    return Plan(**{**{n: getattr(plan, n) for n in plan.__dataclass_fields__}, "count": count, "kept": kept})
+    return replace(plan, kept=kept)
 
 
 def measure_model(source: str, work: Path, n_tokens: int) -> list[str]:
@@ -76,19 +57,18 @@ def measure_model(source: str, work: Path, n_tokens: int) -> list[str]:
     stats = collect_stats(model, calibration, work)
     costs = price_cached(model, stats, find_target("gguf"), 512, work, None)[0]
     windows, names = tokenize(model, heldout, n_tokens, 512), [t.name for t in heldout]
-    everyone = (tuple(range(model.n_experts)),) * model.n_layers
-    original = last_states(model, windows, everyone)
+    original = final_states(model, windows, work)
     rows = []
     for share in SHARES:
         plan = drop_plan(costs, max(model.top_k, round(share * model.n_experts)))
-        before = kl_by_domain(model, windows, original, last_states(model, windows, plan.kept), len(names))
+        before = kl_by_domain(model, windows, original, final_states(model, windows, work, kept=plan.kept), len(names))
         rows.append(_row(model.name, plan, "none", before, before, ""))
         print(rows[-1], flush=True)
         for name, options in OPTIONS.items():
             start = time.perf_counter()
             repaired = repair_survivors(model, calibration, plan, work, **options)
             seconds = f"{time.perf_counter() - start:.0f}"
-            after = kl_by_domain(model, windows, original, last_states(repaired, windows, plan.kept), len(names))
+            after = kl_by_domain(model, windows, original, final_states(repaired, windows, work, kept=plan.kept), len(names))
             rows.append(_row(model.name, plan, name, after, before, seconds))
             print(rows[-1], flush=True)
             shutil.rmtree(Path(repaired.find("ffn_down_exps", 0, plan.kept[0][0]).file).parent)  # so that times are times

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repair import kl_by_domain, last_states
+from repair import kl_by_domain
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.errors import BudgetError
@@ -34,7 +34,7 @@ from edgemoe.plan import solve_plan
 from edgemoe.price import discount_drops
 from edgemoe.refit import Experts
 from edgemoe.repair import EPOCHS, repair_survivors
-from edgemoe.stream import LayerStream, tokenize
+from edgemoe.stream import LayerStream, final_states, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
 from edgemoe.twin import save_overlay
@@ -81,11 +81,10 @@ def compare_scores(bench: Bench) -> list[str]:
     model, rows = bench.model, []
     calibration, heldout = choose_texts([], [])
     windows = tokenize(model, heldout, bench.tokens, 512)
-    everyone = (tuple(range(model.n_experts)),) * model.n_layers
-    original = last_states(model, windows, everyone)
+    original = final_states(model, windows, bench.work)
 
     def heldout_kl(changed: Model) -> list[float]:
-        return kl_by_domain(model, windows, original, last_states(changed, windows, everyone), len(heldout)).tolist()
+        return kl_by_domain(model, windows, original, final_states(changed, windows, bench.work), len(heldout)).tolist()
 
     def narrowed(width: int, score: str, tokens: int, epochs: int) -> dict[str, Any]:
         made = narrow_experts(model, calibration, width, bench.work, score=score, max_tokens=tokens, epochs=epochs)

@@ -315,7 +315,9 @@ def emit(
 def verify(
     model: ModelArg,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that emit or build made.")],
-    heldout: HeldoutOpt = None,
+    heldout: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Held-out text to measure on, repeatable. [default: a shipped mix]")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Run an artifact, measure it against the original, and write the report anew."""
