@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny-moe-b"
+TOKENS = 4096  # of the shipped calibration texts, for the statistics and prices that files share (conftest.py)
 PATIENCE = 300  # seconds for a stage to begin
 COMMAND = [sys.executable, "-m", "edgemoe"]
 

@@ -11,7 +11,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Stats, load_record, save_record
 from edgemoe.menus import offered_counts
 from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import least_process, price_choices
+from edgemoe.price import least_process
 from edgemoe.rounding import round_to_nearest
 from edgemoe.scores import SCORES, importance_of, score_experts
 from edgemoe.stream import tokenize
@@ -38,8 +38,8 @@ def stats(model: Model, texts: list[Text], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def costs(model: Model, stats: Stats) -> Costs:
-    return price_choices(model, stats, find_target("gguf"), 512)
+def costs(gguf_costs: Costs) -> Costs:
+    return gguf_costs
 
 
 def test_counts_and_gates_are_those_of_the_original_router(model: Model, stats: Stats, texts: list[Text]) -> None:

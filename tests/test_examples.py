@@ -6,18 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import TOKENS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prices are made once for all examples."""
-    return tmp_path_factory.mktemp("example-work")
+pytestmark = pytest.mark.usefixtures("gguf_costs")  # lie in `work`
 
 
 def run_example(name: str, work: Path, *arguments: str) -> str:
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--work", work, "--calibration-tokens", "8192", *arguments]
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--work", work, "--calibration-tokens", str(TOKENS), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=work, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command import MODEL, error_of, run_cli, stop_when
+from command import MODEL, TOKENS, error_of, run_cli, stop_when
 
 from edgemoe.emit import emit_artifact
 from edgemoe.inspect import inspect_model
@@ -32,19 +32,20 @@ class Built:
 
     out: Path
     work: Path
+    costs: Costs
     heldout: Path
 
     def command(self, out: Path, *more: object) -> list[object]:
-        start = ["build", MODEL, "--target", "onnx", "--memory", f"{BUDGET}B", "--context", CONTEXT, "--calibration-tokens", 4096]
+        start = ["build", MODEL, "--target", "onnx", "--memory", f"{BUDGET}B", "--context", CONTEXT, "--calibration-tokens", TOKENS]
         return [*start, "--heldout", self.heldout, "--work", self.work, "-o", out, *more]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(work: Path, onnx_costs: Costs, tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("onnx")
     heldout = folder / "heldout.txt"
     heldout.write_text((SHIPPED / "heldout" / "english.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    made = Built(folder / "out", folder / "work", heldout)
+    made = Built(folder / "out", work, onnx_costs, heldout)
     done = run_cli(*made.command(made.out))
     assert done.returncode == 0, done.stderr
     assert "onnx" in done.stdout and "as predicted" in done.stdout and "8-bit experts in floats" in done.stdout
@@ -107,7 +108,7 @@ def test_the_stages_one_by_one_give_the_same_bytes(built: Built, tmp_path: Path)
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.35, 0.15, 0.02])
 def test_every_budget_is_kept_to_the_byte(built: Built, tmp_path: Path, share: float) -> None:
     model = inspect_model(MODEL)
-    costs = load_record(next(built.work.glob("costs-*.json")), Costs)
+    costs = built.costs
     least = least_budget(costs) or 0
     budget = least + int(share * sum(int(costs.size[0, u].max()) for u in range(len(costs.units))))
     plan = solve_plan(costs, budget)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_costs
 
-from edgemoe.calibrate import collect_stats
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.generic import price_config
 from edgemoe.inspect import inspect_model
@@ -22,7 +21,6 @@ from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
 
 CONTEXT = 512
 TARGET = find_target("onnx")
@@ -34,13 +32,13 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def stats(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Stats:
-    return collect_stats(model, choose_texts((), ())[0], tmp_path_factory.mktemp("work"), max_tokens=4096)
+def stats(shipped_stats: Stats) -> Stats:
+    return shipped_stats
 
 
 @pytest.fixture(scope="module")
-def costs(model: Model, stats: Stats) -> Costs:
-    return price_choices(model, stats, TARGET, CONTEXT)
+def costs(onnx_costs: Costs) -> Costs:
+    return onnx_costs
 
 
 def bits_of(name: str) -> int:
@@ -90,8 +88,10 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
             assert (ratio[experts, f] >= 1).all() and np.median(ratio[experts, f]) < 1.1, name
 
 
-def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count(model: Model, stats: Stats, costs: Costs) -> None:
-    stacks, compared = price_choices(model, stats, find_target("gguf"), CONTEXT), 0
+def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count(
+    model: Model, stats: Stats, costs: Costs, gguf_costs: Costs
+) -> None:
+    stacks, compared = gguf_costs, 0
     for layer in range(model.n_layers):
         replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
         menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
