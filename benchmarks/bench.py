@@ -19,11 +19,12 @@ from yardstick import Yardstick
 from edgemoe.calibrate import collect_stats
 from edgemoe.errors import VerifyError
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Model, Plan, Report, Stats, hash_json, load_record
+from edgemoe.ir import Costs, Model, Plan, Report, Stats
 from edgemoe.memory import peak
 from edgemoe.pipeline import BuildRequest, build_artifact, choose_context, price_cached
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.scores import importance_of
+from edgemoe.storage import hash_json, load_record
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import floor_importance
 from edgemoe.targets.gguf.writer import tensor_name

@@ -27,10 +27,11 @@ from edgemoe.calibrate import collect_stats
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.figures import counts_text
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Plan, hash_json
+from edgemoe.ir import Costs, Plan
 from edgemoe.pipeline import price_cached
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
+from edgemoe.storage import hash_json
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout

@@ -19,11 +19,12 @@ import numpy as np
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Model, Plan, hash_json
+from edgemoe.ir import Model, Plan
 from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import discount_drops
 from edgemoe.refine import Measurer, refine_plan
+from edgemoe.storage import hash_json
 from edgemoe.targets import find_target
 from edgemoe.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout

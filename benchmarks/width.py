@@ -26,7 +26,7 @@ from edgemoe.calibrate import collect_stats
 from edgemoe.errors import BudgetError
 from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import PROJECTIONS, Model, array_file, hash_json, save_arrays
+from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
 from edgemoe.neurons import load_scores, score_neurons
 from edgemoe.pipeline import price_cached
@@ -34,6 +34,7 @@ from edgemoe.plan import solve_plan
 from edgemoe.price import discount_drops
 from edgemoe.refit import Experts
 from edgemoe.repair import EPOCHS, repair_survivors
+from edgemoe.storage import array_file, hash_json, save_arrays
 from edgemoe.stream import LayerStream, final_states, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts

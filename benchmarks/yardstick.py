@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
-from edgemoe.ir import Model, hash_file, hash_json
+from edgemoe.ir import Model
+from edgemoe.storage import hash_file, hash_json
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.verify import reference_states, tokenize_heldout

@@ -23,8 +23,8 @@ _PUBLIC = {  # name -> module; imported when first used, so that `edgemoe --help
     "write_report": "report",
     "choose_texts": "texts",
     "find_target": "targets",
-    "load_record": "ir",
-    "save_record": "ir",
+    "load_record": "storage",
+    "save_record": "storage",
     "parse_bytes": "units",
     "EdgemoeError": "errors",
 }

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.ir import Domain, Model, Probe, Stats, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
+from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
+from edgemoe.storage import array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
 from edgemoe.stream import LayerStream, States, Windows, tokenize
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.watch import Run, save_ends, watch_layer

@@ -269,9 +269,10 @@ def emit(
     """
     from edgemoe.emit import check_split, emit_artifact
     from edgemoe.inspect import inspect_model
-    from edgemoe.ir import Plan, Stats, load_record, save_record
+    from edgemoe.ir import Plan, Stats
     from edgemoe.outputs import prepare_output
     from edgemoe.pipeline import check_rounding, store_weights
+    from edgemoe.storage import load_record, save_record
     from edgemoe.targets import find_target
     from edgemoe.texts import DEFAULT_TOKENS, choose_texts, recall_texts
 
@@ -323,8 +324,9 @@ def verify(
     """Run an artifact, measure it against the original, and write the report anew."""
     from edgemoe.errors import VerifyError
     from edgemoe.inspect import inspect_model
-    from edgemoe.ir import Plan, Report, load_record
+    from edgemoe.ir import Plan, Report
     from edgemoe.outputs import find_artifact, finish_output
+    from edgemoe.storage import load_record
     from edgemoe.targets import find_target
     from edgemoe.terminal import summarize_report
     from edgemoe.texts import choose_texts
@@ -360,8 +362,9 @@ def verify(
 @app.command()
 def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json.")], output: OutOpt) -> None:
     """Write the page and the model card of a report.json again, and print its summary."""
-    from edgemoe.ir import Report, load_record
+    from edgemoe.ir import Report
     from edgemoe.report import write_report
+    from edgemoe.storage import load_record
     from edgemoe.terminal import summarize_report
 
     loaded = load_record(file, Report)

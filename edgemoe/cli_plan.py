@@ -79,7 +79,8 @@ def plan(
     _check_outputs(output, export, folder=sweep is not None)
     if export and prices.form != "stacks":
         raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
-    from edgemoe.ir import Plan, load_record, save_record
+    from edgemoe.ir import Plan
+    from edgemoe.storage import load_record, save_record
 
     if sweep is not None:
         if memory or device:
@@ -122,7 +123,8 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None, tar
     Raises:
         UsageError: neither, or both.
     """
-    from edgemoe.ir import Costs, hash_file, hash_json, load_record
+    from edgemoe.ir import Costs
+    from edgemoe.storage import hash_file, hash_json, load_record
 
     if (path is None) == (generic is None):
         raise UsageError("give either COSTS or --generic", hint="COSTS is the file that `edgemoe price` made")
@@ -163,7 +165,8 @@ def read_rules(recipe: Path | None, expressions: list[str] | None, objective: st
 
 def _diff(a: Path, b: Path) -> list[str]:
     from edgemoe.exchange import diff_plans
-    from edgemoe.ir import Plan, load_record
+    from edgemoe.ir import Plan
+    from edgemoe.storage import load_record
 
     return diff_plans(load_record(a, Plan), load_record(b, Plan))
 
@@ -196,7 +199,7 @@ def _print_lines(lines: list[str], *, as_json: bool) -> None:
 def _sweep(
     costs: Costs, text: str, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, origin: str, output: Path | None, *, as_json: bool
 ) -> None:
-    from edgemoe.ir import write_text
+    from edgemoe.storage import write_text
     from edgemoe.sweep import COLUMNS, parse_budgets, render_sweep, rows_of, sweep_budgets, write_csv
 
     budgets = parse_budgets(text)

@@ -46,8 +46,8 @@ def price(
     if score is not None and stats is None:
         raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
     from edgemoe.inspect import inspect_model
-    from edgemoe.ir import save_record
     from edgemoe.pipeline import choose_context
+    from edgemoe.storage import save_record
     from edgemoe.targets import find_target
 
     found, chosen = inspect_model(model), find_target(target)
@@ -65,9 +65,10 @@ def price(
 
 
 def _price_measured(model: Model, folder: Path, target: Target, context: int, score: str | None) -> Costs:
-    from edgemoe.ir import Stats, load_record
+    from edgemoe.ir import Stats
     from edgemoe.price import price_choices
     from edgemoe.scores import drops_by_score
+    from edgemoe.storage import load_record
 
     stats = replace(load_record(folder / "stats.json", Stats), folder=str(folder))
     if stats.model != model.fingerprint:

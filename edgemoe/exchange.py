@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from edgemoe.errors import MachineError, UsageError
-from edgemoe.ir import Plan, write_text
+from edgemoe.ir import Plan
+from edgemoe.storage import write_text
 from edgemoe.units import format_bytes
 
 KEEP_LIST, TYPE_FILE, COMMAND = "keep.json", "tensor-types.txt", "README.txt"

@@ -41,10 +41,11 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_json
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.ir import PROJECTIONS, Costs, Model, Unit, hash_json
+from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.menus import offered_counts
 from edgemoe.shapes import layout_of_config, load_shape, model_of_config
+from edgemoe.storage import hash_json
 from edgemoe.targets import Target, count_bytes, find_target
 
 PRIORS = ("pooled", "glm-5.2")

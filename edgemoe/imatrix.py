@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.errors import ModelError
-from edgemoe.ir import Domain, Model, Stats, array_file, hash_file, hash_json, save_arrays, save_record
+from edgemoe.ir import Domain, Model, Stats
 from edgemoe.menus import COLD_TOKENS
+from edgemoe.storage import array_file, hash_file, hash_json, save_arrays, save_record
 from edgemoe.targets.gguf.writer import tensor_name
 
 MAX_HEADER = 4 * 2**20  # bytes; two tensors for each of a thousand matrices take 0.2 MiB

@@ -13,7 +13,8 @@ from typing import Any
 from edgemoe.checkpoint import list_shards, read_header, read_json
 from edgemoe.errors import MachineError, ModelError, UsageError
 from edgemoe.families import ENDS, MODULE_NAMES, Family, find_family
-from edgemoe.ir import PROJECTIONS, Model, Tensor, hash_json
+from edgemoe.ir import PROJECTIONS, Model, Tensor
+from edgemoe.storage import hash_json
 
 _SAMPLE = 2**20  # bytes read at the start, middle and end of each file for the fingerprint
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

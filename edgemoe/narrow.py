@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.errors import UsageError
 from edgemoe.families import resize_experts
-from edgemoe.ir import Costs, Model, hash_json, write_text
+from edgemoe.ir import Costs, Model
 from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
 from edgemoe.refit import RATE, RIDGE, Experts, Tokens
+from edgemoe.storage import hash_json, write_text
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay

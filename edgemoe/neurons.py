@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.ir import Model, array_file, hash_json, load_arrays, save_arrays, write_text
+from edgemoe.ir import Model
+from edgemoe.storage import array_file, hash_json, load_arrays, save_arrays, write_text
 from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording, tokenize
 from edgemoe.texts import Text
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.errors import MachineError, ModelError, UsageError
-from edgemoe.ir import Artifact, Report, load_record, save_record, write_text
+from edgemoe.ir import Artifact, Report
 from edgemoe.report import write_report
+from edgemoe.storage import load_record, save_record, write_text
 
 MARKER = "build.json"
 

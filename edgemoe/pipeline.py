@@ -15,7 +15,7 @@ from edgemoe.emit import check_split, emit_artifact
 from edgemoe.errors import BudgetError, UsageError, VerifyError
 from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats, hash_file, hash_json, load_record, save_record
+from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.narrow import charge, choose_widths, narrow_experts
 from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
@@ -25,6 +25,7 @@ from edgemoe.price import REVISION, discount_drops, least_process, price_choices
 from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
+from edgemoe.storage import hash_file, hash_json, load_record, save_record
 from edgemoe.targets import Target, find_target
 from edgemoe.texts import DEFAULT_TOKENS, Text, choose_texts
 from edgemoe.units import format_bytes

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
-from edgemoe.ir import Probe, array_file, load_arrays
+from edgemoe.ir import Probe
 from edgemoe.menus import build_menu, make_replay
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.storage import array_file, load_arrays
 from edgemoe.stream import States, apply_norm, map_ordered, only_experts
 from edgemoe.watch import Run
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from edgemoe import __version__
 from edgemoe.errors import ModelError
-from edgemoe.ir import Model, Plan, hash_json
+from edgemoe.ir import Model, Plan
 from edgemoe.pack import Packing
 from edgemoe.refit import RATE, RIDGE
+from edgemoe.storage import hash_json
 from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay

@@ -35,7 +35,8 @@ from edgemoe.figures import (
     shares_by_format,
     shares_by_group,
 )
-from edgemoe.ir import Plan, Report, Unit, save_record, write_text
+from edgemoe.ir import Plan, Report, Unit
+from edgemoe.storage import save_record, write_text
 from edgemoe.units import format_bytes
 
 # Bits per weight -> colour, logarithmic, from the fewest in use to the most (but 16-bit formats must not squeeze the others together);

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.errors import ModelError, UsageError
-from edgemoe.ir import PROJECTIONS, Model, Tensor, hash_json
+from edgemoe.ir import PROJECTIONS, Model, Tensor
 from edgemoe.memory import DEFAULT_CONTEXT, Cache, Layout
+from edgemoe.storage import hash_json
 
 _DATA = Path(__file__).parent / "data" / "shapes"
 _EXPERT_ROLES = tuple(f"ffn_{p}_exps" for p in PROJECTIONS)

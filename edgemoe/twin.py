@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import DTYPES, PACKED, read_header, read_tensor
 from edgemoe.errors import ModelError
-from edgemoe.ir import PROJECTIONS, Model, Tensor, array_file, load_record, save_arrays, save_record, write_text
+from edgemoe.ir import PROJECTIONS, Model, Tensor
 from edgemoe.pack import Gram, Packed, Packing, Pair, pack_attention, pack_end, pack_experts, second_moments
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
+from edgemoe.storage import array_file, load_record, save_arrays, save_record, write_text
 from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
 from edgemoe.texts import Text
 

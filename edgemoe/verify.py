@@ -22,8 +22,9 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.devices import estimate_speed
 from edgemoe.errors import VerifyError
 from edgemoe.families import resize_experts
-from edgemoe.ir import Artifact, Model, Plan, Report, TextScore, hash_json, load_arrays, save_arrays
+from edgemoe.ir import Artifact, Model, Plan, Report, TextScore
 from edgemoe.machine import measure_bandwidth
+from edgemoe.storage import hash_json, load_arrays, save_arrays
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.units import format_bytes

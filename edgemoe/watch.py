@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
-from edgemoe.ir import Model, array_file, save_arrays
+from edgemoe.ir import Model
+from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording
 
 CANDIDATES = 64  # experts per replay token whose outputs are computed, so that kept sets can be priced

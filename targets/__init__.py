@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import MachineError, UsageError
 from edgemoe.feedback import Moments
-from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Unit, hash_file
+from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
+from edgemoe.storage import hash_file
 
 TARGETS = ("gguf", "onnx", "browser")
 

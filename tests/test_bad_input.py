@@ -18,7 +18,8 @@ from command import MODEL, error_of, run_cli
 
 from edgemoe.checkpoint import read_header
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Domain, Plan, Probe, Stats, load_record, save_record
+from edgemoe.ir import Domain, Plan, Probe, Stats
+from edgemoe.storage import load_record, save_record
 from edgemoe.texts import choose_texts, read_text, recall_texts
 
 BUDGET = "45MB"

@@ -23,7 +23,8 @@ from test_report import make_report
 from tiny import EXAMPLES
 
 from edgemoe.card import render_card
-from edgemoe.ir import Unit, save_record
+from edgemoe.ir import Unit
+from edgemoe.storage import save_record
 
 DEMO = EXAMPLES / "browser"
 sys.path.insert(0, str(DEMO))

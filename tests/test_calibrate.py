@@ -8,12 +8,13 @@ import torch
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Model, Stats, load_record, save_record
+from edgemoe.ir import Costs, Model, Stats
 from edgemoe.menus import offered_counts
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import least_process
 from edgemoe.rounding import round_to_nearest
 from edgemoe.scores import SCORES, importance_of, score_experts
+from edgemoe.storage import load_record, save_record
 from edgemoe.stream import tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import SHIPPED, Text, read_text

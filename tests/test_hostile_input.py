@@ -18,7 +18,8 @@ from tiny import edit_config, flat_plan, flat_stats
 
 from edgemoe.cli import main
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Unit, array_file, load_record, save_record
+from edgemoe.ir import Costs, Unit
+from edgemoe.storage import array_file, load_record, save_record
 from edgemoe.texts import SHIPPED
 
 BUDGET = ("--memory", "70MB")

@@ -25,12 +25,13 @@ from edgemoe.generic import Saliency, price_generic
 from edgemoe.imatrix import MAX_HEADER, read_imatrix, save_imported_stats
 from edgemoe.imports import MAX_CSV, price_imported, read_saliency
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Model, Plan, Stats, load_record
+from edgemoe.ir import Costs, Model, Plan, Stats
 from edgemoe.memory import peak
 from edgemoe.plan import solve_plan
 from edgemoe.price import price_choices
 from edgemoe.rules import MaxFormats
 from edgemoe.scores import importance_of
+from edgemoe.storage import load_record
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout

@@ -22,10 +22,11 @@ from edgemoe.emit import emit_artifact
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.families import find_family, resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Model, array_file, load_arrays, save_arrays
+from edgemoe.ir import Model
 from edgemoe.narrow import UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
 from edgemoe.neurons import camera_energy, heapr_sums, score_neurons
 from edgemoe.refit import Experts
+from edgemoe.storage import array_file, load_arrays, save_arrays
 from edgemoe.stream import tokenize
 from edgemoe.targets import gguf
 from edgemoe.targets.gguf.run import run

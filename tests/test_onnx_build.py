@@ -13,9 +13,10 @@ from command import MODEL, TOKENS, error_of, run_cli, stop_when
 
 from edgemoe.emit import emit_artifact
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Report, Stats, load_record
+from edgemoe.ir import Costs, Report, Stats
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import least_process
+from edgemoe.storage import load_record
 from edgemoe.targets import find_target
 from edgemoe.texts import SHIPPED
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgemoe.errors import UsageError
-from edgemoe.ir import Artifact, ArtifactFile, save_record
+from edgemoe.ir import Artifact, ArtifactFile
 from edgemoe.outputs import MARKER, check_output, prepare_output
+from edgemoe.storage import save_record
 
 
 def record_artifact(path: Path, *names: str) -> None:

@@ -30,11 +30,12 @@ from strategies import (
 )
 
 from edgemoe.errors import BudgetError, EdgemoeError, ModelError, UsageError
-from edgemoe.ir import Costs, Plan, Unit, load_record, save_record
+from edgemoe.ir import Costs, Plan, Unit
 from edgemoe.plan import least_budget, minimal_conflict, solve_plan
 from edgemoe.rules import Drop, Keep, KeptCount, MeanBits, Pin, Rule, Vram
 from edgemoe.solvers import engine, ilp, search
 from edgemoe.solvers.engine import Outcome
+from edgemoe.storage import load_record, save_record
 
 GAP = 1e-6
 FORMS = ("stacks", "experts")
@@ -248,7 +249,7 @@ import sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from strategies import budget_between, random_costs
-from edgemoe.ir import save_record
+from edgemoe.storage import save_record
 from edgemoe.plan import solve_plan
 from edgemoe.rules import Keep, MaxFormats, MeanBits
 for form in ("stacks", "experts"):

@@ -15,10 +15,11 @@ from tiny import EXAMPLES, flat_plan
 from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import ModelError
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Model, Plan, array_file
+from edgemoe.ir import Model, Plan
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import discount_drops
 from edgemoe.repair import repair_survivors
+from edgemoe.storage import array_file
 from edgemoe.stream import LayerStream, apply_norm, only_experts, tokenize
 from edgemoe.texts import SHIPPED, Text, read_text
 

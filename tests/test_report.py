@@ -21,8 +21,9 @@ from rich.console import Console, RenderableType
 from edgemoe.card import render_card
 from edgemoe.errors import MachineError
 from edgemoe.figures import GROUP_ORDER, allowed_size, shares_by_group
-from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, Round, TextScore, Unit, load_record
+from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, Round, TextScore, Unit
 from edgemoe.report import render_html, write_report
+from edgemoe.storage import load_record
 from edgemoe.terminal import summarize_plan, summarize_report
 
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} \"' & ]]> --> [bold]x[/bold] | `a`\n---\nkey: !!python/object {} # \u202e\x1b[31m"

@@ -12,9 +12,10 @@ import torch
 from strategies import random_costs
 
 from edgemoe.errors import UsageError
-from edgemoe.ir import Costs, Domain, Stats, array_file, save_arrays
+from edgemoe.ir import Costs, Domain, Stats
 from edgemoe.plan import solve_plan
 from edgemoe.scores import SCORES, drops_by_score, score_experts, top_logits
+from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import Windows
 from edgemoe.verify import kl_of_rows
 from edgemoe.watch import ChunkSums

@@ -14,10 +14,11 @@ from edgemoe.errors import UsageError
 from edgemoe.exchange import diff_plans, export_plan, gpu_flags, tensor_type_lines
 from edgemoe.explain import describe_why, explain_expert, explain_tensor, price_memory, price_rules
 from edgemoe.generic import price_config
-from edgemoe.ir import Costs, Plan, load_record, save_record
+from edgemoe.ir import Costs, Plan
 from edgemoe.plan import solve_plan
 from edgemoe.recipe import expression_rule
 from edgemoe.rules import Keep, KeptCount, MeanBits, Pin, Vram
+from edgemoe.storage import load_record, save_record
 from edgemoe.sweep import COLUMNS, parse_budgets, render_sweep, sweep_budgets, write_csv
 
 GB = 10**9
