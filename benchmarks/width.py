@@ -29,6 +29,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model, array_file, hash_json, save_arrays
 from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
 from edgemoe.neurons import load_scores, score_neurons
+from edgemoe.overlay import save_overlay
 from edgemoe.pipeline import price_cached
 from edgemoe.plan import solve_plan
 from edgemoe.price import discount_drops
@@ -37,7 +38,6 @@ from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.stream import LayerStream, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
-from edgemoe.twin import save_overlay
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original

@@ -8,11 +8,12 @@ from pathlib import Path
 from edgemoe import __version__
 from edgemoe.errors import ModelError
 from edgemoe.ir import Model, Plan, hash_json
+from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.pack import Packing
 from edgemoe.refit import RATE, RIDGE
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
-from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
 DEFAULT_TOKENS = 65_536
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
