@@ -29,6 +29,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
 from edgemoe.neurons import load_scores, score_neurons
+from edgemoe.overlay import save_overlay
 from edgemoe.pipeline import price_cached
 from edgemoe.plan import solve_plan
 from edgemoe.price import discount_drops
@@ -38,7 +39,6 @@ from edgemoe.storage import array_file, hash_json, save_arrays
 from edgemoe.stream import LayerStream, final_states, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
-from edgemoe.twin import save_overlay
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original

@@ -21,11 +21,12 @@ from edgemoe.errors import UsageError
 from edgemoe.families import resize_experts
 from edgemoe.ir import Costs, Model
 from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
+from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.refit import RATE, RIDGE, Experts, Tokens
 from edgemoe.storage import hash_json, write_text
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
-from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.families import MODULE_NAMES
 from edgemoe.feedback import Moments, factor_moments, mix_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.pools import open_pool
@@ -24,13 +22,14 @@ from edgemoe.refit import Experts, Tokens, fill_residual, refit_down
 from edgemoe.scores import importance_of
 from edgemoe.stream import map_ordered
 from edgemoe.targets import Target
+from edgemoe.translate import Sums
 
 BLOCK = 4096  # tokens of one piece of work
-ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+QKV = ("attn_q", "attn_k", "attn_v")
 ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
 Gram = NDArray[np.float64]  # [C, C]
-Pair = tuple[NDArray[np.uint8], NDArray[np.float32]]  # packed rows, and what they decode to
-Packed = dict[str, NDArray[np.uint8]]  # "role.expert" -> [rows, bytes]
+PackedRows = tuple[NDArray[np.uint8], NDArray[np.float32]]  # packed rows, and what they decode to
+Packed = dict[str, NDArray[np.generic]]  # "role.expert" -> packed rows [rows, bytes], or what stays unrounded [rows, cols]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,7 @@ def pack_matrix(
     fitted: Gram | None,
     guard: Gram | None,
     pool: ThreadPoolExecutor,
-) -> Pair:
+) -> PackedRows:
     """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens' second moments have it.
 
     Args:
@@ -84,7 +83,7 @@ def pack_matrix(
     """
     blocks = [np.ascontiguousarray(weights[i : i + ROWS]) for i in range(0, len(weights), ROWS)]
 
-    def pack(moments: Moments | None) -> Pair:
+    def pack(moments: Moments | None) -> PackedRows:
         packed = np.concatenate(list(pool.map(lambda rows: target.pack_rows(rows, kind, importance, moments), blocks)))
         return packed, target.unpack_rows(packed, kind, weights.shape[1])
 
@@ -159,29 +158,31 @@ def _expert_moments(tokens: Tokens, experts: Experts, n: int, *, hidden: bool) -
 
 
 # ------------------------------------------------------------------------------------------------------------- other matrices
-def pack_attention(packing: Packing, module: Any, layer: int, moments: Mapping[str, tuple[Gram, Gram]]) -> Packed:
-    """Pack a loaded layer's attention matrices; the layer then computes with what the packed ones decode to.
+def pack_attention(
+    packing: Packing, weights: Mapping[str, torch.Tensor], layer: int, roles: Sequence[str], sums: tuple[Sums, Sums]
+) -> Packed:
+    """Pack some of a loaded layer's matrices; the layer then computes with what the packed ones decode to.
 
     Args:
         packing: what to pack as.
-        module: the decoder layer.
+        weights: the layer's parameters by role.
         layer: its number.
-        moments: of the inputs of attn_q (and k and v) and of attn_output, fitted and guard.
+        roles: of the matrices.
+        sums: of their inputs, fitted and guard.
     """
-    importance, params = importance_of(packing.model, packing.stats, layer), dict(module.named_parameters())
-    packed: Packed = {}
+    importance, packed = importance_of(packing.model, packing.stats, layer), Packed()
     with open_pool() as pool:
-        for role in ATTENTION:
-            weights = params[MODULE_NAMES[role]].data
-            kind, seen = packing.format_of(role, layer), moments["attn_output" if role == "attn_output" else "attn_q"]
-            rows = weights.cpu().numpy()
-            packed[f"{role}.-1"], values = pack_matrix(packing.target, rows, kind, importance[role, -1], *seen, pool)
-            weights.copy_(torch.from_numpy(values))
+        for role in roles:
+            rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
+            found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], sums[0].gram, sums[1].gram, pool)
+            packed[f"{role}.-1"] = found
+            weights[role].copy_(torch.from_numpy(values))
     return packed
 
 
-def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], moments: tuple[Gram | None, Gram | None]) -> Pair:
-    """Pack the embedding (whose rows are looked up: the stock quantizer's, no moments) or the output matrix; also what it decodes to."""
+def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], sums: tuple[Sums, Sums] | None) -> PackedRows:
+    """Pack the output matrix, or the embedding (whose rows are looked up: no sums); also what it decodes to."""
     importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
+    grams = [side.gram for side in sums] if sums else [None, None]
     with open_pool() as pool:
-        return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, *moments, pool)
+        return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, grams[0], grams[1], pool)

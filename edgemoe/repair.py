@@ -8,12 +8,13 @@ from pathlib import Path
 from edgemoe import __version__
 from edgemoe.errors import ModelError
 from edgemoe.ir import Model, Plan
+from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.pack import Packing
 from edgemoe.refit import RATE, RIDGE
 from edgemoe.storage import hash_json
 from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
-from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin, open_overlay, save_overlay
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 

@@ -125,6 +125,7 @@ class Recorder:
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
     moe_output: torch.Tensor | None = None  # [tokens, hidden]
+    skip_experts: bool = False  # run attention alone: what leaves the layer is the stream after it
     on_expert: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
 
@@ -134,6 +135,8 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
     out = torch.zeros_like(x)
     if recorder is not None:
         recorder.moe_input, recorder.moe_output = x, out
+        if recorder.skip_experts:
+            return out
     for expert in index.unique().tolist():
         if expert >= module.gate_up_proj.shape[0]:  # transformers' mark for "no expert"
             continue

@@ -8,8 +8,9 @@ folder, one file per layer; after each layer everything is on disk, so a killed 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +18,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.checkpoint import DTYPES, PACKED, read_header, read_tensor
-from edgemoe.errors import ModelError
-from edgemoe.ir import PROJECTIONS, Model, Tensor
-from edgemoe.pack import Gram, Packed, Packing, Pair, pack_attention, pack_end, pack_experts, second_moments
+from edgemoe.checkpoint import DTYPES, read_tensor
+from edgemoe.families import MODULE_NAMES
+from edgemoe.head import Ends, descend_map
+from edgemoe.ir import PROJECTIONS, Model
+from edgemoe.pack import QKV, Packed, PackedRows, Packing, pack_attention, pack_end, pack_experts
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
-from edgemoe.storage import array_file, load_record, save_arrays, save_record, write_text
+from edgemoe.storage import array_file, save_arrays, write_text
 from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
 from edgemoe.texts import Text
+from edgemoe.translate import Sums, refit_matrix, sum_pairs
 
 WINDOW = 512
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
 Progress = Callable[[int, int], None]
-Formats = Mapping[tuple[str, int, int], str]  # of packed matrices, by (role, layer, expert); expert -1 for a matrix or a whole stack
+Pair = tuple[torch.Tensor, torch.Tensor]  # what matrices receive, and what they should give
 Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts see, its experts -> those to refit
-
-
-# ---------------------------------------------------------------------------------------------------------------- overlay
-def save_overlay(base: Model, work: Path, formats: Formats) -> Model:
-    """The record of `base` with the tensors that lie in files of `work` in place of its own; kept as work/model.json."""
-    made = replace(base, tensors=_overlay(base, work, formats))
-    save_record(work / "model.json", made)
-    for scratch in work.glob("*.bin"):
-        scratch.unlink()
-    return made
-
-
-def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
-    """What `save_overlay` saved, refused when it is not of this model or its files have changed; None when it is not there.
-
-    Raises:
-        ModelError: made from another checkpoint, or damaged.
-    """
-    path = work / "model.json"
-    if not path.exists():
-        return None
-    saved = load_record(path, Model)
-    if saved.fingerprint != base.fingerprint:
-        raise ModelError(f"{path}: was made from another checkpoint than {base.folder}", hint=f"delete {work}")
-    tensors = _overlay(base, work, formats)  # wherever model and work folder lie now
-    for old, fresh, found in zip(base.tensors, tensors, saved.tensors, strict=True):
-        if (fresh.name, fresh.offset, fresh.dtype, fresh.packed) != (found.name, found.offset, found.dtype, found.packed):
-            raise ModelError(f"{path}: {old.name} is not where the record says", hint=f"delete {work}")
-    return replace(base, tensors=tensors)
-
-
-def _overlay(base: Model, work: Path, formats: Formats) -> tuple[Tensor, ...]:
-    """Every tensor: the new one, plain or packed, or the old one where none was made."""
-    paths = {layer: work / array_file(layer) for layer in {t.layer for t in base.tensors}}
-    headers = {layer: read_header(path, (*DTYPES, PACKED)) for layer, path in paths.items() if path.exists()}
-    return tuple(_overlay_tensor(t, paths[t.layer], headers.get(t.layer, {}), formats) for t in base.tensors)
-
-
-def _overlay_tensor(tensor: Tensor, path: Path, header: Mapping[str, tuple[str, tuple[int, ...], int]], formats: Formats) -> Tensor:
-    found = header.get(_array_name(tensor))
-    if found is None:
-        return tensor
-    dtype, shape, offset = found
-    if dtype == PACKED and shape[0] == tensor.shape[0]:
-        place = (tensor.role, tensor.layer, tensor.expert)
-        kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
-        return replace(tensor, packed=kind, file=str(path), offset=offset)
-    if shape != tensor.shape:
-        raise ModelError(
-            f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {path.parent}"
-        )
-    return replace(tensor, dtype=dtype, file=str(path), offset=offset)
-
-
-def _array_name(tensor: Tensor) -> str:
-    return f"{tensor.role}.{tensor.expert}"
 
 
 # ------------------------------------------------------------------------------------------------------------ two streams
@@ -121,6 +68,8 @@ class Twin:
         number = np.array([np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)])  # of each window in its domain
         self.guard_windows = number % GUARD_EVERY == GUARD_EVERY // 2
         self.guard = np.repeat(self.guard_windows, windows.lengths)
+        share = self.weights / np.bincount(windows.domain, windows.lengths, len(self.weights))
+        self.each = np.repeat(share[windows.domain], windows.lengths).astype(np.float32)  # weight of every token, domains by weight
 
     def states(self, name: str, layer: int) -> States:
         """Hidden states before a layer: "original" or "changed"."""
@@ -158,12 +107,13 @@ class Twin:
             change: what is done to the experts before they are refitted.
         """
         module = self.original.load_layer(layer)
-        following = self.states("original", layer + 1)
-        self._run_original(module, layer, following)
+        following, attended = self.states("original", layer + 1), self.states("attended", layer)
+        self._run_original(module, layer, following, attended)
         if self.changed is not self.original:
             self.original.unload_layer(layer)
             module = self.changed.load_layer(layer)
-        arrays = self._pack_attention(module, layer) if self.packing else {}
+        arrays = self._pack_attention(module, layer, attended) if self.packing else {}
+        attended.close(delete=True)
         tokens = self._run_changed(module, layer, np.array(kept), following)
         views = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
         gate, up, down = (view[list(kept)] for view in views)
@@ -193,11 +143,16 @@ class Twin:
         save_arrays(self.work / array_file(layer), arrays)
         self._leave(layer, following, residual)
 
-    def _run_original(self, module: Any, layer: int, following: States) -> None:
+    def _run_original(self, module: Any, layer: int, following: States, attended: States) -> None:
+        """Write the original's states after the layer, and after its attention."""
         before = self.states("original", layer)
 
         def run(index: NDArray[np.int64]) -> None:
-            following.write(index, self.original.run_layer(module, before.read(index)))
+            with recording(Recorder()) as seen:
+                out = self.original.run_layer(module, before.read(index))
+            assert seen.moe_output is not None
+            following.write(index, out)
+            attended.write(index, out - seen.moe_output.view_as(out))
 
         for _ in map_ordered(run, self.windows.chunks(), device=self.original.device):
             pass
@@ -250,41 +205,48 @@ class Twin:
         """Scratch [tokens, width] in a file."""
         return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
 
-    def _moments(self, before: States, run: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, tuple[Gram, Gram]]:
-        """Second moments of what `run` gives for the states, by name, domains by weight; over the fitted tokens and over the guard."""
-        n = np.bincount(self.windows.domain, self.windows.lengths, len(self.weights))
-        weights = np.repeat((self.weights / n)[self.windows.domain], self.windows.lengths).astype(np.float32)
+    def _sums(self, changed: States, original: States, pair: Callable[[torch.Tensor, torch.Tensor], Pair]) -> tuple[Sums, Sums]:
+        """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens."""
 
-        def chunk(index: NDArray[np.int64]) -> dict[str, tuple[Gram, Gram]]:
+        def chunk(index: NDArray[np.int64]) -> tuple[Sums, Sums]:
             rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
-            mine, guard = torch.from_numpy(weights[rows]), torch.from_numpy(self.guard[rows])
-            return {name: second_moments(x.cpu()[real], mine, guard) for name, x in run(before.read(index)).items()}
+            x, y = (side.flatten(0, 1).cpu()[real] for side in pair(changed.read(index), original.read(index)))
+            weights, guard = torch.from_numpy(self.each[rows]), torch.from_numpy(self.guard[rows])
+            return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
-        total: dict[str, tuple[Gram, Gram]] = {}
-        for found in map_ordered(chunk, self.windows.chunks(), device=self.changed.device):
-            for name, (fitted, guard) in found.items():
-                old = total.get(name)
-                total[name] = (old[0] + fitted, old[1] + guard) if old else (fitted, guard)
-        return total
+        first, *others = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
+        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), others, first)
 
-    def _pack_attention(self, module: Any, layer: int) -> Packed:
-        """Round the layer's attention matrices in place, on what the changed stream brings them."""
+    def _pack_attention(self, module: Any, layer: int, attended: States) -> Packed:
+        """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
         assert self.packing is not None
-        before = self.states("changed", layer)
+        before, original = self.states("changed", layer), self.states("original", layer)
+        params, eps = dict(module.named_parameters()), self.original.head()[2]
+        weights = {role: params[name].data for role, name in MODULE_NAMES.items() if name in params}
 
-        def run(states: torch.Tensor) -> Mapping[str, torch.Tensor]:
-            with recording(Recorder()) as seen:
-                self.changed.run_layer(module, states)
-            return seen.inputs
+        def attend(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with recording(Recorder(skip_experts=True)) as seen:
+                out = self.changed.run_layer(module, states)
+            return out, seen.inputs["attn_output"].view(*out.shape[:2], -1)
 
-        moments = self._moments(before, run)
+        sums = self._sums(before, original, lambda x, y: normed(x, y, weights["attn_norm"], eps))
+        fold(translation(sums), *(weights[role] for role in QKV))
+        packed = pack_attention(self.packing, weights, layer, QKV, sums)
+        sums = self._sums(before, attended, lambda x, y: (attend(x)[1], y.to(self.changed.device) - x.to(self.changed.device)))
+        output = weights["attn_output"]
+        output.copy_(torch.from_numpy(refit_matrix(output.cpu().numpy(), *sums)))
+        packed |= pack_attention(self.packing, weights, layer, ("attn_output",), sums)
+        sums = self._sums(before, attended, lambda x, y: normed(attend(x)[0], y, weights["ffn_norm"], eps))
+        readers = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in ("gate", "up")]
+        fold(translation(sums), weights["ffn_gate_inp"], *readers)
         before.close()
-        return pack_attention(self.packing, module, layer, moments)
+        original.close()
+        return {**packed, "ffn_gate_inp.-1": weights["ffn_gate_inp"].cpu().numpy().copy()}
 
-    def _pack_embedding(self) -> Pair:
+    def _pack_embedding(self) -> PackedRows:
         """The embedding, packed, and what it decodes to: the changed stream starts from that."""
         assert self.packing is not None
-        return pack_end(self.packing, "token_embd", self._read("token_embd"), (None, None))
+        return pack_end(self.packing, "token_embd", self._read("token_embd"), None)
 
     def pack_ends(self) -> None:
         """Pack embedding and output matrix, the latter on what the changed stream brings it; nothing without packing."""
@@ -292,10 +254,20 @@ class Twin:
             return
         arrays = {"token_embd.-1": self._pack_embedding()[0]}
         if self.model.find("output"):
-            before, (norm, _, eps) = self.states("changed", self.model.n_layers), self.original.head()
-            moments = self._moments(before, lambda states: {"output": apply_norm(states, norm, eps).flatten(0, 1)})
+            before, original = (self.states(name, self.model.n_layers) for name in ("changed", "original"))
+            norm, output, eps = self.original.head()
+            sums = self._sums(before, original, lambda x, y: normed(x, y, norm, eps))
+
+            def read(window: int) -> Ends:
+                index, n = np.array([window]), int(self.windows.lengths[window])
+                x, y = normed(before.read(index)[0, :n], original.read(index)[0, :n], norm, eps)
+                return Ends(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
+
+            fitted, guard = np.flatnonzero(~self.guard_windows).tolist(), np.flatnonzero(self.guard_windows).tolist()
+            fold(descend_map(translation(sums), output, read, fitted, guard), output)
+            arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), sums)[0]
             before.close()
-            arrays["output.-1"] = pack_end(self.packing, "output", self._read("output"), moments["output"])[0]
+            original.close()
         save_arrays(self.work / array_file(-1), arrays)
 
     def _read(self, role: str) -> NDArray[np.float32]:
@@ -338,6 +310,22 @@ class Twin:
         n = len(self.weights)
         kl = np.bincount(domains[chosen], sums, n) / np.bincount(domains[chosen], self.windows.lengths[chosen], n)
         return tuple(float(v) for v in kl)
+
+
+def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, eps: float) -> Pair:
+    """Both streams' states after a norm."""
+    return apply_norm(changed, norm, eps), apply_norm(original, norm, eps)
+
+
+def translation(sums: tuple[Sums, Sums]) -> torch.Tensor:
+    """The map [H, H] from what the changed stream brings to what the original reads."""
+    return torch.from_numpy(refit_matrix(np.eye(len(sums[0].gram), dtype=np.float32), *sums))
+
+
+def fold(translation: torch.Tensor, *matrices: torch.Tensor) -> None:
+    """Let matrices [.., H] read through a map, in place."""
+    for matrix in matrices:
+        matrix.copy_(matrix @ translation.to(matrix.device))
 
 
 def _round(experts: Experts, dtype: Any) -> None:

@@ -25,6 +25,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model
 from edgemoe.narrow import UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
 from edgemoe.neurons import camera_energy, heapr_sums, score_neurons
+from edgemoe.overlay import save_overlay
 from edgemoe.refit import Experts
 from edgemoe.storage import array_file, load_arrays, save_arrays
 from edgemoe.stream import tokenize
@@ -32,7 +33,6 @@ from edgemoe.targets import gguf
 from edgemoe.targets.gguf.run import run
 from edgemoe.targets.gguf.writer import fixed_size, list_units
 from edgemoe.texts import SHIPPED, Text, read_text
-from edgemoe.twin import save_overlay
 
 WIDTH = 96  # of 160: no multiple of 64, nor half
 
