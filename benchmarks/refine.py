@@ -22,7 +22,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
 from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import discount_drops
+from edgemoe.price import discount
 from edgemoe.refine import Measurer, refine_plan
 from edgemoe.storage import hash_json
 from edgemoe.targets import find_target
@@ -55,7 +55,7 @@ def measure_model(source: str, work: Path, tokens: int) -> list[dict[str, Any]]:
     work.mkdir(parents=True, exist_ok=True)
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work)
-    costs = discount_drops(price_cached(model, stats, target, 512, work, None)[0])
+    costs = discount(price_cached(model, stats, target, 512, work, None)[0], repair=True, rounding="feedback")
     windows, names = tokenize_heldout(model, heldout, tokens), [t.name for t in heldout]
     states = reference_states(model, windows, work)
     cache = work / "refine.json"

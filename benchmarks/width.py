@@ -30,11 +30,11 @@ from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
 from edgemoe.neurons import load_scores, score_neurons
 from edgemoe.overlay import save_overlay
-from edgemoe.pipeline import price_cached
+from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import solve_plan
-from edgemoe.price import discount_drops
+from edgemoe.price import discount
 from edgemoe.refit import Experts
-from edgemoe.repair import EPOCHS, repair_survivors
+from edgemoe.repair import EPOCHS
 from edgemoe.storage import array_file, hash_json, save_arrays
 from edgemoe.stream import LayerStream, final_states, tokenize
 from edgemoe.targets import find_target
@@ -121,7 +121,7 @@ def compare_plans(bench: Bench) -> list[str]:
     for width in choose_widths(model, "auto"):
         made = narrow_experts(model, calibration, width, bench.work, max_tokens=bench.calibration_tokens, epochs=EPOCHS)
         stats = collect_stats(made.model, calibration, made.work, max_tokens=bench.calibration_tokens)
-        costs = charge(discount_drops(price_cached(made.model, stats, target, 512, made.work, None)[0]), made)
+        costs = charge(discount(price_cached(made.model, stats, target, 512, made.work, None)[0], repair=True, rounding="feedback"), made)
         offers.append((width, made, stats, costs))
     for bits in BITS:
         size, found = round(bits / 8 * model.n_weights), []
@@ -134,7 +134,7 @@ def compare_plans(bench: Bench) -> list[str]:
 
             def measure(plan: Any = plan, made: Any = made, stats: Any = stats) -> list[float]:
                 options = {"start": made.model, "max_tokens": bench.calibration_tokens}
-                stored = repair_survivors(model, calibration, plan, made.work, **options)
+                stored = store_weights(model, calibration, stats, plan, made.work, **options)
                 folder = bench.work / "file"
                 folder.mkdir(exist_ok=True)
                 path = target.write(stored, stats, plan, folder, 0, None).path
@@ -143,7 +143,7 @@ def compare_plans(bench: Bench) -> list[str]:
                 path.unlink()
                 return [length, float(np.mean([s.kl_mean for s in scores]))]
 
-            key = ["plan", width, bench.calibration_tokens, plan.kept, plan.formats]
+            key = ["plan, fed back", width, bench.calibration_tokens, plan.kept, plan.formats]
             length, kl = bench.remember(key, measure)
             found.append((plan.predicted_kl, kl, width, plan.count, length))
             print(bits, found[-1], flush=True)

@@ -271,7 +271,8 @@ def emit(
     from edgemoe.inspect import inspect_model
     from edgemoe.ir import Plan, Stats
     from edgemoe.outputs import prepare_output
-    from edgemoe.pipeline import check_rounding, store_weights
+    from edgemoe.pipeline import store_weights
+    from edgemoe.price import check_rounding
     from edgemoe.storage import load_record, save_record
     from edgemoe.targets import find_target
     from edgemoe.texts import DEFAULT_TOKENS, choose_texts, recall_texts

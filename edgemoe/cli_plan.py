@@ -18,6 +18,7 @@ from edgemoe.cli_options import (
     MemoryOpt,
     ObjectiveOpt,
     RecipeOpt,
+    RoundingOpt,
     RuleOpt,
     SolverOpt,
     TargetOpt,
@@ -47,6 +48,7 @@ def plan(
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="Price drops as they are without the survivors' repair, which emit then leaves out.")
     ] = False,
+    rounding: RoundingOpt = "feedback",
     near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
     generic: Annotated[
         str | None,
@@ -75,7 +77,7 @@ def plan(
         return
     rules, aim = read_rules(recipe, rule, objective)
     budget = 0 if sweep is not None else choose_budget(memory, device)
-    prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair)
+    prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
     _check_outputs(output, export, folder=sweep is not None)
     if export and prices.form != "stacks":
         raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
@@ -115,10 +117,12 @@ def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) ->
         raise UsageError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}", hint="choose another -o")
 
 
-def _open_costs(path: Path | None, generic: str | None, context: int | None, target: str, *, repair: bool) -> tuple[Costs, str]:
+def _open_costs(
+    path: Path | None, generic: str | None, context: int | None, target: str, *, repair: bool, rounding: str
+) -> tuple[Costs, str]:
     """The price list and its hash: from a file, or generic prices for a shape or a config.json.
 
-    Prices that were measured are taken as they are after repair; of others nobody knows what repair would bring.
+    Prices that were measured are taken as they are after repair and feedback; of others nobody knows what these would bring.
 
     Raises:
         UsageError: neither, or both.
@@ -134,11 +138,11 @@ def _open_costs(path: Path | None, generic: str | None, context: int | None, tar
         loaded = load_record(path, Costs)
         if target not in ("gguf", loaded.target):
             raise UsageError(f"--target {target} belongs to `edgemoe price`", hint=f"this price list is for {loaded.target}")
-        if not repair or loaded.origin:
+        if loaded.origin:
             return loaded, hash_file(path)
-        from edgemoe.price import discount_drops
+        from edgemoe.price import discount
 
-        return discount_drops(loaded), hash_file(path)
+        return discount(loaded, repair=repair, rounding=rounding), hash_file(path)
     from edgemoe.generic import price_config
 
     if context is not None and context < 1:

@@ -21,7 +21,7 @@ from edgemoe.narrow import charge, choose_widths, narrow_experts
 from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
-from edgemoe.price import REVISION, discount_drops, least_process, price_choices
+from edgemoe.price import REVISION, check_rounding, discount, least_process, price_choices
 from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
@@ -32,7 +32,6 @@ from edgemoe.units import format_bytes
 from edgemoe.verify import broken_promises, verify_artifact
 
 Progress = Callable[[str, int, int], None]  # (stage, done, all)
-ROUNDINGS = ("feedback", "stock")
 CURVE_POINTS = 24
 DEFAULT_ROUNDS = 0  # of refinement: each costs one more file written and run
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
@@ -156,7 +155,7 @@ def plan_widths(
             break
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))
         costs, key = price_cached(narrowed.model, stats, target, context, narrowed.work, _stage(progress, f"price{name}"))
-        costs = charge(discount_drops(costs) if request.repair else costs, narrowed)
+        costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
         offer = Offer(model=narrowed.model, stats=stats, costs=costs, costs_hash=key, work=narrowed.work)
         try:
             plan = _solve(request, offer)
@@ -226,16 +225,6 @@ def store_weights(
     return repair_survivors(model, texts, plan, work, start=start, max_tokens=max_tokens, packing=packing, progress=progress)
 
 
-def check_rounding(name: str) -> None:
-    """Refuse an unknown way of rounding before hours of work.
-
-    Raises:
-        UsageError: names those that are known.
-    """
-    if name not in ROUNDINGS:
-        raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
-
-
 def price_model(
     source: str,
     work: Path,
@@ -244,6 +233,7 @@ def price_model(
     target: str = "gguf",
     calibration_tokens: int = DEFAULT_TOKENS,
     repair: bool = True,
+    rounding: str = "feedback",
 ) -> Costs:
     """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
 
@@ -254,6 +244,7 @@ def price_model(
         target: what the plan will be written as.
         calibration_tokens: of all texts together.
         repair: drops are priced as after the repair that `build` does.
+        rounding: how the plan's weights will be rounded, "feedback" or "stock".
 
     Raises:
         EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
@@ -262,7 +253,7 @@ def price_model(
     calibration, _ = choose_texts((), ())
     stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
     costs = price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
-    return discount_drops(costs) if repair else costs
+    return discount(costs, repair=repair, rounding=rounding)
 
 
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:

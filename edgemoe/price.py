@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.errors import ModelError
+from edgemoe.errors import ModelError, UsageError
 from edgemoe.flips import additive_part, fit_flips, routers_behind
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
@@ -22,9 +22,11 @@ from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target, count_bytes
 
+ROUNDINGS = ("feedback", "stock")
 REVISION = 2  # raised when the same statistics give other prices, so that no older ones are opened
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
 REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
+FED_BACK = 0.67  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
 SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
 Progress = Callable[[int, int], None]
 Probes = Mapping[tuple[str, int], Probe]
@@ -164,6 +166,34 @@ def discount_drops(costs: Costs) -> Costs:
         expert_drop=costs.expert_drop * REPAIRED,
         drop_curve=every * costs.drop_curve + (every - REPAIRED) * singles if costs.form == "experts" else costs.drop_curve * REPAIRED,
     )
+
+
+def discount_rounding(costs: Costs) -> Costs:
+    """The same prices for a build that rounds with feedback: less alike in all formats; the embedding, which has none, as before."""
+    factor = np.array([1.0 if unit.role == "token_embd" else FED_BACK for unit in costs.units])
+    return replace(costs, cost=costs.cost * factor[:, None])
+
+
+def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
+    """Measured prices as they are for what a build will do.
+
+    Raises:
+        UsageError: `rounding` is not known.
+    """
+    check_rounding(rounding)
+    if repair:
+        costs = discount_drops(costs)
+    return discount_rounding(costs) if rounding == "feedback" else costs
+
+
+def check_rounding(name: str) -> None:
+    """Refuse an unknown way of rounding before hours of work.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    if name not in ROUNDINGS:
+        raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
 
 
 def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats | None) -> Floats:

@@ -43,10 +43,10 @@ def refit_matrix(weights: NDArray[np.float32], fitted: Sums, guard: Sums, ridge:
     old, lift = weights.astype(np.float64), ridge * float(fitted.gram.diagonal().mean())
     if not lift > 0:  # no token came by
         return weights
-    new: Gram = np.linalg.solve(fitted.gram + lift * np.eye(len(fitted.gram)), (fitted.cross + lift * old).T).T
+    new = np.linalg.solve(fitted.gram + lift * np.eye(len(fitted.gram)), (fitted.cross + lift * old).T).T
     return new.astype(np.float32) if _loss(new, guard) < _loss(old, guard) else weights
 
 
-def _loss(weights: Gram, sums: Sums) -> float:
+def _loss(weights: NDArray[np.floating], sums: Sums) -> float:
     """Sum |y - W x|^2, less sum |y|^2."""
     return float(((weights @ sums.gram) * weights).sum() - 2 * (weights * sums.cross).sum())

@@ -214,8 +214,8 @@ class Twin:
             weights, guard = torch.from_numpy(self.each[rows]), torch.from_numpy(self.guard[rows])
             return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
-        first, *others = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
-        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), others, first)
+        fitted, guard = zip(*map_ordered(chunk, self.windows.chunks(), device=self.changed.device), strict=True)
+        return reduce(Sums.__add__, fitted), reduce(Sums.__add__, guard)
 
     def _pack_attention(self, module: Any, layer: int, attended: States) -> Packed:
         """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
