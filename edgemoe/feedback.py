@@ -15,19 +15,41 @@ from numpy.typing import NDArray
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
 TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
+BELIEF = 0.4  # in a gram off its diagonal, by tokens: see `shrink_moments`: docs/decisions/0009-feedback-rounding.md
 LAZY = 128  # columns after which the rest of a row is corrected in one product
 Floats = NDArray[np.float32]
 
 
 # ---------------------------------------------------------------------------------------------------------- second moments
-def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating]) -> NDArray[np.float64]:
-    """An expert's second moments [C, C], shrunk to the layer's (scaled to the same trace) where its tokens are few."""
-    whole: NDArray[np.float64] = np.asarray(layer, np.float64)
-    if not n_own > 0 or not np.trace(own) > 0:
-        return whole
-    scaled = whole * (np.trace(own) / max(np.trace(whole), 1e-300))
-    mixed: NDArray[np.float64] = (n_own * own + TRUST * scaled) / (n_own + TRUST)
-    return mixed
+def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """What feedback should believe of an expert's second moments [C, C], seen on n_own tokens.
+
+    Args:
+        own: of the expert's tokens.
+        n_own: how many.
+        layer: of all experts' tokens together, where all receive the same columns: few tokens lean on it, scaled to the same trace.
+            The neurons of different experts have nothing in common, so for W_down there is none.
+    """
+    mixed: NDArray[np.float64] = np.asarray(own, np.float64)
+    if layer is not None:
+        whole = np.asarray(layer, np.float64)
+        if not n_own > 0 or not np.trace(mixed) > 0:
+            return whole
+        scaled = whole * (np.trace(mixed) / max(np.trace(whole), 1e-300))
+        mixed = (n_own * mixed + TRUST * scaled) / (n_own + TRUST)
+    return shrink_moments(mixed, n_own)
+
+
+def shrink_moments(h: NDArray[np.floating], n: float) -> NDArray[np.float64]:
+    """Second moments [C, C] of n tokens, what lies off the diagonal brought down by 1 / (1 + BELIEF sqrt(n / C)).
+
+    Products of two inputs are less certain than squares, and feedback trusts them where they are least so: in the directions that were
+    hardly seen.  The square root and its factor are measured, not derived.
+    """
+    believed = 1 - 1 / (1 + BELIEF * float(np.sqrt(n / len(h))))
+    shrunk: NDArray[np.float64] = believed * np.asarray(h, np.float64)
+    np.fill_diagonal(shrunk, h.diagonal())
+    return shrunk
 
 
 @dataclass(frozen=True, slots=True)

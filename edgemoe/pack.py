@@ -121,10 +121,11 @@ def pack_experts(
     with open_pool() as pool:
 
         def store(projections: Sequence[str], *, hidden: bool) -> None:
-            layer_gram = sum(_expert_moments(tokens, experts, n, hidden=hidden)[0] for n in range(len(kept)))
+            grams = (_expert_moments(tokens, experts, n, hidden=False)[0] for n in range(len(kept)))
+            layer_gram = None if hidden else np.asarray(sum(grams))
             for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
                 fitted, guard, seen = _expert_moments(tokens, experts, n, hidden=hidden)
-                mixed = mix_moments(fitted, seen, np.asarray(layer_gram))
+                mixed = mix_moments(fitted, seen, layer_gram)
                 for projection in projections:
                     stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
                     kind = packing.format_of(role, layer, expert)

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
-from edgemoe.feedback import Moments, Signed, Table, Uniform, factor_moments, mix_moments, objective, round_columns, sign_patterns
+from edgemoe.feedback import (
+    Moments,
+    Signed,
+    Table,
+    Uniform,
+    factor_moments,
+    mix_moments,
+    objective,
+    round_columns,
+    shrink_moments,
+    sign_patterns,
+)
 from edgemoe.targets.gguf.feedback import FED_BACK, grid_of, quantize_fed_back
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
@@ -91,6 +102,35 @@ def test_few_tokens_lean_on_the_layer() -> None:
     near, far = mix_moments(own, 10, layer), mix_moments(own, 10_000, layer)
     assert np.abs(far - own).max() < np.abs(near - own).max()
     np.testing.assert_allclose(np.trace(near), np.trace(own))
+
+
+def test_products_of_few_tokens_are_hardly_believed_and_squares_are() -> None:
+    own = correlated(3, 16)
+    np.testing.assert_array_equal(shrink_moments(own, 0), np.diag(own.diagonal()))
+    sizes = [np.abs(np.triu(shrink_moments(own, n), 1)).sum() for n in (1, 16, 256, 10**9)]
+    assert sizes == sorted(sizes)
+    np.testing.assert_allclose(shrink_moments(own, 10**12), own, rtol=1e-4)
+    for n in (0, 5, 10**6):
+        np.testing.assert_array_equal(shrink_moments(own, n).diagonal(), own.diagonal())
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_shrunk_moments_of_few_hidden_activations_cost_fresh_tokens_less_than_the_gram_itself(tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    gate, up = rng.normal(size=(2, 64, COLS)) / 8
+
+    def gram(n: int) -> NDArray[np.float64]:
+        x = rng.standard_t(5, size=(n, 64))
+        hidden = x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)
+        return hidden.T @ hidden / n
+
+    seen, fresh, rows = gram(tokens), gram(20_000), weights(9)
+
+    def loss(h: NDArray[np.float64]) -> float:
+        delta = dequantize(quantize_fed_back(rows, "Q4_0", factor_moments(h)), "Q4_0", COLS) - rows
+        return float(((delta @ fresh) * delta).sum())
+
+    assert loss(mix_moments(seen, tokens)) < loss(seen)
 
 
 # ------------------------------------------------------------------------------------------------------------- the formats
