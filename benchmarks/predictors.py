@@ -16,7 +16,7 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,10 @@ class Pricer:
         drop = loss * float(np.interp(loss, *self.drops[layer]))
         c = costs.counts.index(len(kept))
         rounding = sum(float(costs.cost[c, self.units[unit], costs.formats.index(name)]) for unit, name in formats.items())
-        return {"ours": drop + rounding} | ({} if formats else {"set-aware, no layer constant": loss})
+        if formats:
+            return {"ours": drop + rounding}
+        plain = replace(self.replays[layer], weights=self.replays[layer].shares)
+        return {"ours": drop, "set-aware over the stream's square": loss, "set-aware": set_loss(plain, mask)[0]}
 
     def _scores(self, layer: int, kept: list[int]) -> dict[str, float]:
         """Published scores of the dropped experts, added up; and energy with the layer's constant."""

@@ -21,7 +21,7 @@ from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
-from edgemoe.storage import array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
+from edgemoe.storage import FORMAT_VERSION, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
 from edgemoe.stream import LayerStream, States, Windows, tokenize
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.watch import Run, save_ends, watch_layer
@@ -54,6 +54,7 @@ def collect_stats(
     stream = LayerStream(model)
     settings |= {
         "edgemoe": __version__,
+        "format": FORMAT_VERSION,
         "expert_size": model.expert_size,
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),

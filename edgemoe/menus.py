@@ -44,7 +44,8 @@ class Replay:
     probs: NDArray[np.float64]  # [N, E] softmax of the router logits over all experts
     candidates: NDArray[np.int64]  # [N, K]
     gram: NDArray[np.float64]  # [N, K, K] of the candidates' outputs
-    weights: NDArray[np.float64]  # [N], summing to 1
+    weights: NDArray[np.float64]  # [N] in the loss: the token's share over the square of its stream
+    shares: NDArray[np.float64]  # [N] in means over tokens, summing to 1
     floor: NDArray[np.float64]  # [E] least cost of dropping each expert, same unit as the loss
     top_k: int
     renormalize: bool
@@ -75,12 +76,20 @@ def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: NDArray[
     gram[:, cols, rows] = gram[:, rows, cols]
     domain = arrays["replay_domain"].astype(np.int64)
     per_domain = np.bincount(domain, minlength=len(domain_weights))
-    weights = domain_weights[domain] / per_domain[domain]
+    shares = domain_weights[domain] / per_domain[domain]
+    weights = shares / np.maximum(arrays["replay_stream"].astype(np.float64), 1e-30)
     share = domain_weights[:, None] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
     energy = (arrays["energy"].astype(np.float64) * share).sum(axis=0)
-    floor = drop_floor(arrays["count"].astype(np.int64).sum(axis=0), energy)
+    floor = drop_floor(arrays["count"].astype(np.int64).sum(axis=0), energy) * weights.sum()
     return Replay(
-        probs=probs, candidates=candidates, gram=gram, weights=weights / weights.sum(), floor=floor, top_k=top_k, renormalize=renormalize
+        probs=probs,
+        candidates=candidates,
+        gram=gram,
+        weights=weights,
+        shares=shares / shares.sum(),
+        floor=floor,
+        top_k=top_k,
+        renormalize=renormalize,
     )
 
 
@@ -141,7 +150,7 @@ def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, NDArray[np
     raw = selection.p * selection.chosen
     gates = raw / np.maximum(raw.sum(axis=1) if replay.renormalize else selection.mass, 1e-30)[:, None]
     gate_sq = np.zeros(len(kept))
-    np.add.at(gate_sq, selection.candidates, gates**2 * replay.weights[:, None])
+    np.add.at(gate_sq, selection.candidates, gates**2 * replay.shares[:, None])
     return loss, gate_sq
 
 

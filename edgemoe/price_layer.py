@@ -178,7 +178,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Err
     share their errors.
     """
     expert, replay = tensors["gate"].expert, sample.replay
-    tokens, weight = _draw_tokens(replay.probs[:, expert] ** 2 * replay.weights)
+    tokens, weight = _draw_tokens(replay.probs[:, expert] ** 2 * replay.shares)
     inputs = sample.x[tokens]
     matrices = {p: read_tensor(sample.model.folder, tensors[p]) for p in PROJECTIONS}
     a, b = inputs @ matrices["gate"].T, inputs @ matrices["up"].T

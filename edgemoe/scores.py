@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from edgemoe.errors import UsageError
 from edgemoe.ir import Costs, Model, Stats
 
-SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")
-Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, and top_logit
+SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy", "residual")
+Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, top_logit and spread
 
 
 def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -35,6 +35,8 @@ SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
     "reap": lambda s: _mean(s["gate_norm"], s["count"]),  # sum g |f| / n_e: REAP, arXiv 2510.13999
     "energy": lambda s: s["energy"],  # sum g^2 |f|^2
     "collaborative": lambda s: 0.5 * s["count"] + 0.5 * _mean(s["gate"], s["count"]),  # share of tokens, mean gate: arXiv 2509.25689
+    "easy-ep": lambda s: s["residual"],  # sum g |f| (1 - cos), of the stream before and after the layer: EASY-EP, arXiv 2504.06792
+    "mone": lambda s: s["spread"] * s["gate"],  # standard deviation of f, times the mean gate: MoNE, arXiv 2507.00390
     "tcess": lambda s: s["top_logit"],  # router logit where e is the first choice, mean over tokens: PreMoe, arXiv 2505.17639
 }
 
@@ -46,7 +48,22 @@ def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
     sums = {name: (share * arrays[name]).sum(axis=0) for name in SUMS}
     domain = arrays["replay_domain"].astype(np.int64)
     sums["top_logit"] = top_logits(arrays["replay_logits"], (stats.weights / np.maximum(np.bincount(domain), 1))[domain])
+    sums["spread"] = output_spread(sums, arrays["count"].sum(axis=0), share.max() * arrays["expert_out"])
     return SCORES[score](sums)
+
+
+def output_spread(sums: Sums, count: NDArray[np.int64], output: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviation of each expert's output over its tokens, all channels together [E].
+
+    Args:
+        sums: of the layer.
+        count: tokens of each expert; of n the variance is over n - 1, as in MoNE's code.
+        output: sum of f [E, H].
+    """
+    mean = output / np.maximum(sums["count"], 1e-30)[:, None]
+    variance = np.maximum(_mean(sums["norm_sq"], sums["count"]) - (mean**2).sum(axis=1), 0.0)
+    spread: NDArray[np.float64] = np.sqrt(variance * count / np.maximum(count - 1, 1))
+    return spread
 
 
 def top_logits(logits: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:

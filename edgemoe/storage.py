@@ -20,7 +20,7 @@ from edgemoe.errors import MachineError, ModelError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 R = TypeVar("R", bound="DataclassInstance")
 
 

@@ -48,14 +48,15 @@ def watch_layer(run: Run, module: Any, main: States, following: States) -> dict[
         following.write(index, out)
         mine = np.isin(run.replay[:, 0], index)
         rows = (run.replay[mine, 0] - index[0]) * windows.tokens.shape[1] + run.replay[mine, 1]
-        return seen.finish(), seen.at(rows)
+        return seen.finish(out), seen.at(rows, out)
 
     for sums, rows in map_ordered(watch, windows.chunks(), device=run.stream.device):
         total = {name: total[name] + value if name in total else value for name, value in sums.items()}
         replayed.append(rows)
-    x, logits, domain = (np.concatenate(parts) for parts in zip(*replayed, strict=True))
+    x, logits, domain, stream = (np.concatenate(parts) for parts in zip(*replayed, strict=True))
     candidates = np.argsort(-logits, axis=1, kind="stable")[:, : min(run.model.n_experts, max(CANDIDATES, 3 * run.model.top_k))]
-    total |= {"replay_x": x, "replay_logits": logits, "replay_domain": domain, "candidates": candidates.astype(np.int32)}
+    total |= {"replay_x": x, "replay_logits": logits, "replay_domain": domain, "replay_stream": stream}
+    total["candidates"] = candidates.astype(np.int32)
     total["gram"] = gram_of_candidates(run, module, x, candidates)
     total["tokens"] = np.bincount(windows.domain, windows.lengths, domains).astype(np.int64)
     return total
@@ -74,14 +75,16 @@ class ChunkSums:
         names = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")
         self.experts = {name: torch.zeros(domains, e, dtype=torch.float64) for name in names}
         self.in_sq, self.mid_sq = torch.zeros(e, h), torch.zeros(e, m)
-        self.importance = torch.zeros(e)
+        self.importance, self.output = torch.zeros(e), torch.zeros(e, h)
+        self.parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # expert, its tokens, g|f| of each
         self.recorder = Recorder(on_expert=self._on_expert)
 
     def _on_expert(self, expert: int, token: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: torch.Tensor, gate: torch.Tensor) -> None:
         token = token.cpu()
         real = self.real[token]
         token, g, x, h = token[real], gate.cpu()[real], x.cpu()[real], h.cpu()[real]
-        norm = f.float().cpu()[real].norm(dim=1)
+        f = f.float().cpu()[real]
+        norm = f.norm(dim=1)
         domain = self.domain[token]
         values = {"count": torch.ones_like(g), "gate": g, "gate_sq": g**2, "norm": norm, "norm_sq": norm**2}
         values |= {"gate_norm": g * norm, "energy": (g * norm) ** 2}
@@ -91,27 +94,41 @@ class ChunkSums:
         self.in_sq[expert] = weight @ x.float() ** 2
         self.mid_sq[expert] = weight @ h.float() ** 2
         self.importance[expert] = weight.sum()
+        self.output[expert] = self.factor[domain] @ f
+        self.parts.append((expert, token, (g * norm).double()))
 
-    def finish(self) -> dict[str, NDArray[Any]]:
-        """The sums as arrays."""
+    def finish(self, states: torch.Tensor) -> dict[str, NDArray[Any]]:
+        """The sums as arrays; `states` are those after the layer."""
+        turned = self._turned(states)
+        residual = torch.zeros_like(self.experts["gate"])
+        for expert, token, gate_norm in self.parts:
+            residual[:, expert].index_add_(0, self.domain[token], gate_norm * turned[token])
         out: dict[str, NDArray[Any]] = {name: value.numpy() for name, value in self.experts.items()}
-        out["count"] = out["count"].astype(np.int64)
+        out |= {"count": out["count"].astype(np.int64), "residual": residual.numpy()}
         for name, x in self.recorder.inputs.items():
             sums = torch.zeros(self.domains, x.shape[1])
             squares = x.float().cpu() ** 2
             sums.index_add_(0, self.domain[self.real], squares[self.real])
             out["attn_in_sq" if name == "attn_q" else "attn_out_sq"] = sums.numpy().astype(np.float64)
         out |= {"expert_in_sq": self.in_sq.double().numpy(), "expert_mid_sq": self.mid_sq.double().numpy()}
-        out["expert_importance"] = self.importance.double().numpy()
+        out |= {"expert_importance": self.importance.double().numpy(), "expert_out": self.output.double().numpy()}
         return out
 
-    def at(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
-        """MoE inputs, router logits and domains of some tokens of the chunk."""
+    def _turned(self, states: torch.Tensor) -> torch.Tensor:
+        """1 - cos of each token's stream before and after the experts' output is added [tokens], not below 0 (EASY-EP)."""
+        assert self.recorder.moe_output is not None
+        after, output = states.flatten(0, -2), self.recorder.moe_output
+        turned: torch.Tensor = 1 - torch.nn.functional.cosine_similarity(after - output, after, dim=-1)
+        return turned.clamp(min=0).cpu().double()
+
+    def at(self, rows: NDArray[np.int64], states: torch.Tensor) -> tuple[NDArray[Any], ...]:
+        """MoE inputs, router logits, domains, and squared norms of the states after the layer, of some tokens of the chunk."""
         assert self.recorder.moe_input is not None
         assert self.recorder.logits is not None
         picked = torch.from_numpy(rows)
         x = self.recorder.moe_input.float().cpu()[picked].bfloat16().float().numpy()
-        return x, self.recorder.logits.cpu()[picked].numpy(), self.domain[picked].numpy().astype(np.int32)
+        stream = states.flatten(0, -2).cpu()[picked].float().square().sum(dim=1)
+        return x, self.recorder.logits.cpu()[picked].numpy(), self.domain[picked].numpy().astype(np.int32), stream.numpy()
 
 
 def gram_of_candidates(run: Run, module: Any, x: NDArray[np.float32], candidates: NDArray[np.int64]) -> NDArray[np.float32]:

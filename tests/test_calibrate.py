@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgemoe.calibrate import collect_stats
+from edgemoe.calibrate import _choose_replay, collect_stats
+from edgemoe.errors import ModelError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Stats
 from edgemoe.menus import offered_counts
@@ -14,7 +15,7 @@ from edgemoe.plan import least_budget, solve_plan
 from edgemoe.price import least_process
 from edgemoe.rounding import round_to_nearest
 from edgemoe.scores import SCORES, importance_of, score_experts
-from edgemoe.storage import load_record, save_record
+from edgemoe.storage import FORMAT_VERSION, load_record, save_record
 from edgemoe.stream import tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import SHIPPED, Text, read_text
@@ -61,6 +62,21 @@ def test_counts_and_gates_are_those_of_the_original_router(model: Model, stats: 
     assert np.abs(found - expected).sum() <= 0.005 * expected.sum()  # a tie may fall the other way
 
 
+def test_replay_tokens_know_the_square_of_their_stream(model: Model, stats: Stats, texts: list[Text]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    windows = tokenize(model, texts, TOKENS, 512)
+    places = _choose_replay(windows, stats.weights)
+    original = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    expected = []
+    for window, position in zip(*places[:: len(places) // 8].T, strict=True):
+        tokens = torch.from_numpy(windows.tokens[window, : position + 1])[None]
+        with torch.no_grad():
+            after = original(tokens, output_hidden_states=True).hidden_states[1]
+        expected.append(float(after[0, position].square().sum()))
+    np.testing.assert_allclose(stats.arrays(0)["replay_stream"][:: len(places) // 8], expected, rtol=1e-3)
+
+
 def test_padding_is_not_counted(model: Model, stats: Stats, texts: list[Text]) -> None:
     windows = tokenize(model, [Text(name="short", documents=("A short text of a few words.",))], TOKENS, 512)
     assert windows.tokens.shape == (1, 512)
@@ -97,6 +113,19 @@ def test_a_killed_calibration_goes_on_and_gives_the_same_numbers(model: Model, s
         first, second = stats.arrays(layer), resumed.arrays(layer)
         assert first.keys() == second.keys()
         assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_statistics_of_an_older_format_are_made_again_in_a_build_and_refused_elsewhere(
+    model: Model, stats: Stats, texts: list[Text], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgemoe.storage.FORMAT_VERSION", FORMAT_VERSION - 1)
+    monkeypatch.setattr("edgemoe.calibrate.FORMAT_VERSION", FORMAT_VERSION - 1)
+    old = collect_stats(model, texts, tmp_path, max_tokens=512)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="format_version"):
+        load_record(Path(old.folder) / "stats.json", Stats)
+    new = collect_stats(model, texts, tmp_path, max_tokens=512)
+    assert new.folder != old.folder and load_record(Path(new.folder) / "stats.json", Stats).key == new.key
 
 
 def test_probes_cost_more_with_fewer_bits_and_fewer_experts(stats: Stats) -> None:

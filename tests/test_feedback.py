@@ -59,7 +59,13 @@ def test_golden_case_of_gptq() -> None:
     np.testing.assert_allclose(values, [[0.5, 0, 0.5, 0]])
     np.testing.assert_array_equal(codes, [[3, 2, 3, 2]])
     assert rest.shape == (1, 0)
-    np.testing.assert_allclose(((w - values) @ x.T) ** 2 @ np.ones(5), 0.128125, rtol=1e-5)
+    nearest = np.array([[0.5, -0.5, 0.5, 0]], np.float32)
+    for stored, summed, exact, diagonal in ((nearest, 1.019125, 0.407650, 0.554925), (values, 0.128125, 0.051250, 0.777925)):
+        delta = (w - stored).astype(np.float64)
+        np.testing.assert_allclose(((delta @ x.T) ** 2).sum(), summed, rtol=1e-5)
+        np.testing.assert_allclose(delta @ h @ delta.T, exact, rtol=1e-5)
+        np.testing.assert_allclose(delta**2 @ (x**2).sum(axis=0), diagonal, rtol=1e-5)  # which would prefer plain rounding
+    np.testing.assert_allclose(objective(w, values, moments) * h.diagonal().mean() / 2, 0.026890, rtol=1e-4)  # half the sum of e_j^2
 
 
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:

@@ -1,13 +1,14 @@
 """Kept sets and their prices, against direct computation."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.menus import COLD_TOKENS, Replay, build_menu, drop_floor, offered_counts, original_gates, removal_losses, set_loss
+from edgemoe.menus import COLD_TOKENS, Replay, build_menu, drop_floor, make_replay, offered_counts, original_gates, removal_losses, set_loss
 
 
 def golden(*, renormalize: bool) -> Replay:
@@ -28,6 +29,7 @@ def make(logits: np.ndarray, outputs: np.ndarray, top_k: int, *, renormalize: bo
         candidates=order,
         gram=sorted_outputs @ sorted_outputs.transpose(0, 2, 1),
         weights=np.full(n, 1 / n),
+        shares=np.full(n, 1 / n),
         floor=np.zeros(logits.shape[1]),
         top_k=top_k,
         renormalize=renormalize,
@@ -86,6 +88,27 @@ def test_dropping_one_more_expert_can_cost_less() -> None:
 def test_without_renormalisation_the_rows_that_are_left_share_the_softmax(gone: tuple[int, ...], loss: float) -> None:
     kept = np.array([e not in gone for e in range(4)])
     assert set_loss(golden(renormalize=False), kept)[0] * 6 == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_token_counts_by_its_domain_and_over_the_square_of_its_own_stream() -> None:
+    replay, domain, stream = golden(renormalize=True), np.array([0, 0, 0, 0, 1, 1]), np.array([1.0, 4, 9, 100, 2, 5])
+    rows, cols = np.triu_indices(4)
+    arrays = {
+        "replay_logits": np.log(replay.probs),
+        "candidates": replay.candidates,
+        "gram": replay.gram[:, rows, cols],
+        "replay_domain": domain,
+        "replay_stream": stream,
+        "tokens": np.array([4, 2]),
+        "count": np.full((2, 4), 1000),
+        "energy": np.ones((2, 4)),
+    }
+    made = make_replay(arrays, np.array([0.75, 0.25]), 2, renormalize=True)
+    kept = np.array([False, True, True, True])
+    alone = [set_loss(replace(replay, weights=np.eye(6)[t]), kept)[0] for t in range(6)]  # each token's squared change
+    by_hand = sum(share * change / square for share, change, square in zip([0.75 / 4] * 4 + [0.25 / 2] * 2, alone, stream, strict=True))
+    assert set_loss(made, kept)[0] == pytest.approx(by_hand, rel=1e-9)
+    assert by_hand < 0.75 * sum(alone)  # a large stream makes a change count less
 
 
 @settings(max_examples=40, deadline=None)

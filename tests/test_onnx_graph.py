@@ -275,6 +275,32 @@ def test_routers_with_groups_and_a_correction_bias_are_transformers_own(family: 
     assert np.abs(got - want).max() < 1e-6
 
 
+GROUPED = np.array([0.9, 0.1, 0.5, 0.45, 0.3, 0.6, 0.2, 0.7])  # scores of one token, in four groups of two
+
+
+@pytest.mark.parametrize(
+    ("left", "groups", "chosen"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 4, [0, 2]),  # group sums 1.0, 0.95, 0.9, 0.9: the first two
+        ([0, 2, 3, 5, 6, 7], 3, [0, 5]),  # 1 and 4 gone, numbered anew: 0 and 2 are still there, and 2 is not chosen any more
+    ],
+)
+def test_numbering_experts_anew_across_groups_changes_the_choice_of_a_token_that_lost_none(
+    left: list[int], groups: int, chosen: list[int]
+) -> None:
+    scores = GROUPED[left]
+    logits = np.log(scores / (1 - scores)).astype(np.float32)[:, None]
+    rule = Router(top_k=2, scoring="sigmoid", groups=groups, top_groups=2)
+    gates = run_router(logits, None, rule, np.ones((1, 1), np.float32))[0]
+    assert [left[i] for i in np.flatnonzero(gates)] == chosen
+
+
+@pytest.mark.parametrize(("n", "groups", "top_groups"), [(6, 4, 2), (7, 4, 2), (4, 4, 1)])
+def test_experts_that_are_not_as_many_of_each_group_are_refused(n: int, groups: int, top_groups: int) -> None:
+    with pytest.raises(ModelError, match="groups"):
+        add_router(Sheet(), "x", "w", n, Router(top_k=2, groups=groups, top_groups=top_groups), "r")
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_softmax_routers_run_over_the_rows_that_are_left(n: int, renormalize: bool) -> None:

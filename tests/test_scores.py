@@ -14,7 +14,7 @@ from strategies import random_costs
 from edgemoe.errors import UsageError
 from edgemoe.ir import Costs, Domain, Stats
 from edgemoe.plan import solve_plan
-from edgemoe.scores import SCORES, drops_by_score, score_experts, top_logits
+from edgemoe.scores import SCORES, drops_by_score, output_spread, score_experts, top_logits
 from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import Windows
 from edgemoe.verify import kl_of_rows
@@ -25,6 +25,7 @@ T, E, CHANNEL = np.arange(TOKENS), np.arange(EXPERTS), np.arange(HIDDEN)
 LOGITS = 2 * np.sin(0.7 * T[:, None] + 1.3 * E + 0.2)
 OUTPUTS = (0.5 + 0.25 * E)[None, :, None] * np.cos(0.9 * T[:, None, None] + 0.4 * E[None, :, None] + 1.1 * CHANNEL)
 PROBS = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+STREAM = 1 + 0.1 * T[:, None] + 0.2 * CHANNEL  # before the layer
 CHOSEN = np.argsort(-PROBS, axis=1)[:, :TOP]
 
 # Computed by hand for this router with top-2 gates that are renormalised; sums over tokens.
@@ -37,9 +38,10 @@ GOLDEN = {
     "reap-sum": (1.489379, 1.376260, 0.417523, 2.620120),
     "reap": (0.372345, 0.458753, 0.208761, 0.873373),
     "energy": (0.626890, 0.803529, 0.093070, 2.901659),
+    "easy-ep": (0.037359, 0.105121, 0.032453, 0.055789),
 }
 RAW = {"gate-sum": (2.270480, 1.322046, 0.300116, 1.606852), "reap": (0.346082, 0.408817, 0.184114, 0.808397)}
-PER_TOKEN = {"frequency", "gate-sum", "ean", "reap-sum", "energy"}  # ours are means over tokens
+PER_TOKEN = {"frequency", "gate-sum", "ean", "reap-sum", "energy", "easy-ep"}  # ours are means over tokens
 
 
 def watched(tmp_path: Path, *, renormalize: bool) -> Stats:
@@ -53,7 +55,10 @@ def watched(tmp_path: Path, *, renormalize: bool) -> Stats:
         token, slot = np.nonzero(e == CHOSEN)
         f, g = torch.from_numpy(OUTPUTS[token, e]), torch.from_numpy(gates[token, slot]).float()
         sums._on_expert(e, torch.from_numpy(token), torch.zeros(len(token), HIDDEN), torch.zeros(len(token), 2), f, g)
-    arrays = {**sums.finish(), "tokens": np.array([TOKENS]), "replay_logits": LOGITS, "replay_domain": np.zeros(TOKENS, np.int32)}
+    output = np.einsum("tk,tkh->th", gates, np.take_along_axis(OUTPUTS, CHOSEN[:, :, None], axis=1))
+    sums.recorder.moe_output = torch.from_numpy(output)
+    states = torch.from_numpy(STREAM + output)[None]
+    arrays = {**sums.finish(states), "tokens": np.array([TOKENS]), "replay_logits": LOGITS, "replay_domain": np.zeros(TOKENS, np.int32)}
     save_arrays(tmp_path / array_file(0), arrays)
     domain = Domain(name="d", weight=1.0, tokens=TOKENS, sha256="")
     return Stats(folder=str(tmp_path), model="m", key="k", settings={}, domains=(domain,), probes=(), cold=())
@@ -76,6 +81,18 @@ def test_collaborative_and_tcess_equal_the_worked_example(tmp_path: Path) -> Non
     np.testing.assert_allclose(score_experts(stats, 0, "collaborative"), (0.617143, 0.470341, 0.241696, 0.517809), atol=1e-6)
     np.testing.assert_allclose(score_experts(stats, 0, "tcess"), (0.581760, 0.601997, 0, 0.515453), atol=1e-6)
     np.testing.assert_allclose(top_logits(LOGITS, np.full(TOKENS, 7.0)), (0.581760, 0.601997, 0, 0.515453), atol=1e-6)
+
+
+def test_mone_equals_the_worked_example(tmp_path: Path) -> None:
+    stats = watched(tmp_path, renormalize=False)  # MoNE's gates are the softmax over all experts
+    mone, gate = score_experts(stats, 0, "mone"), score_experts(stats, 0, "gate-sum")
+    np.testing.assert_allclose(mone, (0.225661, 0.164956, 0.066546, 0.339427), atol=1e-6)
+    np.testing.assert_allclose(mone / gate, (0.596333, 0.748639, 1.330402, 1.267423), atol=1e-6)
+
+
+def test_an_expert_that_saw_one_token_or_none_has_no_spread() -> None:
+    one = {"count": np.array([0.0, 0.1]), "norm_sq": np.array([0.0, 0.5])}
+    assert output_spread(one, np.array([0, 1]), np.array([[0.0, 0.0], [0.1, 0.2]])).tolist() == [0, 0]
 
 
 def test_kl_and_its_second_order_form_equal_the_worked_example() -> None:

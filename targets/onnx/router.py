@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgemoe.errors import ModelError
 from edgemoe.targets.onnx.sheet import Sheet
 
 _MASKED = -3.4e38  # near the least float32: never chosen while anything else is there
@@ -37,6 +38,9 @@ def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix
         router: the rule.
         prefix: of the nodes' names.
         bias: name of a vector [n] that counts in choosing and not in weighing, if there is one.
+
+    Raises:
+        ModelError: the experts that are left are not as many of each group, or the open groups hold fewer than a token wants.
     """
     k = min(router.top_k, n)
     logits = sheet.op("MatMul", [x, weight], f"{prefix}.logits")
@@ -63,6 +67,11 @@ def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix
 def _mask_groups(sheet: Sheet, choice: str, n: int, router: Router, prefix: str) -> str:
     """Scores with everything masked that is not in the best groups."""
     each, last = n // router.groups, sheet.constant("const.last", [-1])
+    if n % router.groups or router.top_groups * each < router.top_k:
+        raise ModelError(
+            f"{prefix}: {n} experts cannot be {router.groups} groups of which {router.top_groups} hold {router.top_k}",
+            hint="keep as many experts of each group",
+        )
     grouped = sheet.op("Reshape", [choice, sheet.constant(f"{prefix}.groups", [-1, router.groups, each])], f"{prefix}.grouped")
     best = min(router.group_best, each)
     sheet.op("TopK", [grouped, sheet.constant(f"const.{best}", [best])], [f"{prefix}.bests", f"{prefix}.bests_index"], axis=-1)
