@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def drop_plan(costs: Costs, count: int) -> Plan:
     """The menu's kept sets at one count; formats do not matter here."""
     plan, c = solve_plan(costs, 10**15), costs.counts.index(count)
     kept = tuple(tuple(int(e) for e in np.flatnonzero(costs.kept[c, layer])) for layer in range(costs.kept.shape[1]))
-    return Plan(**{**{n: getattr(plan, n) for n in plan.__dataclass_fields__}, "count": count, "kept": kept})
+    return replace(plan, kept=kept)
 
 
 def measure_model(source: str, work: Path, n_tokens: int) -> list[str]:
