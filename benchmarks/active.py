@@ -1,6 +1,6 @@
 """Fewer active experts: KL and decode speed at each top-k in files of equal size, and what the refit makes good.
 
-    python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 7]
+    python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 5]
 
 Files: `build --top-k N --rounding stock` at one budget, KL in llama.cpp on held-out text; the files of a model are then run in turn, round
 after round, one thread (prompt of 120 tokens, then 32 decoded).  Nothing quantized: KL in transformers of the model as it is with N active
@@ -106,7 +106,7 @@ def compare_refits(source: str, options: argparse.Namespace) -> list[str]:
 
 def compare_speeds(count: int) -> list[str]:
     """Rows of the third table."""
-    tops: Sequence[int] = (8, 6, 4, 2)
+    tops: Sequence[int] = (8, 4, 2)
     with tempfile.TemporaryDirectory() as folder:
         paths = {str(k): Path(folder) / f"{k}.gguf" for k in tops}
         for k in tops:
@@ -127,12 +127,12 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=3.0, help="of the file for each weight of the original")
     parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of the second table, all five texts")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where active.md goes")
     options = parser.parse_args()
-    speeds = compare_speeds(options.rounds)
-    refits = [row for source in options.models for row in compare_refits(source, options)]
     files = [row for source in options.models for row in compare_files(source, options)]
+    refits = [row for source in options.models for row in compare_refits(source, options)]
+    speeds = compare_speeds(options.rounds)
     made = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores shared with other work"
     speed = f"Speed: tokens/s in llama.cpp with one thread, median of {options.rounds} rounds, best in brackets"
     heads = (
