@@ -74,7 +74,7 @@ def cut_only(model: Model, width: int, score: str, folder: Path, work: Path) -> 
         left = cut(experts, best_neurons(score_of(score, load_scores(folder, layer), experts, layer), magnitude(experts), width))
         stacks = zip(PROJECTIONS, left.stacks, strict=True)
         save_arrays(work / array_file(layer), {f"ffn_{p}_exps.{e}": s[e].numpy() for p, s in stacks for e in range(model.n_experts)})
-    return save_overlay(resize_experts(model, width), work)
+    return save_overlay(resize_experts(model, width), work, {})
 
 
 def compare_scores(bench: Bench) -> list[str]:

@@ -59,6 +59,8 @@ def collect_stats(
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
     }
+    if model.top_k != model.own_top_k:  # said only then: keys of what was calibrated as it came stay as they are
+        settings["top_k"] = model.top_k
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     work = work / f"stats-{key[:16]}"
     done = work / "stats.json"

@@ -12,6 +12,7 @@ from edgemoe.figures import (
     mean_bits,
     nats,
     perplexities,
+    picks,
     plain,
     shares_by_format,
     shares_by_group,
@@ -63,7 +64,7 @@ def render_card(report: Report) -> str:
         f"Made by edgemoe to run within {format_bytes(plan.budget)} at a context of {plan.context} tokens.\n",
         _table(("file", "mostly", "bytes", "size"), [(f.name, largest, f.size, format_bytes(f.size)) for f in report.artifact.files]),
         "## What was dropped, and how the rest is stored\n",
-        f"Each of the {len(plan.kept)} layers {drop}; the router picks {plan.top_k} for every token. Router and norms stay F32.\n",
+        f"Each of the {len(plan.kept)} layers {drop}; {picks(plan, int(model['top_k']))} for every token. Router and norms stay F32.\n",
         _table(("part", "formats", "size"), [(g, ", ".join(f), format_bytes(sum(f.values()))) for g, f in shares_by_group(plan).items()]),
         "Which experts were kept is in `report.json` and, as a picture, in `report.html`.\n",
         "## Measured against the original\n",
@@ -107,6 +108,9 @@ def _limits(report: Report) -> Iterator[str]:
         yield f"{told} are gone: what only they knew, and calibration never asked for, is lost."
     if plan.width:
         yield f"Every expert was cut to {plan.width} neurons: what the others did is made good in part only."
+    if plan.top_k < int(report.model["top_k"]):
+        fewer = f"{plan.top_k} instead of {report.model['top_k']}"
+        yield f"Fewer experts compute a token, {fewer}: that is faster, and less good where several were needed."
     if tokens:
         yield f"Quality was measured on {tokens} tokens of the texts named above; try your own task before you rely on it."
     yield f"Memory holds for one sequence of {plan.context} tokens without memory mapping; more context, more slots or a GPU need more."

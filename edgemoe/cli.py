@@ -41,6 +41,7 @@ from edgemoe.cli_options import (
     TargetOpt,
     TimeOpt,
     TokensOpt,
+    TopKOpt,
     WidthOpt,
 )
 from edgemoe.cli_output import print_rich, show_progress
@@ -109,6 +110,7 @@ def build(
         int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
     ] = 0,
     width: WidthOpt = None,
+    top_k: TopKOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -126,6 +128,7 @@ def build(
         "--objective": objective,
         "--refine": refine,
         "--width": width,
+        "--top-k": top_k,
     }
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
     asked += [part for text in rule or () for part in ("--rule", text)]
@@ -150,6 +153,7 @@ def build(
         rounding=rounding,
         refine=refine,
         width=width or "",
+        top_k=top_k,
         work=work,
         force=force,
         command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
@@ -170,14 +174,15 @@ def build(
 def _dry_run(request: Any, *, as_json: bool) -> None:
     from edgemoe.families import resize_experts
     from edgemoe.inspect import inspect_model
-    from edgemoe.narrow import choose_widths
+    from edgemoe.narrow import choose_top_k, choose_widths
     from edgemoe.pipeline import check_budget, choose_context, warn_of_context
     from edgemoe.price import least_process
     from edgemoe.targets import find_target
 
     model, target = inspect_model(request.model), find_target(request.target)
     context = choose_context(model, request.context)
-    narrowest = resize_experts(model, choose_widths(model, request.width)[-1])
+    fewest = replace(model, top_k=choose_top_k(model, request.top_k))
+    narrowest = resize_experts(fewest, choose_widths(model, request.width)[-1])
     parts = target.memory_parts(narrowest, context)
     least = least_process(narrowest, target, context)
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))

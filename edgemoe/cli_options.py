@@ -71,3 +71,7 @@ WidthOpt = Annotated[
         "--width", metavar="N|auto", help="Cut experts to their N best neurons; auto: to 3/4 or 1/2 if that pays. [default: no cut]"
     ),
 ]
+TopKOpt = Annotated[
+    int | None,
+    typer.Option("--top-k", metavar="N", help="Experts that compute a token: fewer are faster and cost KL. [default: as in MODEL]"),
+]

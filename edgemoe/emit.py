@@ -41,7 +41,7 @@ def emit_artifact(
     check_split(target, shard_max)
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
-    plan.check_width(model)
+    plan.check_experts(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

@@ -53,9 +53,15 @@ def ranges(ids: Iterable[int], width: int = 0) -> str:
     return text if not width or len(text) <= width else text[: width - 3].rsplit(" ", 1)[0] + " ..."
 
 
-def dropping(plan: Plan) -> str:
-    """What, beside rounding, a plan pays for."""
-    return "dropping experts and cutting those that stay" if plan.width else "dropping experts"
+def dropping(plan: Plan, own_top_k: int = 0) -> str:
+    """What, beside rounding, a plan pays for; `own_top_k`: experts that the checkpoint's router picks."""
+    paid = ["dropping experts", "cutting those that stay" if plan.width else "", "picking fewer" if plan.top_k < own_top_k else ""]
+    return " and ".join(filter(None, paid))
+
+
+def picks(plan: Plan, own_top_k: int = 0) -> str:
+    """How many experts the router picks, and how many in the checkpoint where those are more."""
+    return f"the router picks {plan.top_k}" + (f" instead of {own_top_k}" if plan.top_k < own_top_k else "")
 
 
 def dropped_experts(plan: Plan, layer: int) -> list[int]:

@@ -75,6 +75,11 @@ class Model:
     fingerprint: str
 
     @property
+    def own_top_k(self) -> int:
+        """Experts that the checkpoint's router picks, where `top_k` says that fewer are wanted."""
+        return int(self.config.get("num_experts_per_tok", self.top_k))
+
+    @property
     def n_weights(self) -> int:
         """All weights of the model."""
         return sum(t.n_weights for t in self.tensors)
@@ -303,12 +308,17 @@ class Plan:
             if not self.top_k <= len(kept):
                 raise ModelError(f"plan: layer {layer} keeps {len(kept)} experts, but the router picks {self.top_k}")
 
-    def check_width(self, model: Model) -> None:
-        """Refuse a model whose experts are wider than the plan wants them.
+    def check_experts(self, model: Model) -> None:
+        """Refuse a model whose experts are wider than the plan wants them, or whose router picks another number.
 
         Raises:
-            ModelError: names both widths.
+            ModelError: names both widths, or both numbers.
         """
+        if self.top_k != model.top_k:
+            found = f"{model.folder} has {model.top_k}"
+            raise ModelError(
+                f"the plan is for {self.top_k} active experts, {found}", hint=f"`edgemoe build --top-k {self.top_k}` has so many"
+            )
         if self.width not in (0, model.expert_size):
             found = f"{model.folder} has {model.expert_size}"
             raise ModelError(

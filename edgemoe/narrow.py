@@ -1,7 +1,8 @@
-"""Model, texts, width -> Model: the same record with every expert cut to its best neurons (docs/pricing.md, 15).
+"""Model, texts, width, top-k -> Model: every expert cut to its best neurons, fewer of them active (docs/pricing.md, 15 and 16).
 
-Stock llama.cpp stores one expert width for all layers, so the width is one number for the whole plan: the program is solved for each width
-that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
+Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan: the program is solved for each
+width that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
+Fewer active experts are the same job.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class Narrowed:
     model: Model
     kl: tuple[float, ...]
     work: Path
+    width: int = 0  # neurons of every expert; 0: as in the checkpoint
+    unseen: float = UNSEEN  # KL expected on other text, over `kl`
 
     def loss(self, costs: Costs, objective: str) -> float:
         """What narrowing alone is expected to cost on text not seen, by the objective: mean over domains by weight, or worst domain."""
-        return UNSEEN * (max(self.kl) if objective == "worst" else float(costs.weights @ np.array(self.kl)))
+        return self.unseen * (max(self.kl) if objective == "worst" else float(costs.weights @ np.array(self.kl)))
 
 
 # ------------------------------------------------------------------------------------------------------------------ widths
@@ -71,6 +74,21 @@ def choose_widths(model: Model, asked: str) -> tuple[int, ...]:
             hint=f"{hint}; formats below 4 bits need {', '.join(best)}" if best else hint,
         )
     return (int(asked),)
+
+
+def choose_top_k(model: Model, asked: int | None) -> int:
+    """Experts that the router is to pick: what was asked, or as many as in the checkpoint.
+
+    More than the checkpoint's are refused: experts that were never mixed in make the output worse (k + 1 of 4 costs more than k - 1).
+
+    Raises:
+        UsageError: less than one, or more than the checkpoint's.
+    """
+    if asked is None:
+        return model.top_k
+    if not 1 <= asked <= model.top_k:
+        raise UsageError(f"--top-k {asked}: the router of {model.name} picks {model.top_k}", hint=f"give 1 to {model.top_k}")
+    return asked
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
@@ -113,6 +131,7 @@ def narrow_experts(
     width: int,
     work: Path,
     *,
+    top_k: int | None = None,
     score: str = "heapr",
     max_tokens: int,
     epochs: int = 0,
@@ -120,36 +139,44 @@ def narrow_experts(
 ) -> Narrowed:
     """Cut every expert to its best neurons and refit what is left to the original's outputs, layer by layer on the narrowed stream.
 
+    With fewer active experts that stream's router picks so many, and the refit makes good what the others gave.
+
     Args:
         model: the original.
         texts: calibration texts with weights.
         width: neurons that stay; the full width changes nothing.
         work: folder for the scores (shared by all widths), for the new weights (in a subfolder named by what they are made from), and for
             what a killed run goes on from.
+        top_k: experts that the router picks, at most the checkpoint's; None: as many.
         score: which neurons are best: one of SCORES.
         max_tokens: of all texts together.
-        epochs: of descent on all three matrices after W_down's closed form.
+        epochs: of descent on all three matrices after W_down's closed form; -1 refits nothing.
         progress: called with (steps done, all steps).
     """
-    if width == model.expert_size:
+    start = model if top_k in (None, model.top_k) else replace(model, top_k=top_k)
+    whole = width == model.expert_size
+    if whole and start is model:
         return Narrowed(model=model, kl=(0.0,) * len(texts), work=work)
-    layers, base = model.n_layers, resize_experts(model, width)
-    steps = layers + (2 * layers if score in ("heapr", "camera") else 0)
+    layers, base = model.n_layers, resize_experts(start, width)
+    steps = layers + (2 * layers if score in ("heapr", "camera") and not whole else 0)
 
     def tell(done: int) -> None:
         if progress:
             progress(done, steps)
 
-    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), score, width)
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
+    settings = (__version__, *fit, score, width, start.top_k)
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
-    folder = work.absolute() / f"narrow-{width}-{key[:16]}"
+    folder = work.absolute() / f"narrow-{width}-{start.top_k}-{key[:16]}"
     made = open_overlay(base, folder, {})
     if made is None:
         few = min(max_tokens, TOKENS)
         scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
-        twin = Twin(model, model, texts, max_tokens, folder, key)
+        twin = Twin(model, start, texts, max_tokens, folder, key)
 
         def change(layer: int, _: Tokens, experts: Experts) -> Experts:
+            if whole:
+                return experts
             arrays = load_scores(scores, layer) if scores else {}
             return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
 
@@ -158,20 +185,21 @@ def narrow_experts(
             tell(steps - layers + layer + 1)
         write_text(folder / "kl.json", json.dumps(twin.measure()))
         made = save_overlay(base, folder, {})
-    return Narrowed(model=made, kl=tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8"))), work=folder)
+    kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
+    return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
 
 
 def charge(costs: Costs, narrowed: Narrowed) -> Costs:
     """The price list of a narrowed model with what narrowing costs added to every plan, spread over the layers.
 
-    The sum q is such that a plan that does nothing else is predicted to have UNSEEN times the KL that was measured: q + kappa sqrt(q) = KL.
+    The sum q is such that a plan that does nothing else is predicted to have `unseen` times the KL measured: q + kappa sqrt(q) = KL.
     """
     kl = narrowed.loss(costs, "mean")
     if not kl:
         return costs
     q = ((math.sqrt(costs.kappa**2 + 4 * kl) - costs.kappa) / 2) ** 2
-    each = UNSEEN * np.array(narrowed.kl) * q / kl / costs.n_layers  # [D]
-    width = narrowed.model.expert_size
+    each = narrowed.unseen * np.array(narrowed.kl) * q / kl / costs.n_layers  # [D]
+    width = narrowed.width
     if costs.form == "stacks":
         return replace(costs, width=width, drop_cost=costs.drop_cost + each[:, None, None])
     return replace(costs, width=width, drop_curve=costs.drop_curve + float(costs.weights @ each))

@@ -17,7 +17,7 @@ from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats
 from edgemoe.memory import DEFAULT_CONTEXT
-from edgemoe.narrow import charge, choose_widths, narrow_experts
+from edgemoe.narrow import charge, choose_top_k, choose_widths, narrow_experts
 from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
@@ -59,6 +59,7 @@ class BuildRequest:
     rounding: str = "feedback"
     refine: int = DEFAULT_ROUNDS
     width: str = ""  # neurons of every expert, or "auto"; empty: as they are
+    top_k: int | None = None  # experts that the router picks; None: as in the checkpoint
     work: Path | None = None
     force: bool = False
     command: str = ""
@@ -78,12 +79,13 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     model = inspect_model(request.model)
     context = choose_context(model, request.context)
     widths = choose_widths(model, request.width)
-    check_budget(resize_experts(model, widths[-1]), target, context, request.memory)
+    top_k = choose_top_k(model, request.top_k)
+    check_budget(resize_experts(replace(model, top_k=top_k), widths[-1]), target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     prepare_output(request.out, force=request.force, names=target.FIXED_NAMES)
     work = open_work(request.out, request.work)
 
-    offer, plan = plan_widths(request, model, widths, target, context, calibration, work, progress)
+    offer, plan = plan_widths(request, model, widths, top_k, target, context, calibration, work, progress)
 
     def stored_as(plan: Plan, rounding: str = request.rounding) -> Model:
         tokens, stage = request.calibration_tokens, _stage(progress, "repair")
@@ -131,13 +133,14 @@ def plan_widths(
     request: BuildRequest,
     model: Model,
     widths: Sequence[int],
+    top_k: int,
     target: Target,
     context: int,
     texts: Sequence[Text],
     work: Path,
     progress: Progress,
 ) -> tuple[Offer, Plan]:
-    """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
+    """The best plan over all widths (falling) that are tried, with `top_k` active experts, by predicted KL; and what it was made from.
 
     A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it.
 
@@ -148,9 +151,9 @@ def plan_widths(
     refused: list[BudgetError] = []
     for width in widths:
         name, tokens = (f" {width}" if width < model.expert_size else ""), request.calibration_tokens
-        epochs = EPOCHS if request.repair else 0
-        tell = _stage(progress, f"narrow{name}")
-        narrowed = narrow_experts(model, texts, width, work, max_tokens=tokens, epochs=epochs, progress=tell)
+        epochs = EPOCHS if request.repair else 0 if name else -1
+        tell = _stage(progress, f"narrow{name}" if name else f"top-{top_k}")
+        narrowed = narrow_experts(model, texts, width, work, top_k=top_k, max_tokens=tokens, epochs=epochs, progress=tell)
         if best and narrowed.loss(best[0].costs, request.objective) >= _promised(*best):
             break
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))

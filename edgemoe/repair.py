@@ -53,12 +53,12 @@ def repair_survivors(
     base = start or model
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
-    plan.check_width(base)
+    plan.check_experts(base)
     if not packing and all(len(kept) == model.n_experts for kept in plan.kept):
         return base
     if packing and not plan.repair:
         epochs = -1
-    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width)
+    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
     made_for = (packing.stats.key, plan.formats) if packing else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"

@@ -217,7 +217,7 @@ def render_html(report: Report) -> str:
         bpw=mean_bits(report.units, plan),
         agreement=agreement(report),
         proof=proof(plan),
-        dropping=dropping(plan),
+        dropping=dropping(plan, int(report.model["top_k"])),
         launch=launch_lines(report),
         words=WORDS[plan.target],
         kept=kept_words(plan),

@@ -175,7 +175,7 @@ class LayerStream:
         ALL_EXPERTS_FUNCTIONS.register("edgemoe", _experts_forward)
         self.model, self.family = model, find_family(model.model_type)
         self.device = torch.device(device or default_device())
-        config = AutoConfig.for_model(**model.config)
+        config = AutoConfig.for_model(**{**model.config, "num_experts_per_tok": model.top_k})
         config._experts_implementation = "edgemoe"
         with torch.device("meta"):
             self._skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

@@ -18,6 +18,7 @@ from edgemoe.figures import (
     mean_bits,
     nats,
     perplexities,
+    picks,
     plain,
     proof,
     ranges,
@@ -56,10 +57,10 @@ def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]], *, justify: Lit
     return table
 
 
-def _common_facts(plan: Plan) -> list[tuple[str, str]]:
+def _common_facts(plan: Plan, own_top_k: int = 0) -> list[tuple[str, str]]:
     return [
         ("budget", f"{format_bytes(plan.budget)} at a context of {plan.context} tokens"),
-        ("experts", f"{kept_words(plan)}, the router picks {plan.top_k}"),
+        ("experts", f"{kept_words(plan)}, {picks(plan, own_top_k)}"),
         *([("width", f"every expert cut to its {plan.width} best neurons")] if plan.width else []),
         ("formats", ", ".join(f"{name} {size / max(plan.file_size, 1):.1%}" for name, size in shares_by_format(plan).items())),
     ]
@@ -120,7 +121,7 @@ def summarize_report(report: Report) -> Group:
     speed += f"; memory bandwidth would allow {report.decode_ceiling:.0f} (estimate)" if report.decode_ceiling else ""
     facts = [
         ("model", f"{model['name']} ({model['model_type']}, {billions(model['n_weights'])} weights)"),
-        *_common_facts(plan),
+        *_common_facts(plan, int(model["top_k"])),
         ("bits per weight", f"{mean_bits(report.units, plan):.3f}"),
         ("file", f"{format_bytes(report.artifact.model_size)}, {report.artifact.model_size} bytes, {size}"),
         ("peak memory", f"{peak}, {format_bytes(plan.memory['peak'])} predicted"),

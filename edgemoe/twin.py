@@ -160,7 +160,7 @@ class Twin:
 
     def _run_changed(self, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
         """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
-        before, k, hidden = self.states("changed", layer), self.model.top_k, self.model.hidden_size
+        before, k, hidden = self.states("changed", layer), self.changed.model.top_k, self.model.hidden_size
         x, target = self._array("input", hidden), self._array("target", hidden)
         chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
         position = {int(expert): n for n, expert in enumerate(kept)}

@@ -75,7 +75,7 @@ def header_size(model: Model) -> int:
     """Bytes before the first tensor, from really writing them; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return pad(HEADER_PER_ENTRY * model.vocab_size)
-    key = model.fingerprint, model.name
+    key = model.fingerprint, model.name, model.top_k
     if key not in _header_sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header.gguf"
@@ -87,7 +87,7 @@ def header_size(model: Model) -> int:
     return _header_sizes[key]
 
 
-_header_sizes: dict[tuple[str, str], int] = {}
+_header_sizes: dict[tuple[str, str, int], int] = {}
 
 
 def write_hollow(model: Model, count: int, path: Path) -> Path:
@@ -117,7 +117,8 @@ def write(
     if not plan.has_one_count:
         raise ModelError("the plan keeps different numbers of experts in different layers: no GGUF can hold that", hint="make another plan")
     width = f"-W{plan.width}" if plan.width else ""
-    stem = f"{model.name}-E{plan.count}{width}-{_bits_per_weight(model, plan):.2f}bpw"
+    active = f"-K{plan.top_k}" if plan.top_k != model.own_top_k else ""
+    stem = f"{model.name}-E{plan.count}{active}{width}-{_bits_per_weight(model, plan):.2f}bpw"
 
     def fill(scratch: Path) -> list[str]:
         writer = _open_writer(scratch / f"{stem}.gguf", model, stats, plan, shard_max)
@@ -192,6 +193,8 @@ def _add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan |
     writer.add_string("edgemoe.stats", stats.key if stats else NO_HASH)
     writer.add_string("edgemoe.costs", plan.costs if plan else NO_HASH)
     writer.add_uint32("edgemoe.expert_count_original", model.n_experts)
+    if model.top_k != model.own_top_k:
+        writer.add_uint32("edgemoe.expert_used_count_original", model.own_top_k)
     writer.add_array("edgemoe.experts_kept", [bool(flag) for flag in kept.ravel()])
     writer.add_bool("edgemoe.repaired", plan.repair if plan else False)
     writer.add_float64("edgemoe.predicted_kl", plan.predicted_kl if plan else 0.0)

@@ -112,7 +112,7 @@ def graph_size(model: Model) -> int:
     """Bytes of the graph's file, from really building the largest one; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return GRAPH_PER_LAYER * model.n_layers
-    key = model.fingerprint, model.name
+    key = model.fingerprint, model.name, model.expert_size, model.top_k
     if key not in _graph_sizes:
         sheet = Sheet(hollow=True)
         units = list_units(model)
@@ -124,7 +124,7 @@ def graph_size(model: Model) -> int:
     return _graph_sizes[key]
 
 
-_graph_sizes: dict[tuple[str, str], int] = {}
+_graph_sizes: dict[tuple[str, str, int, int], int] = {}
 
 
 def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str, str]:
@@ -139,6 +139,7 @@ def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str,
         "edgemoe.stats": stats.key if stats else none,
         "edgemoe.costs": plan.costs if plan else none,
         "edgemoe.expert_count_original": str(model.n_experts),
+        **({"edgemoe.expert_used_count_original": str(model.own_top_k)} if model.top_k != model.own_top_k else {}),
         "edgemoe.experts_kept": " ".join("".join(row) for row in flags),  # a flag for each expert, layer by layer
         "edgemoe.repaired": ("true" if plan.repair else "false") if plan else "false",
         "edgemoe.predicted_kl": repr(plan.predicted_kl) if plan else _LONGEST,
