@@ -17,7 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.ir import Domain, Model, Probe, Stats, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
+from edgemoe.ir import (
+    FORMAT_VERSION,
+    Domain,
+    Model,
+    Probe,
+    Stats,
+    array_file,
+    hash_json,
+    load_arrays,
+    load_record,
+    save_arrays,
+    save_record,
+    write_text,
+)
 from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
@@ -54,6 +67,7 @@ def collect_stats(
     stream = LayerStream(model)
     settings |= {
         "edgemoe": __version__,
+        "format": FORMAT_VERSION,
         "expert_size": model.expert_size,
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgemoe.checks import check_costs
 from edgemoe.errors import MachineError, ModelError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PROJECTIONS = ("gate", "up", "down")
 MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
 
@@ -129,7 +129,7 @@ class Stats:
         g|f|(1 - cos) over routed tokens); attn_in_sq [D, H], attn_out_sq [D, heads * head_dim] (sums of x^2);
         expert_in_sq [E, H], expert_mid_sq [E, M] (sums of g^2 x^2 over routed tokens, domains weighted: the importance matrix);
         replay_x [N, H] (the MoE block's inputs), replay_logits [N, E], replay_domain [N], candidates [N, K], gram [N, K(K+1)/2].
-    Arrays of layer -1: token_count [D, V], output_in_sq [D, H].
+    Arrays of layer -1: token_count [D, V], output_in_sq [D, H], replay_fisher [N] (watch.py: what a change of the last state costs).
     """
 
     folder: str
