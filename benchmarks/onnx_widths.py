@@ -1,11 +1,12 @@
 """A width for every expert, against one for a layer's experts and against PMQ's rule, at equal file bytes: KL measured in onnxruntime.
 
-    python benchmarks/onnx_widths.py examples/tiny-moe examples/tiny-moe-b [--work DIR] [--tokens 5120]
+    python benchmarks/onnx_widths.py examples/tiny-moe-b examples/tiny-moe [--work DIR] [--tokens 5120] [--rounding stock]
 
-All plans take the same formats, prices and importance, and are not repaired.  "Layer" is the best plan that stores the experts of a layer
+All plans take the same formats, prices and importance, and are stored as `build` does: survivors repaired where experts go, every matrix
+rounded with feedback (or, if asked, by the stock quantizer).  "Layer" is the best plan that stores the experts of a layer
 alike (its drops, and the formats of all else, are decided with it); "PMQ" gives every expert 2, 3 or 4 bits by PMQ's own importance, one
 format to all else, and drops nothing: of all block sizes and formats for the rest, the plan that our prices like best.  The largest
-file is that of everything at 8 bits.
+file is that of everything at 8 bits.  What was measured is kept in the work folder, so a killed run goes on.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from edgemoe.errors import BudgetError, UsageError
 from edgemoe.figures import counts_text
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Plan
-from edgemoe.pipeline import price_cached
+from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
-from edgemoe.storage import hash_json
+from edgemoe.price import ROUNDINGS
+from edgemoe.storage import hash_json, write_text
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
 from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
@@ -44,12 +46,13 @@ METHODS = ("expert", "layer", "PMQ")
 class Bench:
     """A model with prices whose budget is the file's, and what was measured of it before."""
 
-    def __init__(self, source: Path, work: Path, tokens: int) -> None:
-        self.model, self.target, self.work = inspect_model(source), find_target("onnx"), work
+    def __init__(self, source: Path, work: Path, tokens: int, rounding: str) -> None:
+        self.model, self.target, self.work, self.rounding = inspect_model(source), find_target("onnx"), work, rounding
         work.mkdir(parents=True, exist_ok=True)
-        calibration, heldout = choose_texts([], [])
-        self.stats = collect_stats(self.model, calibration, work)
-        prices, self.made_from = price_cached(self.model, self.stats, self.target, 512, work, None)
+        self.calibration, heldout = choose_texts([], [])
+        self.stats = collect_stats(self.model, self.calibration, work)
+        priced, self.made_from = price_cached(self.model, self.stats, self.target, 512, work, None)
+        prices = discount(priced, repair=True, rounding=rounding)
         nothing = np.zeros_like(prices.extra)
         self.costs: Costs = replace(prices, extra=nothing, staging=nothing, memory={**dict.fromkeys(prices.memory, 0), "context": 512})
         self.names = [t.name for t in heldout]
@@ -78,16 +81,20 @@ class Bench:
 
     def measure(self, plan: Plan) -> float:
         """Mean KL over the held-out texts."""
-        key = hash_json(plan.kept, plan.formats, self.made_from, self.windows.tokens.tolist())
+        stored_as = (self.rounding, plan.repair, self.stats.key)
+        key = hash_json(plan.kept, plan.formats, stored_as, self.windows.tokens.tolist())
         if key not in self.known:
-            folder = self.work / "file"
-            folder.mkdir(exist_ok=True)
-            artifact = self.target.write(self.model, self.stats, plan, folder, 0, None)
+            folder, weights = self.work / "file", self.work / "weights"
+            for made in (folder, weights):
+                made.mkdir(exist_ok=True)
+            stored = store_weights(self.model, self.calibration, self.stats, plan, weights, rounding=self.rounding)
+            artifact = self.target.write(stored, self.stats, plan, folder, 0, None)
             assert artifact.model_size == plan.file_size
             scores = compare_logits(artifact.path, self.model, self.windows, self.states, self.names, self.target)
             self.known[key] = float(np.mean([s.kl_mean for s in scores]))
-            self.cache.write_text(json.dumps(self.known))
+            write_text(self.cache, json.dumps(self.known))
             shutil.rmtree(folder)
+            shutil.rmtree(weights)
         kl: float = self.known[key]
         return kl
 
@@ -146,13 +153,16 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and results are kept here between runs")
     parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default=ROUNDINGS[0], help="how matrices are rounded")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    command = f"python benchmarks/onnx_widths.py {' '.join(map(str, options.models))}"
+    stock = " --rounding stock" if options.rounding == "stock" else ""
+    command = f"python benchmarks/onnx_widths.py {' '.join(map(str, options.models))}{stock}"
     runtime = find_target("onnx").runtime()
     text = ["# ONNX: what a width for every expert is worth, KL (nats per token) at equal file bytes", ""]
     text += [
-        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {runtime}; nothing is repaired.",
+        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {runtime}; repaired where experts go, "
+        f"{options.rounding} rounding.",
         "",
     ]
     text += [
@@ -160,10 +170,10 @@ def main() -> None:
         "",
     ]
     for source in options.models:
-        bench = Bench(source, options.work / source.name, options.tokens)
+        bench = Bench(source, options.work / source.name, options.tokens, options.rounding)
         text += table(bench, rows(bench))
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "onnx-widths.md").write_text("\n".join(text))
+    (options.results / f"onnx-widths{stock and '-stock'}.md").write_text("\n".join(text))
     print("\n".join(text))
 
 

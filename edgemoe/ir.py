@@ -132,7 +132,7 @@ class Stats:
         domains weighted: the importance matrix); expert_out [E, H] (sums of f, domains weighted so);
         replay_x [N, H] (the MoE block's inputs), replay_logits [N, E], replay_domain [N], replay_stream [N] (|s|^2 of the residual stream
         after the layer), candidates [N, K], gram [N, K(K+1)/2].
-    Arrays of layer -1: token_count [D, V], output_in_sq [D, H].
+    Arrays of layer -1: token_count [D, V], output_in_sq [D, H], replay_fisher [N] (watch.py: what a change of the last state costs).
     """
 
     folder: str

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgemoe.checkpoint import read_tensor
 from edgemoe.flips import additive_part
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
-from edgemoe.menus import Menu, Replay, build_menu, make_replay, offered_counts, set_loss
+from edgemoe.menus import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
 from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
@@ -39,13 +39,14 @@ class Layer:
     menu: Menu
     drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
     energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
+    use: Floats  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
     errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
     def whole(self, role: str, bits: int) -> float:
         """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
-        return self.slope[role] * float(self.menu.gate_sq[-1] @ self.errors[role][f"whole{bits}"])
+        return self.slope[role] * float(self.use @ self.errors[role][f"whole{bits}"])
 
     def price(self, unit: Unit, share: Mapping[str, float]) -> dict[str, Floats]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
@@ -56,7 +57,7 @@ class Layer:
         formats = self.stored[unit.role, unit.expert]
         if unit.expert < 0:
             return {f: slope[unit.role] * (self.menu.gate_sq @ self.errors[unit.role][f]) for f in formats}
-        use = float(self.menu.gate_sq[-1, unit.expert])
+        use = float(self.use[unit.expert])
         return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in self.errors.items())]) for f in formats}
 
     def price_drops(self, weights: Floats, kappa: float) -> Drops:
@@ -109,18 +110,21 @@ def price_layer(
     replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
     menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
     stored = {(u.role, u.expert): target.offered_formats(model, u) for u in units}
-    sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), replay, importance_of(model, stats, layer), stored)
+    use, weights = menu.gate_sq[-1], replay.probs**2 * replay.shares[:, None]
+    if units[0].expert >= 0:  # one by one: which tokens an expert serves tells it from the others
+        use, weights = weigh_experts(replay, arrays, stats.weights, stats.arrays(-1)["replay_fisher"].astype(np.float64))
+    sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), weights, importance_of(model, stats, layer), stored)
     tensors = model.of_layer(layer)
     jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
     found = [job.result() for job in jobs]
     errors = {role: {f: np.array([e[role][f] for e in found]) for f in found[0][role]} for role in found[0]}
     slope = {}
     for role, by_format in errors.items():
-        error = float(menu.gate_sq[-1] @ by_format["probe"])
+        error = float(use @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
     energy = arrays["energy"].astype(np.float64).sum(axis=0)
     drops = dropped_points(stats, layer, replay, model.n_experts)
-    return Layer(menu=menu, drops=drops, energy=energy, errors=errors, slope=slope, stored=stored)
+    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, slope=slope, stored=stored)
 
 
 def probe_kl(stats: Stats, probe: Probe) -> float:
@@ -161,7 +165,7 @@ class _Sample:
     model: Model
     target: Target
     x: NDArray[np.float32]  # [N, H] inputs of replay tokens
-    replay: Replay
+    weights: Floats  # [N, E] how much each of them counts for each expert
     importance: Importance
     stored: dict[tuple[str, int], tuple[str, ...]]
 
@@ -170,15 +174,40 @@ class _Sample:
         return self.stored[role, -1] if (role, -1) in self.stored else self.stored["ffn_exps", expert]
 
 
+def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], domains: Floats, sensitivity: Floats) -> tuple[Floats, Floats]:
+    """How much each expert's errors matter, and each replay token in them, by the tokens' sensitivity.
+
+    Args:
+        replay: of the layer.
+        arrays: of Stats, of the layer.
+        domains: weight of each domain [D].
+        sensitivity: of the replay tokens [N]: KL per squared change (`fisher_of_states`), in any unit.
+
+    Returns:
+        Use [E], mean g^2 over all calibration tokens times how sensitive the expert's replay tokens are beside all tokens (shrunk to 1 by
+        SHRINK_TOKENS: they are few, and very unequal); and weights [N, E] of the tokens, where one that an expert was not chosen
+        for counts by its probability, so that no expert is unseen.
+    """
+    relative = sensitivity / max(float(replay.shares @ sensitivity), 1e-300)
+    gates, share = replay.probs.copy(), domains / np.maximum(arrays["tokens"].astype(np.float64), 1.0)
+    np.put_along_axis(gates, replay.candidates[:, : replay.top_k], original_gates(replay)[:, : replay.top_k], axis=1)
+    chosen = np.zeros(gates.shape)
+    np.put_along_axis(chosen, replay.candidates[:, : replay.top_k], 1.0, axis=1)
+    seen = chosen * gates**2 * replay.shares[:, None]
+    prior = SHRINK_TOKENS * seen.sum() / max(np.count_nonzero(seen), 1)
+    use = share @ arrays["gate_sq"].astype(np.float64) * (relative @ seen + prior) / (seen.sum(axis=0) + prior)
+    return use, gates**2 * (replay.shares * relative)[:, None]
+
+
 def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Errors]:
-    """Mean squared output error per use of one expert, by projection and format, on tokens drawn by the square of their gate.
+    """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
     errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
     share their errors.
     """
-    expert, replay = tensors["gate"].expert, sample.replay
-    tokens, weight = _draw_tokens(replay.probs[:, expert] ** 2 * replay.shares)
+    expert = tensors["gate"].expert
+    tokens, weight = _draw_tokens(sample.weights[:, expert])
     inputs = sample.x[tokens]
     matrices = {p: read_tensor(sample.model.folder, tensors[p]) for p in PROJECTIONS}
     a, b = inputs @ matrices["gate"].T, inputs @ matrices["up"].T

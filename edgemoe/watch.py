@@ -152,15 +152,37 @@ def gram_of_candidates(run: Run, module: Any, x: NDArray[np.float32], candidates
 
 
 def save_ends(run: Run, main: States) -> None:
-    """Token counts and the output matrix's input statistics."""
+    """Token counts, the output matrix's input statistics, and how much a change of the replay tokens' last states matters."""
     model, windows = run.model, run.windows
-    norm, _, eps = run.stream.head()
+    norm, output, eps = run.stream.head()
     domains, length = len(run.weights), windows.tokens.shape[1]
     counts, squares = np.zeros((domains, model.vocab_size), np.int64), np.zeros((domains, model.hidden_size))
+    fisher = []
     for index in windows.chunks():
         real = np.arange(length)[None] < windows.lengths[index][:, None]
-        states = apply_norm(main.read(index), norm, eps).double().cpu().numpy()
+        last = main.read(index)
+        states = apply_norm(last, norm, eps).double().cpu().numpy()
         for row, i in enumerate(index):
             np.add.at(counts[windows.domain[i]], windows.tokens[i][real[row]], 1)
             squares[windows.domain[i]] += (states[row][real[row]] ** 2).sum(axis=0)
-    save_arrays(run.work / array_file(-1), {"token_count": counts, "output_in_sq": squares})
+        window, position = run.replay[np.isin(run.replay[:, 0], index)].T
+        fisher.append(fisher_of_states(last[window - index[0], position], norm, output, eps).cpu().numpy())
+    arrays = {"token_count": counts, "output_in_sq": squares, "replay_fisher": np.concatenate(fisher)}
+    save_arrays(run.work / array_file(-1), arrays)
+
+
+def fisher_of_states(states: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:
+    """How much a change of each token's last state [n, H] matters: KL = 1/2 of this |change|^2, mean over directions [n].
+
+    With p the token's prediction, w the norm's weights, h_v rows of the output matrix and r the state's root mean square, the Fisher
+    matrix is J' cov_p(h) J with J = diag(w) / r (the norm's own projection is left out: one direction of H).  Its trace over H needs no
+    matrix: tr cov_p(w h) = sum_v p_v |w h_v|^2 - |sum_v p_v w h_v|^2.
+    """
+    states, weight = states.to(output.device), norm.to(output.device)
+    squares = torch.cat([(rows * weight).square().sum(dim=1) for rows in output.split(4096)])  # in parts: as large as the matrix itself
+    found = []
+    for part in states.split(512):
+        p = (apply_norm(part, norm, eps) @ output.T).softmax(-1)
+        spread = p @ squares - ((p @ output) * weight).square().sum(dim=1)
+        found.append(spread.clamp(min=0) / part.square().sum(dim=1).clamp(min=1e-30))
+    return torch.cat(found) if found else torch.zeros(0)

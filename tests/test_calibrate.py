@@ -16,9 +16,10 @@ from edgemoe.price import least_process
 from edgemoe.rounding import round_to_nearest
 from edgemoe.scores import SCORES, importance_of, score_experts
 from edgemoe.storage import FORMAT_VERSION, load_record, save_record
-from edgemoe.stream import tokenize
+from edgemoe.stream import apply_norm, tokenize
 from edgemoe.targets import find_target
 from edgemoe.texts import SHIPPED, Text, read_text
+from edgemoe.watch import fisher_of_states
 
 TOKENS = 4096
 
@@ -75,6 +76,24 @@ def test_replay_tokens_know_the_square_of_their_stream(model: Model, stats: Stat
             after = original(tokens, output_hidden_states=True).hidden_states[1]
         expected.append(float(after[0, position].square().sum()))
     np.testing.assert_allclose(stats.arrays(0)["replay_stream"][:: len(places) // 8], expected, rtol=1e-3)
+
+
+def test_the_fisher_trace_is_what_small_changes_of_a_state_cost() -> None:
+    hidden, vocab = 48, 200
+    draw = torch.Generator().manual_seed(1)
+    states, norm = (
+        torch.tensor([[1.0], [2], [4], [8]]) * torch.randn(4, hidden, generator=draw).double(),
+        torch.rand(hidden, generator=draw).double() + 0.5,
+    )
+    output = 0.4 * torch.randn(vocab, hidden, generator=draw).double() * torch.tensor([1.0, 0.2]).repeat(vocab // 2)[:, None]
+    log_p = (apply_norm(states, norm, 0.0) @ output.T).log_softmax(-1)
+    step = 1e-3
+    changed = states[:, None] + step * torch.eye(hidden, dtype=torch.float64)  # one channel at a time: the mean over directions
+    after = (apply_norm(changed, norm, 0.0) @ output.T).log_softmax(-1)
+    kl = (log_p.exp()[:, None] * (log_p[:, None] - after)).sum(-1).mean(dim=1)
+    found = fisher_of_states(states, norm, output, 0.0)
+    assert found.max() > 10 * found.min()
+    torch.testing.assert_close(found, 2 * kl / step**2, rtol=0.1, atol=0.0)  # the direction that the norm takes out is one of 48
 
 
 def test_padding_is_not_counted(model: Model, stats: Stats, texts: list[Text]) -> None:

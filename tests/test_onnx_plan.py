@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_costs
@@ -20,7 +21,11 @@ from edgemoe.menus import build_menu, make_replay, offered_counts
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
 from edgemoe.price import discount_drops, least_process, price_choices
+from edgemoe.probes import STACKS
+from edgemoe.scores import importance_of
+from edgemoe.stream import LayerStream, apply_norm, tokenize
 from edgemoe.targets import find_target
+from edgemoe.texts import choose_texts
 
 CONTEXT = 512
 TARGET = find_target("onnx")
@@ -86,6 +91,35 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
             assert np.array_equal(ratio[experts, f], np.ones(len(experts))), name
         elif experts:
             assert (ratio[experts, f] >= 1).all() and np.median(ratio[experts, f]) < 1.1, name
+
+
+def test_prices_of_the_last_layers_experts_rank_them_as_the_kl_does_that_each_alone_costs(model: Model, stats: Stats, costs: Costs) -> None:
+    stream, windows, last = LayerStream(model), tokenize(model, choose_texts((), ())[0], 4096, 512), model.n_layers - 1
+    norm, output, eps = stream.head()
+    importance, kind = importance_of(model, stats, last), costs.formats.index("INT2_128")
+    with torch.inference_mode():
+        states = stream.embed(windows.tokens)
+        for layer in range(last):
+            states = stream.run_layer(stream.load_layer(layer), states)
+        module = stream.load_layer(last)
+
+        def log_p() -> torch.Tensor:
+            logits = apply_norm(stream.run_layer(module, states), norm, eps) @ output.T
+            return torch.cat([row[:n] for row, n in zip(logits.double().log_softmax(-1), windows.lengths, strict=True)])
+
+        before, measured, priced = log_p(), [], []
+        for expert in range(model.n_experts):
+            views = [stream.expert_slice(module, role, expert) for role in STACKS]
+            kept = [view.clone() for view in views]
+            for view, role in zip(views, STACKS, strict=True):
+                view.copy_(torch.from_numpy(TARGET.round_rows(view.numpy(), "INT2_128", importance[role, expert])))
+            measured.append(float((before.exp() * (before - log_p())).sum(-1).mean()))
+            priced += [costs.cost[0, u, kind] for u, unit in enumerate(costs.units) if (unit.layer, unit.expert) == (last, expert)]
+            for view, old in zip(views, kept, strict=True):
+                view.copy_(old)
+    ranks = [np.argsort(np.argsort(values)) for values in (priced, measured)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.8  # errors of all tokens alike: 0 to 0.3
+    assert np.std(np.log(np.array(priced) / measured)) < 0.35  # 0.65 and more
 
 
 def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count(
