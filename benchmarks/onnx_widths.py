@@ -32,7 +32,7 @@ from edgemoe.ir import Costs, Plan
 from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
-from edgemoe.price import ROUNDINGS
+from edgemoe.price import ROUNDINGS, discount
 from edgemoe.storage import hash_json, write_text
 from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
