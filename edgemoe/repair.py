@@ -16,6 +16,7 @@ from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
+REVISION = 2  # raised when the same plan and texts give other weights, so that no older ones are opened
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 
 
@@ -58,7 +59,7 @@ def repair_survivors(
         return base
     if packing and not plan.repair:
         epochs = -1
-    settings = (__version__, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
+    settings = (__version__, REVISION, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
     made_for = (packing.stats.key, plan.formats) if packing else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
