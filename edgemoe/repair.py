@@ -59,7 +59,8 @@ def repair_survivors(
         return base
     if packing and not plan.repair:
         epochs = -1
-    settings = (__version__, REVISION, WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
+    settings = (__version__, REVISION, *fit, plan.width, plan.top_k)
     made_for = (packing.stats.key, plan.formats) if packing else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
