@@ -168,12 +168,6 @@ def discount_drops(costs: Costs) -> Costs:
     )
 
 
-def discount_rounding(costs: Costs) -> Costs:
-    """The same prices for a build that rounds with feedback: less alike in all formats; the embedding, which has none, as before."""
-    factor = np.array([1.0 if unit.role == "token_embd" else FED_BACK for unit in costs.units])
-    return replace(costs, cost=costs.cost * factor[:, None])
-
-
 def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     """Measured prices as they are for what a build will do.
 
@@ -183,7 +177,7 @@ def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     check_rounding(rounding)
     if repair:
         costs = discount_drops(costs)
-    return discount_rounding(costs) if rounding == "feedback" else costs
+    return replace(costs, cost=costs.cost * FED_BACK) if rounding == "feedback" else costs
 
 
 def check_rounding(name: str) -> None:
