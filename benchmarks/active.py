@@ -23,7 +23,7 @@ import numpy as np
 from onnx_speed import rounds, runner
 from peak import QWEN, types
 from peak import write as write_random
-from repair import kl_by_domain, last_states
+from repair import kl_by_domain
 from shapes import gqa
 
 from edgemoe.inspect import inspect_model
@@ -32,7 +32,7 @@ from edgemoe.narrow import UNSEEN, narrow_experts
 from edgemoe.pipeline import BuildRequest, build_artifact
 from edgemoe.price import least_process
 from edgemoe.repair import EPOCHS
-from edgemoe.stream import tokenize
+from edgemoe.stream import final_states, tokenize
 from edgemoe.targets import find_target, gguf
 from edgemoe.texts import choose_texts
 
@@ -81,16 +81,17 @@ def compare_refits(source: str, options: argparse.Namespace) -> list[str]:
     model, rows = inspect_model(source), []
     calibration, heldout = choose_texts([], [])
     windows = tokenize(model, heldout, options.tokens, 512)
-    everyone = (tuple(range(model.n_experts)),) * model.n_layers
-    original = last_states(model, windows, everyone)
+    work = options.work / model.name
+    work.mkdir(parents=True, exist_ok=True)
+    original = final_states(model, windows, work)
 
     def measure(changed: Model) -> np.ndarray:
-        return kl_by_domain(model, windows, original, last_states(changed, windows, everyone), len(heldout))
+        return kl_by_domain(model, windows, original, final_states(changed, windows, work), len(heldout))
 
     for top_k in range(model.top_k - 1, 0, -1):
         for name, epochs in (("none", -1), ("closed form", 0), ("and descent", EPOCHS)):
             made = narrow_experts(
-                *(model, calibration, model.expert_size, options.work / model.name),
+                *(model, calibration, model.expert_size, work),
                 top_k=top_k,
                 max_tokens=options.calibration_tokens,
                 epochs=epochs,
@@ -130,8 +131,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where active.md goes")
     options = parser.parse_args()
-    files = [row for source in options.models for row in compare_files(source, options)]
     refits = [row for source in options.models for row in compare_refits(source, options)]
+    files = [row for source in options.models for row in compare_files(source, options)]
     speeds = compare_speeds(options.rounds)
     made = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores shared with other work"
     speed = f"Speed: tokens/s in llama.cpp with one thread, median of {options.rounds} rounds, best in brackets"

@@ -23,18 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from repair import kl_by_domain, last_states
+from repair import kl_by_domain
 
 from edgemoe.calibrate import collect_stats
 from edgemoe.checkpoint import read_tensor
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.menus import build_menu, make_replay, offered_counts
+from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.refit import Experts, Tokens
 from edgemoe.repair import EPOCHS, repair_survivors
-from edgemoe.stream import tokenize
+from edgemoe.stream import final_states, tokenize
 from edgemoe.texts import Text, choose_texts
-from edgemoe.twin import Change, Twin, open_overlay, save_overlay
+from edgemoe.twin import Change, Twin
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import flat_plan
@@ -175,7 +176,7 @@ def measure_model(source: str, work: Path, n_tokens: int, calibration_tokens: in
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work, max_tokens=calibration_tokens)
     windows = tokenize(model, heldout, n_tokens, 512)
-    original = last_states(model, windows, (tuple(range(model.n_experts)),) * model.n_layers)
+    original = final_states(model, windows, work)
     rows = []
     for share in SHARES:
         plan = flat_plan(model, kept=menu_sets(model, stats, max(model.top_k, round(share * model.n_experts))))
@@ -201,7 +202,7 @@ def measure_model(source: str, work: Path, n_tokens: int, calibration_tokens: in
             start = time.perf_counter()
             made = make()
             seconds = time.perf_counter() - start
-            found[name] = kl_by_domain(model, windows, original, last_states(made, windows, plan.kept), len(heldout)), seconds
+            found[name] = kl_by_domain(model, windows, original, final_states(made, windows, work, kept=plan.kept), len(heldout)), seconds
             print(model.name, plan.count, name, found[name], flush=True)
         ours = found["drop, then all three by descent (ours)"][0].mean()
         for name, (kl, _) in found.items():
