@@ -64,7 +64,10 @@ def test_counts_and_gates_are_those_of_the_original_router(model: Model, stats: 
 def test_the_fisher_trace_is_what_small_changes_of_a_state_cost() -> None:
     hidden, vocab = 48, 200
     draw = torch.Generator().manual_seed(1)
-    states, norm = torch.tensor([[1.0], [2], [4], [8]]) * torch.randn(4, hidden, generator=draw).double(), torch.rand(hidden, generator=draw).double() + 0.5
+    states, norm = (
+        torch.tensor([[1.0], [2], [4], [8]]) * torch.randn(4, hidden, generator=draw).double(),
+        torch.rand(hidden, generator=draw).double() + 0.5,
+    )
     output = 0.4 * torch.randn(vocab, hidden, generator=draw).double() * torch.tensor([1.0, 0.2]).repeat(vocab // 2)[:, None]
     log_p = (apply_norm(states, norm, 0.0) @ output.T).log_softmax(-1)
     step = 1e-3
