@@ -23,7 +23,9 @@ from edgemoe.targets import Target
 
 SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
 LEAST_ROWS = 4  # per expert
-LEAST_ROWS_ALONE = 16  # of an expert that is stored, and so priced, on its own
+LEAST_ROWS_ALONE = (
+    32  # of an expert that is stored, and so priced, on its own: prices then scatter by 7 %, with 16 rows by 15 % (docs/pricing.md, 11)
+)
 TOKENS_PER_EXPERT = 128
 RISE = 0.01  # by which prices of drops rise along a path beyond what was measured: enough to tell equals apart, too little to matter
 INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
