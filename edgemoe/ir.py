@@ -239,6 +239,21 @@ class Costs:
         """Weight of each domain [D]."""
         return np.array(self.domain_weights)
 
+    @property
+    def inherited(self) -> NDArray[np.float64]:
+        """Nats that rounding costs the tokens of an expert that goes, by domain [D, L, E]; zeros in the stacks form, where it is in `cost`.
+
+        Others serve them then, rounded too: at what the expert itself would cost in its smallest format.  Without it a drop would seem to
+        save the error that its expert is stored with.
+        """
+        found, rows = np.zeros(self.expert_drop.shape), {layer: row for row, layer in enumerate(self.expert_layers)}
+        smallest = np.where(np.isfinite(self.cost[0]), self.size[0], np.iinfo(np.int64).max).argmin(axis=1)
+        place = [(u, rows[unit.layer], unit.expert) for u, unit in enumerate(self.units) if unit.expert >= 0]
+        if place:
+            u, row, expert = np.array(place).T
+            found[:, row, expert] = self.factor[:, u] * self.cost[0, u, smallest[u]]
+        return found
+
     def kept_weights(self, u: int, c: int) -> int:
         """Weights of a unit at one kept count."""
         unit = self.units[u]

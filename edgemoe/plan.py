@@ -289,7 +289,8 @@ def describe_choice(
     context = memory.pop("context")
     memory["peak"] = peak(memory)
     drop = drop_costs(costs, c, kept)  # [D]
-    by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + drop
+    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
+    by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + inherited + drop
     q = float(costs.weights @ by_domain)
     return Plan(
         model=costs.model,

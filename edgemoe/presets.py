@@ -85,7 +85,7 @@ def layer_uniform_plan(costs: Costs, budget: int, gap: float = 1e-4) -> Plan:
         BudgetError: nothing fits.
     """
     place = _expert_units(costs)
-    drop = np.tensordot(costs.weights, costs.expert_drop, axes=1)  # [L, E]
+    drop = np.tensordot(costs.weights, costs.expert_drop + costs.inherited, axes=1)  # [L, E]
     held = costs.size[0] + costs.extra[0]
     most = costs.n_experts - costs.top_k
     n_formats = len(costs.formats)

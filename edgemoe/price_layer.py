@@ -23,8 +23,9 @@ from edgemoe.targets import Target
 
 SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
 LEAST_ROWS = 4  # per expert
-LEAST_ROWS_ALONE = 16  # of an expert that is stored, and so priced, on its own
+LEAST_ROWS_ALONE = 32  # of an expert that is stored, and so priced, on its own: prices then scatter by 7 % (docs/pricing.md, 11)
 TOKENS_PER_EXPERT = 128
+RISE = 0.01  # by which prices of drops rise along a path beyond what was measured: enough to tell equals apart, too little to matter
 INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
 SEED = 20261126  # of inputs of which only the second moments are known
 Floats = NDArray[np.float64]
@@ -63,13 +64,15 @@ class Layer:
     def price_drops(self, weights: Floats, kappa: float) -> Drops:
         """Price the menu's sets, those of the greedy path, and single experts.
 
-        An expert's own price is what its step on the greedy path adds; those that never went cost as much as the dearest that did, or
-        more by their energy.  `weights` of the domains [D]; `kappa` as in `price_losses`.
+        An expert's own price is what its step on the greedy path adds, and no less than the dearest before it, a little rising so that
+        the path's order is kept; those that never went cost as much as the last that did, or more by their energy.  `weights` of the
+        domains [D]; `kappa` as in `price_losses`.
         """
         menu, n = self.menu, self.menu.kept.shape[1]
         path = price_losses(self.drops, weights, menu.path, kappa)
         steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
-        experts = np.tile(steps.max(axis=1, initial=0.0)[:, None], (1, n))
+        steps = steps * np.linspace(1.0, 1.0 + RISE, steps.shape[1])
+        experts = np.tile((1.0 + RISE) * steps.max(axis=1, initial=0.0)[:, None], (1, n))
         experts *= np.maximum(self.energy / max(float(self.energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
         experts[:, menu.order] = steps
         curve = path - np.concatenate([np.zeros((len(weights), 1)), np.cumsum(steps, axis=1)], axis=1)

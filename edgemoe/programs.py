@@ -87,7 +87,7 @@ def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mea
     if draft.vram is not None:
         rows.append(_vram_row(costs, draft, c))
     constant = weights @ costs.drop_cost[:, c].sum(axis=1)
-    drops = np.tensordot(weights, costs.expert_drop, axes=1)  # [K, L, E]
+    drops = np.tensordot(weights, costs.expert_drop + costs.inherited, axes=1)  # [K, L, E]
     if costs.form == "stacks" and chosen:
         constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
     if near is not None:

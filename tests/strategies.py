@@ -167,13 +167,19 @@ def choices(costs: Costs, *, free_sets: bool) -> Iterator[Choice]:
                 yield Choice(c, kept, formats)
 
 
+def smallest_format(costs: Costs, u: int) -> int:
+    """The format that stores a single expert in the fewest bytes."""
+    return min((f for f in range(len(costs.formats)) if np.isfinite(costs.cost[0, u, f])), key=lambda f: int(costs.size[0, u, f]))
+
+
 def nats(costs: Costs, choice: Choice) -> list[float]:
     """Cost in each domain."""
     totals = []
     for d in range(len(costs.domains)):
         total = 0.0
         for u, f in enumerate(choice.formats):
-            total += 0.0 if f < 0 else float(costs.cost[choice.c, u, f] * costs.factor[d, u])
+            at = smallest_format(costs, u) if f < 0 else f  # who takes the tokens of an expert that goes is rounded too
+            total += float(costs.cost[choice.c, u, at] * costs.factor[d, u])
         for layer, kept in enumerate(choice.kept):
             gone = [e for e in range(costs.n_experts) if e not in kept]
             drops = costs.expert_drop[d, layer]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import random_costs
+from strategies import random_costs, smallest_format
 
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.generic import price_config
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Stats
 from edgemoe.menus import build_menu, make_replay, offered_counts
-from edgemoe.plan import least_budget, solve_plan
+from edgemoe.plan import describe_choice, least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.probes import STACKS
@@ -140,6 +140,26 @@ def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count
                 compared += 1
         assert costs.drop_curve[layer, 0] == 0
     assert compared > model.n_layers and not costs.drop_cost.any()
+
+
+def test_experts_go_in_the_order_of_the_greedy_path_where_formats_do_not_tell_them_apart(model: Model, stats: Stats, costs: Costs) -> None:
+    for layer in range(model.n_layers):
+        replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
+        order = build_menu(replay, offered_counts(model.n_experts, model.top_k)).order
+        prices = costs.weights @ costs.expert_drop[:, layer]
+        assert (np.diff(prices[order]) > 0).all()
+        assert np.delete(prices, order).min() > prices[order[-1]]
+
+
+def test_a_drop_saves_no_rounding_error_that_the_smallest_format_has(costs: Costs) -> None:
+    formats = np.array([smallest_format(costs, u) for u in range(len(costs.units))])
+    whole = describe_choice(costs, 10**9, np.ones((costs.n_layers, costs.n_experts), bool), formats, solver="none")
+    kept = np.ones((costs.n_layers, costs.n_experts), bool)
+    kept[0, 2] = False
+    gone = np.array([-1 if (unit.layer, unit.expert) == (0, 2) else f for unit, f in zip(costs.units, formats, strict=True)])
+    without = describe_choice(costs, 10**9, kept, gone, solver="none")
+    assert without.drop_q > 0 and without.file_size < whole.file_size
+    assert without.q - whole.q == pytest.approx(without.drop_q)
 
 
 def test_repair_makes_every_set_of_the_path_cheaper_by_the_factor_of_its_count(costs: Costs) -> None:
@@ -267,6 +287,7 @@ def test_layer_uniform_is_the_best_of_its_kind() -> None:
                 at = f[unit.layer] if unit.expert >= 0 else f[2]
                 if unit.expert >= 0 and not masks[unit.layer] >> unit.expert & 1:
                     q += float(costs.weights @ costs.expert_drop[:, unit.layer, unit.expert])
+                    q += float(costs.weights @ costs.factor[:, u]) * float(costs.cost[0, u, smallest_format(costs, u)])
                     continue
                 q += float(costs.weights @ costs.factor[:, u]) * float(costs.cost[0, u, at])
                 held += int(costs.size[0, u, at] + costs.extra[0, u, at])

@@ -473,13 +473,13 @@ AT_BITS = {2: [[0.08, 0.02, 0.01, 0.2], [0.05, 0.09, 0.03, 0.06]], 4: [[0.005, 0
 
 
 def golden_costs() -> Costs:
-    """Two layers of four experts that are dropped or take 2 or 4 bytes; nothing else needs memory."""
+    """Two layers of four experts that are dropped or take 2 or 4 bytes; nothing else needs memory.  A drop costs DROPS in all."""
     units = [Unit(name=f"{layer}.{e}", role="ffn_exps", layer=layer, expert=e, n_weights=8) for layer in range(2) for e in range(4)]
     units.append(Unit(name="rest", role="output", layer=-1, n_weights=8))
     cost = np.array([[AT_BITS[b][u.layer][u.expert] if u.expert >= 0 else 0.0 for b in (2, 4)] for u in units])[None]
     size = np.tile(np.array([2, 4]), (1, len(units), 1))
     size[0, -1] = 1
-    return dataclasses.replace(
+    costs = dataclasses.replace(
         random_costs(0, "experts", domains=1),
         formats=("two", "four"),
         units=tuple(units),
@@ -494,6 +494,7 @@ def golden_costs() -> Costs:
         drop_curve=np.zeros((2, 5)),
         top_k=2,
     )
+    return dataclasses.replace(costs, expert_drop=costs.expert_drop - costs.inherited)
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(12, 0.400), (16, 0.241), (20, 0.138)])
