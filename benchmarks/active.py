@@ -2,10 +2,11 @@
 
     python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 5]
 
-Files: `build --top-k N --rounding stock` at one budget, KL in llama.cpp on held-out text; the files of a model are then run in turn, round
-after round, one thread (prompt of 120 tokens, then 32 decoded).  Nothing quantized: KL in transformers of the model as it is with N active
-experts, and refitted as `build` does, on held-out text and on the windows of the calibration text that nothing was fitted to.  Speed alone:
-a random file of Qwen3-30B's widths, two layers, whose header says how many experts a token takes.
+Files: `build --top-k N --rounding stock` with equal room for weights (smaller compute buffers with fewer active experts are
+left out), KL in llama.cpp on held-out text; the files of a model are then run in turn, round after round, one thread (prompt of 120
+tokens, then 32 decoded).  Nothing quantized: KL in transformers of the model with N active experts as it is, and refitted as `build` does,
+on held-out text and on the windows of the calibration text that nothing was fitted to.  Speed alone: a random file of Qwen3-30B's widths,
+two layers, told how many experts a token takes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,8 +42,8 @@ CONTEXT = 160  # tokens, of the speed runs and of the plans
 
 
 def build(source: str, top_k: int, size: int, work: Path, calibration_tokens: int) -> Report:
-    """The best plan with so many active experts whose file and process have room for `size` bytes of weights."""
-    model, target = inspect_model(source), find_target("gguf")
+    """The best plan with so many active experts whose file takes at most `size` bytes, or the least that is possible."""
+    model, target = replace(inspect_model(source), top_k=top_k), find_target("gguf")
     beside = sum(target.memory_parts(model, CONTEXT).values())
     request = BuildRequest(
         model=source,
