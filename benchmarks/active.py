@@ -2,7 +2,7 @@
 
     python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 5]
 
-Files: `build --top-k N --rounding stock` with equal room for weights (smaller compute buffers with fewer active experts are
+Files: as `build --top-k N --rounding stock` makes them, with equal room for weights (smaller compute buffers with fewer active experts are
 left out), KL in llama.cpp on held-out text; the files of a model are then run in turn, round after round, one thread (prompt of 120
 tokens, then 32 decoded).  Nothing quantized: KL in transformers of the model with N active experts as it is, and refitted as `build` does,
 on held-out text and on the windows of the calibration text that nothing was fitted to.  Speed alone: a random file of Qwen3-30B's widths,
@@ -28,53 +28,55 @@ from peak import write as write_random
 from repair import kl_by_domain
 from shapes import gqa
 
+from edgemoe.emit import emit_artifact
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Model, Report
+from edgemoe.ir import Model, Plan
 from edgemoe.narrow import UNSEEN, narrow_experts
-from edgemoe.pipeline import BuildRequest, build_artifact
-from edgemoe.price import least_process
+from edgemoe.pipeline import BuildRequest, plan_widths, store_weights
 from edgemoe.repair import EPOCHS
 from edgemoe.stream import final_states, tokenize
 from edgemoe.targets import find_target, gguf
 from edgemoe.texts import choose_texts
+from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
 
 CONTEXT = 160  # tokens, of the speed runs and of the plans
 
 
-def build(source: str, top_k: int, size: int, work: Path, calibration_tokens: int) -> Report:
-    """The best plan with so many active experts whose file takes at most `size` bytes, or the least that is possible."""
-    model, target = replace(inspect_model(source), top_k=top_k), find_target("gguf")
-    beside = sum(target.memory_parts(model, CONTEXT).values())
+def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Plan, Path]:
+    """The best plan with so many active experts whose weights take at most `bits` for each of the original's, and its file."""
+    original, target = inspect_model(source), find_target("gguf")
+    model, work = replace(original, top_k=top_k), (options.work / original.name).absolute()
+    room = round(options.bits / 8 * original.n_weights) + sum(target.memory_parts(model, CONTEXT).values())
     request = BuildRequest(
-        model=source,
-        memory=max(size + beside, least_process(model, target, CONTEXT)),
-        out=work / f"top-{top_k}",
-        context=CONTEXT,
-        calibration_tokens=calibration_tokens,
-        rounding="stock",
-        top_k=top_k,
-        work=work,
-        force=True,
+        model=source, memory=room, out=work, calibration_tokens=options.calibration_tokens, rounding="stock", top_k=top_k
     )
-    return build_artifact(request)
+    texts = choose_texts((), ())[0]
+    offer, plan = plan_widths(request, original, [original.expert_size], top_k, target, CONTEXT, texts, work, lambda *_: None)
+    known = (original, texts, offer.stats, plan, offer.work)
+    stored = store_weights(*known, start=offer.model, rounding="stock", max_tokens=options.calibration_tokens)
+    folder = work / f"top-{top_k}"
+    return plan, emit_artifact(stored, offer.stats, plan, target, folder).path
 
 
 def compare_files(source: str, options: argparse.Namespace) -> list[str]:
     """Rows of the first table."""
     model = inspect_model(source)
-    size, reports = round(options.bits / 8 * model.n_weights), {}
-    for top_k in range(model.top_k, 0, -1):
-        reports[top_k] = build(source, top_k, size, options.work / model.name, options.calibration_tokens)
-        print(model.name, top_k, reports[top_k].measured_kl, flush=True)
-    speeds = rounds({str(k): runner(gguf, report.artifact.path, 1) for k, report in reports.items()}, options.rounds)
+    work = options.work / model.name
+    files = {k: write_file(source, k, options) for k in range(model.top_k, 0, -1)}
+    heldout = choose_texts((), ())[1]
+    windows = tokenize_heldout(model, heldout, options.tokens)
+    states, found = reference_states(model, windows, work), {}
+    for top_k, (_, path) in files.items():
+        scores = compare_logits(path, model, windows, states, [t.name for t in heldout], gguf)  # type: ignore[arg-type]
+        found[top_k] = float(np.mean([s.kl_mean for s in scores]))
+        print(model.name, top_k, files[top_k][0].predicted_kl, found[top_k], flush=True)
+    speeds = rounds({str(k): runner(gguf, path, 1) for k, (_, path) in files.items()}, options.rounds)
     rows = []
-    for top_k, report in reports.items():
-        plan, own = report.plan, reports[model.top_k].measured_kl
-        prompt, decode = (f"{statistics.median(found):.0f} ({max(found):.0f})" for found in speeds[str(top_k)])
+    for top_k, (plan, _) in files.items():
+        prompt, decode = (f"{statistics.median(seen):.0f} ({max(seen):.0f})" for seen in speeds[str(top_k)])
         head = f"| {model.name} | {top_k} | {plan.count} of {plan.n_experts} | {plan.file_size / 1e6:.2f} | {plan.active_bytes / 1e6:.2f}"
-        rows.append(
-            f"{head} | {plan.predicted_kl:.4f} | **{report.measured_kl:.4f}** | {report.measured_kl / own:.1f} | {prompt} | {decode} |"
-        )
+        kl = f"{plan.predicted_kl:.4f} | **{found[top_k]:.4f}** | {found[top_k] / found[model.top_k]:.2f}"
+        rows.append(f"{head} | {kl} | {prompt} | {decode} |")
     return rows
 
 
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["examples/tiny-moe-b", "examples/tiny-moe"])
     parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and weights are kept here between runs")
     parser.add_argument("--bits", type=float, default=3.0, help="of the file for each weight of the original")
-    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of the second table, all five texts")
+    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where active.md goes")
@@ -153,7 +155,9 @@ def main() -> None:
     lines = [
         "# Fewer active experts (`--top-k`): KL in nats per token, and speed",
         "",
-        f"`python benchmarks/active.py`, {made}; {options.calibration_tokens} calibration tokens. {speed}. More: see active.py.",
+        f"`python benchmarks/active.py`, {made}; {options.calibration_tokens} calibration tokens, {options.tokens} held out.",
+        "",
+        f"{speed}.",
         "",
         f"## Files of {options.bits:g} bits for each weight, stock rounding",
         "",
@@ -161,7 +165,7 @@ def main() -> None:
         "|" + "---|" * len(heads),
         *files,
         "",
-        f"## Nothing quantized, every expert kept ({options.tokens} held-out tokens)",
+        "## Nothing quantized, every expert kept",
         "",
         "| model | top-k | refit | KL held out, mean of texts | worst text | KL on unfitted calibration text | charged |",
         "|" + "---|" * 7,
