@@ -2,7 +2,6 @@
 
 Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan: the program is solved for each
 width that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
-Fewer active experts are the same job.
 """
 
 from __future__ import annotations
