@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.choice import describe_choice
 from edgemoe.draft import Draft, vram_room
 from edgemoe.errors import BudgetError, EdgemoeError, UsageError
 from edgemoe.ir import Costs, CountBound, Plan, RuleUse
@@ -30,7 +31,7 @@ OBJECTIVES = ("mean", "worst")
 NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
 ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
 MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
-__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "describe_choice", "drop_costs", "least_budget", "solve_plan", "sweep_sizes"]
+__all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "least_budget", "solve_plan", "sweep_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,87 +256,6 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
         counts=tuple(CountBound(count=costs.counts[task.allowed[i]], bound=b, cost=cost) for i, (b, cost) in enumerate(solution.per_count)),
     )
     return replace(plan, rules=_rule_uses(task, plan, rules))
-
-
-def describe_choice(
-    costs: Costs,
-    budget: int,
-    kept: NDArray[np.bool_],
-    formats: NDArray[np.int64],
-    *,
-    solver: str,
-    in_vram: NDArray[np.bool_] | None = None,
-    beside: Mapping[str, int] | None = None,
-) -> Plan:
-    """A choice as a plan, of which nothing is proven: bytes, memory and nats of it.
-
-    Args:
-        costs: the price list.
-        budget: that it was made for.
-        kept: experts [L, E].
-        formats: of every unit [U], by number; -1: a dropped expert.
-        solver: who made it.
-        in_vram: units [U] in the second pool.
-        beside: memory parts, if not the price list's.
-    """
-    c = 0 if costs.form == "experts" else costs.counts.index(int(kept[0].sum()))
-    stored = np.flatnonzero(formats >= 0)
-    in_vram = np.zeros(len(formats), bool) if in_vram is None else in_vram
-    sizes, extra = costs.size[c, stored, formats[stored]], costs.extra[c, stored, formats[stored]]
-    file_size = int(costs.fixed_size[c] + sizes.sum())
-    staging = costs.staging[c, stored, formats[stored]][~in_vram[stored]].max(initial=0)
-    held = file_size + int(extra.sum()) - int(sizes[in_vram[stored]].sum())
-    memory = {**(costs.memory if beside is None else beside), "weights": held, "staging": int(staging)}
-    context = memory.pop("context")
-    memory["peak"] = peak(memory)
-    drop = drop_costs(costs, c, kept)  # [D]
-    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
-    by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + inherited + drop
-    q = float(costs.weights @ by_domain)
-    return Plan(
-        model=costs.model,
-        model_name=costs.model_name,
-        costs=costs.stats,
-        target=costs.target,
-        budget=budget,
-        context=context,
-        solver=solver,
-        objective="mean",
-        n_experts=costs.n_experts,
-        top_k=costs.top_k,
-        kept=tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in kept),
-        formats={costs.units[u].name: costs.formats[formats[u]] for u in stored},
-        sizes={costs.units[u].name: int(s) for u, s in zip(stored, sizes, strict=True)},
-        vram=tuple(costs.units[u].name for u in stored if in_vram[u]),
-        file_size=file_size,
-        memory=memory,
-        q=q,
-        drop_q=float(costs.weights @ drop),
-        predicted_kl=costs.predict_kl(q),
-        domain_q={name: float(v) for name, v in zip(costs.domains, by_domain, strict=True)},
-        bound=0.0,
-        gap=1.0,
-        proven=False,
-        price=0.0,
-        counts=(),
-        rules=(),
-        repair=costs.repair,
-        origin=costs.origin,
-        width=costs.width,
-    )
-
-
-def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by single experts where they differ."""
-    if costs.form == "experts":
-        gone = (~kept).sum(axis=1)
-        curve = costs.drop_curve[np.arange(len(gone)), gone].sum()
-        total = (costs.expert_drop * ~kept).sum(axis=(1, 2)) + curve
-    else:
-        menu = costs.kept[c]
-        changed = (costs.expert_drop * (menu & ~kept)).sum(axis=(1, 2)) - (costs.expert_drop * (~menu & kept)).sum(axis=(1, 2))
-        total = costs.drop_cost[:, c].sum(axis=1) + changed
-    return np.asarray(total)
 
 
 def _rule_uses(task: _Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.choice import describe_choice
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
 from edgemoe.memory import room_for_weights
-from edgemoe.plan import describe_choice
 from edgemoe.solvers.pmq import allocate_bits
 from edgemoe.solvers.program import Program
 from edgemoe.solvers.search import solve

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_tensor
+from edgemoe.choice import drop_costs
 from edgemoe.emit import emit_artifact
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
-from edgemoe.plan import drop_costs
 from edgemoe.storage import hash_json, write_text
 from edgemoe.targets import Target
 from edgemoe.texts import Text

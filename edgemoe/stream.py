@@ -183,6 +183,7 @@ class LayerStream:
         self._skeleton.eval().requires_grad_(requires_grad=False)
         self._rotary: Any = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
         self._ends = model.of_layer(-1)
+        self.eps = float(model.config.get("rms_norm_eps", 1e-6))  # of all norms
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A tensor of the checkpoint on the device, float32."""
@@ -238,7 +239,7 @@ class LayerStream:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
         output = self._ends.get(("output", -1)) or self._ends["token_embd", -1]
         norm = self.read(self._ends["output_norm", -1])
-        return norm, self.read(output), float(self.model.config.get("rms_norm_eps", 1e-6))
+        return norm, self.read(output), self.eps
 
 
 class only_experts:

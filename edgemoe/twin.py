@@ -8,7 +8,7 @@ folder, one file per layer; after each layer everything is on disk, so a killed 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -144,15 +144,16 @@ class Twin:
         self._leave(layer, following, residual)
 
     def _run_original(self, module: Any, layer: int, following: States, attended: States) -> None:
-        """Write the original's states after the layer, and after its attention."""
+        """Write the original's states after the layer and, where matrices are packed, after its attention."""
         before = self.states("original", layer)
 
         def run(index: NDArray[np.int64]) -> None:
             with recording(Recorder()) as seen:
                 out = self.original.run_layer(module, before.read(index))
-            assert seen.moe_output is not None
             following.write(index, out)
-            attended.write(index, out - seen.moe_output.view_as(out))
+            if self.packing:
+                assert seen.moe_output is not None
+                attended.write(index, out - seen.moe_output.view_as(out))
 
         for _ in map_ordered(run, self.windows.chunks(), device=self.original.device):
             pass
@@ -214,14 +215,14 @@ class Twin:
             weights, guard = torch.from_numpy(self.each[rows]), torch.from_numpy(self.guard[rows])
             return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
-        fitted, guard = zip(*map_ordered(chunk, self.windows.chunks(), device=self.changed.device), strict=True)
-        return reduce(Sums.__add__, fitted), reduce(Sums.__add__, guard)
+        parts: Iterator[tuple[Sums, Sums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
+        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # as they come: each is as large as the matrix
 
     def _pack_attention(self, module: Any, layer: int, attended: States) -> Packed:
         """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
         assert self.packing is not None
         before, original = self.states("changed", layer), self.states("original", layer)
-        params, eps = dict(module.named_parameters()), self.original.head()[2]
+        params, eps = dict(module.named_parameters()), self.original.eps
         weights = {role: params[name].data for role, name in MODULE_NAMES.items() if name in params}
 
         def attend(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

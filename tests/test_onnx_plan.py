@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_costs, smallest_format
 
+from edgemoe.choice import describe_choice
 from edgemoe.errors import BudgetError, UsageError
 from edgemoe.generic import price_config
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Stats
 from edgemoe.menus import build_menu, make_replay, offered_counts
-from edgemoe.plan import describe_choice, least_budget, solve_plan
+from edgemoe.plan import least_budget, solve_plan
 from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
 from edgemoe.price import discount_drops, least_process, price_choices
 from edgemoe.probes import STACKS
