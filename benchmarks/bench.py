@@ -7,15 +7,19 @@ the same importance matrix.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import llama_cpp as lc
 import numpy as np
 from recipes import Kept
-from yardstick import Yardstick
+from yardstick import Score, Yardstick
 
+import edgemoe
 from edgemoe.calibrate import collect_stats
 from edgemoe.errors import VerifyError
 from edgemoe.inspect import inspect_model
@@ -24,16 +28,27 @@ from edgemoe.memory import peak
 from edgemoe.pipeline import BuildRequest, build_artifact, choose_context, price_cached
 from edgemoe.plan import least_budget, solve_plan
 from edgemoe.scores import importance_of
-from edgemoe.storage import hash_json, load_record
+from edgemoe.storage import hash_file, hash_json, load_record
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import floor_importance
 from edgemoe.targets.gguf.writer import tensor_name
 from edgemoe.texts import Text, choose_texts
+from edgemoe.verify import DEFAULT_TOKENS, reference_states, tokenize_heldout
 
 SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
 LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight
 PROBE_TOKENS = 2048  # of calibration text, for the searches that measure single tensors
 CHECK_CHARACTERS = 2000  # of held-out text that a build checks itself on; the bench measures it afterwards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A file of ours: experts of a layer that stay, KL promised, hash of the file, and what was measured."""
+
+    count: int
+    predicted: float
+    sha256: str
+    score: Score
 
 
 class Bench:
@@ -51,8 +66,10 @@ class Bench:
     def __init__(
         self, source: Path, work: Path, tokens: int, calibration_tokens: int = 65_536, seed: int = 0, domains: tuple[str, ...] = ()
     ) -> None:
+        self.title = " + ".join(domains) or f"seed {seed}"
+        self.made_of = (source, work, tokens, calibration_tokens, seed, domains)
         self.model, self.target, self.work, self.seed = inspect_model(source), find_target("gguf"), work, seed
-        self.source, self.calibration_tokens = source, calibration_tokens
+        self.source, self.calibration_tokens, self.code = source, calibration_tokens, hash_code()
         work.mkdir(parents=True, exist_ok=True)
         shipped, heldout = choose_texts([], [])
         texts = tuple(slice_text(t, seed) for t in shipped if not domains or t.name in domains)
@@ -98,12 +115,35 @@ class Bench:
             self.write(dict.fromkeys(self.any_plan.formats, "F16"), kept).rename(source)
         return llama_quantize(source, self.work / "peer.gguf", mix, imatrix_entries(self.model, self.stats, kept))
 
-    def build(self, size: int) -> tuple[Plan, Path]:
-        """Our file for `size` bytes of weights, as `edgemoe build` makes it; a broken promise is told, and the file measured."""
+    def known(self, size: int) -> Built | None:
+        """Our file of this size as measured before, if the same code made it."""
+        log = self.work / "ours.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        for key, count, predicted, sha256 in map(json.loads, lines):
+            if key == self._key(size) and self.held.knows(sha256):
+                return Built(count=count, predicted=predicted, sha256=sha256, score=self.held.score_of(sha256))
+        return None
+
+    def remember(self, size: int, built: Built) -> None:
+        """Keep what was measured."""
+        self.held.remember(built.score, built.sha256)
+        with (self.work / "ours.jsonl").open("a") as log:
+            log.write(json.dumps([self._key(size), built.count, built.predicted, built.sha256]) + "\n")
+
+    def _key(self, size: int) -> str:
+        return hash_json(self.model.fingerprint, self.stats.key, self.calibration_tokens, size, self.overhead, self.code)
+
+    def prepare_builds(self) -> None:
+        """Make what all builds share, so that several may run at once."""
+        _, check = choose_texts(self.files, self.check)
+        reference_states(self.model, tokenize_heldout(self.model, check, DEFAULT_TOKENS), self.work)
+
+    def build(self, size: int) -> Built:
+        """Our file for `size` bytes of weights, as `edgemoe build` makes it, measured; a broken promise is told."""
         request = BuildRequest(
             model=str(self.source),
             memory=size + self.overhead,
-            out=self.work / "ours",
+            out=self.work / f"ours-{self._key(size)[:16]}",
             calibration=self.files,
             calibration_tokens=self.calibration_tokens,
             heldout=self.check,
@@ -117,7 +157,18 @@ class Bench:
                 raise
             print(f"  note: {error}")
         report = load_record(request.out / "report.json", Report)
-        return report.plan, request.out / report.artifact.files[0].name
+        path = request.out / report.artifact.files[0].name
+        score = self.held.run(path)
+        built = Built(count=report.plan.count, predicted=report.plan.predicted_kl, sha256=hash_file(path), score=score)
+        shutil.rmtree(request.out)
+        return built
+
+
+def hash_code() -> str:
+    """SHA-256 of the product's own source."""
+    root = Path(edgemoe.__file__).parent
+    sources = sorted({path.resolve() for folder in (root, root / "solvers", root / "targets") for path in folder.rglob("*.py")})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts
@@ -136,7 +187,9 @@ def write_texts(folder: Path, texts: tuple[Text, ...]) -> tuple[str, ...]:
     """Texts as files for --calibration and --heldout, documents parted by form feeds."""
     folder.mkdir(exist_ok=True)
     for text in texts:
-        (folder / f"{text.name}.txt").write_text("\f".join(text.documents), encoding="utf-8")
+        path, words = folder / f"{text.name}.txt", "\f".join(text.documents)
+        if not path.exists() or path.read_text(encoding="utf-8") != words:  # builds that run at once read them
+            path.write_text(words, encoding="utf-8")
     return tuple(str(folder / f"{text.name}.txt") for text in texts)
 
 

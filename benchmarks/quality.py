@@ -15,18 +15,23 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import platform
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import peers
 import table
-from bench import Bench
+from bench import Bench, Built
 from peers import Job
 from picture import draw
 from table import Entry, Ours
+from threadpoolctl import threadpool_limits
 from yardstick import Yardstick
 
 BUDGETS = 10
@@ -67,14 +72,31 @@ def measure_jobs(yard: Yardstick, what: str, jobs: Iterable[Job]) -> list[Entry]
     return found
 
 
-def measure_ours(bench: Bench, what: str, sizes: dict[int, int]) -> list[Ours]:
-    """Our builds for some of the budgets, by number."""
-    clock, found = Clock(f"{what} (seed {bench.seed})", len(sizes)), []
-    for number, size in sizes.items():
-        plan, path = bench.build(size)
-        score = bench.held.measure_file(path)
-        found.append(Ours(budget=number, count=plan.count, predicted=plan.predicted_kl, score=score))
-        clock.tick(f"{score.size} bytes, {plan.count} experts, KL {peers.mean_kl(bench.held, score):.5f}")
+def build_one(made_of: tuple[Any, ...], size: int, threads: int) -> Built:
+    """One of our builds, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    with threadpool_limits(threads):
+        return Bench(*made_of).build(size)
+
+
+def measure_ours(wanted: dict[tuple[int, int], tuple[Bench, int]], jobs: int) -> dict[tuple[int, int], Ours]:
+    """Our builds, `jobs` at a time: by number of the bench and of the budget, its bytes."""
+    todo = {key: place for key, place in wanted.items() if not place[0].known(place[1])}
+    for bench in {id(bench): bench for bench, _ in todo.values()}.values():
+        bench.prepare_builds()
+    clock, threads = Clock("ours", len(todo)), max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(build_one, bench.made_of, size, threads): (bench, size) for bench, size in todo.values()}
+        for future in as_completed(running):
+            (bench, size), built = running[future], future.result()
+            bench.remember(size, built)
+            clock.tick(f"{bench.title}, {built.score.size} bytes, {built.count} experts, KL {peers.mean_kl(bench.held, built.score):.5f}")
+    found = {}
+    for key, (bench, size) in wanted.items():
+        if built := bench.known(size):
+            found[key] = Ours(budget=key[1], count=built.count, predicted=built.predicted, score=built.score)
     return found
 
 
@@ -119,6 +141,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--budgets", type=int, default=BUDGETS, help="how many sizes")
     parser.add_argument("--only", nargs="*", help="classes of peers to look at (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="our builds that run at once; each takes its share of the cores")
     parser.add_argument("--no-tasks", action="store_true", help="no task-specific plans")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where NAME.md and NAME.svg go")
     return parser.parse_args()
@@ -160,17 +183,18 @@ def main() -> None:
     except BlockingIOError:
         raise SystemExit(f"{work}: another run is at work there") from None
     common = (options.model, work, options.tokens, options.calibration_tokens)
-    benches = [Bench(*common, seed=seed) for seed in options.seeds]
+    benches = [Bench(*common, seed) for seed in options.seeds]
     first = benches[0]
     budgets = budgets_of(first, options.budgets)
-    runs = []
-    for bench in benches:
-        found = measure_seed(options, bench, budgets, everything=bench is first)
-        runs.append((bench.seed, measure_ours(bench, "ours", dict(enumerate(budgets))), found))
-    tasks = []
-    for names in () if options.no_tasks else TASKS:
-        bench = Bench(*common, seed=first.seed, domains=names)
-        tasks.append((names, measure_ours(bench, " + ".join(names), {i: budgets[i] for i in TASK_BUDGETS if i < len(budgets)})))
+    found = [measure_seed(options, bench, budgets, everything=bench is first) for bench in benches]
+    names = () if options.no_tasks else TASKS
+    special = [Bench(*common, first.seed, domains) for domains in names]
+    few = [i for i in TASK_BUDGETS if i < len(budgets)]
+    wanted = {(b, i): (bench, budgets[i]) for b, bench in enumerate(benches) for i in range(len(budgets))}
+    wanted |= {(b, i): (bench, budgets[i]) for b, bench in enumerate(special, len(benches)) for i in few}
+    ours = measure_ours(wanted, options.jobs)
+    runs = [(bench.seed, [ours[b, i] for i in range(len(budgets))], found[b]) for b, bench in enumerate(benches)]
+    tasks = [(domains, [ours[b, i] for i in few]) for b, domains in enumerate(names, len(benches))]
     text = write_up(first, command_of(options), runs, tasks)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{first.model.name}.md").write_text(text)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.ir import Model
-from edgemoe.storage import hash_file, hash_json
+from edgemoe.storage import hash_json
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.verify import reference_states, tokenize_heldout
@@ -59,23 +59,23 @@ class Yardstick:
         key = hash_json(self.key, *made_from)
         if key not in self.known:
             path = make()
-            self._remember(key, self._run(path))
+            self.remember(self.run(path), *made_from)
             path.unlink()
         return self.known[key]
 
-    def measure_file(self, path: Path) -> Score:
-        """Measure a file that stays; it is known by its bytes."""
-        key = hash_json(self.key, hash_file(path))
-        if key not in self.known:
-            self._remember(key, self._run(path))
-        return self.known[key]
+    def score_of(self, *made_from: object) -> Score:
+        """What was measured before."""
+        return self.known[hash_json(self.key, *made_from)]
 
-    def _remember(self, key: str, score: Score) -> None:
+    def remember(self, score: Score, *made_from: object) -> None:
+        """Keep what was measured."""
+        key = hash_json(self.key, *made_from)
         self.known[key] = score
         with self.log.open("a") as log:
             log.write(json.dumps([key, asdict(score)]) + "\n")
 
-    def _run(self, path: Path) -> Score:
+    def run(self, path: Path) -> Score:
+        """Measure a file."""
         rows = [w[:n].tolist() for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)]
         found: list[tuple[Array, Array, Array]] = []
 

@@ -68,7 +68,10 @@ TargetOpt = Annotated[
 WidthOpt = Annotated[
     str | None,
     typer.Option(
-        "--width", metavar="N|auto", help="Cut experts to their N best neurons; auto: to 3/4 or 1/2 if that pays. [default: no cut]"
+        "--width",
+        metavar="N|auto|full",
+        help="Cut experts to their N best neurons; auto: to 3/4 or 1/2 if that pays; full: never. "
+        "[default: a GGUF of less than 2.75 bits a weight tries it]",
     ),
 ]
 TopKOpt = Annotated[

@@ -30,6 +30,7 @@ from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
+FEW_BITS = 2.75  # a weight in the file: fewer, and narrower experts are tried unasked; half won at 2, lost at 3 (results/width.md)
 # Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
 # (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (benchmarks/results/width.md).
 UNSEEN = 1.5
@@ -53,21 +54,25 @@ class Narrowed:
 
 # ------------------------------------------------------------------------------------------------------------------ widths
 def choose_widths(model: Model, asked: str) -> tuple[int, ...]:
-    """Widths to try, falling: what was asked, or for "auto" the whole, three quarters and half, where formats can store them.
+    """Widths to try, falling: what was asked, or the whole, three quarters and half, where formats can store them.
+
+    Args:
+        model: the original.
+        asked: neurons; "full"; "auto": whatever some format can store; nothing: what those of few bits can store too.
 
     Raises:
         UsageError: no such width; names those that are possible.
     """
-    if asked in ("", str(model.expert_size)):
+    if asked in ("full", str(model.expert_size)):
         return (model.expert_size,)
     possible = range(BLOCK, model.expert_size, BLOCK)
-    if asked == "auto":
-        wanted = [round(model.expert_size * share) for share in AUTO_SHARES]
-        return tuple(w for w in wanted if w in possible or w == model.expert_size)
+    if asked in ("", "auto"):
+        wanted, block = [round(model.expert_size * share) for share in AUTO_SHARES], BLOCK if asked else SUPER_BLOCK
+        return tuple(w for w in wanted if w == model.expert_size or (w in possible and w % block == 0))
     if not asked.isdecimal() or int(asked) not in possible:
         best = [str(w) for w in possible if w % SUPER_BLOCK == 0]
         every = f"multiples of {BLOCK} below {model.expert_size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
-        hint = f"give auto, {model.expert_size} (as it is), or one of: {every}"
+        hint = f"give auto, full, or one of: {every}"
         raise UsageError(
             f"--width {asked}: {model.name} has experts of {model.expert_size} neurons and cannot have such ones",
             hint=f"{hint}; formats below 4 bits need {', '.join(best)}" if best else hint,

@@ -17,7 +17,7 @@ from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats
 from edgemoe.memory import DEFAULT_CONTEXT
-from edgemoe.narrow import charge, choose_top_k, choose_widths, narrow_experts
+from edgemoe.narrow import FEW_BITS, charge, choose_top_k, choose_widths, narrow_experts
 from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
@@ -58,7 +58,7 @@ class BuildRequest:
     repair: bool = True
     rounding: str = "feedback"
     refine: int = DEFAULT_ROUNDS
-    width: str = ""  # neurons of every expert, or "auto"; empty: as they are
+    width: str = ""  # neurons of every expert, "full" or "auto"; empty: narrower ones where bits are few
     top_k: int | None = None  # experts that the router picks; None: as in the checkpoint
     work: Path | None = None
     force: bool = False
@@ -142,7 +142,8 @@ def plan_widths(
 ) -> tuple[Offer, Plan]:
     """The best plan over all widths (falling) that are tried, with `top_k` active experts, by predicted KL; and what it was made from.
 
-    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it.
+    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it; unasked, none is tried
+    where the whole width fits with bits to spare.
 
     Raises:
         BudgetError: nothing fits at any width; says what the narrowest needs.
@@ -167,6 +168,8 @@ def plan_widths(
             continue
         if best is None or _promised(offer, plan) < _promised(*best):
             best = offer, plan
+        if not request.width and (costs.form == "experts" or 8 * plan.file_size >= FEW_BITS * model.n_weights):
+            break
     if best is None:
         raise refused[-1]
     return best

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +99,7 @@ def load_record(path: Path, kind: type[R]) -> R:
     if version != FORMAT_VERSION:
         raise ModelError(f"{path}: format_version is {version}, this edgemoe reads {FORMAT_VERSION}", hint="make it again")
     hints = get_type_hints(kind)
-    array_names = [n for n, hint in hints.items() if getattr(hint, "__origin__", None) is np.ndarray]
+    array_names = [n for n, hint in hints.items() if get_origin(hint) in (np.ndarray, NDArray)]  # numpy 2.5 keeps the alias
     arrays = load_arrays(path.with_suffix(".safetensors")) if array_names else {}
     values: dict[str, Any] = {n: arrays[n] for n in array_names if n in arrays}
     for name, hint in hints.items():

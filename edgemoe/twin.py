@@ -265,7 +265,7 @@ class Twin:
                 return Ends(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
 
             fitted, guard = np.flatnonzero(~self.guard_windows).tolist(), np.flatnonzero(self.guard_windows).tolist()
-            fold(descend_map(translation(sums), output, read, fitted, guard), output)
+            fold(descend_map(translation(sums).to(output.device), output, read, fitted, guard), output)
             arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), sums)[0]
             before.close()
             original.close()

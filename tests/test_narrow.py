@@ -256,7 +256,9 @@ def test_bad_widths_are_refused_with_those_that_are_possible(asked: str, trained
 def test_auto_tries_what_formats_can_store(trained: Model) -> None:
     assert choose_widths(trained, "auto") == (512, 384, 256)
     assert choose_widths(replace(trained, expert_size=192), "auto") == (192, 96)
-    assert choose_widths(trained, "") == choose_widths(trained, "512") == (512,)
+    assert choose_widths(trained, "full") == choose_widths(trained, "512") == (512,)
+    assert choose_widths(trained, "") == (512, 256)  # unasked, those that formats of few bits can store
+    assert choose_widths(replace(trained, expert_size=192), "") == (192,)
     assert choose_widths(trained, "96") == (96,)
 
 

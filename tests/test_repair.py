@@ -70,7 +70,7 @@ def heldout_kl(original: Model, model: Model, plan: Plan) -> np.ndarray:
         return (apply_norm(states, norm, eps) @ head.T).double().log_softmax(-1)
 
     p, q = logits(original, tuple(range(original.n_experts))), logits(model, plan.kept[0])
-    return (p.exp() * (p - q)).sum(-1).mean(1).numpy()
+    return (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
 
 
 def test_dropping_half_costs_much_less_after_repair_on_every_heldout_text(model: Model, repaired: Model, plan: Plan) -> None:
