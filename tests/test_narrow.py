@@ -23,13 +23,14 @@ from edgemoe.errors import ModelError, UsageError
 from edgemoe.families import find_family, resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model
-from edgemoe.narrow import UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
+from edgemoe.narrow import FEW_BITS, UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
 from edgemoe.neurons import camera_energy, heapr_sums, score_neurons
 from edgemoe.overlay import save_overlay
+from edgemoe.pipeline import BuildRequest, plan_widths
 from edgemoe.refit import Experts
 from edgemoe.storage import array_file, load_arrays, save_arrays
 from edgemoe.stream import tokenize
-from edgemoe.targets import gguf
+from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.run import run
 from edgemoe.targets.gguf.writer import fixed_size, list_units
 from edgemoe.texts import SHIPPED, Text, read_text
@@ -260,6 +261,23 @@ def test_auto_tries_what_formats_can_store(trained: Model) -> None:
     assert choose_widths(trained, "") == (512, 256)  # unasked, those that formats of few bits can store
     assert choose_widths(replace(trained, expert_size=192), "") == (192,)
     assert choose_widths(trained, "96") == (96,)
+
+
+def test_unasked_narrower_experts_are_tried_where_bits_are_few_alone(texts: list[Text], tmp_path: Path) -> None:
+    model = inspect_model(make_checkpoint(tmp_path / "source", "mixtral", seed=0, n_experts=4, hidden=256, expert_size=512, layers=1))
+    target, context = find_target("gguf"), 512
+
+    def narrowed(bits: float, asked: str = "") -> list[str]:
+        beside = sum(target.memory_parts(model, context).values())
+        memory = beside + round(bits / 8 * model.n_weights)
+        request = BuildRequest(model="", memory=memory, out=tmp_path, calibration_tokens=1024, repair=False, width=asked)
+        widths = choose_widths(model, asked)
+        plan_widths(request, model, widths, model.top_k, target, context, texts, tmp_path, lambda stage, done, total: None)
+        return [path.name.split("-")[1] for path in tmp_path.glob("narrow-*")]
+
+    assert narrowed(FEW_BITS + 1) == []
+    assert narrowed(FEW_BITS - 0.5, "full") == []
+    assert narrowed(FEW_BITS - 0.5) == ["256"]
 
 
 def test_a_plan_for_narrower_experts_is_not_written_from_wide_ones(trained: Model, tmp_path: Path) -> None:
