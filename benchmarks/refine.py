@@ -74,7 +74,7 @@ def measure_model(source: str, work: Path, tokens: int) -> list[dict[str, Any]]:
         return known[key]
 
     (work / "judge").mkdir(exist_ok=True)
-    measure = Measurer(model, stats, calibration, target, work, max_tokens=DEFAULT_TOKENS, stored_as=stored_as)
+    measure = Measurer(model, stats, calibration, target, work, max_tokens=DEFAULT_TOKENS, stored_as=stored_as, rounding="feedback")
     overhead = sum(costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
     lowest = max(LEAST * model.n_bytes, (least_budget(costs) - overhead) * 1.02)
     rows = []

@@ -124,13 +124,20 @@ def build(
     given = {
         "--target": target if target != "gguf" else None,
         "--context": context,
+        "--calibration-tokens": calibration_tokens if calibration_tokens != 65_536 else None,
         "--recipe": recipe and recipe.name,
         "--objective": objective,
+        "--solver": solver if solver != "highs" else None,
+        "--gap": gap if gap != 1e-4 else None,
+        "--time-limit": time_limit,
+        "--shard-max": shard_max,
+        "--rounding": rounding if rounding != "feedback" else None,
         "--refine": refine,
         "--width": width,
         "--top-k": top_k,
     }
     asked = [part for option, value in given.items() if value for part in (option, str(value))]
+    asked += [] if repair else ["--no-repair"]
     asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
 
@@ -182,7 +189,7 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
     model, target = inspect_model(request.model), find_target(request.target)
     context = choose_context(model, request.context)
     fewest = replace(model, top_k=choose_top_k(model, request.top_k))
-    narrowest = resize_experts(fewest, choose_widths(model, request.width)[-1])
+    narrowest = resize_experts(fewest, choose_widths(model, request.width, target.FORM)[-1])
     parts = target.memory_parts(narrowest, context)
     least = least_process(narrowest, target, context)
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
@@ -355,7 +362,7 @@ def verify(
             progress=lambda d, n: progress("verify", d, n),
         )
     if old is not None:
-        report = replace(report, frontier=old.frontier, model=old.model)
+        report = replace(report, frontier=old.frontier, model=old.model, rounds=old.rounds)
     finish_output(output, report)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")

@@ -41,7 +41,11 @@ OutOpt = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Whe
 ForceOpt = Annotated[bool, typer.Option("--force", help="Replace what edgemoe wrote to OUT before.")]
 ShardOpt = Annotated[str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF into files of at most this size.")]
 RoundingOpt = Annotated[
-    str, typer.Option("--rounding", help="feedback (on the calibration text, layer by layer) or stock (ggml's own, matrix by matrix).")
+    str,
+    typer.Option(
+        "--rounding",
+        help="feedback (on the calibration text, layer by layer) or stock (the format's usual quantizer, matrix by matrix).",
+    ),
 ]
 RecipeOpt = Annotated[
     Path | None,

@@ -87,6 +87,8 @@ def plan(
     if sweep is not None:
         if memory or device:
             raise UsageError("--sweep names the budgets; leave --memory and --device out")
+        if time_limit is not None or near or explain or why or export:
+            raise UsageError("--sweep solves for many budgets; leave --time-limit, --near, --explain, --why and --export out")
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
     from edgemoe.plan import solve_plan

@@ -57,7 +57,7 @@ def examine_machine(folder: Path) -> list[Check]:
         found = path or ("not needed: built already" if built else "")
         checks.append(Check(tool, purpose, found, f"install {tool} from your system's packages", "gguf"))
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
-    checks.append(Check("memory", "calibrate: two layers in F32 + 1.5 GiB", f"{format_bytes(memory.available)} free", ""))
+    checks.append(Check("memory", "calibrate: two layers in F32 + 1.5 GiB; build: four", f"{format_bytes(memory.available)} free", ""))
     checks.append(Check("disk", "emit: the artifact", f"{format_bytes(disk.free)} free in {folder.resolve()}", ""))
     checks.append(Check("cores", "speed", str(os.cpu_count()), ""))
     return checks

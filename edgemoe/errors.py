@@ -33,6 +33,10 @@ class BudgetError(EdgemoeError):
     exit_code = 3
 
 
+class ConflictError(BudgetError):
+    """Rules exclude each other: no size helps; the message names them."""
+
+
 class ModelError(EdgemoeError):
     """A model, text or record file is malformed or not supported; names the file and the field."""
 

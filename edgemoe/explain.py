@@ -116,7 +116,7 @@ def explain_expert(costs: Costs, plan: Plan, layer: int, expert: int) -> ExpertF
     row = costs.expert_layers.index(parse_layers([layer], costs.expert_layers, "--why")[0])
     if not 0 <= expert < costs.n_experts:
         raise UsageError(f"--why {layer}:{expert}: experts are 0 to {costs.n_experts - 1}")
-    prices = costs.weights @ costs.expert_drop[:, row]
+    prices = costs.weights @ (costs.expert_drop + costs.inherited)[:, row]
     kept = np.zeros(costs.n_experts, bool)
     kept[list(plan.kept[row])] = True
     gone = prices[~kept]

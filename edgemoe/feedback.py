@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
 TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
-BELIEF = 0.4  # in a gram off its diagonal, by tokens: see `shrink_moments`: docs/decisions/0009-feedback-rounding.md
+BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_moments` and docs/decisions/0009-feedback-rounding.md
 LAZY = 128  # columns after which the rest of a row is corrected in one product
 Floats = NDArray[np.float32]
 
@@ -83,7 +83,7 @@ def factor_moments(h: NDArray[np.floating], damping: float = DAMPING) -> Moments
 class Uniform:
     """value = offset + scale * code, codes 0..n-1; one column a group."""
 
-    scale: Floats  # [R, C], not negative is not required
+    scale: Floats  # [R, C], of either sign
     offset: Floats  # [R, C]
     n: int
     dim = 1
@@ -145,10 +145,10 @@ class Signed:
         for turn in range(2):
             for part in range(parts):
                 at = slice(part * width, (part + 1) * width)
-                index[:, part] = self._magnitude(at, scale, signs, value, linear, metric, first=turn == 0)
+                index[:, part] = self._magnitude(at, scale, signs, value, linear, metric)
                 value[:, at] = scale * self.magnitudes[index[:, part]]
             if turn == 0:
-                signs = self._signs(value, signs, linear, metric)
+                signs = self._signs(value, linear, metric)
         value = value * signs
         code = np.zeros(len(w), np.int64)
         bits = int(self.magnitudes.shape[0] - 1).bit_length()
@@ -167,9 +167,7 @@ class Signed:
             signs[odd, smallest] *= -1
         return signs
 
-    def _magnitude(
-        self, at: slice, scale: Floats, signs: Floats, value: Floats, linear: Floats, metric: Floats, *, first: bool
-    ) -> NDArray[np.int64]:
+    def _magnitude(self, at: slice, scale: Floats, signs: Floats, value: Floats, linear: Floats, metric: Floats) -> NDArray[np.int64]:
         """Best index of one part, the others given."""
         inner, mine = metric[at, at], signs[:, at]
         target = linear[:, at]
@@ -184,7 +182,7 @@ class Signed:
         best: NDArray[np.int64] = (weights @ features.T).argmin(axis=1)
         return best
 
-    def _signs(self, value: Floats, signs: Floats, linear: Floats, metric: Floats) -> Floats:
+    def _signs(self, value: Floats, linear: Floats, metric: Floats) -> Floats:
         """All sign patterns tried for the magnitudes found."""
         patterns = sign_patterns(even=self.even)
         rows, cols = np.triu_indices(8, 1)

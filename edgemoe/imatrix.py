@@ -248,7 +248,7 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
     cold: list[tuple[int, int]] = []
     tokens = 0
     for layer in range(model.n_layers):
-        arrays = _layer_arrays(imatrix, model, layer)
+        arrays = _layer_arrays(imatrix, layer)
         save_arrays(folder / array_file(layer), arrays)
         cold += [(layer, int(e)) for e in np.flatnonzero(arrays["count"][0] < COLD_TOKENS)]
         tokens = max(tokens, int(arrays["tokens"][0]))
@@ -268,7 +268,7 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
     return stats
 
 
-def _layer_arrays(imatrix: Imatrix, model: Model, layer: int) -> dict[str, NDArray[Any]]:
+def _layer_arrays(imatrix: Imatrix, layer: int) -> dict[str, NDArray[Any]]:
     """Arrays of Stats of one layer.  `expert_importance` is the number of routed tokens, as no gates weigh the sums."""
     found = {}
     for key, roles in INPUTS.items():

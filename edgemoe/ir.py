@@ -22,7 +22,6 @@ from edgemoe.storage import array_file, load_arrays
 PROJECTIONS = ("gate", "up", "down")
 MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
 
-Floats = NDArray[np.float32] | NDArray[np.float64]
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 

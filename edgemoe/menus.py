@@ -53,7 +53,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Menu:
-    """For each kept count: the set, its loss (mean |y(S) - y|^2 per token) and how busy each survivor is; and the greedy path behind it."""
+    """For each kept count: the set, its loss (mean |y(S) - y|^2 / |s|^2 per token), how busy each survivor is; the greedy path behind it."""
 
     counts: tuple[int, ...]
     kept: NDArray[np.bool_]  # [C, E]
@@ -194,11 +194,8 @@ def _scaled_losses(replay: Replay, selection: _Selection) -> NDArray[np.float64]
     return result
 
 
-def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bool_] | None = None) -> Menu:
-    """Kept sets for these counts (the largest is all experts): backward greedy, then swaps.
-
-    `protected` [E] marks experts that every set must keep.
-    """
+def build_menu(replay: Replay, counts: tuple[int, ...]) -> Menu:
+    """Kept sets for these counts (the largest is all experts): backward greedy, then swaps."""
     n_experts = replay.probs.shape[1]
     original = original_gates(replay)
     kept = np.ones(n_experts, bool)
@@ -206,13 +203,11 @@ def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bo
     order, path = [], [0.0]
     for count in range(n_experts - 1, min(counts) - 1, -1):
         losses = removal_losses(replay, kept, original)
-        if protected is not None:
-            losses[protected] = np.inf
         order.append(int(losses.argmin()))
         path.append(float(losses.min()))
         kept[order[-1]] = False
         if count in counts:
-            found[count] = _improve_by_swaps(replay, kept.copy(), original, protected) if n_experts <= SWAP_UP_TO else kept.copy()
+            found[count] = _improve_by_swaps(replay, kept.copy(), original) if n_experts <= SWAP_UP_TO else kept.copy()
     sets = np.stack([found[n] for n in counts])
     priced = [set_loss(replay, s) for s in sets]
     return Menu(
@@ -225,9 +220,7 @@ def build_menu(replay: Replay, counts: tuple[int, ...], protected: NDArray[np.bo
     )
 
 
-def _improve_by_swaps(
-    replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64], protected: NDArray[np.bool_] | None
-) -> NDArray[np.bool_]:
+def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Take back one dropped expert and drop the cheapest instead, while that lowers the loss."""
     loss = set_loss(replay, kept)[0]
     improved = True
@@ -237,8 +230,6 @@ def _improve_by_swaps(
             trial = kept.copy()
             trial[expert] = True
             losses = removal_losses(replay, trial, original)
-            if protected is not None:
-                losses[protected] = np.inf
             worst = int(losses.argmin())
             if losses[worst] < loss * (1 - 1e-9):
                 trial[worst] = False

@@ -30,9 +30,9 @@ from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
-FEW_BITS = 2.75  # a weight in the file: fewer, and narrower experts are tried unasked; half won at 2, lost at 3 (results/width.md)
+FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narrower experts are tried unasked (results/width.md)
 # Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
-# (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (benchmarks/results/width.md).
+# (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
 UNSEEN = 1.5
 SCORES = ("heapr", "camera", "magnitude", "random")
 
@@ -53,17 +53,18 @@ class Narrowed:
 
 
 # ------------------------------------------------------------------------------------------------------------------ widths
-def choose_widths(model: Model, asked: str) -> tuple[int, ...]:
+def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, ...]:
     """Widths to try, falling: what was asked, or the whole, three quarters and half, where formats can store them.
 
     Args:
         model: the original.
-        asked: neurons; "full"; "auto": whatever some format can store; nothing: what those of few bits can store too.
+        asked: neurons; "full"; "auto": whatever some format can store; nothing: what those of few bits can store too, in the stacks form.
+        form: of the plan, as in Costs.
 
     Raises:
         UsageError: no such width; names those that are possible.
     """
-    if asked in ("full", str(model.expert_size)):
+    if asked in ("full", str(model.expert_size)) or (not asked and form == "experts"):
         return (model.expert_size,)
     possible = range(BLOCK, model.expert_size, BLOCK)
     if asked in ("", "auto"):

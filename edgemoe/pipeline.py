@@ -1,4 +1,4 @@
-"""The whole job: inspect -> (narrow) -> calibrate -> price -> plan -> repair -> emit -> verify -> report, and where its files lie.
+"""The whole job: inspect -> (narrow) -> calibrate -> price -> plan -> (refine) -> repair -> emit -> verify -> report.
 
 OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from edgemoe import __version__
 from edgemoe.calibrate import collect_stats
 from edgemoe.emit import check_split, emit_artifact
-from edgemoe.errors import BudgetError, UsageError, VerifyError
+from edgemoe.errors import BudgetError, ConflictError, UsageError, VerifyError
 from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats
@@ -78,7 +78,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     check_rounding(request.rounding)
     model = inspect_model(request.model)
     context = choose_context(model, request.context)
-    widths = choose_widths(model, request.width)
+    widths = choose_widths(model, request.width, target.FORM)
     top_k = choose_top_k(model, request.top_k)
     check_budget(resize_experts(replace(model, top_k=top_k), widths[-1]), target, context, request.memory)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
@@ -95,7 +95,9 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     rounds = tuple[Round, ...]()
     if request.refine:
         tokens, stage = request.calibration_tokens, _stage(progress, "refine")
-        measure = Measurer(model, offer.stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, progress=stage)
+        measure = Measurer(
+            model, offer.stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, rounding=request.rounding, progress=stage
+        )
         refined = refine_plan(offer.costs, plan, request.refine, lambda costs: _solve(request, replace(offer, costs=costs)), measure)
         plan, offer, rounds = refined.plan, replace(offer, costs=refined.costs), refined.rounds
     save_record(request.out / ".work" / "plan.json", plan)
@@ -163,12 +165,14 @@ def plan_widths(
         offer = Offer(model=narrowed.model, stats=stats, costs=costs, costs_hash=key, work=narrowed.work)
         try:
             plan = _solve(request, offer)
+        except ConflictError:
+            raise  # no width helps
         except BudgetError as error:
             refused.append(error)
             continue
         if best is None or _promised(offer, plan) < _promised(*best):
             best = offer, plan
-        if not request.width and (costs.form == "experts" or 8 * plan.file_size >= FEW_BITS * model.n_weights):
+        if not request.width and 8 * plan.file_size >= FEW_BITS * model.n_weights:
             break
     if best is None:
         raise refused[-1]

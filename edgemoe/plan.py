@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.choice import describe_choice
 from edgemoe.draft import Draft, vram_room
-from edgemoe.errors import BudgetError, EdgemoeError, UsageError
+from edgemoe.errors import BudgetError, ConflictError, EdgemoeError, UsageError
 from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
 from edgemoe.programs import Compiled, Near, compile_program
@@ -359,7 +359,7 @@ def _explain_infeasible(task: _Task, budget: int, rules: Sequence[Rule]) -> Budg
             f"solver {task.solver} says that no plan fits {format_bytes(budget)}, but one of {least} bytes does", hint="please report this"
         )
     conflict = minimal_conflict(costs, rules)
-    return BudgetError(
+    return ConflictError(
         f"no plan keeps these rules together, at any size: {'; '.join(describe_rule(r) for r in conflict)}",
         hint="drop or loosen one of them",
     )

@@ -25,7 +25,7 @@ from edgemoe.targets import Target, count_bytes
 ROUNDINGS = ("feedback", "stock")
 REVISION = 5  # raised when the same statistics give other prices, so that no older ones are opened
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
-REPAIRED = 0.5  # what drops cost after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
+REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 FED_BACK = 0.75  # what rounding costs with feedback in the refitted stream, of stock rounding: 0.66 to 0.88 (docs/pricing.md, 12)
 SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
 Progress = Callable[[int, int], None]
@@ -238,7 +238,7 @@ def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int,
 
 
 def least_process(model: Model, target: Target, context: int) -> int:
-    """Bytes of the smallest process that any plan makes, from shapes alone: top-k experts kept, every unit in its smallest format."""
+    """Bytes that no plan's process is smaller than, from shapes alone: top-k experts kept, every unit in its smallest format."""
     count = model.n_experts if target.FORM == "experts" else model.top_k
     units = target.list_units(model)
     sizes = count_bytes(model, target, units, (count,))
@@ -249,4 +249,6 @@ def least_process(model: Model, target: Target, context: int) -> int:
             experts.setdefault(unit.layer, []).append(size)
     total = sum(size for unit, size in zip(units, least.tolist(), strict=True) if unit.expert < 0)
     total += sum(sum(sorted(one)[: model.top_k]) for one in experts.values())
-    return peak({**target.memory_parts(model, context), "weights": target.fixed_size(model, count) + total, "staging": 0})
+    others = np.array([unit.expert < 0 for unit in units])  # stored in any plan, and copied one at a time where all formats are
+    copied = np.where(sizes.offered, sizes.staging[0], np.iinfo(np.int64).max).min(axis=1)[others].max(initial=0)
+    return peak({**target.memory_parts(model, context), "weights": target.fixed_size(model, count) + total, "staging": int(copied)})

@@ -125,7 +125,7 @@ def _is_bf16(view: torch.Tensor) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------- the head
 def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
-    """KL of every probe by domain, one of a rounded output matrix added; also the arrays of the ends."""
+    """KL of every probe by domain, one of a rounded output matrix added."""
     model, windows, last = run.model, run.windows, run.model.n_layers
     norm, output, eps = run.stream.head()
     tied = ("output", -1) not in model.of_layer(-1)

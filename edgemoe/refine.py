@@ -23,13 +23,14 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.choice import drop_costs
 from edgemoe.emit import emit_artifact
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
+from edgemoe.repair import REVISION
 from edgemoe.storage import hash_json, write_text
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.verify import WINDOW, compare_logits, kl_of_rows, reference_states
 
 MEASURE_TOKENS = 4096
-SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (repair.GUARD_EVERY)
+SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (twin.GUARD_EVERY, from its half on)
 DIGITS = 3  # significant digits of a measured KL that are used: another processor's last bits must not choose another plan
 LEAST_SHARE = 0.1  # of a plan's cost that drops or formats must have for its factor to be told apart from the whole's
 MOST = 4.0  # the formats' factor stays within this of the whole's
@@ -37,7 +38,7 @@ MOST = 4.0  # the formats' factor stays within this of the whole's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """KL of a plan on the measuring text, and of its drops alone (0 without drops); nats per token."""
+    """KL of a plan on the measuring text, and of what it leaves out alone (drops, narrower or fewer active experts); nats per token."""
 
     kl: float
     drop_kl: float
@@ -133,7 +134,8 @@ def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
     for row, experts in enumerate(plan.kept):
         kept[row, list(experts)] = True
     drop = drop_costs(costs, c, kept)
-    domains = costs.factor[:, stored] @ costs.cost[c, stored, chosen] + drop
+    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
+    domains = costs.factor[:, stored] @ costs.cost[c, stored, chosen] + inherited + drop
     q = float(costs.weights @ domains)
     worst = q if plan.objective == "mean" else float(domains.max())
     return replace(
@@ -163,9 +165,24 @@ class Measurer:
         *,
         max_tokens: int,
         stored_as: Callable[..., Model],
+        rounding: str,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        """Choose the text.
+
+        Args:
+            model: the original.
+            stats: what calibration saw.
+            texts: calibration texts.
+            target: what plans are written as.
+            work: folder for what is made and measured.
+            max_tokens: of the texts together, as in calibration.
+            stored_as: makes the weights of a plan, by `rounding`, or by what is given beside the plan.
+            rounding: how `stored_as` rounds.
+            progress: called with (plans measured, plans measured).
+        """
         self.model, self.stats, self.texts, self.target, self.work, self.stored_as = model, stats, texts, target, work, stored_as
+        self.how = (rounding, REVISION)
         self.windows = measuring_windows(model, texts, max_tokens)
         self.progress = progress
         self.done = 0
@@ -173,7 +190,7 @@ class Measurer:
     def __call__(self, plan: Plan) -> Measured:
         """KL of the plan and of its drops."""
         made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, __version__)
-        path = self.work / f"measured-{hash_json(made_from, plan.kept, plan.formats, plan.repair)[:16]}.json"
+        path = self.work / f"measured-{hash_json(made_from, self.how, plan.kept, plan.formats, plan.repair)[:16]}.json"
         if not path.exists():
             write_text(path, json.dumps(asdict(self._measure(plan, path.with_suffix("")))) + "\n")
         self.done += 1
@@ -198,12 +215,13 @@ class Measurer:
         return Measured(kl=_rounded(whole), drop_kl=_rounded(drops))
 
     def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> float:
-        """KL of the kept experts, repaired and not rounded, in transformers a layer at a time."""
-        if all(len(kept) == self.model.n_experts for kept in plan.kept):
-            return 0.0
+        """KL of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
         from edgemoe.stream import final_states
 
-        changed = final_states(self.stored_as(plan, "stock"), self.windows, folder, kept=plan.kept)
+        stored = self.stored_as(plan, "stock")
+        if stored is self.model and all(len(kept) == self.model.n_experts for kept in plan.kept):
+            return 0.0
+        changed = final_states(stored, self.windows, folder, kept=plan.kept)
         head = read_tensor(self.model.folder, self.model.find("output") or self.model.find("token_embd"))  # type: ignore[arg-type]
         means: dict[int, list[NDArray[np.float64]]] = {}
         for i, n in enumerate(self.windows.lengths):

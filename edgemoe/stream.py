@@ -307,7 +307,6 @@ def final_states(
     model: Model,
     windows: Windows,
     work: Path,
-    progress: Callable[[int, int], None] | None = None,
     kept: Sequence[Sequence[int]] | None = None,
 ) -> NDArray[np.float32]:
     """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
@@ -327,8 +326,6 @@ def final_states(
                 for _ in map_ordered(run, chunks, device=stream.device):
                     pass
             stream.unload_layer(layer)
-            if progress:
-                progress(layer + 1, model.n_layers)
         norm, _, eps = stream.head()
         rows = [apply_norm(states.read(index), norm, eps).cpu().numpy() for index in chunks]
     finally:

@@ -85,7 +85,9 @@ def sweep_budgets(
         else:
             worse = best is not None and objective_of(best) < objective_of(plan)
             if worse and best is not None:
-                plan = replace(best, budget=budget, bound=min(plan.bound, objective_of(best)), price=plan.price)
+                bound = min(plan.bound, objective_of(best))
+                left = max(0.0, 1 - bound / max(objective_of(best), 1e-300))
+                plan = replace(best, budget=budget, bound=bound, gap=left, proven=plan.proven and left <= gap, price=plan.price)
             points.append(Point(budget=budget, plan=plan, carried_over=worse))
             best = plan
         progress(number + 1, len(budgets))

@@ -24,7 +24,7 @@ _SAME_BY_CHANCE = 200  # characters; shorter paragraphs may be equal in differen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """One text: documents in order, its weight among the others, and where it came from."""
+    """One text: documents in order, and its weight among the others."""
 
     name: str
     documents: tuple[str, ...]

@@ -16,8 +16,10 @@ from command import MODEL, TOKENS, error_of, run_cli, stop_when
 from tiny import make_checkpoint
 
 from edgemoe.emit import emit_artifact
+from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Plan, Stats
+from edgemoe.narrow import choose_widths
 from edgemoe.pipeline import choose_context
 from edgemoe.plan import solve_plan
 from edgemoe.price import least_process
@@ -156,7 +158,8 @@ def test_a_refused_budget_keeps_what_force_would_replace(quick: Built, tmp_path:
 
 def test_a_budget_below_the_least_is_refused_before_calibration_and_names_the_least(tmp_path: Path) -> None:
     model, target = inspect_model(MODEL), find_target("gguf")
-    least = least_process(model, target, choose_context(model, None))
+    narrowest = resize_experts(model, choose_widths(model, "")[-1])  # unasked, half the width is tried where the whole does not fit
+    least = least_process(narrowest, target, choose_context(model, None))
     done = run_cli("build", MODEL, "--memory", f"{least - 1}B", "-o", tmp_path / "out")
     assert done.returncode == 3 and str(least) in error_of(done.stderr)
     assert "calibrate" not in done.stderr and done.stdout == ""

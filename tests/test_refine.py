@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from strategies import budget_between, random_costs
+from tiny import flat_plan, flat_stats, make_checkpoint
 
+from edgemoe.checkpoint import read_tensor
+from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
-from edgemoe.ir import Costs, Plan
+from edgemoe.ir import Costs, Model, Plan
+from edgemoe.overlay import save_overlay
 from edgemoe.plan import solve_plan
-from edgemoe.refine import MEASURE_TOKENS, Measured, measuring_windows, refine_plan, rescale
+from edgemoe.refine import MEASURE_TOKENS, Measured, Measurer, measuring_windows, refine_plan, rescale
 from edgemoe.repair import GUARD_EVERY
+from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import tokenize
+from edgemoe.targets import find_target
 from edgemoe.texts import choose_texts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-moe-b"
@@ -87,6 +93,59 @@ def test_a_plan_that_measures_worse_is_not_taken_though_prices_prefer_it() -> No
     )
     assert (refined.plan.kept, refined.plan.formats) == (good.kept, good.formats) and not refined.plan.proven
     assert refined.plan.predicted_kl == pytest.approx(0.5, rel=1e-6)
+
+
+def test_a_kept_plan_is_repriced_with_the_rounding_that_a_dropped_experts_tokens_inherit() -> None:
+    said = random_costs(1, "experts", layers=3, experts=6, formats=4)
+    budgets = [budget_between(said, share) for share in (0.15, 0.05)]
+    good, bad = (solve_plan(said, b) for b in budgets)
+    assert (good.kept, good.formats) != (bad.kept, bad.formats) and sum(map(len, good.kept)) < 18
+    measured = {str(good.formats): Measured(kl=0.5, drop_kl=0.1)}
+    refined = refine_plan(
+        said, good, 1, lambda costs: solve_plan(costs, budgets[1]), lambda p: measured.get(str(p.formats), Measured(kl=9.0, drop_kl=0.1))
+    )
+    assert (refined.plan.kept, refined.plan.formats) == (good.kept, good.formats)
+    assert refined.plan.predicted_kl == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return inspect_model(make_checkpoint(folder / "mixtral", "mixtral", n_experts=4, hidden=128, expert_size=160))
+
+
+def test_what_was_measured_of_one_rounding_is_not_taken_for_another(checkpoint: Model, tmp_path: Path) -> None:
+    asked: list[str] = []
+    calibration, _ = choose_texts([], [])
+    stats, plan = flat_stats(checkpoint, tmp_path / "stats"), flat_plan(checkpoint, "Q8_0")
+
+    def measure(rounding: str) -> Measured:
+        def stored_as(_: Plan, how: str = rounding) -> Model:
+            asked.append(how)
+            return checkpoint
+
+        settings = {"max_tokens": 2048, "stored_as": stored_as, "rounding": rounding}
+        return Measurer(checkpoint, stats, calibration, find_target("gguf"), tmp_path, **settings)(plan)
+
+    for rounding in ("feedback", "stock", "feedback"):
+        assert measure(rounding).drop_kl == 0 < measure(rounding).kl
+    assert asked == ["feedback", "stock", "stock", "stock"]  # the file, then what is left out alone; each once
+
+
+def test_narrower_experts_are_measured_among_what_a_plan_leaves_out(checkpoint: Model, tmp_path: Path) -> None:
+    for layer in range(checkpoint.n_layers):
+        arrays = {
+            f"{role}.{e}": np.take(read_tensor(checkpoint.folder, tensor), np.arange(96), axis=int(role == "ffn_down_exps"))
+            for (role, e), tensor in checkpoint.of_layer(layer).items()
+            if e >= 0
+        }
+        save_arrays(tmp_path / array_file(layer), arrays)
+    narrow = save_overlay(resize_experts(checkpoint, 96), tmp_path, {})
+    calibration, _ = choose_texts([], [])
+    stats, plan = flat_stats(narrow, tmp_path / "stats"), flat_plan(narrow, "F32")
+    settings = {"max_tokens": 2048, "stored_as": lambda _, __="": narrow, "rounding": "stock"}
+    seen = Measurer(checkpoint, stats, calibration, find_target("gguf"), tmp_path, **settings)(plan)
+    assert seen.drop_kl == pytest.approx(seen.kl, rel=0.01) and seen.kl > 0  # in F32 nothing else is lost
 
 
 def test_the_measuring_text_is_calibration_text_that_no_repair_was_fitted_to_and_nothing_held_out() -> None:

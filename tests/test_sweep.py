@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import run_cli
+from strategies import budget_between, random_costs
 
 from edgemoe.errors import UsageError
 from edgemoe.exchange import diff_plans, export_plan, gpu_flags, tensor_type_lines
@@ -45,12 +46,14 @@ def test_more_memory_never_costs_more_and_what_is_too_little_is_told(costs: Cost
     assert all(p.memory["peak"] <= p.budget for p in plans)
 
 
-def test_a_sweep_with_a_loose_gap_carries_the_better_plan_over(costs: Costs) -> None:
-    budgets = [2_400_000_000 + i * 300_000 for i in range(6)]
-    points = sweep_budgets(costs, budgets, solver="lagrange", gap=0.5)
+def test_a_sweep_with_a_loose_gap_carries_the_better_plan_over() -> None:
+    costs = random_costs(0, "stacks", layers=3, experts=6, formats=4)
+    points = sweep_budgets(costs, sorted({budget_between(costs, i / 40) for i in range(1, 30)}), solver="lagrange", gap=0.9)
     q = [p.plan.q for p in points if p.plan is not None]
     assert q == sorted(q, reverse=True)
     assert all(p.plan is not None and p.plan.budget == p.budget and p.plan.bound <= p.plan.q for p in points)
+    carried = [p.plan for p in points if p.carried_over and p.plan is not None]
+    assert carried and all(p.gap == pytest.approx(1 - p.bound / p.q) for p in carried)
 
 
 def test_the_csv_is_the_sweep(costs: Costs) -> None:

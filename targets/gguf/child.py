@@ -36,7 +36,6 @@ lc = _bindings()
 UBATCH = 512
 LOAD_WITHOUT_MMAP, LOAD_WITH_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 1, 0, 1, 0, -1
 EXACT = {"type_k": F32, "type_v": F32, "flash": FLASH_OFF}
-_ERROR = 4  # ggml's log level
 
 
 class Llama:

@@ -100,7 +100,7 @@ def mix_types(model: Model, mix: str, *, imatrix: bool = True) -> dict[str, str]
     units = list_units(model)
     tied = not any(unit.role == "output" for unit in units)
     types = {}
-    for unit, place in _places(model, units):
+    for unit, place in _places(units):
         width = cols[unit.name]
         kind = "output" if tied and unit.role == "token_embd" else _kind(unit.role)
         chosen = _apply(rules.get(kind, ""), rules["base"], model, place, imatrix)
@@ -136,7 +136,7 @@ def _kind(role: str) -> str:
     return next((kind for kind in ("up", "gate", "down") if role.startswith(f"ffn_{kind}")), "")
 
 
-def _places(model: Model, units: list[Unit]) -> Iterator[tuple[Unit, _Place]]:
+def _places(units: list[Unit]) -> Iterator[tuple[Unit, _Place]]:
     """Units as llama-quantize walks them: layer by layer, by name inside."""
     n_layers = 1 + max(unit.layer for unit in units)
     all_v = sum(_kind(unit.role) == "v" for unit in units)
