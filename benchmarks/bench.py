@@ -33,7 +33,6 @@ from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import floor_importance
 from edgemoe.targets.gguf.writer import tensor_name
 from edgemoe.texts import Text, choose_texts
-from edgemoe.verify import DEFAULT_TOKENS, reference_states, tokenize_heldout
 
 SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
 LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight
@@ -132,11 +131,6 @@ class Bench:
 
     def _key(self, size: int) -> str:
         return hash_json(self.model.fingerprint, self.stats.key, self.calibration_tokens, size, self.overhead, self.code)
-
-    def prepare_builds(self) -> None:
-        """Make what all builds share, so that several may run at once."""
-        _, check = choose_texts(self.files, self.check)
-        reference_states(self.model, tokenize_heldout(self.model, check, DEFAULT_TOKENS), self.work)
 
     def build(self, size: int) -> Built:
         """Our file for `size` bytes of weights, as `edgemoe build` makes it, measured; a broken promise is told."""

@@ -84,8 +84,6 @@ def build_one(made_of: tuple[Any, ...], size: int, threads: int) -> Built:
 def measure_ours(wanted: dict[tuple[int, int], tuple[Bench, int]], jobs: int) -> dict[tuple[int, int], Ours]:
     """Our builds, `jobs` at a time: by number of the bench and of the budget, its bytes."""
     todo = {key: place for key, place in wanted.items() if not place[0].known(place[1])}
-    for bench in {id(bench): bench for bench, _ in todo.values()}.values():
-        bench.prepare_builds()
     clock, threads = Clock("ours", len(todo)), max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(build_one, bench.made_of, size, threads): (bench, size) for bench, size in todo.values()}

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.menus import COLD_TOKENS
 from edgemoe.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.rounding import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
-from edgemoe.storage import FORMAT_VERSION, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
+from edgemoe.storage import FORMAT_VERSION, alone, array_file, hash_json, load_arrays, load_record, save_arrays, save_record, write_text
 from edgemoe.stream import LayerStream, States, Windows, tokenize
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.watch import Run, save_ends, watch_layer
@@ -63,9 +64,23 @@ def collect_stats(
         settings["top_k"] = model.top_k
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     work = work / f"stats-{key[:16]}"
-    done = work / "stats.json"
-    if done.exists():
-        return replace(load_record(done, Stats), folder=str(work))
+    with alone(work):
+        if (work / "stats.json").exists():
+            return replace(load_record(work / "stats.json", Stats), folder=str(work))
+        return _watch_all(model, texts, windows, stream, work, key, settings, progress)
+
+
+def _watch_all(
+    model: Model,
+    texts: Sequence[Text],
+    windows: Windows,
+    stream: LayerStream,
+    work: Path,
+    key: str,
+    settings: dict[str, Any],
+    progress: Progress | None,
+) -> Stats:
+    """What `collect_stats` returns, made now."""
     work.mkdir(parents=True, exist_ok=True)
     tokens = [int(windows.lengths[windows.domain == d].sum()) for d in range(len(texts))]
     domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
@@ -76,7 +91,7 @@ def collect_stats(
     stats = Stats(
         folder=str(work), model=model.fingerprint, key=key, settings=settings, domains=domains, probes=probes, cold=_find_cold(model, work)
     )
-    save_record(done, stats)
+    save_record(work / "stats.json", stats)
     for name in work.glob("*.bin"):
         name.unlink()
     return stats

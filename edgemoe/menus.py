@@ -53,7 +53,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Menu:
-    """For each kept count: the set, its loss (mean |y(S) - y|^2 / |s|^2 per token), how busy each survivor is; the greedy path behind it."""
+    """For each kept count: the set, its loss (mean |y(S) - y|^2 / |s|^2 per token), how busy each survivor is; the greedy path."""
 
     counts: tuple[int, ...]
     kept: NDArray[np.bool_]  # [C, E]

@@ -23,7 +23,7 @@ from edgemoe.ir import Costs, Model
 from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
 from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.refit import RATE, RIDGE, Experts, Tokens
-from edgemoe.storage import hash_json, write_text
+from edgemoe.storage import alone, hash_json, write_text
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
@@ -173,23 +173,24 @@ def narrow_experts(
     settings = (__version__, *fit, score, width, start.top_k)
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     folder = work.absolute() / f"narrow-{width}-{start.top_k}-{key[:16]}"
-    made = open_overlay(base, folder, {})
-    if made is None:
-        few = min(max_tokens, TOKENS)
-        scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
-        twin = Twin(model, start, texts, max_tokens, folder, key)
+    with alone(folder):
+        made = open_overlay(base, folder, {})
+        if made is None:
+            few = min(max_tokens, TOKENS)
+            scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
+            twin = Twin(model, start, texts, max_tokens, folder, key)
 
-        def change(layer: int, _: Tokens, experts: Experts) -> Experts:
-            if whole:
-                return experts
-            arrays = load_scores(scores, layer) if scores else {}
-            return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+            def change(layer: int, _: Tokens, experts: Experts) -> Experts:
+                if whole:
+                    return experts
+                arrays = load_scores(scores, layer) if scores else {}
+                return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
 
-        for layer in twin.resume(lambda done, _: tell(steps - layers + done)):
-            twin.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
-            tell(steps - layers + layer + 1)
-        write_text(folder / "kl.json", json.dumps(twin.measure()))
-        made = save_overlay(base, folder, {})
+            for layer in twin.resume(lambda done, _: tell(steps - layers + done)):
+                twin.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+                tell(steps - layers + layer + 1)
+            write_text(folder / "kl.json", json.dumps(twin.measure()))
+            made = save_overlay(base, folder, {})
     kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
     return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.ir import Model
-from edgemoe.storage import array_file, hash_json, load_arrays, save_arrays, write_text
+from edgemoe.storage import alone, array_file, hash_json, load_arrays, save_arrays, write_text
 from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording, tokenize
 from edgemoe.texts import Text
 
@@ -187,12 +187,13 @@ def score_neurons(model: Model, texts: Sequence[Text], work: Path, *, max_tokens
     """
     stream_key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, WINDOW, max_tokens)
     work = work.absolute() / f"neurons-{stream_key[:16]}"
-    if (work / "done").exists():
-        return work
-    work.mkdir(parents=True, exist_ok=True)
-    weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
-    _Pass(model, tokenize(model, texts, max_tokens, WINDOW), weights, work, stream_key).run(progress)
-    write_text(work / "done", "")
+    with alone(work):
+        if (work / "done").exists():
+            return work
+        work.mkdir(parents=True, exist_ok=True)
+        weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+        _Pass(model, tokenize(model, texts, max_tokens, WINDOW), weights, work, stream_key).run(progress)
+        write_text(work / "done", "")
     return work
 
 

@@ -25,7 +25,7 @@ from edgemoe.price import REVISION, check_rounding, discount, least_process, pri
 from edgemoe.refine import Measurer, refine_plan
 from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
-from edgemoe.storage import hash_file, hash_json, load_record, save_record
+from edgemoe.storage import alone, hash_file, hash_json, load_record, save_record
 from edgemoe.targets import Target, find_target
 from edgemoe.texts import DEFAULT_TOKENS, Text, choose_texts
 from edgemoe.units import format_bytes
@@ -319,8 +319,9 @@ def price_cached(
 ) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
     path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
-    if not path.exists():
-        save_record(path, price_choices(model, stats, target, context, progress))
+    with alone(path):
+        if not path.exists():
+            save_record(path, price_choices(model, stats, target, context, progress))
     return load_record(path, Costs), hash_file(path)
 
 

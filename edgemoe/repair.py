@@ -11,7 +11,7 @@ from edgemoe.ir import Model, Plan
 from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.pack import Packing
 from edgemoe.refit import RATE, RIDGE
-from edgemoe.storage import hash_json
+from edgemoe.storage import alone, hash_json
 from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
@@ -65,13 +65,14 @@ def repair_survivors(
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
     formats = packing.formats if packing else {}
-    repaired = open_overlay(base, work, formats)
-    if repaired is not None:
-        return repaired
-    twin = Twin(model, base, texts, max_tokens, work, key, packing)
-    for layer in twin.resume(progress):
-        twin.refit_layer(layer, plan.kept[layer], epochs=epochs)
-        if progress:
-            progress(layer + 1, model.n_layers)
-    twin.pack_ends()
-    return save_overlay(base, work, formats)
+    with alone(work):
+        repaired = open_overlay(base, work, formats)
+        if repaired is not None:
+            return repaired
+        twin = Twin(model, base, texts, max_tokens, work, key, packing)
+        for layer in twin.resume(progress):
+            twin.refit_layer(layer, plan.kept[layer], epochs=epochs)
+            if progress:
+                progress(layer + 1, model.n_layers)
+        twin.pack_ends()
+        return save_overlay(base, work, formats)

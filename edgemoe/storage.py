@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
@@ -59,6 +61,23 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read as arrays: {error}", hint="delete it and run the command again") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold what lies at `path` for this process; others that want it wait.  Without locks of files nothing is held."""
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except (ImportError, OSError):
+        yield
+        return
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from edgemoe.errors import VerifyError
 from edgemoe.families import resize_experts
 from edgemoe.ir import Artifact, Model, Plan, Report, TextScore
 from edgemoe.machine import measure_bandwidth
-from edgemoe.storage import hash_json, load_arrays, save_arrays
+from edgemoe.storage import alone, hash_json, load_arrays, save_arrays
 from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.units import format_bytes
@@ -173,13 +173,14 @@ def reference_states(model: Model, windows: Any, work: Path) -> NDArray[np.float
     work.mkdir(parents=True, exist_ok=True)
     key = hash_json(model.fingerprint, windows.tokens.tolist(), windows.lengths.tolist())
     path = work / f"reference-{key[:16]}.safetensors"
-    if not path.exists():
-        scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
-        scratch.mkdir(exist_ok=True)
-        try:
-            save_arrays(path, {"states": final_states(model, windows, scratch)})
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with alone(path):
+        if not path.exists():
+            scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
+            scratch.mkdir(exist_ok=True)
+            try:
+                save_arrays(path, {"states": final_states(model, windows, scratch)})
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     states: NDArray[np.float32] = load_arrays(path)["states"]
     return states
 
