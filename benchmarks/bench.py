@@ -27,6 +27,7 @@ from edgemoe.ir import Costs, Model, Plan, Report, Stats
 from edgemoe.memory import peak
 from edgemoe.pipeline import BuildRequest, build_artifact, choose_context, price_cached
 from edgemoe.plan import least_budget, solve_plan
+from edgemoe.rules import ByteLimit
 from edgemoe.scores import importance_of
 from edgemoe.storage import hash_file, hash_json, load_record
 from edgemoe.targets import find_target
@@ -137,6 +138,7 @@ class Bench:
         request = BuildRequest(
             model=str(self.source),
             memory=size + self.overhead,
+            rules=(ByteLimit(at_most=f"{size - int(self.costs.fixed_size.max())}B"),),  # narrower experts leave room for a larger file
             out=self.work / f"ours-{self._key(size)[:16]}",
             calibration=self.files,
             calibration_tokens=self.calibration_tokens,
