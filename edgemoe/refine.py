@@ -31,7 +31,7 @@ from edgemoe.verify import WINDOW, compare_logits, kl_of_rows, reference_states
 
 MEASURE_TOKENS = 4096
 SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (twin.GUARD_EVERY, from its half on)
-# KL on held-out text over KL on the measuring text, whose documents refits and feedback were fitted to: tiny-moe-b 1.16 to 1.41 at eight sizes,
+# KL on held-out text over KL on the measuring text, to whose documents refits and feedback were fitted: tiny-moe-b 1.16 to 1.41 at 8 sizes,
 # tiny-moe (before feedback) 1.09 to 1.19 (docs/pricing.md, 13)
 UNSEEN = 1.2
 DIGITS = 3  # significant digits of a measured KL that are used: another processor's last bits must not choose another plan
