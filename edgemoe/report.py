@@ -44,6 +44,7 @@ from edgemoe.units import format_bytes
 _TOP_BITS = 9.0
 _LIGHT = ("#f9cb5a", "#f0875a", "#c0508a", "#6b3a9c", "#28225e")
 _DARK = ("#463f8f", "#8f48a3", "#d6587f", "#f59660", "#fde080")
+_LETTER = 7  # units of the map that a letter beside it takes, at most on average
 _CHART = {"width": 480, "height": 300, "left": 56, "right": 12, "top": 10, "bottom": 44}
 
 
@@ -125,7 +126,6 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
         "beside": beside,  # room for the formats at the right of each row
         "width": n_experts * step,
         "height": n_layers * pitch,
-        "total": n_experts * step + 44 + (290 if beside else 8),
         "columns": range(0, n_experts, next(s for s in (1, 2, 4, 8, 16, 32, 64, n_experts) if s * step >= 26 or s >= n_experts)),
         "labelled": next(s for s in (1, 2, 5, 10, 20, n_layers) if s * pitch >= 13 or s >= n_layers),
     }
@@ -135,7 +135,8 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
             stacks.setdefault(unit.layer, []).append(unit)
     layers = sorted(stacks) if len(stacks) == n_layers else range(n_layers)
     rows = [{"layer": layer, **_map_row(stacks.get(layer, []), plan, keys, i, box)} for i, layer in enumerate(layers)]
-    return {**box, "rows": rows, "alone": alone}
+    words = _LETTER * max(len(row["words"]) for row in rows) + 20 if beside else 8
+    return {**box, "total": n_experts * step + 44 + words, "rows": rows, "alone": alone}
 
 
 def _ticks(low: float, high: float) -> list[float]:
