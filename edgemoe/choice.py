@@ -42,9 +42,7 @@ def describe_choice(
     memory = {**(costs.memory if beside is None else beside), "weights": held, "staging": int(staging)}
     context = memory.pop("context")
     memory["peak"] = peak(memory)
-    drop = drop_costs(costs, c, kept)  # [D]
-    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
-    by_domain = costs.factor[:, stored] @ costs.cost[c, stored, formats[stored]] + inherited + drop
+    by_domain, drop = price_choice(costs, c, kept, stored, formats[stored])
     q = float(costs.weights @ by_domain)
     return Plan(
         model=costs.model,
@@ -77,6 +75,15 @@ def describe_choice(
         origin=costs.origin,
         width=costs.width,
     )
+
+
+def price_choice(
+    costs: Costs, c: int, kept: NDArray[np.bool_], stored: NDArray[np.int64], formats: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats of a choice by domain [D], and of them what its drops cost [D]; `stored` units have these formats, both by number."""
+    drop = drop_costs(costs, c, kept)
+    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
+    return costs.factor[:, stored] @ costs.cost[c, stored, formats] + inherited + drop, drop
 
 
 def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:

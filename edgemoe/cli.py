@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,24 +121,6 @@ def build(
     """
     budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
-    given = {
-        "--target": target if target != "gguf" else None,
-        "--context": context,
-        "--calibration-tokens": calibration_tokens if calibration_tokens != 65_536 else None,
-        "--recipe": recipe and recipe.name,
-        "--objective": objective,
-        "--solver": solver if solver != "highs" else None,
-        "--gap": gap if gap != 1e-4 else None,
-        "--time-limit": time_limit,
-        "--shard-max": shard_max,
-        "--rounding": rounding if rounding != "feedback" else None,
-        "--refine": refine,
-        "--width": width,
-        "--top-k": top_k,
-    }
-    asked = [part for option, value in given.items() if value for part in (option, str(value))]
-    asked += [] if repair else ["--no-repair"]
-    asked += [part for text in rule or () for part in ("--rule", text)]
     from edgemoe.pipeline import BuildRequest, build_artifact
 
     request = BuildRequest(
@@ -163,8 +145,10 @@ def build(
         top_k=top_k,
         work=work,
         force=force,
-        command=shlex.join(["edgemoe", "build", name, "--memory", memory or f"{budget}B", *asked, "-o", output.name]),
     )
+    told = [*(["--recipe", recipe.name] if recipe else []), *(["--objective", objective] if objective else [])]
+    told += [part for text in rule or () for part in ("--rule", text)]
+    request = replace(request, command=_command_of(request, name, memory or f"{budget}B", told))
     if dry_run:
         _dry_run(request, as_json=as_json)
         return
@@ -176,6 +160,17 @@ def build(
         from edgemoe.terminal import summarize_report
 
         print_rich(summarize_report(report))
+
+
+def _command_of(request: Any, model: str, memory: str, told: list[str]) -> str:
+    """The command that makes the same again, as it is published: options where they are not the default, no paths of this machine."""
+    usual = {f.name: f.default for f in fields(request)}
+    shown = ("target", "context", "calibration_tokens", "solver", "gap", "shard_max", "rounding", "refine", "width", "top_k")
+    names = {f"--{name.replace('_', '-')}": name for name in shown} | {"--time-limit": "seconds"}
+    given = {option: getattr(request, name) for option, name in names.items() if getattr(request, name) != usual[name]}
+    asked = [part for option, value in given.items() for part in (option, f"{value}B" if option == "--shard-max" else str(value))]
+    asked += [] if request.repair else ["--no-repair"]
+    return shlex.join(["edgemoe", "build", model, "--memory", memory, *asked, *told, "-o", request.out.name])
 
 
 def _dry_run(request: Any, *, as_json: bool) -> None:

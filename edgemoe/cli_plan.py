@@ -85,10 +85,9 @@ def plan(
     from edgemoe.storage import load_record, save_record
 
     if sweep is not None:
-        if memory or device:
-            raise UsageError("--sweep names the budgets; leave --memory and --device out")
-        if time_limit is not None or near or explain or why or export:
-            raise UsageError("--sweep solves for many budgets; leave --time-limit, --near, --explain, --why and --export out")
+        if memory or device or time_limit is not None or near or explain or why or export:
+            others = "--memory, --device, --time-limit, --near, --explain, --why and --export"
+            raise UsageError(f"--sweep names the budgets and solves for each; leave {others} out")
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
     from edgemoe.plan import solve_plan

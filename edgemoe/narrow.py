@@ -7,7 +7,6 @@ width that is tried, on that width's own prices, and what narrowing itself costs
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.errors import UsageError
 from edgemoe.families import resize_experts
+from edgemoe.flips import without_flips
 from edgemoe.ir import Costs, Model
 from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
 from edgemoe.overlay import open_overlay, save_overlay
@@ -203,7 +203,7 @@ def charge(costs: Costs, narrowed: Narrowed) -> Costs:
     kl = narrowed.loss(costs, "mean")
     if not kl:
         return costs
-    q = ((math.sqrt(costs.kappa**2 + 4 * kl) - costs.kappa) / 2) ** 2
+    q = float(without_flips(kl, costs.kappa))
     each = narrowed.unseen * np.array(narrowed.kl) * q / kl / costs.n_layers  # [D]
     width = narrowed.width
     if costs.form == "stacks":

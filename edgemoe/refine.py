@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.checkpoint import read_tensor
-from edgemoe.choice import drop_costs
+from edgemoe.choice import price_choice
 from edgemoe.emit import emit_artifact
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
 from edgemoe.repair import REVISION
@@ -131,14 +131,12 @@ def _same(a: Plan, b: Plan) -> bool:
 def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
     """A plan at other prices; by them `optimum` would be better, though it was measured to be worse: so its bound holds, proven or not."""
     c = costs.counts.index(plan.count) if costs.form == "stacks" else 0
-    stored = [u for u, unit in enumerate(costs.units) if unit.name in plan.formats]
-    chosen = [costs.formats.index(plan.formats[costs.units[u].name]) for u in stored]
+    stored = np.array([u for u, unit in enumerate(costs.units) if unit.name in plan.formats])
+    chosen = np.array([costs.formats.index(plan.formats[costs.units[u].name]) for u in stored])
     kept = np.zeros(costs.kept.shape[1:], bool)
     for row, experts in enumerate(plan.kept):
         kept[row, list(experts)] = True
-    drop = drop_costs(costs, c, kept)
-    inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
-    domains = costs.factor[:, stored] @ costs.cost[c, stored, chosen] + inherited + drop
+    domains, drop = price_choice(costs, c, kept, stored, chosen)
     q = float(costs.weights @ domains)
     worst = q if plan.objective == "mean" else float(domains.max())
     return replace(
