@@ -52,8 +52,8 @@ def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Pl
     )
     texts = choose_texts((), ())[0]
     offer, plan = plan_widths(request, original, [original.expert_size], top_k, target, CONTEXT, texts, work, lambda *_: None)
-    known = (original, texts, offer.stats, plan, offer.work)
-    stored = store_weights(*known, start=offer.model, rounding="stock", max_tokens=options.calibration_tokens)
+    known = (original, texts, offer.stats, plan, work)
+    stored = store_weights(*known, narrowed=offer.narrowed, rounding="stock", max_tokens=options.calibration_tokens)
     folder = work / f"top-{top_k}"
     return plan, emit_artifact(stored, offer.stats, plan, target, folder).path
 

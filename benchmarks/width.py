@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from repair import kl_by_domain
 
+from edgemoe.backward import collect_gradients, load_gradients
 from edgemoe.calibrate import collect_stats
 from edgemoe.errors import BudgetError
 from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
-from edgemoe.neurons import load_scores, score_neurons
 from edgemoe.overlay import save_overlay
 from edgemoe.pipeline import price_cached, store_weights
 from edgemoe.plan import solve_plan
@@ -71,7 +71,7 @@ def cut_only(model: Model, width: int, score: str, folder: Path, work: Path) -> 
         gate, up, down = (stream.expert_slice(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS)
         experts = Experts(gate=gate, up=up, down=down)
         stream.unload_layer(layer)
-        left = cut(experts, best_neurons(score_of(score, load_scores(folder, layer), experts, layer), magnitude(experts), width))
+        left = cut(experts, best_neurons(score_of(score, load_gradients(folder, layer), experts, layer), magnitude(experts), width))
         stacks = zip(PROJECTIONS, left.stacks, strict=True)
         save_arrays(work / array_file(layer), {f"ffn_{p}_exps.{e}": s[e].numpy() for p, s in stacks for e in range(model.n_experts)})
     return save_overlay(resize_experts(model, width), work, {})
@@ -95,7 +95,7 @@ def compare_scores(bench: Bench) -> list[str]:
         for score in SCORES:
 
             def as_cut(width: int = width, score: str = score) -> list[float]:
-                folder = score_neurons(model, calibration, bench.work, max_tokens=SCORE_TOKENS)
+                folder = collect_gradients(model, calibration, bench.work, max_tokens=SCORE_TOKENS)
                 return heldout_kl(cut_only(model, width, score, folder, bench.work / f"cut-{width}-{score}"))
 
             raw = bench.remember(["cut", width, score], as_cut)
@@ -133,8 +133,8 @@ def compare_plans(bench: Bench) -> list[str]:
                 continue
 
             def measure(plan: Any = plan, made: Any = made, stats: Any = stats) -> list[float]:
-                options = {"start": made.model, "max_tokens": bench.calibration_tokens}
-                stored = store_weights(model, calibration, stats, plan, made.work, **options)
+                options = {"narrowed": made, "max_tokens": bench.calibration_tokens}
+                stored = store_weights(model, calibration, stats, plan, bench.work, **options)
                 folder = bench.work / "file"
                 folder.mkdir(exist_ok=True)
                 path = target.write(stored, stats, plan, folder, 0, None).path

@@ -3,11 +3,15 @@
 With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  One group of columns is rounded
 after another; each group's error is passed on to those still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
 LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays: stock formats store it per block of columns.
-Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  Rows are independent.
+Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  So far rows are independent.
+
+What the outputs' errors cost together is their own matter: with G the second moments of the loss's gradients with respect to them, KL grows
+with tr G (W - Q) H (W - Q)' (the Kronecker factors of YAQA, arXiv 2505.22988).  `descend_outputs` brings that down, some rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +21,9 @@ DAMPING = 0.01  # of the mean diagonal, as in GPTQ
 TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
 BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_moments` and docs/decisions/0009-feedback-rounding.md
 LAZY = 128  # columns after which the rest of a row is corrected in one product
+TURNS = 16  # groups of rows, chosen one after the other
+ROUNDS = 2  # of turns
+POWER = 8  # steps of the power iteration
 Floats = NDArray[np.float32]
 
 
@@ -261,6 +268,56 @@ def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moment
             values[:, at] += change
             inner -= change @ h[at, block]
         gradient -= (values[:, block] - before) @ h[block]
+
+
+Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]
+
+
+def descend_outputs(
+    weights: Floats, packed: NDArray[np.uint8], values: Floats, moments: Moments, outputs: Floats, descend: Descend
+) -> None:
+    """Bring tr G (W - Q) H (W - Q)' down, G the second moments of the outputs' gradients; `packed` and `values` are changed in place.
+
+    Rows take turns.  Those of one group are chosen at the same time, each as if the others of its group stayed; where that overshoots, the
+    group is split.
+
+    Args:
+        weights: W [R, C].
+        packed: rows that decode to `values` [R, bytes].
+        values: Q [R, C].
+        moments: of the inputs, H.
+        outputs: G [R, R], damped.
+        descend: packed rows, their values, and the gradient (W - Q) H that each row should see -> rows packed anew; values follow.
+    """
+    size = np.ascontiguousarray(outputs.diagonal())
+    left = weights - values
+
+    def turn(rows: NDArray[np.int64]) -> None:
+        gradient = np.asarray((outputs[rows] @ left / size[rows, None]) @ moments.h, np.float32)
+        found = values[rows]
+        new = descend(packed[rows], found, gradient.copy())
+        change = found - values[rows]
+        gain = 2 * (size[rows, None] * change * gradient).sum() - ((outputs[np.ix_(rows, rows)] @ change) * (change @ moments.h)).sum()
+        if gain >= 0:
+            packed[rows], values[rows], left[rows] = new, found, left[rows] - change
+        elif len(rows) > 1:
+            turn(rows[::2])
+            turn(rows[1::2])
+
+    for group in _turns(outputs):
+        turn(group)
+
+
+def _turns(outputs: Floats) -> list[NDArray[np.int64]]:
+    """Rows in groups for all rounds: those that share the strongest direction of errors are spread over the groups."""
+    size = np.sqrt(outputs.diagonal())
+    strongest: Floats = np.ones(len(outputs), np.float32)
+    for _ in range(POWER):
+        strongest = np.asarray(outputs @ (strongest / size) / size, np.float32)
+        strongest /= np.float32(np.linalg.norm(strongest))
+    order = np.argsort(strongest, kind="stable")
+    groups = min(TURNS, len(order))
+    return [np.sort(order[i::groups]) for i in range(groups)] * ROUNDS
 
 
 def objective(weights: Floats, values: Floats, moments: Moments) -> NDArray[np.float64]:

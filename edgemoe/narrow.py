@@ -16,17 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe import __version__
+from edgemoe.backward import WINDOW, Arrays, collect_gradients, load_gradients
 from edgemoe.errors import UsageError
 from edgemoe.families import resize_experts
 from edgemoe.flips import without_flips
 from edgemoe.ir import Costs, Model
-from edgemoe.neurons import TOKENS, Arrays, camera_energy, load_scores, score_neurons
+from edgemoe.neurons import camera_energy
 from edgemoe.overlay import open_overlay, save_overlay
 from edgemoe.refit import RATE, RIDGE, Experts, Tokens
 from edgemoe.storage import alone, hash_json, write_text
 from edgemoe.stream import default_device
 from edgemoe.texts import Text
-from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
@@ -34,6 +35,7 @@ FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narro
 # Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
 # (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
 UNSEEN = 1.5
+REVISION = 1  # raised when the same neurons asked for are others, so that no older ones are opened
 SCORES = ("heapr", "camera", "magnitude", "random")
 
 
@@ -150,8 +152,8 @@ def narrow_experts(
         model: the original.
         texts: calibration texts with weights.
         width: neurons that stay; the full width changes nothing.
-        work: folder for the scores (shared by all widths), for the new weights (in a subfolder named by what they are made from), and for
-            what a killed run goes on from.
+        work: folder for the gradients (shared by all widths and by rounding), for the new weights (in a subfolder named by what they are
+            made from), and for what a killed run goes on from.
         top_k: experts that the router picks, at most the checkpoint's; None: as many.
         score: which neurons are best: one of SCORES.
         max_tokens: of all texts together.
@@ -170,20 +172,21 @@ def narrow_experts(
             progress(done, steps)
 
     fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
-    settings = (__version__, *fit, score, width, start.top_k)
+    settings = (__version__, REVISION, *fit, score, width, start.top_k)
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
     folder = work.absolute() / f"narrow-{width}-{start.top_k}-{key[:16]}"
     with alone(folder):
         made = open_overlay(base, folder, {})
         if made is None:
-            few = min(max_tokens, TOKENS)
-            scores = score_neurons(model, texts, work, max_tokens=few, progress=lambda done, _: tell(done)) if steps > layers else None
+            scores = None
+            if steps > layers:
+                scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
             twin = Twin(model, start, texts, max_tokens, folder, key)
 
             def change(layer: int, _: Tokens, experts: Experts) -> Experts:
                 if whole:
                     return experts
-                arrays = load_scores(scores, layer) if scores else {}
+                arrays = load_gradients(scores, layer) if scores else {}
                 return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
 
             for layer in twin.resume(lambda done, _: tell(steps - layers + done)):

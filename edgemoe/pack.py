@@ -1,21 +1,25 @@
 """A layer of the pruned stream, the plan's formats -> its matrices packed, each rounded with the errors before it in view.
 
-Every matrix is rounded with feedback (`feedback.py`) on the second moments of what it receives once all before it are rounded: embedding,
-then in each layer attention, gate and up, and down, which is first refitted to what the rounding of the others left.  Tokens set aside
-decide for each matrix whether feedback is better than the target's stock quantizer (docs/pricing.md, 12).
+Every matrix is rounded with feedback (`feedback.py`) on the second moments of what it receives once all before it are rounded, and of the
+gradients of the loss with respect to what it gives: embedding, then in each layer attention, gate and up, and down, which is first refitted
+to what the rounding of the others left.  Tokens set aside decide for each matrix whether feedback is better than the target's stock
+quantizer (docs/pricing.md, 12).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.feedback import Moments, factor_moments, mix_moments
+from edgemoe.backward import load_gradients
+from edgemoe.feedback import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.pools import open_pool
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_down
@@ -40,13 +44,14 @@ class Packing:
     stats: Stats
     target: Target
     formats: Mapping[tuple[str, int, int], str]  # by (role, layer, expert); expert -1 for a matrix or a whole stack
+    gradients: Path  # folder that `collect_gradients` left, of the same tokens
 
     def format_of(self, role: str, layer: int, expert: int = -1) -> str:
         """The format of one matrix."""
         return self.formats[role, layer, expert if (role, layer, expert) in self.formats else -1]
 
 
-def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target) -> Packing:
+def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradients: Path) -> Packing:
     """What to round with, from what was planned."""
     units = target.list_units(model)
     formats: dict[tuple[str, int, int], str] = {}
@@ -54,28 +59,40 @@ def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target) -> Pack
         for role in [f"ffn_{p}_exps" for p in PROJECTIONS] if unit.expert >= 0 else [unit.role]:
             if unit.name in plan.formats:
                 formats[role, unit.layer, unit.expert] = plan.formats[unit.name]
-    return Packing(model=model, stats=stats, target=target, formats=formats)
+    return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients)
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What an error of a matrix costs: tr G D H D', with H of its inputs and G of the gradients with respect to its outputs."""
+
+    fitted: Gram  # H [C, C] over the tokens that are fitted to
+    guard: Gram  # H over those that decide
+    outputs: Gram | None = None  # G [R, R]; None: every output counts the same, by itself
+
+    def loss(self, delta: NDArray[np.float32]) -> float:
+        """The cost of an error [R, C] on the guard tokens, in some unit."""
+        weighted = delta if self.outputs is None else self.outputs @ delta
+        return float(((weighted @ self.guard) * delta).sum())
+
+
 def pack_matrix(
     target: Target,
     weights: NDArray[np.float32],
     kind: str,
     importance: NDArray[np.float32] | None,
-    fitted: Gram | None,
-    guard: Gram | None,
+    metric: Metric | None,
     pool: ThreadPoolExecutor,
 ) -> PackedRows:
-    """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens' second moments have it.
+    """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens have it.
 
     Args:
         target: whose formats.
         weights: [R, C].
         kind: the format.
         importance: of the columns, for the stock quantizer.
-        fitted: second moments for feedback; None leaves it out.
-        guard: second moments that decide.
+        metric: for feedback; None leaves it out.
         pool: rows are shared out over its threads.
 
     Returns:
@@ -88,21 +105,18 @@ def pack_matrix(
         return packed, target.unpack_rows(packed, kind, weights.shape[1])
 
     stock = pack(None)
-    if fitted is None or guard is None or not target.feeds_back(kind):
+    if metric is None or not target.feeds_back(kind):
         return stock
-    ours = pack(factor_moments(fitted))
-    return min((stock, ours), key=lambda found: _loss(found[1] - weights, guard))
-
-
-def _loss(delta: NDArray[np.float32], gram: Gram) -> float:
-    return float(((delta @ gram) * delta).sum())
-
-
-def second_moments(x: torch.Tensor, weights: torch.Tensor, guard: torch.Tensor) -> tuple[Gram, Gram]:
-    """sum_t w_t x_t x_t' over the fitted and over the guard tokens."""
-    x = x.float()
-    fitted, kept_back = ((x * (weights * mask)[:, None]).T @ x for mask in (~guard, guard))
-    return fitted.double().cpu().numpy(), kept_back.double().cpu().numpy()
+    moments = factor_moments(metric.fitted)
+    ours = pack(moments)
+    if metric.outputs is not None:
+        packed, values = ours
+        outputs = factor_moments(metric.outputs).h
+        descend_outputs(
+            weights, packed, values, moments, outputs, lambda rows, q, slope: target.descend_rows(rows, kind, q, moments, slope)
+        )
+        ours = packed, target.unpack_rows(packed, kind, weights.shape[1])
+    return min((stock, ours), key=lambda found: metric.loss(found[1] - weights))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the experts
@@ -121,16 +135,14 @@ def pack_experts(
     with open_pool() as pool:
 
         def store(projections: Sequence[str], *, hidden: bool) -> None:
-            grams = (_expert_moments(tokens, experts, n, hidden=False)[0] for n in range(len(kept)))
-            layer_gram = None if hidden else np.asarray(sum(grams))
+            layer_gram = None if hidden else sum_grams(tokens, experts)
             for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
-                fitted, guard, seen = _expert_moments(tokens, experts, n, hidden=hidden)
-                mixed = mix_moments(fitted, seen, layer_gram)
-                for projection in projections:
+                metrics = expert_metrics(tokens, experts, n, hidden=hidden, layer_gram=layer_gram)
+                for projection, metric in zip(projections, metrics, strict=True):
                     stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
                     kind = packing.format_of(role, layer, expert)
                     rows, columns = stack[n].cpu().numpy(), importance[role, expert]
-                    packed[f"{role}.{expert}"], values = pack_matrix(packing.target, rows, kind, columns, mixed, guard, pool)
+                    packed[f"{role}.{expert}"], values = pack_matrix(packing.target, rows, kind, columns, metric, pool)
                     stack[n].copy_(torch.from_numpy(values))
 
         store(PROJECTIONS[:2], hidden=False)
@@ -140,22 +152,68 @@ def pack_experts(
     return packed, fill_residual(tokens, experts, residual)[1]
 
 
-def _expert_moments(tokens: Tokens, experts: Experts, n: int, *, hidden: bool) -> tuple[Gram, Gram, int]:
-    """Second moments of what a survivor's gate and up (or down) receive, times g^2 lambda: of fitted and guard tokens; how many fitted."""
-    device = experts.down.device
+def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[Metric]:
+    """Of a survivor's gate and up, or (`hidden`) down: inputs weighted by the squared gradient, outputs' gradients as they are.
+
+    Args:
+        tokens: what the layer's experts see, with gradients.
+        experts: the survivors.
+        n: which.
+        hidden: W_down, which receives the hidden activations.
+        layer_gram: second moments of all survivors' inputs, for those that few tokens choose.
+    """
     rows, slots = np.nonzero(tokens.chosen == n)
-
-    def sums(block: slice) -> tuple[Gram, Gram]:
-        mine = rows[block]
-        x = torch.from_numpy(np.asarray(tokens.x[mine])).to(device)
-        weights = torch.from_numpy(tokens.weights[mine] * tokens.gates[mine, slots[block]] ** 2).to(device)
-        return second_moments(experts.hidden(n, x) if hidden else x, weights, torch.from_numpy(tokens.guard[mine]).to(device))
-
     size = experts.down.shape[2] if hidden else experts.down.shape[1]
-    fitted, guard = np.zeros((size, size)), np.zeros((size, size))
-    for first, second in map_ordered(sums, [slice(i, i + BLOCK) for i in range(0, len(rows), BLOCK)], device=device):
-        fitted, guard = fitted + first, guard + second
-    return fitted, guard, int((~tokens.guard[rows]).sum())
+    inner = experts.down.shape[1] if hidden else experts.down.shape[2]
+
+    def sums(block: slice) -> list[Gram]:
+        x, given, guard = _seen(tokens, experts, rows[block], slots[block])
+        h, *inner = experts.hidden_gradients(n, x, given)
+        if hidden:
+            outer = [_gram(given, h.square().sum(dim=1) * ~guard)]
+            return [_gram(h, given.square().sum(dim=1) * side) for side in (~guard, guard)] + outer
+        weights = sum(g.square().sum(dim=1) for g in inner)
+        return [_gram(x, weights * side) for side in (~guard, guard)] + [_gram(g, ~guard) for g in inner]
+
+    empty = [np.zeros((size, size))] * 2 + [np.zeros((inner, inner))] * (1 if hidden else 2)
+    fitted, guard, *outputs = _add_blocks(sums, len(rows), experts, empty)
+    seen = int((~tokens.guard[rows]).sum())
+    mixed = mix_moments(fitted, seen, layer_gram)
+    return [Metric(fitted=mixed, guard=guard, outputs=shrink_moments(one, seen)) for one in outputs]
+
+
+def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
+    """Second moments of what gate and up of all survivors receive, weighted as in `expert_metrics`, over the fitted tokens."""
+    total = np.zeros((experts.down.shape[1],) * 2)
+    for n in range(len(experts)):
+        rows, slots = np.nonzero(tokens.chosen == n)
+
+        def sums(block: slice, n: int = n, rows: NDArray[np.int64] = rows, slots: NDArray[np.int64] = slots) -> list[Gram]:
+            x, given, guard = _seen(tokens, experts, rows[block], slots[block])
+            _, *inner = experts.hidden_gradients(n, x, given)
+            return [_gram(x, sum(g.square().sum(dim=1) for g in inner) * ~guard)]
+
+        total = _add_blocks(sums, len(rows), experts, [total])[0]
+    return total
+
+
+def _seen(tokens: Tokens, experts: Experts, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    """What an expert receives of some tokens, the gradient with respect to what it gives [n, H] both; and which tokens are set aside."""
+    assert tokens.gradients is not None
+    given = np.asarray(tokens.gradients[rows]) * tokens.gates[rows, slots][:, None]
+    seen = (np.asarray(tokens.x[rows]), given, tokens.guard[rows])
+    return tuple(torch.from_numpy(part).to(experts.down.device) for part in seen)
+
+
+def _add_blocks(sums: Callable[[slice], list[Gram]], n: int, experts: Experts, start: list[Gram]) -> list[Gram]:
+    """Sums over n tokens, a block at a time."""
+    parts = map_ordered(sums, [slice(i, i + BLOCK) for i in range(0, n, BLOCK)], device=experts.down.device)
+    return reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], parts, start)
+
+
+def _gram(x: torch.Tensor, weights: torch.Tensor) -> Gram:
+    """sum_t w_t x_t x_t'."""
+    return ((x * weights[:, None]).T @ x).double().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------- other matrices
@@ -172,10 +230,12 @@ def pack_attention(
         sums: of their inputs, fitted and guard.
     """
     importance, packed = importance_of(packing.model, packing.stats, layer), Packed()
+    gradients, (fitted, guard) = load_gradients(packing.gradients, layer), (side.gram for side in sums)
     with open_pool() as pool:
         for role in roles:
             rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
-            found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], sums[0].gram, sums[1].gram, pool)
+            metric = Metric(fitted=fitted, guard=guard, outputs=gradients[role])
+            found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found
             weights[role].copy_(torch.from_numpy(values))
     return packed
@@ -184,6 +244,6 @@ def pack_attention(
 def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], sums: tuple[Sums, Sums] | None) -> PackedRows:
     """Pack the output matrix, or the embedding (whose rows are looked up: no sums); also what it decodes to."""
     importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
-    grams = [side.gram for side in sums] if sums else [None, None]
+    metric = Metric(fitted=sums[0].gram, guard=sums[1].gram) if sums else None
     with open_pool() as pool:
-        return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, grams[0], grams[1], pool)
+        return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, metric, pool)

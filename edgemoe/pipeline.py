@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemoe import __version__
+from edgemoe.backward import collect_gradients
 from edgemoe.calibrate import collect_stats
 from edgemoe.emit import check_split, emit_artifact
 from edgemoe.errors import BudgetError, ConflictError, UsageError, VerifyError
@@ -17,7 +18,7 @@ from edgemoe.families import resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan, Report, Round, Stats
 from edgemoe.memory import DEFAULT_CONTEXT
-from edgemoe.narrow import FEW_BITS, charge, choose_top_k, choose_widths, narrow_experts
+from edgemoe.narrow import FEW_BITS, Narrowed, charge, choose_top_k, choose_widths, narrow_experts
 from edgemoe.outputs import check_output, finish_output, open_work, prepare_output
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
@@ -89,8 +90,8 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
 
     def stored_as(plan: Plan, rounding: str = request.rounding) -> Model:
         tokens, stage = request.calibration_tokens, _stage(progress, "repair")
-        known = (model, calibration, offer.stats, plan, offer.work)
-        return store_weights(*known, start=offer.model, rounding=rounding, max_tokens=tokens, progress=stage)
+        known = (model, calibration, offer.stats, plan, work)
+        return store_weights(*known, narrowed=offer.narrowed, rounding=rounding, max_tokens=tokens, progress=stage)
 
     rounds = tuple[Round, ...]()
     if request.refine:
@@ -122,13 +123,12 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """The experts at one width: their weights, what calibration saw of them, their prices, and the folder where all that lies."""
+    """The experts at one width: their weights and where they lie, what calibration saw of them, and their prices."""
 
-    model: Model
+    narrowed: Narrowed
     stats: Stats
     costs: Costs
     costs_hash: str
-    work: Path
 
 
 def plan_widths(
@@ -162,7 +162,7 @@ def plan_widths(
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))
         costs, key = price_cached(narrowed.model, stats, target, context, narrowed.work, _stage(progress, f"price{name}"))
         costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
-        offer = Offer(model=narrowed.model, stats=stats, costs=costs, costs_hash=key, work=narrowed.work)
+        offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
             plan = _solve(request, offer)
         except ConflictError:
@@ -204,7 +204,7 @@ def store_weights(
     plan: Plan,
     work: Path,
     *,
-    start: Model | None = None,
+    narrowed: Narrowed | None = None,
     rounding: str = "feedback",
     max_tokens: int = DEFAULT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
@@ -216,23 +216,39 @@ def store_weights(
         texts: calibration texts.
         stats: what they gave.
         plan: what stays, and as what.
-        work: folder for the new weights.
-        start: the model that is stored, if it is a narrowed one; `stats` are then of it.
+        work: folder for the gradients of the original, which all plans share, and for the new weights.
+        narrowed: what is stored, if it is a narrowed model; `stats` are then of it, and new weights lie in its folder.
         rounding: "feedback" or "stock" (ggml's own, matrix by matrix).
         max_tokens: of all texts together.
-        progress: called with (layers done, all layers).
+        progress: called with (steps done, all steps).
 
     Raises:
         UsageError: `rounding` is neither.
         ModelError: as `repair_survivors`.
     """
     check_rounding(rounding)
-    packing = None
+    packing, start = None, narrowed.model if narrowed else model
+    backward = 2 * model.n_layers  # steps, once for all plans
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, backward + model.n_layers)
+
     if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
-        packing = plan_packing(start or model, stats, plan, find_target(plan.target))
+        gradients = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
+        packing = plan_packing(start, stats, plan, find_target(plan.target), gradients)
     if not packing and not plan.repair:
-        return start or model
-    return repair_survivors(model, texts, plan, work, start=start, max_tokens=max_tokens, packing=packing, progress=progress)
+        return start
+    return repair_survivors(
+        model,
+        texts,
+        plan,
+        narrowed.work if narrowed else work,
+        start=start,
+        max_tokens=max_tokens,
+        packing=packing,
+        progress=lambda done, _: tell(backward + done),
+    )
 
 
 def price_model(

@@ -38,6 +38,7 @@ class Tokens:
     gates: NDArray[np.float32]  # [N, k]
     weights: NDArray[np.float32]  # [N] how much each token counts, mean one
     guard: NDArray[np.bool_]  # [N] set aside: never fitted to
+    gradients: NDArray[np.float32] | None = None  # [N, H] of the loss with respect to what they give, times the root of the token's weight
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +64,14 @@ class Experts:
     def hidden(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Hidden activations silu(W_gate x) * (W_up x), [tokens, M]."""
         return torch.nn.functional.silu(x @ self.gate[expert].T) * (x @ self.up[expert].T)
+
+    def hidden_gradients(self, expert: int, x: torch.Tensor, gradients: torch.Tensor) -> Tensors:
+        """Hidden activations, and the loss's gradients with respect to W_gate x and W_up x, [tokens, M] all; given those of the output."""
+        with torch.enable_grad():
+            gate, up = ((x @ stack[expert].T).requires_grad_() for stack in (self.gate, self.up))
+            h = torch.nn.functional.silu(gate) * up
+            d_gate, d_up = torch.autograd.grad(h, (gate, up), gradients @ self.down[expert])
+        return h.detach(), d_gate, d_up
 
 
 # ------------------------------------------------------------------------------------------------------------ closed form

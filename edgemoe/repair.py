@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgemoe import __version__
+from edgemoe.backward import WINDOW
 from edgemoe.errors import ModelError
 from edgemoe.ir import Model, Plan
 from edgemoe.overlay import open_overlay, save_overlay
@@ -14,9 +15,9 @@ from edgemoe.refit import RATE, RIDGE
 from edgemoe.storage import alone, hash_json
 from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
-from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, WINDOW, Progress, Twin
+from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
 
-REVISION = 2  # raised when the same plan and texts give other weights, so that no older ones are opened
+REVISION = 3  # raised when the same plan and texts give other weights, so that no older ones are opened
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -88,26 +88,37 @@ def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) 
 
 
 class States:
-    """Hidden states [windows, length, hidden] in a file, read and written a window at a time (pread/pwrite: safe from any thread)."""
+    """Hidden states [windows, length, hidden] in a file, read and written a window at a time (pread/pwrite: safe from any thread).
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    float32, or `half` of that: bfloat16.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], *, half: bool = False) -> None:
         self.path, self.shape = path, shape
-        self._bytes = shape[1] * shape[2] * 4
+        self._dtype = torch.bfloat16 if half else torch.float32
+        self._bytes = shape[1] * shape[2] * self._dtype.itemsize
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def read(self, index: NDArray[np.int64]) -> torch.Tensor:
         """States of these windows [len(index), length, hidden]."""
-        out = np.empty((len(index), *self.shape[1:]), np.float32)
+        out = torch.empty((len(index), *self.shape[1:]))
         for row, i in enumerate(index):
-            out[row] = np.frombuffer(os.pread(self._file, self._bytes, int(i) * self._bytes), np.float32).reshape(self.shape[1:])
-        return torch.from_numpy(out)
+            read = bytearray(os.pread(self._file, self._bytes, int(i) * self._bytes))
+            out[row] = torch.frombuffer(read, dtype=self._dtype).view(self.shape[1:])
+        return out
 
     def write(self, index: NDArray[np.int64], values: torch.Tensor) -> None:
         """Replace the states of these windows."""
-        rows = np.ascontiguousarray(values.detach().float().cpu().numpy())
+        rows = values.detach().to(self._dtype).cpu().contiguous().view(torch.uint8).numpy()
         for row, i in enumerate(index):
             if os.pwrite(self._file, rows[row].tobytes(), int(i) * self._bytes) < self._bytes:
                 raise MachineError(f"{self.path.parent}: the disk is full", hint="free some space, or choose another --work")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self, *, delete: bool = False) -> None:
         """Close the file, and delete it if asked."""
@@ -122,6 +133,7 @@ class Recorder:
     """What one chunk saw inside one layer; filled by hooks in the thread that runs the chunk."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # attn_q, attn_output: inputs [tokens, cols]
+    outputs: dict[str, torch.Tensor] | None = None  # if wanted, of all four attention matrices [windows, length, rows], in their graph
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
     moe_output: torch.Tensor | None = None  # [tokens, hidden]
@@ -202,6 +214,8 @@ class LayerStream:
                 self.expert_slice(module, role, expert).copy_(self.read(tensor))
         module.self_attn.q_proj.register_forward_pre_hook(_record_input("attn_q"))
         module.self_attn.o_proj.register_forward_pre_hook(_record_input("attn_output"))
+        for role in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            module.get_submodule(MODULE_NAMES[role].removesuffix(".weight")).register_forward_hook(_record_output(role))
         module.mlp.gate.register_forward_hook(_record_logits)
         return module
 
@@ -274,6 +288,15 @@ def _record_input(name: str) -> Callable[[Any, Any], None]:
         recorder: Recorder | None = getattr(_local, "recorder", None)
         if recorder is not None:
             recorder.inputs[name] = args[0].flatten(0, -2)
+
+    return hook
+
+
+def _record_output(name: str) -> Callable[[Any, Any, Any], None]:
+    def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+        recorder: Recorder | None = getattr(_local, "recorder", None)
+        if recorder is not None and recorder.outputs is not None:
+            recorder.outputs[name] = output
 
     return hook
 

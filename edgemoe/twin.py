@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.backward import WINDOW, open_gradients
 from edgemoe.checkpoint import DTYPES, read_tensor
 from edgemoe.families import MODULE_NAMES
 from edgemoe.head import Ends, descend_map
@@ -30,7 +31,6 @@ from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordere
 from edgemoe.texts import Text
 from edgemoe.translate import Sums, refit_matrix, sum_pairs
 
-WINDOW = 512
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
 Progress = Callable[[int, int], None]
@@ -163,6 +163,7 @@ class Twin:
         """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
         before, k, hidden = self.states("changed", layer), self.changed.model.top_k, self.model.hidden_size
         x, target = self._array("input", hidden), self._array("target", hidden)
+        gradients = self._read_gradients(layer)
         chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
         position = {int(expert): n for n, expert in enumerate(kept)}
 
@@ -192,7 +193,19 @@ class Twin:
         with only_experts(module, kept):
             error = sum(map_ordered(run, self.windows.chunks(), device=self.changed.device))
         before.close()
-        return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=self._weigh(np.asarray(error)), guard=self.guard)
+        weights = self._weigh(np.asarray(error))
+        return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=weights, guard=self.guard, gradients=gradients)
+
+    def _read_gradients(self, layer: int) -> NDArray[np.float32] | None:
+        """Gradients of the loss with respect to what leaves a layer, by the root of the token's weight [tokens, H]."""
+        if not self.packing:
+            return None
+        rows = self._array("gradients", self.model.hidden_size)
+        with open_gradients(self.packing.gradients, layer, self.windows, self.model.hidden_size) as kept:
+            for index in self.windows.chunks():
+                real, at = torch.from_numpy(self.real[index].ravel()), self.rows(index)
+                rows[at] = kept.read(index).flatten(0, 1)[real].numpy() * np.sqrt(self.each[at])[:, None]
+        return rows
 
     def _weigh(self, error: NDArray[np.float64]) -> NDArray[np.float32]:
         """Weight of every token, mean one, from the summed squared residual of each domain [D]."""

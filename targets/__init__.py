@@ -87,6 +87,12 @@ class Target(Protocol):
         """Rows as the artifact stores them [R, bytes], by the stock quantizer or, with second moments of the inputs, with feedback."""
         ...
 
+    def descend_rows(
+        self, packed: NDArray[np.uint8], name: str, values: NDArray[np.float32], moments: Moments, gradient: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        """Packed rows with every code chosen again, given the gradient (W - Q) H; values [R, C] and gradient change in place."""
+        ...
+
     def unpack_rows(self, packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.float32]:
         """What packed rows stand for [R, cols]."""
         ...

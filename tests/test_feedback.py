@@ -16,6 +16,7 @@ from edgemoe.feedback import (
     Signed,
     Table,
     Uniform,
+    descend_outputs,
     factor_moments,
     mix_moments,
     objective,
@@ -23,6 +24,7 @@ from edgemoe.feedback import (
     shrink_moments,
     sign_patterns,
 )
+from edgemoe.targets import find_target
 from edgemoe.targets.gguf.feedback import FED_BACK, grid_of, quantize_fed_back
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
@@ -177,6 +179,43 @@ def test_feedback_beats_the_stock_quantizer_on_its_own_objective(name: str) -> N
         stock, ours = quantize(rows, name, moments.importance), quantize_fed_back(rows, name, moments)
         assert ours.shape == stock.shape
         assert total(rows, ours, name, moments) < 0.5 * total(rows, stock, name, moments)
+
+
+def together(rows: NDArray[np.float32], values: NDArray[np.float32], moments: Moments, outputs: NDArray[np.floating]) -> float:
+    """tr G D H D'."""
+    delta = rows - values
+    return float(((outputs @ delta) * (delta @ moments.h)).sum())
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [("gguf", "Q2_K"), ("gguf", "Q4_K"), ("gguf", "IQ2_XS"), ("gguf", "IQ4_XS"), ("onnx", "INT4_32"), ("onnx", "INT2_64")],
+)
+def test_rows_whose_errors_matter_together_are_chosen_together(target: str, name: str) -> None:
+    """Outputs that a few directions drive: KL has tr G D H D', and rounding rows by themselves brings only its diagonal down."""
+    find, rows, moments = find_target(target), weights(9, 64), factor_moments(correlated(9))
+    outputs = factor_moments(correlated(10, 64)).h
+    packed = find.pack_rows(rows, name, None, moments)
+    values = find.unpack_rows(packed, name, COLS)
+    alone = together(rows, values, moments, outputs)
+    descend_outputs(rows, packed, values, moments, outputs, lambda *group: find.descend_rows(group[0], name, group[1], moments, group[2]))
+    np.testing.assert_allclose(values, find.unpack_rows(packed, name, COLS), atol=1e-5)
+    assert together(rows, values, moments, outputs) < 0.85 * alone
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 3, 16, 40]), st.floats(0, 30))
+def test_taking_turns_never_makes_errors_worse(seed: int, n: int, shared: float) -> None:
+    """However alike the outputs are: a group that overshoots is split, down to single rows."""
+    rows, moments, gguf = weights(seed, n), factor_moments(correlated(seed)), find_target("gguf")
+    common = np.random.default_rng(seed).normal(size=n)
+    outputs = factor_moments(np.eye(n) + shared * np.outer(common, common)).h
+    packed = gguf.pack_rows(rows, "Q3_K", None, moments)
+    values = gguf.unpack_rows(packed, "Q3_K", COLS)
+    before = together(rows, values, moments, outputs)
+    descend_outputs(rows, packed, values, moments, outputs, lambda *group: gguf.descend_rows(group[0], "Q3_K", group[1], moments, group[2]))
+    assert together(rows, values, moments, outputs) <= before * (1 + 1e-5)
+    np.testing.assert_allclose(values, gguf.unpack_rows(packed, "Q3_K", COLS), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q8_0", "IQ4_XS", "IQ1_M", "IQ2_XXS", "IQ3_S"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from strategies import random_costs
 from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats, make_checkpoint
 
+from edgemoe.backward import collect_gradients
 from edgemoe.checkpoint import read_tensor
 from edgemoe.emit import emit_artifact
 from edgemoe.errors import ModelError, UsageError
@@ -24,7 +25,7 @@ from edgemoe.families import find_family, resize_experts
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model
 from edgemoe.narrow import FEW_BITS, UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
-from edgemoe.neurons import camera_energy, heapr_sums, score_neurons
+from edgemoe.neurons import camera_energy, heapr_sums
 from edgemoe.overlay import save_overlay
 from edgemoe.pipeline import BuildRequest, plan_widths
 from edgemoe.refit import Experts
@@ -106,11 +107,11 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
             for e in range(model.n_experts):
                 expected[layer, e] += squares[chosen == e].sum(dim=0).numpy()
         factors.clear()
-    folder = score_neurons(model, texts, tmp_path, max_tokens=200)
+    folder = collect_gradients(model, texts, tmp_path, max_tokens=200)
     for layer in range(model.n_layers):
         found = load_arrays(folder / array_file(layer))["heapr"]
         assert np.abs(found - expected[layer]).max() < 1e-3 * expected[layer].max()
-    assert not list(folder.glob("*.bin"))
+    assert not list(folder.glob("state-*.bin"))
 
 
 @settings(max_examples=30, deadline=None)

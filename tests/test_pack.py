@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from tiny import EXAMPLES, flat_plan
 
+from edgemoe.backward import collect_gradients
 from edgemoe.calibrate import collect_stats
 from edgemoe.checkpoint import read_packed, read_tensor
 from edgemoe.errors import ModelError, UsageError
 from edgemoe.feedback import factor_moments, objective
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan, Stats
-from edgemoe.pack import pack_matrix, plan_packing
+from edgemoe.pack import Metric, pack_matrix, plan_packing
 from edgemoe.pipeline import store_weights
 from edgemoe.repair import repair_survivors
 from edgemoe.targets import find_target, gguf
@@ -93,9 +94,10 @@ def test_guard_tokens_choose_between_stock_and_feedback() -> None:
     target, importance = find_target("gguf"), np.ones(256, np.float32)
     stock = quantize(rows, "Q2_K", importance)
     with ThreadPoolExecutor(1) as pool:
-        packed, values = pack_matrix(target, rows, "Q2_K", importance, gram, gram, pool)
-        misled, _ = pack_matrix(target, rows, "Q2_K", importance, gram, np.linalg.inv(gram), pool)
-        plain, _ = pack_matrix(target, rows, "F16", importance, gram, gram, pool)
+        metric = Metric(fitted=gram, guard=gram)
+        packed, values = pack_matrix(target, rows, "Q2_K", importance, metric, pool)
+        misled, _ = pack_matrix(target, rows, "Q2_K", importance, replace(metric, guard=np.linalg.inv(gram)), pool)
+        plain, _ = pack_matrix(target, rows, "F16", importance, metric, pool)
     moments = factor_moments(gram)
     assert objective(rows, values, moments).sum() < 0.5 * objective(rows, dequantize(stock, "Q2_K", 256), moments).sum()
     np.testing.assert_array_equal(values, dequantize(packed, "Q2_K", 256))
@@ -114,7 +116,8 @@ def test_without_feedback_or_drops_weights_stay_where_they_are(model: Model, tex
 def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     model: Model, texts: list[Text], stats: Stats, plan: Plan, stored: Model, tmp_path: Path
 ) -> None:
-    packing = plan_packing(model, stats, plan, find_target("gguf"))
+    gradients = collect_gradients(model, texts, tmp_path, max_tokens=TOKENS)
+    packing = plan_packing(model, stats, plan, find_target("gguf"), gradients)
 
     def kill(done: int, _: int) -> None:
         if done == 1:

@@ -15,6 +15,7 @@ from edgemoe.targets.onnx import (
     RUNS,
     SPLITS,
     check_tokenizer,
+    descend_rows,
     feeds_back,
     fixed_size,
     list_units,

@@ -1,7 +1,7 @@
 """GGUF for stock llama.cpp: one kept count for all layers, one ggml type per tensor (an expert stack is one tensor)."""
 
 from edgemoe.targets import Runs
-from edgemoe.targets.gguf.feedback import feeds_back, pack_rows
+from edgemoe.targets.gguf.feedback import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.formats import OFFERED, round_inputs, round_rows
 from edgemoe.targets.gguf.formats import dequantize as unpack_rows
 from edgemoe.targets.gguf.process import memory_parts, offered_formats, unit_extra, unit_size, unit_staging

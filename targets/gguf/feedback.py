@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
 from edgemoe.feedback import Floats, Grid, Moments, Signed, Table, Uniform, descend_columns, round_columns
-from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
+from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
 
 CHUNK = 256  # columns: the largest block of any type
@@ -48,15 +48,34 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
         codes, values[:, chunk], correction = round_columns(left, grid_of(stock, name), moments, chunk)
         left[:, chunk.stop :] -= correction
         packed.append(write_codes(stock, name, codes))
+    whole = np.concatenate(packed, axis=1)
     if sweeps:
         gradient = np.asarray((rows - values) @ moments.h, np.float32)
     for _ in range(sweeps):
-        for n, chunk in enumerate(chunks):
-            packed[n] = _refit_scales(packed[n], name, values, moments, gradient, chunk)
-            codes = read_codes(packed[n], name)
-            descend_columns(codes, values, grid_of(packed[n], name), moments, gradient, chunk)
-            packed[n] = write_codes(packed[n], name, codes)
-    return np.concatenate(packed, axis=1)
+        whole = descend_rows(whole, name, values, moments, gradient)
+    return whole
+
+
+def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+    """Scales refitted and every code chosen again, all others given: packed rows anew; values and gradient change in place.
+
+    Args:
+        packed: rows [R, bytes].
+        name: the ggml type.
+        values: what they decode to [R, C].
+        moments: of the inputs, H.
+        gradient: (weights - values) H [R, C].
+    """
+    cols, parts, start = values.shape[1], [], 0
+    for i in range(0, cols, CHUNK):
+        chunk = slice(i, min(i + CHUNK, cols))
+        stop = start + row_bytes(name, chunk.stop - chunk.start)
+        part = _refit_scales(np.ascontiguousarray(packed[:, start:stop]), name, values, moments, gradient, chunk)
+        codes = read_codes(part, name)
+        descend_columns(codes, values, grid_of(part, name), moments, gradient, chunk)
+        parts.append(write_codes(part, name, codes))
+        start = stop
+    return np.concatenate(parts, axis=1)
 
 
 def feeds_back(name: str) -> bool:

@@ -1,7 +1,7 @@
 """ONNX for onnxruntime: every expert is dropped or has a format of its own; each layer keeps as many experts as it likes."""
 
 from edgemoe.targets import Runs
-from edgemoe.targets.onnx.feedback import feeds_back, pack_rows, unpack_rows
+from edgemoe.targets.onnx.feedback import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.formats import OFFERED, round_inputs, round_rows
 from edgemoe.targets.onnx.layout import COPIED, PLACES
 from edgemoe.targets.onnx.process import memory_parts, unit_extra, unit_staging

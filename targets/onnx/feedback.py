@@ -5,6 +5,8 @@ A packed row is its codes, scales and zero points one after the other, as `Packe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +31,27 @@ def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Momen
     """
     if not np.isfinite(rows).all():
         raise ModelError(f"{name}: a row holds NaN or infinite weights")
-    packed = quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments)
+    return _side_by_side(quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments))
+
+
+def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+    """Every code chosen again, all others given: packed rows anew; values and gradient change in place.
+
+    Args:
+        packed: rows [R, bytes].
+        name: the format.
+        values: what they decode to [R, C].
+        moments: of the inputs, H.
+        gradient: (weights - values) H [R, C].
+    """
+    cols, bits = values.shape[1], FORMATS[name].bits
+    parts = split_rows(packed, name, cols)
+    codes = unpack(parts.codes, bits, cols).astype(np.int32)
+    descend_columns(codes, values, _grid_of(parts, name), moments, gradient, slice(0, cols))
+    return _side_by_side(replace(parts, codes=pack(codes.astype(np.uint8), bits)))
+
+
+def _side_by_side(packed: Packed) -> NDArray[np.uint8]:
     return np.concatenate(list(packed.pieces().values()), axis=1)
 
 
