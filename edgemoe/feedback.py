@@ -98,9 +98,8 @@ class Uniform:
     def nearest(self, group: int, w: Floats, metric: Floats) -> tuple[NDArray[np.int32], Floats]:
         """Codes [R] and values [R, 1] nearest to w [R, 1]."""
         scale, offset = self.scale[:, group], self.offset[:, group]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            code = np.rint((w[:, 0] - offset) / scale)
-        code = np.clip(np.nan_to_num(code, nan=0.0, posinf=0.0, neginf=0.0), 0, self.n - 1)
+        code = np.divide(w[:, 0] - offset, scale, out=np.zeros_like(offset), where=scale != 0)
+        np.minimum(np.maximum(np.rint(code, out=code), 0, out=code), self.n - 1, out=code)
         return code.astype(np.int32), (offset + scale * code)[:, None]
 
 
@@ -256,7 +255,7 @@ def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moment
         for j in range(lazy, end, dim):
             at, here = slice(j, j + dim), slice(j - lazy, j - lazy + dim)
             metric = h[at, at]
-            step = inner[:, here] @ np.linalg.inv(metric)
+            step = inner[:, here] @ np.linalg.inv(metric) if dim > 1 else inner[:, here] / metric
             group = (j - columns.start) // dim
             code, value = grid.nearest(group, values[:, at] + step, metric)
             change = value - values[:, at]
