@@ -62,7 +62,14 @@ def load_gradients(folder: Path, layer: int) -> Arrays:
 
 
 def open_gradients(folder: Path, layer: int, windows: Windows, hidden: int) -> States:
-    """Gradients [windows, length, hidden] of the loss with respect to what leaves a layer; of the tokens that they were collected on."""
+    """Gradients [windows, length, hidden] of the loss with respect to what leaves a layer; of -1, the embedding.
+
+    Args:
+        folder: that `collect_gradients` left.
+        layer: its number.
+        windows: those that the gradients were collected on.
+        hidden: size.
+    """
     return States(folder / f"gradient-{layer + 1}.bin", (*windows.tokens.shape, hidden), half=True)
 
 
@@ -81,7 +88,7 @@ class _Pass:
         return States(self.work / f"state-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
 
     def gradients(self, layer: int) -> States:
-        """Gradients with respect to what leaves a layer; of -1, the embedding's."""
+        """Gradients with respect to what leaves a layer."""
         return open_gradients(self.work, layer, self.windows, self.model.hidden_size)
 
     def run(self, progress: Progress | None) -> None:
@@ -107,8 +114,7 @@ class _Pass:
             write_text(path, json.dumps({"key": self.key, "step": step + 1}))
             if step >= n:
                 (self.work / f"state-{layer}.bin").unlink(missing_ok=True)
-        for scratch in (f"state-{n}.bin", "gradient-0.bin"):
-            (self.work / scratch).unlink(missing_ok=True)
+        (self.work / f"state-{n}.bin").unlink(missing_ok=True)
 
     def _each(self, work: Callable[[NDArray[np.int64]], Any]) -> list[Any]:
         return list(map_ordered(work, self.windows.chunks(), device=self.stream.device))

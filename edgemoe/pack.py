@@ -239,11 +239,3 @@ def pack_attention(
             packed[f"{role}.-1"] = found
             weights[role].copy_(torch.from_numpy(values))
     return packed
-
-
-def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], sums: tuple[Sums, Sums] | None) -> PackedRows:
-    """Pack the output matrix, or the embedding (whose rows are looked up: no sums); also what it decodes to."""
-    importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
-    metric = Metric(fitted=sums[0].gram, guard=sums[1].gram) if sums else None
-    with open_pool() as pool:
-        return pack_matrix(packing.target, weights, packing.format_of(role, -1), importance, metric, pool)

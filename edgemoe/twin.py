@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from edgemoe.backward import WINDOW, open_gradients
 from edgemoe.checkpoint import DTYPES, read_tensor
+from edgemoe.ends import GROUPS, group_rows, masses, pack_end
 from edgemoe.families import MODULE_NAMES
+from edgemoe.feedback import mix_moments
 from edgemoe.head import Ends, descend_map
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.pack import QKV, Packed, PackedRows, Packing, pack_attention, pack_end, pack_experts
+from edgemoe.pack import QKV, Metric, Packed, PackedRows, Packing, pack_attention, pack_experts
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.storage import array_file, save_arrays, write_text
@@ -31,6 +33,7 @@ from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordere
 from edgemoe.texts import Text
 from edgemoe.translate import Sums, refit_matrix, sum_pairs
 
+BLOCK = 4096  # tokens of one product
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
 Progress = Callable[[int, int], None]
@@ -219,13 +222,23 @@ class Twin:
         """Scratch [tokens, width] in a file."""
         return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
 
-    def _sums(self, changed: States, original: States, pair: Callable[[torch.Tensor, torch.Tensor], Pair]) -> tuple[Sums, Sums]:
-        """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens."""
+    def _sums(
+        self,
+        changed: States,
+        original: States,
+        pair: Callable[[torch.Tensor, torch.Tensor], Pair],
+        factors: NDArray[np.float32] | None = None,
+    ) -> tuple[Sums, Sums]:
+        """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens.
+
+        `factors` [tokens], if given, say how much more than by their weight tokens count.
+        """
+        each = self.each if factors is None else self.each * factors
 
         def chunk(index: NDArray[np.int64]) -> tuple[Sums, Sums]:
             rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
             x, y = (side.flatten(0, 1).cpu()[real] for side in pair(changed.read(index), original.read(index)))
-            weights, guard = torch.from_numpy(self.each[rows]), torch.from_numpy(self.guard[rows])
+            weights, guard = torch.from_numpy(each[rows]), torch.from_numpy(self.guard[rows])
             return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
         parts: Iterator[tuple[Sums, Sums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
@@ -260,7 +273,15 @@ class Twin:
     def _pack_embedding(self) -> PackedRows:
         """The embedding, packed, and what it decodes to: the changed stream starts from that."""
         assert self.packing is not None
-        return pack_end(self.packing, "token_embd", self._read("token_embd"), None)
+        weights = self._read("token_embd")
+        group, gradients = group_rows(weights), self._read_gradients(-1)
+        assert gradients is not None
+        of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
+        grams = [[_gram(gradients, (of_token == i) & side) for side in (~self.guard, self.guard)] for i in range(GROUPS)]
+        whole, guard = (np.sum([g[side] for g in grams], axis=0) for side in (0, 1))
+        seen = [int(((of_token == i) & ~self.guard).sum()) for i in range(GROUPS)]
+        metrics = [Metric(fitted=mix_moments(own, n, whole), guard=guard) for (own, _), n in zip(grams, seen, strict=True)]
+        return pack_end(self.packing, "token_embd", weights, group, metrics)
 
     def pack_ends(self) -> None:
         """Pack embedding and output matrix, the latter on what the changed stream brings it; nothing without packing."""
@@ -278,8 +299,16 @@ class Twin:
                 return Ends(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
 
             fitted, guard = np.flatnonzero(~self.guard_windows).tolist(), np.flatnonzero(self.guard_windows).tolist()
+            group = group_rows(output.cpu().numpy())
+            windows = range(len(self.windows.lengths))
+            mass = np.concatenate(list(map_ordered(lambda w: masses(read(w).original, output, group), windows, device=output.device)))
             fold(descend_map(translation(sums).to(output.device), output, read, fitted, guard), output)
-            arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), sums)[0]
+            metrics = []
+            for i in range(mass.shape[1]):
+                own = self._sums(before, original, lambda x, y: normed(x, y, norm, eps), mass[:, i])
+                seen = float(mass[~self.guard, i].sum() / max(mass[~self.guard].sum(axis=1).mean(), 1e-30))
+                metrics.append(Metric(fitted=mix_moments(own[0].gram, seen, sums[0].gram), guard=own[1].gram))
+            arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
             before.close()
             original.close()
         save_arrays(self.work / array_file(-1), arrays)
@@ -324,6 +353,16 @@ class Twin:
         n = len(self.weights)
         kl = np.bincount(domains[chosen], sums, n) / np.bincount(domains[chosen], self.windows.lengths[chosen], n)
         return tuple(float(v) for v in kl)
+
+
+def _gram(rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Second moments over the chosen rows, as a sum."""
+    index, size = np.flatnonzero(chosen), rows.shape[1]
+    total = np.zeros((size, size))
+    for i in range(0, len(index), BLOCK):
+        x = np.asarray(rows[index[i : i + BLOCK]])
+        total += x.T @ x
+    return total
 
 
 def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, eps: float) -> Pair:

@@ -36,6 +36,7 @@ def test_gradients_are_what_autograd_of_the_whole_model_says(name: str, tmp_path
 
         return hook
 
+    whole.model.embed_tokens.register_forward_hook(keep("layer", -1))
     for layer, module in enumerate(whole.model.layers):
         module.register_forward_hook(keep("layer", layer))
         for role in ATTENTION:
