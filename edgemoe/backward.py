@@ -25,6 +25,7 @@ from edgemoe.stream import LayerStream, Recorder, States, Windows, apply_norm, m
 from edgemoe.texts import Text
 
 WINDOW = 512
+REVISION = 1  # raised when the folder holds other things, so that no older one is taken for it
 Progress = Callable[[int, int], None]
 Arrays = dict[str, NDArray[Any]]
 
@@ -44,7 +45,7 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
         "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
         and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect to what the matrix gives.
     """
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, WINDOW, max_tokens)
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, REVISION, WINDOW, max_tokens)
     work = work.absolute() / f"gradients-{key[:16]}"
     with alone(work):
         if (work / "done").exists():

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.pack import Metric, PackedRows, Packing, pack_matrix
+from edgemoe.feedback import mix_moments
+from edgemoe.pack import Gram, Metric, PackedRows, Packing, pack_matrix
 from edgemoe.pools import open_pool
 from edgemoe.scores import importance_of
 
@@ -38,31 +39,55 @@ def group_rows(weights: NDArray[np.float32], groups: int = GROUPS) -> NDArray[np
 
 
 def _directions(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-20)
+    unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-20))
+    return unit
 
 
+# ------------------------------------------------------------------------------------------------------------------ metrics
 def masses(original: torch.Tensor, output: torch.Tensor, group: NDArray[np.int64]) -> NDArray[np.float32]:
     """How much each group's logits matter to each token [n, groups]: sum of p (1 - p) over its rows; states [n, H], output [V, H]."""
     p = (original @ output.T).softmax(-1)
-    sums = torch.zeros(len(p), int(group.max()) + 1, device=p.device)
+    sums = torch.zeros(len(p), GROUPS, device=p.device)
     sums.index_add_(1, torch.from_numpy(group).to(p.device), p * (1 - p))
     found: NDArray[np.float32] = sums.cpu().numpy()
     return found
 
 
-def pack_end(packing: Packing, role: str, weights: NDArray[np.float32], group: NDArray[np.int64], metrics: Sequence[Metric]) -> PackedRows:
-    """Pack a matrix [V, H] group by group of its rows; also what it decodes to."""
+def gradient_sums(group: NDArray[np.int64], gradients: NDArray[np.float32], guard: NDArray[np.bool_]) -> list[tuple[Gram, Gram]]:
+    """Second moments [H, H] of an embedding's gradients [N, H] by the group of each token [N], over fitted and over guard tokens."""
+
+    def gram(chosen: NDArray[np.bool_]) -> Gram:
+        index, total = np.flatnonzero(chosen), np.zeros((gradients.shape[1],) * 2)
+        for i in range(0, len(index), BLOCK):
+            rows = np.asarray(gradients[index[i : i + BLOCK]])
+            total += rows.T @ rows
+        return total
+
+    return [(gram((group == i) & ~guard), gram((group == i) & guard)) for i in range(GROUPS)]
+
+
+def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> list[Metric]:
+    """What errors cost in each group: its own second moments, with those of all groups where few tokens were seen."""
+    fitted, guard = (np.sum([one[side] for one in sums], axis=0) for side in (0, 1))
+    return [
+        Metric(fitted=mix_moments(own, n, fitted), guard=kept if kept.any() else guard) for (own, kept), n in zip(sums, seen, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- rounding
+def pack_end(
+    packing: Packing, role: str, weights: NDArray[np.float32], group: NDArray[np.int64], metrics: Sequence[Metric] | None
+) -> PackedRows:
+    """Pack a matrix [V, H] group by group of its rows, by the stock quantizer without metrics; also what it decodes to."""
     importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
-    packed: NDArray[np.uint8] | None = None
-    values = np.empty_like(weights)
+    packed: list[NDArray[np.uint8]] = []
+    values, order = np.empty_like(weights), [np.flatnonzero(group == i) for i in range(GROUPS)]
     with open_pool() as pool:
-        for i, metric in enumerate(metrics):
-            rows = np.flatnonzero(group == i)
-            if not len(rows):
-                continue
-            found, values[rows] = pack_matrix(packing.target, weights[rows], packing.format_of(role, -1), importance, metric, pool)
-            if packed is None:
-                packed = np.empty((len(weights), found.shape[1]), found.dtype)
-            packed[rows] = found
-    assert packed is not None
-    return packed, values
+        for i, rows in enumerate(order):
+            if len(rows):
+                metric, kind = metrics[i] if metrics else None, packing.format_of(role, -1)
+                found, values[rows] = pack_matrix(packing.target, weights[rows], kind, importance, metric, pool)
+                packed.append(found)
+    whole = np.concatenate(packed)
+    whole[np.concatenate(order)] = whole.copy()
+    return whole, values

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from edgemoe.backward import WINDOW, open_gradients
 from edgemoe.checkpoint import DTYPES, read_tensor
-from edgemoe.ends import GROUPS, group_rows, masses, pack_end
+from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
 from edgemoe.families import MODULE_NAMES
-from edgemoe.feedback import mix_moments
 from edgemoe.head import Ends, descend_map
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.pack import QKV, Metric, Packed, PackedRows, Packing, pack_attention, pack_experts
+from edgemoe.pack import QKV, Packed, PackedRows, Packing, pack_attention, pack_experts
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.storage import array_file, save_arrays, write_text
@@ -33,7 +32,6 @@ from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordere
 from edgemoe.texts import Text
 from edgemoe.translate import Sums, refit_matrix, sum_pairs
 
-BLOCK = 4096  # tokens of one product
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
 Progress = Callable[[int, int], None]
@@ -276,11 +274,11 @@ class Twin:
         weights = self._read("token_embd")
         group, gradients = group_rows(weights), self._read_gradients(-1)
         assert gradients is not None
-        of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
-        grams = [[_gram(gradients, (of_token == i) & side) for side in (~self.guard, self.guard)] for i in range(GROUPS)]
-        whole, guard = (np.sum([g[side] for g in grams], axis=0) for side in (0, 1))
-        seen = [int(((of_token == i) & ~self.guard).sum()) for i in range(GROUPS)]
-        metrics = [Metric(fitted=mix_moments(own, n, whole), guard=guard) for (own, _), n in zip(grams, seen, strict=True)]
+        metrics = None  # of a matrix that is the output's too, what follows is not the whole story
+        if self.model.find("output"):
+            of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
+            seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
+            metrics = group_metrics(gradient_sums(of_token, gradients, self.guard), seen.tolist())
         return pack_end(self.packing, "token_embd", weights, group, metrics)
 
     def pack_ends(self) -> None:
@@ -303,11 +301,10 @@ class Twin:
             windows = range(len(self.windows.lengths))
             mass = np.concatenate(list(map_ordered(lambda w: masses(read(w).original, output, group), windows, device=output.device)))
             fold(descend_map(translation(sums).to(output.device), output, read, fitted, guard), output)
-            metrics = []
-            for i in range(mass.shape[1]):
-                own = self._sums(before, original, lambda x, y: normed(x, y, norm, eps), mass[:, i])
-                seen = float(mass[~self.guard, i].sum() / max(mass[~self.guard].sum(axis=1).mean(), 1e-30))
-                metrics.append(Metric(fitted=mix_moments(own[0].gram, seen, sums[0].gram), guard=own[1].gram))
+            own = [self._sums(before, original, lambda x, y: normed(x, y, norm, eps), mass[:, i]) for i in range(GROUPS)]
+            share = mass[~self.guard].sum(axis=0) / max(mass[~self.guard].sum(), 1e-30)
+            seen = share * int((~self.guard).sum())
+            metrics = group_metrics([(fitted.gram, guard.gram) for fitted, guard in own], seen.tolist())
             arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
             before.close()
             original.close()
@@ -353,16 +350,6 @@ class Twin:
         n = len(self.weights)
         kl = np.bincount(domains[chosen], sums, n) / np.bincount(domains[chosen], self.windows.lengths[chosen], n)
         return tuple(float(v) for v in kl)
-
-
-def _gram(rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Second moments over the chosen rows, as a sum."""
-    index, size = np.flatnonzero(chosen), rows.shape[1]
-    total = np.zeros((size, size))
-    for i in range(0, len(index), BLOCK):
-        x = np.asarray(rows[index[i : i + BLOCK]])
-        total += x.T @ x
-    return total
 
 
 def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, eps: float) -> Pair:
