@@ -3,9 +3,9 @@
     python benchmarks/onnx_peak.py [--folder /tmp] [--only NAME ...]
 
 Each artifact is written, run with a full context (VmHWM of the child) and deleted.  A prediction holds for any machine, so it counts the
-most that Python, numpy and onnxruntime were seen to take; how much of their libraries Linux maps depends on how the page cache came by them,
-and differs by 12 MiB between installations of the same wheels.  So an empty session is measured too, and "here" is the prediction with that
-in its place.  Bounds: never more than predicted, and "here" within 5 % of measured.
+most that Python, numpy and onnxruntime were seen to take.  How much of their libraries Linux maps depends on how the page cache came by
+them, and differs by 12 MiB between installations of the same wheels: so an empty session is measured too, and "here" is the prediction
+with that in its place.  Bounds: never more than predicted, and "here" within 5 % of measured.
 """
 
 from __future__ import annotations

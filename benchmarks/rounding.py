@@ -1,12 +1,13 @@
-"""Feedback against the stock quantizer, tensor by tensor at equal bytes: output error on held-out text, one table.
+"""Feedback against the stock quantizer, tensor by tensor at equal bytes: errors on held-out text, one table.
 
-    python benchmarks/rounding.py [--tokens 16384] [--experts 4] [--models examples/tiny-moe examples/tiny-moe-b]
+    python benchmarks/rounding.py [--tokens 16384] [--experts 4] [--models examples/tiny-moe examples/tiny-moe-b] [--work DIR]
 
-Both get what their builds get: the stock quantizer the importance matrix, feedback the second moments of the expert's inputs, from the same
-calibration tokens (gate^2 weighted; of one stream, nothing rounded before).  One window in seven is kept out of the second moments and
-chooses between the two, as in a build.  The error is sum g^2 |(W' - W) x|^2 over the held-out tokens routed to the expert.  "Better in"
-counts matrices where feedback errs less than stock, whatever the guard says; the two columns after it are what a build stores: how often
-the guard took stock, and how often what it took errs more than stock.  KL is not here: see quality.py, which measures whole files.
+Both get what their builds get: the stock quantizer the importance matrix; feedback the second moments of inputs and output gradients, from
+the same calibration tokens (of one stream, nothing rounded before), by the product's own `expert_metrics` and `pack_matrix`.  One window in
+seven is kept out and chooses between the two.  "Alone" is feedback on what the matrix receives, by gate^2, every output by itself; "stored"
+what a build stores, which minimises the loss and not the output error.  "Output error" is sum g^2 |(W' - W) x|^2 over the held-out tokens
+routed to the expert, "loss" what that does to second order: sum (gradient (W' - W) x)^2.  "Better in" counts matrices that err less than
+stock.  KL of whole files: see quality.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,20 +25,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from edgemoe.checkpoint import read_tensor
-from edgemoe.feedback import factor_moments, mix_moments
+from edgemoe.backward import collect_gradients, open_gradients
+from edgemoe.feedback import mix_moments
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model
+from edgemoe.pack import Metric, expert_metrics, pack_matrix, sum_grams
+from edgemoe.refit import Experts, Tokens
 from edgemoe.stream import LayerStream, Recorder, map_ordered, recording, tokenize
-from edgemoe.targets.gguf.feedback import quantize_fed_back
-from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
+from edgemoe.targets import find_target
+from edgemoe.targets.gguf.formats import FORMATS, quantize
 from edgemoe.texts import Text, choose_texts
 from edgemoe.twin import GUARD_EVERY
 
 KINDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-HEAD = "| format | bits | mean ratio | gate | up | down | worst | better in | guard took stock | stored is worse | MB/s |"
-Moments = dict[tuple[int, str, int], tuple[np.ndarray, int]]  # (layer, "in" or "mid", expert) -> sum g^2 x x', tokens
+HEAD = (
+    "| format | bits | alone: output error | gate | up | down | worst | better in | loss | stored: output error | better in "
+    "| loss | gate | up | down | better in | MB/s |"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,84 +52,117 @@ class Trial:
 
     kind: str
     projection: str
-    ratio: float  # feedback's error on held-out text over stock's
-    stock: bool  # the guard tokens would take the stock quantizer's
-    seconds: float  # of feedback
+    alone: tuple[float, float]  # output error and loss of feedback alone, on held-out text, over stock's
+    stored: tuple[float, float]  # of what a build stores
+    seconds: float  # of all that a build does to it
     size: int  # bytes of the float32 matrix
 
 
-def input_moments(model: Model, texts: list[Text], tokens: int) -> tuple[Moments, Moments]:
-    """What every expert's matrices receive: in the windows that are fitted to, and in the guard."""
+def watch(model: Model, texts: Sequence[Text], tokens: int, work: Path) -> Iterator[tuple[Tokens, Experts]]:
+    """What the experts of one layer after another receive, with gradients, and their weights."""
     windows, stream = tokenize(model, texts, tokens, 512), LayerStream(model)
-    real = torch.from_numpy(np.arange(windows.tokens.shape[1])[None] < windows.lengths[:, None])
-    states = [stream.embed(windows.tokens[index]) for index in windows.chunks()]
+    folder, real = (
+        collect_gradients(model, texts, work, max_tokens=tokens),
+        np.arange(windows.tokens.shape[1])[None] < windows.lengths[:, None],
+    )
     number = np.array(
         [np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)]
     )  # of each window in its domain, as in twin.py
-    guard = real & torch.from_numpy(number % GUARD_EVERY == GUARD_EVERY // 2)[:, None]
-    found: tuple[Moments, Moments] = ({}, {})
+    guard = np.repeat(number % GUARD_EVERY == GUARD_EVERY // 2, windows.lengths)
+    states = [stream.embed(windows.tokens[index]) for index in windows.chunks()]
     for layer in range(model.n_layers):
         module = stream.load_layer(layer)
 
-        def run(piece: tuple[torch.Tensor, ...], module: Any = module) -> tuple[torch.Tensor, list[Any]]:
-            x, *masks = piece
-            seen: list[Any] = []
+        def run(piece: tuple[Any, torch.Tensor], module: Any = module) -> tuple[torch.Tensor, NDArray[Any], NDArray[Any], NDArray[Any]]:
+            index, x = piece
+            mask = torch.from_numpy(real[index].ravel())
+            slots = torch.zeros(len(mask), dtype=torch.int64)
+            who, gates = torch.zeros(len(mask), model.top_k, dtype=torch.int32), torch.zeros(len(mask), model.top_k)
 
-            def note(expert: int, token: torch.Tensor, x: torch.Tensor, h: torch.Tensor, _: torch.Tensor, gate: torch.Tensor) -> None:
-                for part, mask in enumerate(masks):
-                    weight = gate**2 * mask[token]
-                    grams = (("in", (x * weight[:, None]).T @ x), ("mid", (h * weight[:, None]).T @ h))
-                    seen.extend((part, name, expert, gram.double().numpy(), int(mask[token].sum())) for name, gram in grams)
+            def note(expert: int, token: torch.Tensor, _: Any, __: Any, ___: Any, gate: torch.Tensor) -> None:
+                who[token, slots[token]], gates[token, slots[token]] = expert, gate
+                slots[token] += 1
 
-            with recording(Recorder(on_expert=note)):
-                return stream.run_layer(module, x), seen
+            with recording(Recorder(on_expert=note)) as seen:
+                out = stream.run_layer(module, x)
+            assert seen.moe_input is not None
+            return out, seen.moe_input[mask].numpy(), who[mask].numpy(), gates[mask].numpy()
 
-        pieces = [(x, (real & ~guard)[i].flatten(), guard[i].flatten()) for x, i in zip(states, windows.chunks(), strict=True)]
-        states = []
-        for out, seen in map_ordered(run, pieces, device=stream.device):
-            states.append(out)
-            for part, name, owner, gram, n in seen:
-                old = found[part].get((layer, name, owner), (0.0, 0))
-                found[part][layer, name, owner] = (old[0] + gram, old[1] + n)
+        found = list(map_ordered(run, list(zip(windows.chunks(), states, strict=True)), device=stream.device))
+        states, (x, chosen, gates) = [f[0] for f in found], (np.concatenate([f[i] for f in found]) for i in (1, 2, 3))
+        with open_gradients(folder, layer, windows, model.hidden_size) as kept:
+            gradients = np.concatenate([kept.read(index)[torch.from_numpy(real[index])].numpy() for index in windows.chunks()])
+        stacks = {p: stream.expert_slice(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS}
+        ones = np.ones(len(x), np.float32)
+        yield (
+            Tokens(x=x, target=x, chosen=chosen, gates=gates, weights=ones, guard=guard, gradients=gradients),
+            Experts(**stacks),
+        )
         stream.unload_layer(layer)
-    return found
 
 
-def compare(model: Model, texts: tuple[list[Text], list[Text]], tokens: int, experts: int) -> Iterator[Trial]:
+def judge(tokens: Tokens, experts: Experts, n: int, projection: str) -> Any:
+    """A function of an error [R, C] of an expert's matrix: its output error and its loss over all tokens."""
+    rows, slots = np.nonzero(tokens.chosen == n)
+    assert tokens.gradients is not None
+    gates = tokens.gates[rows, slots][:, None]
+    x, given = torch.from_numpy(tokens.x[rows]), torch.from_numpy(tokens.gradients[rows] * gates)
+    h, d_gate, d_up = experts.hidden_gradients(n, x, given)
+    inputs, slope = {"gate": (x, d_gate), "up": (x, d_up), "down": (h, given)}[projection]
+
+    def errors(delta: NDArray[np.float32]) -> tuple[float, float]:
+        moved = inputs.numpy() @ delta.T
+        return float(((gates * moved) ** 2).sum()), float(((slope.numpy() * moved).sum(axis=1) ** 2).sum())
+
+    return errors
+
+
+def compare(model: Model, texts: tuple[Sequence[Text], Sequence[Text]], tokens: int, experts: int, work: Path) -> Iterator[Trial]:
     """Every sampled matrix in every format."""
-    (fitted, guard), held = (input_moments(model, part, n) for part, n in zip(texts, (tokens, 5120), strict=True))
-    for layer in range(model.n_layers):
-        for name, projections in (("in", PROJECTIONS[:2]), ("mid", PROJECTIONS[2:])):
-            keys = [key for key in fitted if key[:2] == (layer, name) and key in held[0]]
-            whole = np.sum([fitted[key][0] for key in keys], axis=0) if name == "in" else None
-            busy = sorted(keys, key=lambda key: -fitted[key][1])
-            for key in busy[:: max(1, len(busy) // experts)][:experts]:
-                moments = factor_moments(mix_moments(*fitted[key], whole))
-                importance = np.ascontiguousarray((fitted[key][0] + guard[key][0]).diagonal(), np.float32)
-                judges = guard[key][0], held[0][key][0] + held[1][key][0]
-                for projection in projections:
-                    tensor = model.find(f"ffn_{projection}_exps", layer, key[2])
-                    assert tensor is not None
-                    weights = read_tensor(model.folder, tensor)
+    gguf = find_target("gguf")
+    pairs = zip(*(watch(model, part, n, work) for part, n in zip(texts, (tokens, 5120), strict=True)), strict=True)
+    with ThreadPoolExecutor(1) as pool:
+        for (seen, weights), (held, _) in pairs:
+            count = np.bincount(seen.chosen.ravel(), minlength=model.n_experts)
+            busy = np.argsort(-count, kind="stable")
+            layer_gram = sum_grams(seen, weights)
+            slot = [torch.from_numpy(seen.x * seen.gates[:, i : i + 1])[torch.from_numpy(~seen.guard)] for i in range(model.top_k)]
+            whole = np.sum([(x.T @ x).double().numpy() for x in slot], axis=0)
+            for n in busy[:: max(1, len(busy) // experts)][:experts].tolist():
+                rows, slots = np.nonzero(seen.chosen == n)
+                gates = torch.from_numpy(seen.gates[rows, slots])[:, None]
+                x = torch.from_numpy(seen.x[rows])
+                inputs = {hidden: gates * (weights.hidden(n, x) if hidden else x) for hidden in (False, True)}
+                importances = {hidden: (values**2).mean(dim=0).numpy() for hidden, values in inputs.items()}
+                for projection in PROJECTIONS:
+                    hidden, matrix = projection == "down", getattr(weights, projection)[n].numpy()
+                    found = expert_metrics(seen, weights, n, hidden=hidden, layer_gram=None if hidden else layer_gram)
+                    metric, errors = found[0 if hidden else PROJECTIONS.index(projection)], judge(held, weights, n, projection)
+                    kept = torch.from_numpy(~seen.guard[rows])
+                    gram, guard = ((inputs[hidden][side].T @ inputs[hidden][side]).double().numpy() for side in (kept, ~kept))
+                    plain = Metric(fitted=mix_moments(gram, int(kept.sum()), None if hidden else whole), guard=guard)
                     for kind in KINDS:
                         start = time.process_time()
-                        packed = quantize_fed_back(weights, kind, moments)
+                        _, stored = pack_matrix(gguf, matrix, kind, importances[hidden], metric, pool)
                         seconds = time.process_time() - start
-                        deltas = [
-                            dequantize(found, kind, weights.shape[1]) - weights for found in (packed, quantize(weights, kind, importance))
-                        ]
-                        guarded, ratio = (np.divide(*[float(((d @ gram) * d).sum()) for d in deltas]) for gram in judges)
-                        yield Trial(kind=kind, projection=projection, ratio=ratio, stock=guarded > 1, seconds=seconds, size=weights.nbytes)
+                        others = [pack_matrix(gguf, matrix, kind, importances[hidden], other, pool)[1] for other in (plain, None)]
+                        ours, alone, stock = (errors(values - matrix) for values in (stored, *others))
+                        ratios = {"alone": tuple(np.divide(alone, stock)), "stored": tuple(np.divide(ours, stock))}
+                        yield Trial(kind=kind, projection=projection, seconds=seconds, size=matrix.nbytes, **ratios)
 
 
 def summarise(kind: str, trials: list[Trial]) -> str:
     """One row of the table."""
-    ratios = np.array([t.ratio for t in trials])
-    by = " | ".join(f"{np.exp(np.mean([np.log(t.ratio) for t in trials if t.projection == p])):.2f}" for p in PROJECTIONS)
+    cells = []
+    for name, which in (("alone", 0), ("alone", 1), ("stored", 0), ("stored", 1)):
+        ratios = np.array([getattr(t, name)[which] for t in trials])
+        by = [np.exp(np.log(ratios[[t.projection == p for t in trials]]).mean()) for p in PROJECTIONS]
+        cells.append(f"**{np.exp(np.log(ratios).mean()):.2f}**")
+        cells += [f"{v:.2f}" for v in by] if (name, which) in (("alone", 0), ("stored", 1)) else []
+        cells += [f"{ratios.max():.2f}"] if (name, which) == ("alone", 0) else []
+        cells += [f"{np.mean(ratios < 1):.0%}"] if (name, which) != ("alone", 1) else []
     speed = sum(t.size for t in trials) / sum(t.seconds for t in trials) / 1e6
-    row = f"| {kind} | {FORMATS[kind].bpw:.2f} | **{np.exp(np.log(ratios).mean()):.2f}** | {by} | {ratios.max():.2f}"
-    worse = sum(t.ratio > 1 and not t.stock for t in trials)
-    return f"{row} | {np.mean(ratios < 1):.0%} | {sum(t.stock for t in trials)} | {worse} | {speed:.1f} |"
+    return f"| {kind} | {FORMATS[kind].bpw:.2f} | {' | '.join(cells)} | {speed:.1f} |"
 
 
 def main() -> None:
@@ -131,19 +171,20 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", default=[Path("examples/tiny-moe"), Path("examples/tiny-moe-b")])
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--experts", type=int, default=4, help="of each layer, from the busiest to the idlest")
+    parser.add_argument("--work", type=Path, default=Path("bench"), help="gradients are kept here")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for kind in KINDS:  # ggml's search tables are built once
         quantize(np.ones((1, 256), np.float32), kind, np.ones(256, np.float32))
     texts = choose_texts([], [])
-    lines = ["# Output error on held-out text: feedback over the stock quantizer with an importance matrix, same bytes", ""]
+    lines = ["# Errors on held-out text: what a build stores over the stock quantizer with an importance matrix, same bytes", ""]
     lines += [f"`python benchmarks/rounding.py`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} shared cores.", ""]
     for source in options.models:
         model = inspect_model(source)
-        found = list(compare(model, texts, options.tokens, options.experts))
+        found = list(compare(model, texts, options.tokens, options.experts, options.work / model.name))
         lines += [f"## {model.name}: {len(found) // len(KINDS)} expert matrices, {options.tokens} calibration tokens", ""]
-        lines += [HEAD, "|" + "---|" * 11]
+        lines += [HEAD, "|" + "---|" * 17]
         lines += [summarise(kind, [t for t in found if t.kind == kind]) for kind in KINDS]
         lines.append("")
     options.results.mkdir(parents=True, exist_ok=True)
