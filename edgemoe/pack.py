@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.backward import load_gradients
+from edgemoe.checkpoint import read_tensor
 from edgemoe.feedback import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.pools import open_pool
@@ -30,6 +31,7 @@ from edgemoe.translate import Sums
 
 BLOCK = 4096  # tokens of one piece of work
 QKV = ("attn_q", "attn_k", "attn_v")
+FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
 ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
 Gram = NDArray[np.float64]  # [C, C]
 PackedRows = tuple[NDArray[np.uint8], NDArray[np.float32]]  # packed rows, and what they decode to
@@ -45,6 +47,7 @@ class Packing:
     target: Target
     formats: Mapping[tuple[str, int, int], str]  # by (role, layer, expert); expert -1 for a matrix or a whole stack
     gradients: Path  # folder that `collect_gradients` left, of the same tokens
+    flips: float = 0.0  # what an error's flips of routing choices cost, of what its gradients say
 
     def format_of(self, role: str, layer: int, expert: int = -1) -> str:
         """The format of one matrix."""
@@ -59,7 +62,25 @@ def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradien
         for role in [f"ffn_{p}_exps" for p in PROJECTIONS] if unit.expert >= 0 else [unit.role]:
             if unit.name in plan.formats:
                 formats[role, unit.layer, unit.expert] = plan.formats[unit.name]
-    return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients)
+    q = float(stats.weights @ np.array([plan.domain_q.get(d.name, 0.0) for d in stats.domains]))
+    flips = min(max(plan.predicted_kl - q, 0.0) / (2 * q), FLIPS) if q > 0 else 0.0  # KL = q + kappa sqrt(q), its slope less one
+    return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
+
+
+def watch_routers(packing: Packing, gram: Gram, first: int) -> Gram:
+    """Second moments of gradients with respect to the stream [H, H], and the routers from layer `first` on: gradients do not see flips.
+
+    A token changes its expert where two logits trade places, so an error costs by what it moves logits apart: with R a router's rows less
+    their mean, times the norm's weights, R' R.  All routers count alike (docs/pricing.md, 5), in total `packing.flips` of the gradients.
+    """
+    model, total = packing.model, np.zeros_like(gram)
+    for layer in range(first, model.n_layers):
+        router, norm = model.find("ffn_gate_inp", layer), model.find("ffn_norm", layer)
+        if router and norm:
+            rows = read_tensor(model.folder, router)
+            moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, norm)
+            total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / model.n_layers
+    return np.asarray(gram + packing.flips * np.trace(gram) * total)
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix
@@ -138,6 +159,8 @@ def pack_experts(
             layer_gram = None if hidden else sum_grams(tokens, experts)
             for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
                 metrics = expert_metrics(tokens, experts, n, hidden=hidden, layer_gram=layer_gram)
+                if hidden and metrics[0].outputs is not None:
+                    metrics = [replace(metrics[0], outputs=watch_routers(packing, metrics[0].outputs, layer + 1))]
                 for projection, metric in zip(projections, metrics, strict=True):
                     stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
                     kind = packing.format_of(role, layer, expert)
@@ -234,7 +257,8 @@ def pack_attention(
     with open_pool() as pool:
         for role in roles:
             rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
-            metric = Metric(fitted=fitted, guard=guard, outputs=gradients[role])
+            outputs = watch_routers(packing, gradients[role], layer) if role == "attn_output" else gradients[role]
+            metric = Metric(fitted=fitted, guard=guard, outputs=outputs)
             found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found
             weights[role].copy_(torch.from_numpy(values))

@@ -62,7 +62,7 @@ def repair_survivors(
         epochs = -1
     fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
     settings = (__version__, REVISION, *fit, plan.width, plan.top_k)
-    made_for = (packing.stats.key, plan.formats) if packing else None
+    made_for = (packing.stats.key, plan.formats, f"{packing.flips:.6g}") if packing else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
     formats = packing.formats if packing else {}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgemoe.backward import WINDOW, open_gradients
 from edgemoe.checkpoint import DTYPES, read_tensor
-from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end, watch_sums
 from edgemoe.families import MODULE_NAMES
 from edgemoe.head import Ends, descend_map
 from edgemoe.ir import PROJECTIONS, Model
@@ -278,7 +278,7 @@ class Twin:
         if self.model.find("output"):
             of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
             seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
-            metrics = group_metrics(gradient_sums(of_token, gradients, self.guard), seen.tolist())
+            metrics = group_metrics(watch_sums(self.packing, gradient_sums(of_token, gradients, self.guard)), seen.tolist())
         return pack_end(self.packing, "token_embd", weights, group, metrics)
 
     def pack_ends(self) -> None:

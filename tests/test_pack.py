@@ -20,7 +20,7 @@ from edgemoe.errors import ModelError, UsageError
 from edgemoe.feedback import factor_moments, objective
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan, Stats
-from edgemoe.pack import Metric, pack_matrix, plan_packing
+from edgemoe.pack import Metric, pack_matrix, plan_packing, watch_routers
 from edgemoe.pipeline import store_weights
 from edgemoe.repair import repair_survivors
 from edgemoe.targets import find_target, gguf
@@ -103,6 +103,27 @@ def test_guard_tokens_choose_between_stock_and_feedback() -> None:
     np.testing.assert_array_equal(values, dequantize(packed, "Q2_K", 256))
     np.testing.assert_array_equal(misled, stock)
     np.testing.assert_array_equal(plain, quantize(rows, "F16"))
+
+
+def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats: Stats, plan: Plan, tmp_path: Path) -> None:
+    """KL = q + kappa sqrt(q): the slope of its second term, for directions that part the logits of routers still to come."""
+    q = 1e-4
+    few = replace(plan, domain_q={d.name: q for d in stats.domains}, predicted_kl=q + 0.008 * q**0.5)
+    packing = plan_packing(model, stats, few, find_target("gguf"), tmp_path)
+    assert packing.flips == pytest.approx(0.4)
+    assert plan_packing(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
+    gram = np.eye(model.hidden_size)
+    watched = [watch_routers(packing, gram, first) for first in range(model.n_layers + 1)]
+    np.testing.assert_array_equal(watched[-1], gram)
+    assert np.trace(watched[0]) == pytest.approx(1.4 * np.trace(gram))
+    assert np.trace(watched[1]) == pytest.approx(1.2 * np.trace(gram))  # one of two routers is behind
+    tensor = model.find("ffn_gate_inp", 1)
+    assert tensor is not None
+    even = np.linalg.svd(np.vstack([read_tensor(model.folder, tensor), np.ones(model.hidden_size)]))[2][-1]  # moves no logit
+    norm = model.find("ffn_norm", 1)
+    assert norm is not None
+    still = even / read_tensor(model.folder, norm)
+    assert still @ watched[1] @ still == pytest.approx(still @ still, rel=1e-3)
 
 
 def test_without_feedback_or_drops_weights_stay_where_they_are(model: Model, texts: list[Text], stats: Stats, tmp_path: Path) -> None:
