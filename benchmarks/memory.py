@@ -1,8 +1,9 @@
 """Peak memory of every stage and of the running artifact, beside what was promised, on a checkpoint that outweighs the process.
 
-    python benchmarks/memory.py CHECKPOINT [--work DIR] [--share 0.5 0.25]
+    python benchmarks/memory.py CHECKPOINT [--work DIR] [--share 0.5 0.25] [--target gguf] [--rounding feedback]
 
-CHECKPOINT: any, e.g. of make_random_checkpoint.py.  Bound for calibrate, price and emit: two largest F32 layers + 1.5 GiB.
+CHECKPOINT: any, e.g. of make_random_checkpoint.py.  Bound for calibrate, price and emit: two largest F32 layers + 1.5 GiB.  With
+stock rounding survivors are not repaired either: memory is the same, and random weights have no quality.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench/memory"))
     parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.25], help="budgets as shares of the checkpoint's bytes")
+    parser.add_argument("--target", default="gguf")
+    parser.add_argument("--rounding", default="feedback")
     options = parser.parse_args()
     model = inspect_model(options.checkpoint)
     layer = max(sum(t.n_weights for t in model.tensors if t.layer == i) for i in range(-1, model.n_layers)) * 4
@@ -50,12 +53,14 @@ def main() -> None:
     peak, seconds, out = run_stage("calibrate", source, "-o", str(work), "--calibration-tokens", TOKENS, "--json")
     stats = json.loads(out)["stats"]
     print(f"calibrate  peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
-    peak, seconds, _ = run_stage("price", source, stats, "-o", str(work / "costs.json"))
+    peak, seconds, _ = run_stage("price", source, stats, "-o", str(work / "costs.json"), "--target", options.target)
     print(f"price      peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
     for share in options.share:
         budget, folder = int(model.n_bytes * share), work / f"out-{share}"
-        run_stage("plan", str(work / "costs.json"), "--memory", f"{budget}B", "-o", str(work / "plan.json"))
-        peak, seconds, _ = run_stage("emit", source, stats, str(work / "plan.json"), "-o", str(folder), "--force")
+        stock = ["--rounding", "stock"] if options.rounding == "stock" else []
+        repair = ["--no-repair"] if stock else []
+        run_stage("plan", str(work / "costs.json"), "--memory", f"{budget}B", "-o", str(work / "plan.json"), *stock, *repair)
+        peak, seconds, _ = run_stage("emit", source, stats, str(work / "plan.json"), "-o", str(folder), "--force", *stock)
         print(f"emit       peak {format_bytes(peak)}  {'ok' if peak <= bound else 'OVER'}  {seconds:.0f} s", flush=True)
         _, seconds, out = run_stage("verify", source, str(folder), "--heldout", str(TEXTS / "heldout" / "english.txt"), "--json")
         report = json.loads(out)
