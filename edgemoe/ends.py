@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.feedback import mix_moments
-from edgemoe.pack import Gram, Metric, PackedRows, Packing, pack_matrix, watch_routers
+from edgemoe.pack import Gram, Metric, PackedRows, Packing, pack_matrix
 from edgemoe.pools import open_pool
 from edgemoe.scores import importance_of
 
@@ -64,11 +64,6 @@ def gradient_sums(group: NDArray[np.int64], gradients: NDArray[np.float32], guar
         return total
 
     return [(gram((group == i) & ~guard), gram((group == i) & guard)) for i in range(GROUPS)]
-
-
-def watch_sums(packing: Packing, sums: Sequence[tuple[Gram, Gram]]) -> list[tuple[Gram, Gram]]:
-    """Sums of an embedding's gradients with what its errors do to the routers."""
-    return [(watch_routers(packing, fitted, 0), watch_routers(packing, guard, 0)) for fitted, guard in sums]
 
 
 def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> list[Metric]:

@@ -67,20 +67,26 @@ def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradien
     return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
 
 
-def watch_routers(packing: Packing, gram: Gram, first: int) -> Gram:
-    """Second moments of gradients with respect to the stream [H, H], and the routers from layer `first` on: gradients do not see flips.
+def router_gram(model: Model, first: int) -> Gram:
+    """What of an error in the stream parts the logits of the routers from layer `first` on [H, H].
 
-    A token changes its expert where two logits trade places, so an error costs by what it moves logits apart: with R a router's rows less
-    their mean, times the norm's weights, R' R.  All routers count alike (docs/pricing.md, 5), in total `packing.flips` of the gradients.
+    A token changes its expert where two logits trade places: R' R of each, with R a router's rows less their mean, times the norm's
+    weights, of trace one; all routers of the model count alike (docs/pricing.md, 5).
     """
-    model, total = packing.model, np.zeros_like(gram)
+    total = np.zeros((model.hidden_size,) * 2)
     for layer in range(first, model.n_layers):
         router, norm = model.find("ffn_gate_inp", layer), model.find("ffn_norm", layer)
         if router and norm:
             rows = read_tensor(model.folder, router)
             moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, norm)
             total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / model.n_layers
-    return np.asarray(gram + packing.flips * np.trace(gram) * total)
+    return total
+
+
+def add_flips(packing: Packing, gram: Gram, routers: Gram) -> Gram:
+    """Second moments of gradients with respect to the stream [H, H], with what they do not see: `packing.flips` of them, to the routers."""
+    total: Gram = gram + packing.flips * np.trace(gram) * routers
+    return total
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix
@@ -152,7 +158,7 @@ def pack_experts(
         The packed matrices, and the guard tokens' weighted mean square residual at the end.
     """
     importance = importance_of(packing.model, packing.stats, layer)
-    packed: Packed = {}
+    packed, routers = Packed(), router_gram(packing.model, layer + 1)
     with open_pool() as pool:
 
         def store(projections: Sequence[str], *, hidden: bool) -> None:
@@ -160,7 +166,7 @@ def pack_experts(
             for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
                 metrics = expert_metrics(tokens, experts, n, hidden=hidden, layer_gram=layer_gram)
                 if hidden and metrics[0].outputs is not None:
-                    metrics = [replace(metrics[0], outputs=watch_routers(packing, metrics[0].outputs, layer + 1))]
+                    metrics = [replace(metrics[0], outputs=add_flips(packing, metrics[0].outputs, routers))]
                 for projection, metric in zip(projections, metrics, strict=True):
                     stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
                     kind = packing.format_of(role, layer, expert)
@@ -257,7 +263,9 @@ def pack_attention(
     with open_pool() as pool:
         for role in roles:
             rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
-            outputs = watch_routers(packing, gradients[role], layer) if role == "attn_output" else gradients[role]
+            outputs = gradients[role]
+            if role == "attn_output":
+                outputs = add_flips(packing, outputs, router_gram(packing.model, layer))
             metric = Metric(fitted=fitted, guard=guard, outputs=outputs)
             found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from edgemoe.backward import WINDOW, open_gradients
 from edgemoe.checkpoint import DTYPES, read_tensor
-from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end, watch_sums
+from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
 from edgemoe.families import MODULE_NAMES
 from edgemoe.head import Ends, descend_map
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.pack import QKV, Packed, PackedRows, Packing, pack_attention, pack_experts
+from edgemoe.pack import QKV, Packed, PackedRows, Packing, add_flips, pack_attention, pack_experts, router_gram
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.storage import array_file, save_arrays, write_text
@@ -278,7 +278,9 @@ class Twin:
         if self.model.find("output"):
             of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
             seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
-            metrics = group_metrics(watch_sums(self.packing, gradient_sums(of_token, gradients, self.guard)), seen.tolist())
+            sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.packing.model, 0)
+            fitted, guard = ([add_flips(self.packing, one[side], routers) for one in sums] for side in (0, 1))
+            metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
         return pack_end(self.packing, "token_embd", weights, group, metrics)
 
     def pack_ends(self) -> None:

@@ -20,7 +20,7 @@ from edgemoe.errors import ModelError, UsageError
 from edgemoe.feedback import factor_moments, objective
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan, Stats
-from edgemoe.pack import Metric, pack_matrix, plan_packing, watch_routers
+from edgemoe.pack import Metric, add_flips, pack_matrix, plan_packing, router_gram
 from edgemoe.pipeline import store_weights
 from edgemoe.repair import repair_survivors
 from edgemoe.targets import find_target, gguf
@@ -113,7 +113,7 @@ def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats
     assert packing.flips == pytest.approx(0.4)
     assert plan_packing(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
     gram = np.eye(model.hidden_size)
-    watched = [watch_routers(packing, gram, first) for first in range(model.n_layers + 1)]
+    watched = [add_flips(packing, gram, router_gram(model, first)) for first in range(model.n_layers + 1)]
     np.testing.assert_array_equal(watched[-1], gram)
     assert np.trace(watched[0]) == pytest.approx(1.4 * np.trace(gram))
     assert np.trace(watched[1]) == pytest.approx(1.2 * np.trace(gram))  # one of two routers is behind
