@@ -20,10 +20,11 @@ TOKENS = 300
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
-@pytest.mark.parametrize("name", ["tiny-moe", "tiny-moe-b"])
-def test_gradients_are_what_autograd_of_the_whole_model_says(name: str, tmp_path: Path) -> None:
+def test_gradients_are_what_autograd_of_the_whole_model_says(tmp_path: Path) -> None:
+    """Of the other family; test_narrow.py holds what is summed over neurons against autograd on all three."""
     from transformers import AutoModelForCausalLM
 
+    name = "tiny-moe-b"
     model = inspect_model(EXAMPLES / name)
     texts = [read_text(str(path)) for path in sorted((SHIPPED / "calibration").glob("*.txt"))][:2]
     whole = AutoModelForCausalLM.from_pretrained(EXAMPLES / name, dtype=torch.float32, attn_implementation="eager").eval()
@@ -69,7 +70,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_gradients(tmp_path: Path) -> N
     model = inspect_model(EXAMPLES / "tiny-moe-b")
     texts = [read_text(str(path)) for path in sorted((SHIPPED / "calibration").glob("*.txt"))][:1]
     whole = collect_gradients(model, texts, tmp_path / "whole", max_tokens=TOKENS)
-    for last in range(1, 2 * model.n_layers):
+    for last in (1, model.n_layers + 1):  # forward and backward
 
         def kill(done: int, _: int, last: int = last) -> None:
             if done == last:

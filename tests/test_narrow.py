@@ -110,7 +110,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
     folder = collect_gradients(model, texts, tmp_path, max_tokens=200)
     for layer in range(model.n_layers):
         found = load_arrays(folder / array_file(layer))["heapr"]
-        assert np.abs(found - expected[layer]).max() < 1e-3 * expected[layer].max()
+        assert np.abs(found - expected[layer]).max() < 1e-2 * expected[layer].max()  # gradients are kept as bfloat16
     assert not list(folder.glob("state-*.bin"))
 
 
