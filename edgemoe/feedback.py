@@ -25,6 +25,7 @@ TURNS = 16  # groups of rows, chosen one after the other
 ROUNDS = 2  # of turns
 POWER = 8  # steps of the power iteration
 Floats = NDArray[np.float32]
+Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]  # see `descend_outputs`
 
 
 # ---------------------------------------------------------------------------------------------------------- second moments
@@ -267,9 +268,6 @@ def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moment
             values[:, at] += change
             inner -= change @ h[at, block]
         gradient -= (values[:, block] - before) @ h[block]
-
-
-Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]
 
 
 def descend_outputs(

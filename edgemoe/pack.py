@@ -192,19 +192,18 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
         layer_gram: second moments of all survivors' inputs, for those that few tokens choose.
     """
     rows, slots = np.nonzero(tokens.chosen == n)
-    size = experts.down.shape[2] if hidden else experts.down.shape[1]
-    inner = experts.down.shape[1] if hidden else experts.down.shape[2]
+    _, outer, size = experts.down.shape if hidden else experts.up.shape
 
     def sums(block: slice) -> list[Gram]:
         x, given, guard = _seen(tokens, experts, rows[block], slots[block])
         h, *inner = experts.hidden_gradients(n, x, given)
         if hidden:
-            outer = [_gram(given, h.square().sum(dim=1) * ~guard)]
-            return [_gram(h, given.square().sum(dim=1) * side) for side in (~guard, guard)] + outer
+            output = [_gram(given, h.square().sum(dim=1) * ~guard)]
+            return [_gram(h, given.square().sum(dim=1) * side) for side in (~guard, guard)] + output
         weights = sum(g.square().sum(dim=1) for g in inner)
         return [_gram(x, weights * side) for side in (~guard, guard)] + [_gram(g, ~guard) for g in inner]
 
-    empty = [np.zeros((size, size))] * 2 + [np.zeros((inner, inner))] * (1 if hidden else 2)
+    empty = [np.zeros((size, size))] * 2 + [np.zeros((outer, outer))] * (1 if hidden else 2)
     fitted, guard, *outputs = _add_blocks(sums, len(rows), experts, empty)
     seen = int((~tokens.guard[rows]).sum())
     mixed = mix_moments(fitted, seen, layer_gram)

@@ -24,10 +24,10 @@ from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masse
 from edgemoe.families import MODULE_NAMES
 from edgemoe.head import Ends, descend_map
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.pack import QKV, Packed, PackedRows, Packing, add_flips, pack_attention, pack_experts, router_gram
+from edgemoe.pack import QKV, Packed, Packing, add_flips, pack_attention, pack_experts, router_gram
 from edgemoe.probes import token_kl
 from edgemoe.refit import Experts, Tokens, fill_residual, refit_layer
-from edgemoe.storage import array_file, save_arrays, write_text
+from edgemoe.storage import array_file, load_arrays, save_arrays, write_text
 from edgemoe.stream import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
 from edgemoe.texts import Text
 from edgemoe.translate import Sums, refit_matrix, sum_pairs
@@ -88,7 +88,7 @@ class Twin:
             start = int(saved["layer"]) if saved.get("key") == self.key else 0
         if start == 0:
             original, changed = self.states("original", 0), self.states("changed", 0)
-            table = self._pack_embedding()[1] if self.packing else None
+            table = self._pack_embedding() if self.packing else None
             for index in self.windows.chunks():
                 original.write(index, self.original.embed(self.windows.tokens[index]))
                 changed.write(index, self.original.embed(self.windows.tokens[index], table))
@@ -268,8 +268,8 @@ class Twin:
         original.close()
         return {**packed, "ffn_gate_inp.-1": weights["ffn_gate_inp"].cpu().numpy().copy()}
 
-    def _pack_embedding(self) -> PackedRows:
-        """The embedding, packed, and what it decodes to: the changed stream starts from that."""
+    def _pack_embedding(self) -> NDArray[np.float32]:
+        """Pack the embedding and leave it on disk; what it decodes to: the changed stream starts from that."""
         assert self.packing is not None
         weights = self._read("token_embd")
         group, gradients = group_rows(weights), self._read_gradients(-1)
@@ -281,14 +281,13 @@ class Twin:
             sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.packing.model, 0)
             fitted, guard = ([add_flips(self.packing, one[side], routers) for one in sums] for side in (0, 1))
             metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
-        return pack_end(self.packing, "token_embd", weights, group, metrics)
+        packed, values = pack_end(self.packing, "token_embd", weights, group, metrics)
+        save_arrays(self.work / array_file(-1), {"token_embd.-1": packed})
+        return values
 
     def pack_ends(self) -> None:
-        """Pack embedding and output matrix, the latter on what the changed stream brings it; nothing without packing."""
-        if not self.packing:
-            return
-        arrays = {"token_embd.-1": self._pack_embedding()[0]}
-        if self.model.find("output"):
+        """Pack the output matrix, if there is one, on what the changed stream brings it; the embedding was packed first of all."""
+        if self.packing and self.model.find("output"):
             before, original = (self.states(name, self.model.n_layers) for name in ("changed", "original"))
             norm, output, eps = self.original.head()
             sums = self._sums(before, original, lambda x, y: normed(x, y, norm, eps))
@@ -307,10 +306,10 @@ class Twin:
             share = mass[~self.guard].sum(axis=0) / max(mass[~self.guard].sum(), 1e-30)
             seen = share * int((~self.guard).sum())
             metrics = group_metrics([(fitted.gram, guard.gram) for fitted, guard in own], seen.tolist())
-            arrays["output.-1"] = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
+            packed = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
+            save_arrays(self.work / array_file(-1), {**load_arrays(self.work / array_file(-1)), "output.-1": packed})
             before.close()
             original.close()
-        save_arrays(self.work / array_file(-1), arrays)
 
     def _read(self, role: str) -> NDArray[np.float32]:
         tensor = self.model.find(role)

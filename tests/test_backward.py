@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import EXAMPLES
+from tiny import EXAMPLES, backpropagate_draws
 
 from edgemoe.backward import collect_gradients, load_gradients, open_gradients
 from edgemoe.families import MODULE_NAMES
@@ -46,11 +46,7 @@ def test_gradients_are_what_autograd_of_the_whole_model_says(tmp_path: Path) -> 
     folder = collect_gradients(model, texts, tmp_path, max_tokens=TOKENS)
     sums: dict[tuple[str, int], Any] = {}
     for chunk in windows.chunks():
-        draw = torch.Generator().manual_seed(int(chunk[0]))
-        logits = whole(torch.from_numpy(windows.tokens[chunk])).logits
-        picked = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0].view(logits.shape[:2])
-        real = torch.from_numpy(np.arange(logits.shape[1])[None] < windows.lengths[chunk][:, None])
-        torch.nn.functional.cross_entropy(logits[real], picked[real], reduction="sum").backward()
+        real = backpropagate_draws(whole, windows, chunk)
         weight = torch.from_numpy(0.5 / np.bincount(windows.domain, windows.lengths)[windows.domain[chunk]])[:, None].expand(real.shape)
         for (role, layer), tensor in given.items():
             assert tensor.grad is not None

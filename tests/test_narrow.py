@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import random_costs
-from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats, make_checkpoint
+from tiny import EXAMPLES, FAMILIES, backpropagate_draws, flat_plan, flat_stats, make_checkpoint
 
 from edgemoe.backward import collect_gradients
 from edgemoe.checkpoint import read_tensor
@@ -93,11 +93,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
     windows = tokenize(model, texts, 200, 512)
     expected = np.zeros((model.n_layers, model.n_experts, model.expert_size))
     for chunk in windows.chunks():
-        draw = torch.Generator().manual_seed(int(chunk[0]))
-        logits = whole(torch.from_numpy(windows.tokens[chunk])).logits
-        picked = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0].view(logits.shape[:2])
-        real = torch.from_numpy(np.arange(logits.shape[1])[None] < windows.lengths[chunk][:, None])
-        torch.nn.functional.cross_entropy(logits[real], picked[real], reduction="sum").backward()
+        real = backpropagate_draws(whole, windows, chunk)
         count = np.bincount(windows.domain, windows.lengths)
         weight = torch.from_numpy(0.5 / count[windows.domain[chunk]])[:, None].expand(real.shape)[real]
         for layer, factor in enumerate(factors):

@@ -215,3 +215,13 @@ def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
         save_arrays(folder / array_file(layer), arrays)
     domain = Domain(name="none", weight=1.0, tokens=model.vocab_size, sha256="d" * 64)
     return Stats(folder=str(folder), model=model.fingerprint, key="a" * 64, settings={}, domains=(domain,), probes=(), cold=())
+
+
+def backpropagate_draws(whole: Any, windows: Any, chunk: Any) -> Any:
+    """Gradients of the cross-entropy of tokens that a whole model draws, as backward.py draws them; which positions are no padding."""
+    draw = torch.Generator().manual_seed(int(chunk[0]))
+    logits = whole(torch.from_numpy(windows.tokens[chunk])).logits
+    picked = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0].view(logits.shape[:2])
+    real = torch.from_numpy(np.arange(logits.shape[1])[None] < windows.lengths[chunk][:, None])
+    torch.nn.functional.cross_entropy(logits[real], picked[real], reduction="sum").backward()
+    return real
