@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.backward import collect_gradients, open_gradients
-from edgemoe.feedback import mix_moments
+from edgemoe.feedback import factor_moments, mix_moments
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.pack import Metric, expert_metrics, pack_matrix, sum_grams
@@ -140,7 +140,7 @@ def compare(model: Model, texts: tuple[Sequence[Text], Sequence[Text]], tokens: 
                     metric, errors = found[0 if hidden else PROJECTIONS.index(projection)], judge(held, weights, n, projection)
                     kept = torch.from_numpy(~seen.guard[rows])
                     gram, guard = ((inputs[hidden][side].T @ inputs[hidden][side]).double().numpy() for side in (kept, ~kept))
-                    plain = Metric(fitted=mix_moments(gram, int(kept.sum()), None if hidden else whole), guard=guard)
+                    plain = Metric(inputs=factor_moments(mix_moments(gram, int(kept.sum()), None if hidden else whole)), guard=guard)
                     for kind in KINDS:
                         start = time.process_time()
                         _, stored = pack_matrix(gguf, matrix, kind, importances[hidden], metric, pool)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.feedback import mix_moments
+from edgemoe.feedback import factor_moments, mix_moments
 from edgemoe.pack import Gram, Metric, PackedRows, Packing, pack_matrix
 from edgemoe.pools import open_pool
 from edgemoe.scores import importance_of
@@ -70,7 +70,8 @@ def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> l
     """What errors cost in each group: its own second moments, with those of all groups where few tokens were seen."""
     fitted, guard = (np.sum([one[side] for one in sums], axis=0) for side in (0, 1))
     return [
-        Metric(fitted=mix_moments(own, n, fitted), guard=kept if kept.any() else guard) for (own, kept), n in zip(sums, seen, strict=True)
+        Metric(inputs=factor_moments(mix_moments(own, n, fitted)), guard=kept if kept.any() else guard)
+        for (own, kept), n in zip(sums, seen, strict=True)
     ]
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.grids import Floats, Grid
+
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
 TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
 BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_moments` and docs/decisions/0009-feedback-rounding.md
@@ -24,7 +26,6 @@ LAZY = 128  # columns after which the rest of a row is corrected in one product
 TURNS = 16  # groups of rows, chosen one after the other
 ROUNDS = 2  # of turns
 POWER = 8  # steps of the power iteration
-Floats = NDArray[np.float32]
 Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]  # see `descend_outputs`
 
 
@@ -81,134 +82,18 @@ def factor_moments(h: NDArray[np.floating], damping: float = DAMPING) -> Moments
         h, mean = np.eye(len(h)), 1.0
     h = (h + h.T) / (2 * mean) + damping * np.eye(len(h))
     # H = L L' read backwards gives H^-1 = U'U without an explicit inverse: with J the reversal, J H J = A A', U = J A^-1 J.
-    lower = np.linalg.cholesky(h[::-1, ::-1])
-    upper = np.linalg.inv(lower)[::-1, ::-1]
-    return Moments(h.astype(np.float32), np.ascontiguousarray(np.triu(upper)).astype(np.float32))
+    upper = _invert_lower(np.linalg.cholesky(h[::-1, ::-1]))[::-1, ::-1]
+    return Moments(h.astype(np.float32), np.ascontiguousarray(upper, np.float32))
 
 
-# -------------------------------------------------------------------------------------------------------------------- grids
-@dataclass(frozen=True, slots=True)
-class Uniform:
-    """value = offset + scale * code, codes 0..n-1; one column a group."""
-
-    scale: Floats  # [R, C], of either sign
-    offset: Floats  # [R, C]
-    n: int
-    dim = 1
-
-    def nearest(self, group: int, w: Floats, metric: Floats) -> tuple[NDArray[np.int32], Floats]:
-        """Codes [R] and values [R, 1] nearest to w [R, 1]."""
-        scale, offset = self.scale[:, group], self.offset[:, group]
-        code = np.divide(w[:, 0] - offset, scale, out=np.zeros_like(offset), where=scale != 0)
-        np.minimum(np.maximum(np.rint(code, out=code), 0, out=code), self.n - 1, out=code)
-        return code.astype(np.int32), (offset + scale * code)[:, None]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """value = offset + scale * table[code], a group being `dim` columns; searched in full, in the metric of the group."""
-
-    scale: Floats  # [R, G]
-    offset: Floats  # [R, G]
-    table: Floats  # [K, dim]
-
-    @property
-    def dim(self) -> int:
-        """Columns of a group."""
-        return int(self.table.shape[1])
-
-    def nearest(self, group: int, w: Floats, metric: Floats) -> tuple[NDArray[np.int32], Floats]:
-        """Codes [R] and values [R, dim] that minimise (w - v) metric (w - v)'."""
-        scale, offset = self.scale[:, group, None], self.offset[:, group, None]
-        quadratic = ((self.table @ metric) * self.table).sum(axis=1)
-        cost = ((w - offset) @ metric * (-2 * scale)) @ self.table.T + scale**2 * quadratic
-        code = cost.argmin(axis=1)
-        return code.astype(np.int32), offset + scale * self.table[code]
-
-
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """value = scale * sign * magnitude: `parts` magnitudes of 8 / parts columns each, chosen from a table, and 8 signs.
-
-    code = sum of magnitude indices (from the lowest bits up), then the signs' bits; `even`: only an even number of minus signs, of which
-    seven bits are stored.  Magnitudes given the signs and signs given the magnitudes are chosen in turn.
-    """
-
-    scale: Floats  # [R, G], one per 8 columns
-    magnitudes: Floats  # [K, 8 / parts]
-    even: bool
-    dim = 8
-
-    def nearest(self, group: int, w: Floats, metric: Floats) -> tuple[NDArray[np.int32], Floats]:
-        """Codes [R] and values [R, 8] that (nearly) minimise (w - v) metric (w - v)'."""
-        scale = self.scale[:, group, None]
-        linear = w @ metric
-        width = self.magnitudes.shape[1]
-        parts = 8 // width
-        up = np.where(scale < 0, np.float32(-1), np.float32(1))
-        signs = self._first_signs(w * up)
-        value = (np.abs(w) * up).astype(np.float32)  # stands for the parts not yet chosen
-        index = np.zeros((len(w), parts), np.int64)
-        for turn in range(2):
-            for part in range(parts):
-                at = slice(part * width, (part + 1) * width)
-                index[:, part] = self._magnitude(at, scale, signs, value, linear, metric)
-                value[:, at] = scale * self.magnitudes[index[:, part]]
-            if turn == 0:
-                signs = self._signs(value, linear, metric)
-        value = value * signs
-        code = np.zeros(len(w), np.int64)
-        bits = int(self.magnitudes.shape[0] - 1).bit_length()
-        for part in range(parts):
-            code |= index[:, part] << (bits * part)
-        minus = (signs < 0).astype(np.int64)
-        for i in range(7 if self.even else 8):
-            code |= minus[:, i] << (bits * parts + i)
-        return code.astype(np.int32), value
-
-    def _first_signs(self, w: Floats) -> Floats:
-        signs = np.where(w < 0, np.float32(-1), np.float32(1))
-        if self.even:
-            odd = np.flatnonzero(signs.prod(axis=1) < 0)
-            smallest = np.abs(w[odd]).argmin(axis=1)
-            signs[odd, smallest] *= -1
-        return signs
-
-    def _magnitude(self, at: slice, scale: Floats, signs: Floats, value: Floats, linear: Floats, metric: Floats) -> NDArray[np.int64]:
-        """Best index of one part, the others given."""
-        inner, mine = metric[at, at], signs[:, at]
-        target = linear[:, at]
-        if self.magnitudes.shape[1] < 8:
-            others = value * signs
-            others[:, at] = 0
-            target = np.asarray(target - others @ metric[:, at], np.float32)
-        rows, cols = np.triu_indices(inner.shape[0])
-        twice = np.where(rows == cols, 1, 2).astype(np.float32)
-        features = np.concatenate([self.magnitudes[:, rows] * self.magnitudes[:, cols] * twice, self.magnitudes], axis=1)
-        weights = np.concatenate([scale**2 * mine[:, rows] * mine[:, cols] * inner[rows, cols], -2 * scale * mine * target], axis=1)
-        best: NDArray[np.int64] = (weights @ features.T).argmin(axis=1)
-        return best
-
-    def _signs(self, value: Floats, linear: Floats, metric: Floats) -> Floats:
-        """All sign patterns tried for the magnitudes found."""
-        patterns = sign_patterns(even=self.even)
-        rows, cols = np.triu_indices(8, 1)
-        features = np.concatenate([patterns[:, rows] * patterns[:, cols] * 2, patterns], axis=1)
-        weights = np.concatenate([value[:, rows] * value[:, cols] * metric[rows, cols], -2 * value * linear], axis=1)
-        best: Floats = patterns[(weights @ features.T).argmin(axis=1)]
-        return best
-
-
-def sign_patterns(*, even: bool) -> Floats:
-    """All patterns of eight signs [128 or 256, 8]; with an even number of minuses, the last sign follows from the others."""
-    numbers = np.arange(128 if even else 256)
-    minus = (numbers[:, None] >> np.arange(8)) & 1
-    if even:
-        minus[:, 7] = minus[:, :7].sum(axis=1) & 1
-    return (1 - 2 * minus).astype(np.float32)
-
-
-Grid = Uniform | Table | Signed
+def _invert_lower(lower: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Inverse of a lower triangular matrix, by halves: a sixth of the work of a general inverse."""
+    n = len(lower) // 2
+    if n < LAZY:
+        return np.tril(np.linalg.inv(lower))
+    first, last, result = _invert_lower(lower[:n, :n]), _invert_lower(lower[n:, n:]), np.zeros_like(lower)
+    result[:n, :n], result[n:, n:], result[n:, :n] = first, last, -last @ (lower[n:, :n] @ first)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------- rounding
@@ -218,22 +103,17 @@ def round_columns(weights: Floats, grid: Grid, moments: Moments, columns: slice)
     Returns:
         Codes [R, n / dim], values [R, n], and the correction of all later columns [R, C - columns.stop], to be subtracted.
     """
-    start, stop, dim = columns.start, columns.stop, grid.dim
-    upper = moments.upper
+    start, stop, dim, upper = columns.start, columns.stop, grid.dim, moments.upper
     work = np.array(weights[:, columns], np.float32, order="F")
     values, error = np.empty_like(work), np.empty_like(work)
     codes = np.empty((len(work), (stop - start) // dim), np.int32)
-    for lazy in range(0, stop - start, LAZY):
-        end = min(lazy + LAZY, stop - start)
-        for i in range(lazy, end, dim):
-            j = slice(start + i, start + i + dim)
-            corner = np.linalg.inv(upper[j, j])
-            codes[:, i // dim], values[:, i : i + dim] = grid.nearest(i // dim, work[:, i : i + dim], corner @ corner.T)
-            error[:, i : i + dim] = (work[:, i : i + dim] - values[:, i : i + dim]) @ corner
-            if i + dim < end:
-                work[:, i + dim : end] -= error[:, i : i + dim] @ upper[j, start + i + dim : start + end]
-        if end < stop - start:
-            work[:, end:] -= error[:, lazy:end] @ upper[start + lazy : start + end, start + end : stop]
+    for i in range(start, stop, LAZY):
+        block = slice(i, min(i + LAZY, stop))
+        at = slice(block.start - start, block.stop - start)
+        groups = slice(at.start // dim, at.stop // dim)
+        codes[:, groups], values[:, at], error[:, at] = grid.round(at, work[:, at], upper[block, block])
+        if block.stop < stop:
+            work[:, at.stop :] -= error[:, at] @ upper[block, block.stop : stop]
     return codes, values, error @ upper[columns, stop:]
 
 
@@ -249,25 +129,13 @@ def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moment
         columns: which.
     """
     dim, h = grid.dim, moments.h
-    for lazy in range(columns.start, columns.stop, LAZY):
-        end = min(lazy + LAZY, columns.stop)
-        block = slice(lazy, end)
-        before, inner = values[:, block].copy(), np.array(gradient[:, block], order="F")
-        for j in range(lazy, end, dim):
-            at, here = slice(j, j + dim), slice(j - lazy, j - lazy + dim)
-            metric = h[at, at]
-            step = inner[:, here] @ np.linalg.inv(metric) if dim > 1 else inner[:, here] / metric
-            group = (j - columns.start) // dim
-            code, value = grid.nearest(group, values[:, at] + step, metric)
-            change = value - values[:, at]
-            if dim > 1:  # the search is not exact: keep what is no better
-                gain = 2 * (change * inner[:, here]).sum(axis=1) - ((change @ metric) * change).sum(axis=1)
-                change *= (gain > 0)[:, None]
-                code = np.where(gain > 0, code, codes[:, group])
-            codes[:, group] = code
-            values[:, at] += change
-            inner -= change @ h[at, block]
-        gradient -= (values[:, block] - before) @ h[block]
+    for i in range(columns.start, columns.stop, LAZY):
+        block = slice(i, min(i + LAZY, columns.stop))
+        at = slice(block.start - columns.start, block.stop - columns.start)
+        groups = slice(at.start // dim, at.stop // dim)
+        codes[:, groups], found = grid.descend(at, codes[:, groups], values[:, block], gradient[:, block], h[block, block])
+        gradient -= (found - values[:, block]) @ h[block]
+        values[:, block] = found
 
 
 def descend_outputs(

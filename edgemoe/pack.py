@@ -8,10 +8,11 @@ quantizer (docs/pricing.md, 12).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.feedback import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.pools import open_pool
-from edgemoe.refit import Experts, Tokens, fill_residual, refit_down
+from edgemoe.refit import Experts, Tokens, fill_residual, one_thread, refit_down
 from edgemoe.scores import importance_of
 from edgemoe.stream import map_ordered
 from edgemoe.targets import Target
@@ -31,6 +32,8 @@ from edgemoe.translate import Sums
 
 BLOCK = 4096  # tokens of one piece of work
 QKV = ("attn_q", "attn_k", "attn_v")
+MOMENTS = 6  # square float64 matrices that packing an expert holds
+MOMENT_BYTES = 2**30  # for those of all experts that are packed at the same time
 FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
 ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
 Gram = NDArray[np.float64]  # [C, C]
@@ -94,14 +97,14 @@ def add_flips(packing: Packing, gram: Gram, routers: Gram) -> Gram:
 class Metric:
     """What an error of a matrix costs: tr G D H D', with H of its inputs and G of the gradients with respect to its outputs."""
 
-    fitted: Gram  # H [C, C] over the tokens that are fitted to
+    inputs: Moments  # H [C, C] over the tokens that are fitted to
     guard: Gram  # H over those that decide
     outputs: Gram | None = None  # G [R, R]; None: every output counts the same, by itself
 
     def loss(self, delta: NDArray[np.float32]) -> float:
         """The cost of an error [R, C] on the guard tokens, in some unit."""
-        weighted = delta if self.outputs is None else self.outputs @ delta
-        return float(((weighted @ self.guard) * delta).sum())
+        weighted = delta if self.outputs is None else self.outputs.astype(np.float32) @ delta
+        return float(((weighted @ self.guard.astype(np.float32)) * delta).sum(dtype=np.float64))
 
 
 def pack_matrix(
@@ -134,13 +137,12 @@ def pack_matrix(
     stock = pack(None)
     if metric is None or not target.feeds_back(kind):
         return stock
-    moments = factor_moments(metric.fitted)
-    ours = pack(moments)
+    ours = pack(metric.inputs)
     if metric.outputs is not None:
         packed, values = ours
         outputs = factor_moments(metric.outputs).h
         descend_outputs(
-            weights, packed, values, moments, outputs, lambda rows, q, slope: target.descend_rows(rows, kind, q, moments, slope)
+            weights, packed, values, metric.inputs, outputs, lambda rows, q, slope: target.descend_rows(rows, kind, q, metric.inputs, slope)
         )
         ours = packed, target.unpack_rows(packed, kind, weights.shape[1])
     return min((stock, ours), key=lambda found: metric.loss(found[1] - weights))
@@ -159,26 +161,33 @@ def pack_experts(
     """
     importance = importance_of(packing.model, packing.stats, layer)
     packed, routers = Packed(), router_gram(packing.model, layer + 1)
-    with open_pool() as pool:
 
-        def store(projections: Sequence[str], *, hidden: bool) -> None:
-            layer_gram = None if hidden else sum_grams(tokens, experts)
-            for n, expert in enumerate(kept):  # one expert's moments at a time: of all they would outgrow the layer
-                metrics = expert_metrics(tokens, experts, n, hidden=hidden, layer_gram=layer_gram)
-                if hidden and metrics[0].outputs is not None:
-                    metrics = [replace(metrics[0], outputs=add_flips(packing, metrics[0].outputs, routers))]
-                for projection, metric in zip(projections, metrics, strict=True):
-                    stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
-                    kind = packing.format_of(role, layer, expert)
-                    rows, columns = stack[n].cpu().numpy(), importance[role, expert]
-                    packed[f"{role}.{expert}"], values = pack_matrix(packing.target, rows, kind, columns, metric, pool)
-                    stack[n].copy_(torch.from_numpy(values))
+    def store(n: int, projections: Sequence[str], layer_gram: Gram | None) -> Packed:
+        metrics = expert_metrics(tokens, experts, n, hidden=len(projections) == 1, layer_gram=layer_gram)
+        if layer_gram is None and metrics[0].outputs is not None:
+            metrics = [replace(metrics[0], outputs=add_flips(packing, metrics[0].outputs, routers))]
+        found = Packed()
+        for projection, metric in zip(projections, metrics, strict=True):
+            stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
+            kind = packing.format_of(role, layer, kept[n])
+            rows, columns = stack[n].cpu().numpy(), importance[role, kept[n]]
+            found[f"{role}.{kept[n]}"], values = pack_matrix(packing.target, rows, kind, columns, metric, pool)
+            stack[n].copy_(torch.from_numpy(values))
+        return found
 
-        store(PROJECTIONS[:2], hidden=False)
+    with open_pool() as pool, one_thread(), ThreadPoolExecutor(_at_once(experts)) as outer:
+        for found in outer.map(partial(store, projections=PROJECTIONS[:2], layer_gram=sum_grams(tokens, experts)), range(len(kept))):
+            packed.update(found)
         fill_residual(tokens, experts, residual)
         refit_down(tokens, experts, residual)
-        store(PROJECTIONS[2:], hidden=True)
+        for found in outer.map(partial(store, projections=PROJECTIONS[2:], layer_gram=None), range(len(kept))):
+            packed.update(found)
     return packed, fill_residual(tokens, experts, residual)[1]
+
+
+def _at_once(experts: Experts) -> int:
+    """How many experts to pack at the same time: second moments of all would outgrow the layer."""
+    return min(os.cpu_count() or 1, max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
 
 
 def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[Metric]:
@@ -206,8 +215,8 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
     empty = [np.zeros((size, size))] * 2 + [np.zeros((outer, outer))] * (1 if hidden else 2)
     fitted, guard, *outputs = _add_blocks(sums, len(rows), experts, empty)
     seen = int((~tokens.guard[rows]).sum())
-    mixed = mix_moments(fitted, seen, layer_gram)
-    return [Metric(fitted=mixed, guard=guard, outputs=shrink_moments(one, seen)) for one in outputs]
+    inputs = factor_moments(mix_moments(fitted, seen, layer_gram))
+    return [Metric(inputs=inputs, guard=guard, outputs=shrink_moments(one, seen)) for one in outputs]
 
 
 def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
@@ -258,14 +267,15 @@ def pack_attention(
         sums: of their inputs, fitted and guard.
     """
     importance, packed = importance_of(packing.model, packing.stats, layer), Packed()
-    gradients, (fitted, guard) = load_gradients(packing.gradients, layer), (side.gram for side in sums)
+    gradients, guard = load_gradients(packing.gradients, layer), sums[1].gram
+    inputs = factor_moments(sums[0].gram)
     with open_pool() as pool:
         for role in roles:
             rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
             outputs = gradients[role]
             if role == "attn_output":
                 outputs = add_flips(packing, outputs, router_gram(packing.model, layer))
-            metric = Metric(fitted=fitted, guard=guard, outputs=outputs)
+            metric = Metric(inputs=inputs, guard=guard, outputs=outputs)
             found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found
             weights[role].copy_(torch.from_numpy(values))

@@ -128,7 +128,7 @@ def refit_down(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], 
             for phi, part_a, part_b in map_ordered(sums, blocks, device=device):
                 phis.append(phi)
                 a, b = a + part_a, b + part_b
-            with _one_thread():
+            with one_thread():
                 if expert not in factors:
                     factors[expert] = factor_ridge(a, ridge)
                 change = torch.cholesky_solve(b, factors[expert]).float()
@@ -291,7 +291,7 @@ def _search_back(tokens: Tokens, experts: Experts, residual: NDArray[np.float32]
 
 
 # ------------------------------------------------------------------------------------------------------------------ pieces
-class _one_thread:
+class one_thread:
     """Arithmetic whose result does not depend on the number of cores."""
 
     def __enter__(self) -> None:

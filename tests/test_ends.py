@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.checkpoint import read_tensor
 from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.feedback import factor_moments
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Stats
 from edgemoe.pack import Metric, Packing, pack_matrix
@@ -52,7 +53,8 @@ def test_gradients_are_summed_by_group_and_side() -> None:
     np.testing.assert_allclose(sums[1][1], gradients[(group == 1) & guard].T @ gradients[(group == 1) & guard], rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(np.sum(sums, axis=(0, 1)), gradients.T @ gradients, rtol=1e-3, atol=1e-1)
     metrics = group_metrics(sums, [1.0] * GROUPS)
-    np.testing.assert_allclose(metrics[7].fitted, np.sum([fitted for fitted, _ in sums], axis=0))  # a group that nothing was seen of
+    whole = factor_moments(np.sum([fitted for fitted, _ in sums], axis=0))
+    np.testing.assert_allclose(metrics[7].inputs.h, whole.h)  # a group that nothing was seen of
 
 
 def test_groups_take_a_tenth_off_the_kl_of_a_rounded_output_matrix(shipped_stats: Stats, tmp_path: Path) -> None:
@@ -83,6 +85,6 @@ def test_groups_take_a_tenth_off_the_kl_of_a_rounded_output_matrix(shipped_stats
     packed, grouped = pack_end(packing, "output", output, group, metrics)
     np.testing.assert_array_equal(gguf.unpack_rows(packed, kind, output.shape[1]), grouped)
     with ThreadPoolExecutor(1) as pool:
-        together = Metric(fitted=x[~guard].T @ x[~guard], guard=x[guard].T @ x[guard])
+        together = Metric(inputs=factor_moments(x[~guard].T @ x[~guard]), guard=x[guard].T @ x[guard])
         _, alike = pack_matrix(gguf, output, kind, None, together, pool)
     assert kl(grouped) < 0.9 * kl(alike)

@@ -13,17 +13,14 @@ from numpy.typing import NDArray
 from edgemoe.errors import ModelError
 from edgemoe.feedback import (
     Moments,
-    Signed,
-    Table,
-    Uniform,
     descend_outputs,
     factor_moments,
     mix_moments,
     objective,
     round_columns,
     shrink_moments,
-    sign_patterns,
 )
+from edgemoe.grids import Scalar, Signed, Table, sign_patterns
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.feedback import FED_BACK, grid_of, quantize_fed_back
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
@@ -56,7 +53,7 @@ def test_golden_case_of_gptq() -> None:
     moments = factor_moments(h)
     expected = np.array([5.062179, -5.789697, -3.104988, 3.639489])
     np.testing.assert_allclose(moments.upper[0] / np.sqrt(h.diagonal().mean()), expected, rtol=1e-4)
-    grid = Uniform(np.full((1, 4), 0.5, np.float32), np.full((1, 4), -1, np.float32), 4)
+    grid = Scalar(np.full((1, 4), 0.5, np.float32), np.full((1, 4), -1, np.float32), np.arange(4, dtype=np.float32))
     codes, values, rest = round_columns(w, grid, moments, slice(0, 4))
     np.testing.assert_allclose(values, [[0.5, 0, 0.5, 0]])
     np.testing.assert_array_equal(codes, [[3, 2, 3, 2]])
@@ -73,7 +70,7 @@ def test_golden_case_of_gptq() -> None:
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
     w = weights(0)
     moments = factor_moments(np.diag(np.random.default_rng(0).uniform(0.1, 2, COLS)))
-    grid = Uniform(np.full(w.shape, 0.3, np.float32), np.full(w.shape, -1.2, np.float32), 9)
+    grid = Scalar(np.full(w.shape, 0.3, np.float32), np.full(w.shape, -1.2, np.float32), np.arange(9, dtype=np.float32))
     _, values, _ = round_columns(w, grid, moments, slice(0, COLS))
     np.testing.assert_allclose(values, np.clip(np.rint((w + 1.2) / 0.3), 0, 8) * 0.3 - 1.2, atol=1e-5)
 
@@ -156,8 +153,8 @@ def test_codes_are_where_ggml_reads_them(name: str, seed: int, scale: float) -> 
     written = write_codes(packed, name, codes)
     np.testing.assert_array_equal(read_codes(written, name), codes)
     decoded, grid = dequantize(written, name, COLS), grid_of(packed, name)
-    if isinstance(grid, Uniform):
-        expected = grid.offset + grid.scale * codes
+    if isinstance(grid, Scalar):
+        expected = grid.offset + grid.scale * grid.table[codes]
     elif isinstance(grid, Table):
         expected = (grid.offset[:, :, None] + grid.scale[:, :, None] * grid.table[codes]).reshape(3, -1)
     else:

@@ -94,7 +94,7 @@ def test_guard_tokens_choose_between_stock_and_feedback() -> None:
     target, importance = find_target("gguf"), np.ones(256, np.float32)
     stock = quantize(rows, "Q2_K", importance)
     with ThreadPoolExecutor(1) as pool:
-        metric = Metric(fitted=gram, guard=gram)
+        metric = Metric(inputs=factor_moments(gram), guard=gram)
         packed, values = pack_matrix(target, rows, "Q2_K", importance, metric, pool)
         misled, _ = pack_matrix(target, rows, "Q2_K", importance, replace(metric, guard=np.linalg.inv(gram)), pool)
         plain, _ = pack_matrix(target, rows, "F16", importance, metric, pool)

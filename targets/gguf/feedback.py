@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
-from edgemoe.feedback import Floats, Grid, Moments, Signed, Table, Uniform, descend_columns, round_columns
+from edgemoe.feedback import Moments, descend_columns, round_columns
+from edgemoe.grids import Floats, Grid, Scalar, Signed, Table
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
 
@@ -94,14 +95,15 @@ def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
     if name in UNIFORM:
         last = 2 ** layout_of(name).bits.shape[1] - 1
         low, high = _decode_all(packed, name, 0), _decode_all(packed, name, last)
-        return Uniform((high - low) / np.float32(last), low, last + 1)
+        return Scalar((high - low) / np.float32(last), low, np.arange(last + 1, dtype=np.float32))
     table = _table_of(name)
     if name in TABLES:
         first, second = int(table[:, 0].argmin()), int(table[:, 0].argmax())
         dim = table.shape[1]
         low, high = _decode_all(packed, name, first)[:, ::dim], _decode_all(packed, name, second)[:, ::dim]
         scale = (high - low) / (table[second, 0] - table[first, 0])
-        return Table(scale, low - scale * table[first, 0], table)
+        offset = low - scale * table[first, 0]
+        return Scalar(scale, offset, table[:, 0]) if dim == 1 else Table(scale, offset, table)
     return Signed(_decode_all(packed, name, 0)[:, ::8] / table[0, 0], table, SIGNED[name][2])
 
 

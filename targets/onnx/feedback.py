@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
-from edgemoe.feedback import Floats, Moments, Uniform, descend_columns, round_columns
+from edgemoe.feedback import Moments, descend_columns, round_columns
+from edgemoe.grids import Floats, Scalar
 from edgemoe.targets.onnx.formats import FORMATS, Packed, dequantize, pack, piece_bytes, quantize, unpack
 
 CHUNK = 256  # columns: two of the largest blocks
@@ -84,7 +85,7 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
     """
     cols = rows.shape[1]
     left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
-    grids: list[tuple[slice, Packed, Uniform]] = []
+    grids: list[tuple[slice, Packed, Scalar]] = []
     codes = np.empty(rows.shape, np.int32)
     for start in range(0, cols, CHUNK):
         chunk = slice(start, min(start + CHUNK, cols))
@@ -103,7 +104,7 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
     return _join(codes.astype(np.uint8), [stock for _, stock, _ in grids], name)
 
 
-def _grid_of(packed: Packed, name: str) -> Uniform:
+def _grid_of(packed: Packed, name: str) -> Scalar:
     """What each code would stand for."""
     kind = FORMATS[name]
     assert packed.scales is not None
@@ -113,7 +114,7 @@ def _grid_of(packed: Packed, name: str) -> Uniform:
         zeros = unpack(packed.zeros, kind.bits, blocks).astype(np.float32)
     scales = packed.scales.astype(np.float32)
     scale, offset = (np.repeat(part, kind.block, axis=1) for part in (scales, -zeros * scales))
-    return Uniform(scale, offset, 2**kind.bits)
+    return Scalar(scale, offset, np.arange(2**kind.bits, dtype=np.float32))
 
 
 def _join(codes: NDArray[np.uint8], chunks: list[Packed], name: str) -> Packed:
