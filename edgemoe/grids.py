@@ -6,7 +6,8 @@ columns mean to each other comes from `feedback.py`.  With one column to a code 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -140,6 +141,10 @@ class Signed(Groups):
     scale: Floats  # [R, G], one per 8 columns
     magnitudes: Floats  # [K, 8 / parts]
     even: bool
+    products: Floats = field(init=False)  # of the magnitudes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "products", _products(self.magnitudes))
 
     def nearest(self, group: int, w: Floats, metric: Floats) -> tuple[NDArray[np.int32], Floats]:
         """Codes [R] and values [R, 8] that (nearly) minimise (w - v) metric (w - v)'."""
@@ -184,21 +189,37 @@ class Signed(Groups):
             others = value * signs
             others[:, at] = 0
             target = np.asarray(target - others @ metric[:, at], np.float32)
-        rows, cols = np.triu_indices(inner.shape[0])
-        twice = np.where(rows == cols, 1, 2).astype(np.float32)
-        features = np.concatenate([self.magnitudes[:, rows] * self.magnitudes[:, cols] * twice, self.magnitudes], axis=1)
-        weights = np.concatenate([scale**2 * mine[:, rows] * mine[:, cols] * inner[rows, cols], -2 * scale * mine * target], axis=1)
-        best: NDArray[np.int64] = (weights @ features.T).argmin(axis=1)
-        return best
+        return _least(scale * mine, target, inner, self.products)
 
     def _signs(self, value: Floats, linear: Floats, metric: Floats) -> Floats:
         """All sign patterns tried for the magnitudes found."""
-        patterns = sign_patterns(even=self.even)
-        rows, cols = np.triu_indices(8, 1)
-        features = np.concatenate([patterns[:, rows] * patterns[:, cols] * 2, patterns], axis=1)
-        weights = np.concatenate([value[:, rows] * value[:, cols] * metric[rows, cols], -2 * value * linear], axis=1)
-        best: Floats = patterns[(weights @ features.T).argmin(axis=1)]
-        return best
+        patterns, products = _sign_products(self.even)
+        return patterns[_least(value, linear, metric, products)]
+
+
+def _products(table: Floats) -> Floats:
+    """Products of all pairs of columns, and the columns: [n (n + 1) / 2 + n, K] of a table [K, n]."""
+    first, second = _pairs(table.shape[1])
+    return np.concatenate([table[:, first] * table[:, second] * np.where(first == second, np.float32(1), np.float32(2)), table], axis=1).T
+
+
+def _least(factors: Floats, target: Floats, metric: Floats, products: Floats) -> NDArray[np.int64]:
+    """For each row [R], which row t of a table minimises v metric v' - 2 v target', where v = factors * t: linear in the products."""
+    first, second = _pairs(len(metric))
+    weights = np.concatenate([factors[:, first] * factors[:, second] * metric[first, second], -2 * factors * target], axis=1)
+    best: NDArray[np.int64] = (weights @ products).argmin(axis=1)
+    return best
+
+
+@functools.cache
+def _pairs(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.triu_indices(n)
+
+
+@functools.cache
+def _sign_products(even: bool) -> tuple[Floats, Floats]:
+    patterns = sign_patterns(even=even)
+    return patterns, _products(patterns)
 
 
 def sign_patterns(*, even: bool) -> Floats:
