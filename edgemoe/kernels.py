@@ -1,6 +1,6 @@
-"""The two inner loops of rounding, compiled: a row at a time, a column at a time, every column's error taken up by the rest of its block.
+"""The inner loops of rounding, compiled: a row at a time, a column (or a group of eight) at a time.
 
-Both release the interpreter's lock, and a row's result does not depend on the rows beside it: threads share them out as they like.
+They release the interpreter's lock, and a row's result does not depend on the rows beside it: threads share them out as they like.
 """
 
 from __future__ import annotations
@@ -11,26 +11,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int32]
+GROUP = 8
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats) -> int:
-    """Code whose offset + scale * table[code] is nearest to w."""
-    if scale == 0:
-        return 0
-    want = (w - offset) / scale
-    last = len(table) - 1
-    if table[last] == last:  # 0, 1, 2 ...: no search
-        return int(min(max(np.rint(want), np.float32(0)), np.float32(last)))
-    best = 0
-    for code in range(1, last + 1):
-        if abs(table[code] - want) < abs(table[best] - want):
-            best = code
-    return best
-
-
+# --------------------------------------------------------------------------------------------------------- a code for a column
 @numba.njit(cache=True, nogil=True)
-def round_block(
+def round_columns(
     work: Floats, scale: Floats, offset: Floats, table: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
 ) -> None:
     """GPTQ's loop over some columns; `work`, `codes`, `values`, `error` [R, n] are changed in place.
@@ -57,7 +43,7 @@ def round_block(
 
 
 @numba.njit(cache=True, nogil=True)
-def descend_block(values: Floats, gradient: Floats, scale: Floats, offset: Floats, table: Floats, h: Floats, codes: Codes) -> None:
+def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Floats, table: Floats, h: Floats, codes: Codes) -> None:
     """Every code of some columns chosen again, all others given; `values`, `gradient` and `codes` [R, n] are changed in place.
 
     Args:
@@ -80,3 +66,154 @@ def descend_block(values: Floats, gradient: Floats, scale: Floats, offset: Float
                 values[r, i] += change
                 for k in range(n):
                     gradient[r, k] -= change * h[i, k]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats) -> int:
+    """Code whose offset + scale * table[code] is nearest to w."""
+    if scale == 0:
+        return 0
+    want = (w - offset) / scale
+    last = len(table) - 1
+    if table[last] == last:  # 0, 1, 2 ...: no search
+        return int(min(max(np.rint(want), np.float32(0)), np.float32(last)))
+    best = 0
+    for code in range(1, last + 1):
+        if abs(table[code] - want) < abs(table[best] - want):
+            best = code
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- a code for eight columns
+@numba.njit(cache=True, nogil=True)
+def round_groups(
+    work: Floats, book: tuple[Floats, ...], corner: Floats, metric: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
+) -> None:
+    """As `round_columns`, a group at a time.
+
+    Args:
+        work: weights [R, n], less what earlier columns passed on; changed.
+        book: scale and offset [R, G], table and its products, signs and their products (`grids.Codebook`).
+        corner: inverse of each group's block of the factor [G, 8, 8].
+        metric: corner corner' [G, 8, 8].
+        upper: these columns' corner of the inverse second moments' factor [n, n].
+        codes: chosen [R, G].
+        values: of the codes [R, n].
+        error: [R, n], in units of the factor's blocks.
+    """
+    scale, offset = book[0], book[1]
+    cost, sign_cost = np.empty(len(book[2]), np.float32), np.empty(len(book[4]), np.float32)
+    for r in range(len(work)):
+        for g in range(len(corner)):
+            start = g * GROUP
+            at = slice(start, start + GROUP)
+            codes[r, g] = _search_group(work[r, at], scale[r, g], offset[r, g], metric[g], book, cost, sign_cost, values[r, at])
+            error[r, at] = _times(work[r, at] - values[r, at], corner[g])
+            for i in range(start, start + GROUP):
+                for k in range(start + GROUP, work.shape[1]):
+                    work[r, k] -= error[r, i] * upper[i, k]
+
+
+@numba.njit(cache=True, nogil=True)
+def descend_groups(
+    values: Floats, gradient: Floats, book: tuple[Floats, ...], inverse: Floats, metric: Floats, h: Floats, codes: Codes
+) -> None:
+    """As `descend_columns`, a group at a time; the search is not exact, so what is no better is not taken.
+
+    Args:
+        values: what the codes stand for [R, n]; changed.
+        gradient: (weights - values) H at these columns [R, n]; changed.
+        book: as in `round_groups`.
+        inverse: of each group's metric [G, 8, 8].
+        metric: each group's block of H [G, 8, 8].
+        h: these columns' corner of H [n, n].
+        codes: chosen [R, G]; changed.
+    """
+    scale, offset = book[0], book[1]
+    cost, sign_cost = np.empty(len(book[2]), np.float32), np.empty(len(book[4]), np.float32)
+    value = np.empty(GROUP, np.float32)
+    for r in range(len(values)):
+        for g in range(len(metric)):
+            start = g * GROUP
+            at = slice(start, start + GROUP)
+            wanted = values[r, at] + _times(gradient[r, at], inverse[g])
+            code = _search_group(wanted, scale[r, g], offset[r, g], metric[g], book, cost, sign_cost, value)
+            change = value - values[r, at]
+            if np.sum(change * (2 * gradient[r, at] - _times(change, metric[g]))) > 0:
+                codes[r, g] = code
+                values[r, at] += change
+                for i in range(GROUP):
+                    for k in range(values.shape[1]):
+                        gradient[r, k] -= change[i] * h[start + i, k]
+
+
+@numba.njit(cache=True, nogil=True)
+def _search_group(
+    w: Floats,
+    scale: np.float32,
+    offset: np.float32,
+    metric: Floats,
+    book: tuple[Floats, ...],
+    cost: Floats,
+    sign_cost: Floats,
+    value: Floats,
+) -> int:
+    """Code of a group that (nearly) minimises (w - v) metric (w - v)'; v goes to `value` [8], `cost` and `sign_cost` are scratch."""
+    _, _, table, products, signs, sign_products = book
+    width, bits = table.shape[1], int(np.ceil(np.log2(len(table))))
+    up = np.float32(1) if scale >= 0 else np.float32(-1)
+    sign = np.ones(GROUP, np.float32)
+    if len(signs) > 1:
+        sign = np.where(w * up < 0, np.float32(-1), np.float32(1))
+        if len(signs) < 256 and np.sum(sign < 0) % 2:  # only even numbers of minuses
+            sign[np.argmin(np.abs(w))] *= -1
+    linear, size = _times(w - offset, metric), np.abs(w) * up  # which stands for the parts not yet chosen
+    code, sign_code = 0, 0
+    for turn in range(2 if len(signs) > 1 else 1):
+        code = 0
+        for start in range(0, GROUP, width):
+            at = slice(start, start + width)
+            others = size * sign
+            others[at] = 0
+            target = (linear - _times(others, metric))[at]
+            best = _search(scale * sign[at], target, metric[at, at], products, cost)
+            size[at] = scale * table[best]
+            code |= best << (bits * (start // width))
+        if turn == 0 and len(signs) > 1:
+            sign_code = _search(size, linear, metric, sign_products, sign_cost)
+            sign[:] = signs[sign_code]
+    value[:] = offset + size * sign
+    return int(code | sign_code << (bits * (GROUP // width)))
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _search(factors: Floats, target: Floats, metric: Floats, products: Floats, cost: Floats) -> int:
+    """Row t of a table that minimises v M v' - 2 v target', v = factors * t: linear in `grids.pair_products`; `cost` is scratch [K]."""
+    n, f = len(factors), 0
+    weights = np.zeros(len(products), np.float32)
+    for i in range(n):
+        for j in range(i, n):
+            weights[f] = factors[i] * factors[j] * metric[i, j]
+            f += 1
+    for i in range(n):
+        weights[f + i] = np.float32(-2) * factors[i] * target[i]
+    cost[:] = 0
+    for f in range(0, len(products), 4):
+        w0, w1, w2, w3 = weights[f], weights[f + 1], weights[f + 2], weights[f + 3]
+        p0, p1, p2, p3 = products[f], products[f + 1], products[f + 2], products[f + 3]
+        for k in range(len(cost)):
+            cost[k] += w0 * p0[k] + w1 * p1[k] + w2 * p2[k] + w3 * p3[k]
+    best = 0
+    for k in range(1, len(cost)):
+        if cost[k] < cost[best]:
+            best = k
+    return best
+
+
+@numba.njit(cache=True, nogil=True)
+def _times(row: Floats, matrix: Floats) -> Floats:
+    result = np.zeros(len(row), np.float32)
+    for i in range(len(row)):
+        for j in range(len(row)):
+            result[j] += row[i] * matrix[i, j]
+    return result

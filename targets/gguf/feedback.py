@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import ModelError
 from edgemoe.feedback import Moments, descend_columns, round_columns
-from edgemoe.grids import Floats, Grid, Scalar, Signed, Table
+from edgemoe.grids import Codebook, Floats, Grid, Scalar, sign_patterns
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
 from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
 
@@ -103,8 +103,9 @@ def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
         low, high = _decode_all(packed, name, first)[:, ::dim], _decode_all(packed, name, second)[:, ::dim]
         scale = (high - low) / (table[second, 0] - table[first, 0])
         offset = low - scale * table[first, 0]
-        return Scalar(scale, offset, table[:, 0]) if dim == 1 else Table(scale, offset, table)
-    return Signed(_decode_all(packed, name, 0)[:, ::8] / table[0, 0], table, SIGNED[name][2])
+        return Scalar(scale, offset, table[:, 0]) if dim == 1 else Codebook(scale, offset, table, sign_patterns(1))
+    scale = _decode_all(packed, name, 0)[:, ::8] / table[0, 0]
+    return Codebook(scale, np.zeros_like(scale), table, sign_patterns(128 if SIGNED[name][2] else 256))
 
 
 def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> Floats:
