@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgemoe.devices import HERE, MAX_SIZE, Device, Pool
 from edgemoe.errors import MachineError
+from edgemoe.pools import count_cores
 
 MARGIN = 2**30  # what llama.cpp's --fit keeps free on every device (tools/fit-params/README.md: "margin of 1024 MiB")
 MARGIN_WHY = "1 GiB kept free, the margin of llama.cpp's --fit"
@@ -153,7 +154,7 @@ def measure_bandwidth(seconds: float = 0.5) -> float:
     import numpy as np
     import psutil
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = count_cores()
     size = min(2**29, psutil.virtual_memory().available // 8) // (2 * workers)
     pairs = [(np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(workers)]
     best, end = float("inf"), time.perf_counter() + seconds

@@ -8,7 +8,6 @@ quantizer (docs/pricing.md, 12).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from edgemoe.backward import load_gradients
 from edgemoe.checkpoint import read_tensor
 from edgemoe.feedback import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
-from edgemoe.pools import open_pool
+from edgemoe.pools import count_cores, open_pool
 from edgemoe.refit import Experts, Tokens, fill_residual, one_thread, refit_down
 from edgemoe.scores import importance_of
 from edgemoe.stream import map_ordered
@@ -187,7 +186,7 @@ def pack_experts(
 
 def _at_once(experts: Experts) -> int:
     """How many experts to pack at the same time: second moments of all would outgrow the layer."""
-    return min(os.cpu_count() or 1, max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
+    return min(count_cores(), max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
 
 
 def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[Metric]:

@@ -14,8 +14,13 @@ from contextlib import contextmanager
 from threadpoolctl import threadpool_limits
 
 
+def count_cores() -> int:
+    """Cores that this process may use: those of `taskset`, a batch system or a container's cpuset, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def open_pool() -> Iterator[ThreadPoolExecutor]:
     """A pool of threads, inside of which BLAS has one thread."""
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(count_cores()) as pool:
         yield pool

@@ -26,6 +26,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.errors import MachineError, ModelError
 from edgemoe.families import MODULE_NAMES, find_family
 from edgemoe.ir import Model, Tensor
+from edgemoe.pools import count_cores
 from edgemoe.texts import Text
 
 CHUNK_TOKENS = 2048
@@ -310,7 +311,7 @@ def _record_logits(_: Any, __: Any, output: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- the stream
 def map_ordered(function: Callable[[T], Any], items: Sequence[T], *, device: torch.device) -> Iterator[Any]:
     """`map` over threads with one-thread arithmetic, results in order: the same numbers on any number of cores."""
-    workers = (os.cpu_count() or 1) if device.type == "cpu" else 1
+    workers = count_cores() if device.type == "cpu" else 1
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

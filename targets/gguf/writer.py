@@ -7,7 +7,6 @@ file's size to the byte before anything is written.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from edgemoe.checkpoint import read_packed, read_tensor
 from edgemoe.errors import ModelError
 from edgemoe.families import find_family, rope_theta
 from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit
+from edgemoe.pools import count_cores
 from edgemoe.scores import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.ask import write_sparse_header
@@ -125,7 +125,7 @@ def write(
         infos = _add_infos(writer, model, lambda unit: plan.formats[unit.name], plan.count)
         _write_header(writer)
         written, total = 0, sum(infos.values())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(count_cores()) as pool:
             for name, data in _tensor_data(model, stats, plan, pool):
                 writer.write_tensor_data(data)
                 written += infos[name]

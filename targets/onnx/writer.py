@@ -7,7 +7,6 @@ layer).  So the planner knows both files to the byte before anything is written.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -20,6 +19,7 @@ from edgemoe import __version__
 from edgemoe.checkpoint import read_packed, read_tensor
 from edgemoe.errors import ModelError
 from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit
+from edgemoe.pools import count_cores
 from edgemoe.scores import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.onnx.experts import group_experts
@@ -220,7 +220,7 @@ def _fill(
 def _contents(model: Model, stats: Stats, plan: Plan) -> Iterator[tuple[str, int, NDArray[Any]]]:
     """Every weight: the name of its place, the offset in it, and values whose bytes belong there."""
     groups = _layer_groups(plan)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         for layer in range(-1, model.n_layers):
             importance = importance_of(model, stats, layer)
             tensors = model.of_layer(layer)
