@@ -190,14 +190,16 @@ def _dry_run(request: Any, *, as_json: bool) -> None:
     largest = max(sum(t.n_weights for t in model.tensors if t.layer == layer) * 4 for layer in range(-1, model.n_layers))
     experts = sum(t.n_bytes for t in model.tensors if t.expert >= 0)
     per_state = request.calibration_tokens * model.hidden_size * 4
-    streams = request.repair or request.rounding == "feedback"
+    fed_back = request.rounding == "feedback"
+    gradients = (model.n_layers + 1) * per_state if fed_back else 0  # while they are collected; half of it stays
+    streams = gradients // 2 + 7 * per_state + experts if request.repair or fed_back else 2 * per_state
     needs = {
         "least_budget": least,
         "budget": request.memory,
         "beside_weights": sum(parts.values()),
         "context": context,
-        "disk": min(request.memory, model.n_bytes) + (7 * per_state + experts if streams else 2 * per_state),
-        "memory_to_build": (4 if streams else 2) * largest + 3 * 2**29,
+        "disk": min(request.memory, model.n_bytes) + max(streams, gradients),
+        "memory_to_build": (4 if request.repair or fed_back else 2) * largest + 3 * 2**29,
     }
     if as_json:
         print(json.dumps(needs, indent=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from edgemoe.pools import count_cores
 from edgemoe.units import format_bytes
 
 
@@ -31,6 +31,7 @@ class Check:
 PACKAGES = (  # distribution, module, needed for, remedy, target
     ("torch", "torch", "calibrate, verify", "pip install 'edgemoe[hf]'", ""),
     ("transformers", "transformers", "calibrate, verify", "pip install 'edgemoe[hf]'", ""),
+    ("numba", "numba", "build", "pip install 'edgemoe[hf]'", ""),
     ("gguf", "gguf", "price, emit", "pip install gguf", "gguf"),
     ("llama-cpp-python", "llama_cpp", "price, emit, verify", "pip install 'edgemoe[llama]'", "gguf"),
     ("onnx", "onnx", "emit", "pip install 'edgemoe[onnx]'", "onnx"),
@@ -58,8 +59,15 @@ def examine_machine(folder: Path) -> list[Check]:
         checks.append(Check(tool, purpose, found, f"install {tool} from your system's packages", "gguf"))
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     checks.append(Check("memory", "calibrate: two layers in F32 + 1.5 GiB; build: four", f"{format_bytes(memory.available)} free", ""))
-    checks.append(Check("disk", "emit: the artifact", f"{format_bytes(disk.free)} free in {folder.resolve()}", ""))
-    checks.append(Check("cores", "speed", str(os.cpu_count()), ""))
+    checks.append(
+        Check(
+            "disk",
+            "build: the artifact and its work folder (build --dry-run says how much)",
+            f"{format_bytes(disk.free)} free in {folder.resolve()}",
+            "",
+        )
+    )
+    checks.append(Check("cores", "speed", str(count_cores()), ""))
     return checks
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import edgemoe.kernels  # noqa: F401 - grids load it when they round: without numba a build should end now, not after hours
 from edgemoe.backward import load_gradients
 from edgemoe.checkpoint import read_tensor
 from edgemoe.feedback import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
