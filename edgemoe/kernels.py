@@ -5,6 +5,9 @@ They release the interpreter's lock, and a row's result does not depend on the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +17,21 @@ Codes = NDArray[np.int32]
 GROUP = 8
 
 
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile at the first call; the machine code is kept beside this file or in the user's cache, if either can be written."""
+
+    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            result: Callable[..., Any] = numba.njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # nowhere to keep it: compiled anew by every process
+            result = numba.njit(nogil=True, **options)(function)
+        return result
+
+    return compile_function
+
+
 # --------------------------------------------------------------------------------------------------------- a code for a column
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def round_columns(
     work: Floats, scale: Floats, offset: Floats, table: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
 ) -> None:
@@ -42,7 +58,7 @@ def round_columns(
                 work[r, k] -= e * upper[i, k]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Floats, table: Floats, h: Floats, codes: Codes) -> None:
     """Every code of some columns chosen again, all others given; `values`, `gradient` and `codes` [R, n] are changed in place.
 
@@ -68,7 +84,7 @@ def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Flo
                     gradient[r, k] -= change * h[i, k]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats) -> int:
     """Code whose offset + scale * table[code] is nearest to w."""
     if scale == 0:
@@ -85,7 +101,7 @@ def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats
 
 
 # ---------------------------------------------------------------------------------------------------- a code for eight columns
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def round_groups(
     work: Floats, book: tuple[Floats, ...], corner: Floats, metric: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
 ) -> None:
@@ -114,7 +130,7 @@ def round_groups(
                     work[r, k] -= error[r, i] * upper[i, k]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def descend_groups(
     values: Floats, gradient: Floats, book: tuple[Floats, ...], inverse: Floats, metric: Floats, h: Floats, codes: Codes
 ) -> None:
@@ -147,7 +163,7 @@ def descend_groups(
                         gradient[r, k] -= change[i] * h[start + i, k]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _search_group(
     w: Floats,
     scale: np.float32,
@@ -186,7 +202,7 @@ def _search_group(
     return int(code | sign_code << (bits * (GROUP // width)))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _search(factors: Floats, target: Floats, metric: Floats, products: Floats, cost: Floats) -> int:
     """Row t of a table that minimises v M v' - 2 v target', v = factors * t: linear in `grids.pair_products`; `cost` is scratch [K]."""
     n, f = len(factors), 0
@@ -210,7 +226,7 @@ def _search(factors: Floats, target: Floats, metric: Floats, products: Floats, c
     return best
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _times(row: Floats, matrix: Floats) -> Floats:
     result = np.zeros(len(row), np.float32)
     for i in range(len(row)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -263,3 +265,17 @@ def test_every_format_that_feedback_knows_is_a_ggml_type() -> None:
         assert len(layout.bits) * layout.dim == FORMATS[name].block
         assert len(np.unique(layout.bits)) == layout.bits.size
         assert layout.bits.max() < 8 * FORMATS[name].block_bytes
+
+
+def test_without_a_place_to_keep_compiled_code_rounding_still_works() -> None:
+    script = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []  # as where neither the package nor a home can be written
+import numpy as np
+from edgemoe.kernels import descend_columns
+ones = np.ones((1, 2), np.float32)
+codes = np.zeros((1, 2), np.int32)
+descend_columns(0 * ones, 3 * ones, ones, 0 * ones, np.arange(4, dtype=np.float32), np.eye(2, dtype=np.float32), codes)
+print(codes)
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[[3 3]]\n"
