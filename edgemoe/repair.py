@@ -17,7 +17,7 @@ from edgemoe.stream import default_device
 from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.twin import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
 
-REVISION = 4  # raised when the same plan and texts give other weights, so that no older ones are opened
+REVISION = 5  # raised when the same plan and texts give other weights, so that no older ones are opened
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 
 
