@@ -201,6 +201,7 @@ def synthetic_costs(shape: Shape, form: str, seed: int = 0) -> Costs:
         domains=DOMAINS,
         domain_weights=(0.25,) * 4,
         cost=cost,
+        input_cost=np.zeros(cost.shape),
         size=size,
         extra=np.zeros_like(size),
         staging=staging,

@@ -25,7 +25,7 @@ def check_costs(costs: Any) -> None:
     """
     _check_names(costs)
     _check_shapes(costs)
-    for name in ("factor", "drop_cost", "expert_drop", "drop_curve", "usage"):
+    for name in ("input_cost", "factor", "drop_cost", "expert_drop", "drop_curve", "usage"):
         _need(np.isfinite(getattr(costs, name)).all(), name, "holds what is no finite number")
     _need((costs.factor >= 0).all() and (costs.usage >= 0).all(), "factor, usage", "hold negative numbers")
     _need(not np.isnan(costs.cost).any() and not (costs.cost == -np.inf).any(), "cost", "holds what is no number")
@@ -66,6 +66,7 @@ def _check_shapes(costs: Any) -> None:
     _need(layers > 0 and e > 0, "units", "no layer has experts")
     shapes = {
         "cost": (c, u, f),
+        "input_cost": (c, u, f),
         "size": (c, u, f),
         "extra": (c, u, f),
         "staging": (c, u, f),

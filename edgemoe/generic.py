@@ -45,6 +45,7 @@ from edgemoe.errors import ModelError, UsageError
 from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
 from edgemoe.memory import DEFAULT_CONTEXT
 from edgemoe.menus import offered_counts
+from edgemoe.rounding import round_to_int8
 from edgemoe.shapes import layout_of_config, load_shape, model_of_config
 from edgemoe.storage import hash_json
 from edgemoe.targets import Target, count_bytes, find_target
@@ -162,6 +163,7 @@ def price_generic(
         origin=_origin(prior),
         n_groups=groups,
         cost=np.repeat(cost[None], len(counts), axis=0),
+        input_cost=np.zeros(sizes.size.shape),
         size=sizes.size,
         extra=sizes.extra,
         staging=sizes.staging,
@@ -250,7 +252,9 @@ def _type_nats(target: Target, prior: str) -> Floats:
     def ratio(name: str) -> float:
         if name in known:
             return float(known[name])
-        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((target.round_inputs(x, name, "ffn_exps") - x) ** 2).mean()
+        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + (
+            (round_to_int8(x, target.input_block(name, "ffn_exps")) - x) ** 2
+        ).mean()
         return float(known["Q4_0"] * error / _Q4_0_ERROR)
 
     return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)
@@ -348,6 +352,7 @@ def price_coverage(saliency: Saliency, count: int) -> Costs:
         domain_weights=tuple(float(1 / domains) for _ in range(domains)),
         origin="lost coverage, not nats",
         cost=np.zeros(shape),
+        input_cost=np.zeros(shape),
         size=np.ones(shape, np.int64),
         extra=np.zeros(shape, np.int64),
         staging=np.zeros(shape, np.int64),

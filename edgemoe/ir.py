@@ -180,7 +180,8 @@ class Costs:
     "experts": every expert is dropped or gets a format of its own, kept counts are free; there is one count, with every expert kept.
 
     D domains, C kept counts, L layers, E experts, U units, F formats.  All costs are nats of KL per token.
-    `cost` [C, U, F] (inf: not offered), mean over domains by weight; in domain d a unit costs `factor[d, u]` times as much.
+    `cost` [C, U, F] (inf: not offered), mean over domains by weight; in domain d a unit costs `factor[d, u]` times as much.  `input_cost`
+    [C, U, F]: what of it comes from inputs that the runtime's kernels round; 0 where that was not priced apart.
     `size`, `extra`, `staging` [C, U, F]: bytes in the artifact, those that the process holds beyond them, and of the copy that loading
     needs.  `fixed_size` [C]: header, norms, routers.
     `kept` [C, L, E]: the menu, a kept set of each layer for each count; `drop_cost` [D, C, L]: what these sets cost.
@@ -209,6 +210,7 @@ class Costs:
     n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
     cost: NDArray[np.float64] = field(compare=False)
+    input_cost: NDArray[np.float64] = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     extra: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
@@ -420,15 +422,16 @@ class TextScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One round of refinement: what a plan and its drops alone should cost and did, on calibration text (nats per token).
+    """One round of refinement: what a plan and its drops alone should cost by their prices, and after a measurement (nats per token).
 
-    The factors are those by which prices of drops and of formats were then multiplied.
+    `expected`: on other text, after a measurement on calibration text (`refine.expect`).  The factors are those by which prices of drops
+    and of formats were then multiplied.
     """
 
     predicted: float
-    measured: float
+    expected: float
     predicted_drops: float
-    measured_drops: float
+    expected_drops: float
     count: int
     file_size: int
     drop_factor: float

@@ -23,7 +23,7 @@ from edgemoe.outputs import check_output, finish_output, open_work, prepare_outp
 from edgemoe.pack import plan_packing
 from edgemoe.plan import DEFAULT_GAP, SOLVERS, solve_plan, sweep_sizes
 from edgemoe.price import REVISION, check_rounding, discount, least_process, price_choices
-from edgemoe.refine import Measurer, refine_plan
+from edgemoe.refine import Measured, Measurer, expect, fitted_share, refine_plan
 from edgemoe.repair import EPOCHS, repair_survivors
 from edgemoe.rules import Rule
 from edgemoe.storage import alone, hash_file, hash_json, load_record, save_record
@@ -96,9 +96,14 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     rounds = tuple[Round, ...]()
     if request.refine:
         tokens, stage = request.calibration_tokens, _stage(progress, "refine")
-        measure = Measurer(
+        run = Measurer(
             model, offer.stats, calibration, target, work, max_tokens=tokens, stored_as=stored_as, rounding=request.rounding, progress=stage
         )
+        priced = offer.costs
+
+        def measure(plan: Plan) -> Measured:
+            return expect(plan, run(plan), fitted_share(plan, priced, request.rounding))
+
         refined = refine_plan(offer.costs, plan, request.refine, lambda costs: _solve(request, replace(offer, costs=costs)), measure)
         plan, offer, rounds = refined.plan, replace(offer, costs=refined.costs), refined.rounds
     save_record(request.out / ".work" / "plan.json", plan)

@@ -17,16 +17,16 @@ from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import offered_counts
 from edgemoe.pools import open_pool
-from edgemoe.price_layer import Floats, Layer, price_layer, price_matrix, probe_kl
+from edgemoe.price_layer import Errors, Floats, Layer, price_layer, price_matrix, probe_kl
 from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target, count_bytes
 
 ROUNDINGS = ("feedback", "stock")
-REVISION = 5  # raised when the same statistics give other prices, so that no older ones are opened
+REVISION = 6  # raised when the same statistics give other prices, so that no older ones are opened
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
 REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
-FED_BACK = 0.62  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
+FED_BACK = 0.55  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
 SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
 Progress = Callable[[int, int], None]
 Probes = Mapping[tuple[str, int], Probe]
@@ -51,7 +51,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     units = target.list_units(model)
     counts = (model.n_experts,) if target.FORM == "experts" else offered_counts(model.n_experts, model.top_k)
     sizes = count_bytes(model, target, units, counts)
-    cost = np.full(sizes.size.shape, np.inf)
+    cost, input_cost = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape)
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
     kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
@@ -62,12 +62,14 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
+        nats: tuple[Mapping[str, Floats | float], Mapping[str, Floats | float]]  # of rounded weights, and of rounded inputs
         if u in matrices:
-            by_format = {name: nats * share[unit.role, unit.layer] for name, nats in matrices[u].items()}
+            scale, nats = share[unit.role, unit.layer], matrices[u]
         else:
-            by_format = layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
+            scale, nats = 1.0, layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
         for f in np.flatnonzero(sizes.offered[u]):
-            cost[:, u, f] = by_format[target.OFFERED[f]]
+            input_cost[:, u, f] = nats[1][target.OFFERED[f]] * scale
+            cost[:, u, f] = nats[0][target.OFFERED[f]] * scale + input_cost[:, u, f]
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -85,6 +87,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         domains=tuple(d.name for d in stats.domains),
         domain_weights=tuple(float(w) for w in stats.weights),
         cost=cost,
+        input_cost=input_cost,
         size=sizes.size,
         extra=sizes.extra,
         staging=sizes.staging,
@@ -96,14 +99,15 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
 
 def _price_probes(
     model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
-) -> tuple[dict[int, Layer], dict[int, dict[str, Floats]], dict[int, Parts]]:
+) -> tuple[dict[int, Layer], dict[int, tuple[Errors, Errors]], dict[int, Parts]]:
     """Everything as if probes' KL grew with the error alone.
 
     Returns:
-        The MoE layers; of every other unit, by number, nats [1] by format; and the parts of the whole-model probes, by bits.
+        The MoE layers; of every other unit, by number, nats by format of rounded weights and of rounded inputs; and the
+        parts of the whole-model probes, by bits.
     """
     layers: dict[int, Layer] = {}
-    matrices: dict[int, dict[str, Floats]] = {}
+    matrices: dict[int, tuple[Errors, Errors]] = {}
     whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
     if progress:
         progress(0, model.n_layers)
@@ -119,7 +123,7 @@ def _price_probes(
                 if unit.layer == layer and unit.expert < 0 and not unit.is_stack:
                     matrices[u] = price_matrix(model, stats, target, unit, importance, probes[unit.role, layer], pool)
                     for bits, parts in whole.items():
-                        parts[unit.role, layer] = float(matrices[u][f"whole{bits}"][0])
+                        parts[unit.role, layer] = matrices[u][0][f"whole{bits}"]
             if progress:
                 progress(layer + 1, model.n_layers)
     return layers, matrices, whole
@@ -177,7 +181,9 @@ def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     check_rounding(rounding)
     if repair:
         costs = discount_drops(costs)
-    return replace(costs, cost=costs.cost * FED_BACK) if rounding == "feedback" else costs
+    if rounding == "feedback":
+        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))  # nothing is fed back of rounded inputs
+    return costs
 
 
 def check_rounding(name: str) -> None:

@@ -17,7 +17,7 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.flips import additive_part
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
 from edgemoe.menus import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
-from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_int8, round_to_nearest
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
@@ -30,7 +30,7 @@ INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
 SEED = 20261126  # of inputs of which only the second moments are known
 Floats = NDArray[np.float64]
 Importance = dict[tuple[str, int], NDArray[np.float32]]
-Errors = dict[str, float]  # format, or "probe" / "whole6" / "whole4" for the reference roundings -> mean squared error
+Errors = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,8 @@ class Layer:
     drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
     energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
     use: Floats  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
-    errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use
+    errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use, from rounded weights
+    from_inputs: dict[str, dict[str, Floats]]  # the same, from rounded inputs
     slope: dict[str, float]  # role -> nats per error
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
@@ -49,17 +50,21 @@ class Layer:
         """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
         return self.slope[role] * float(self.use @ self.errors[role][f"whole{bits}"])
 
-    def price(self, unit: Unit, share: Mapping[str, float]) -> dict[str, Floats]:
+    def price(self, unit: Unit, share: Mapping[str, float]) -> tuple[dict[str, Floats], dict[str, Floats]]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
 
-        `share`: of a probe's KL, by role, that adds up (flips.py).
+        Twice: what rounded weights cost, and what rounded inputs do.  `share`: of a probe's KL, by role, that adds up (flips.py).
         """
         slope = {role: value * share[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
-        if unit.expert < 0:
-            return {f: slope[unit.role] * (self.menu.gate_sq @ self.errors[unit.role][f]) for f in formats}
-        use = float(self.use[unit.expert])
-        return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in self.errors.items())]) for f in formats}
+
+        def nats(errors: dict[str, dict[str, Floats]]) -> dict[str, Floats]:
+            if unit.expert < 0:
+                return {f: slope[unit.role] * (self.menu.gate_sq @ errors[unit.role][f]) for f in formats}
+            use = float(self.use[unit.expert])
+            return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in errors.items())]) for f in formats}
+
+        return nats(self.errors), nats(self.from_inputs)
 
     def price_drops(self, weights: Floats, kappa: float) -> Drops:
         """Price the menu's sets, those of the greedy path, and single experts.
@@ -120,14 +125,16 @@ def price_layer(
     tensors = model.of_layer(layer)
     jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
     found = [job.result() for job in jobs]
-    errors = {role: {f: np.array([e[role][f] for e in found]) for f in found[0][role]} for role in found[0]}
+    errors, from_inputs = (
+        {role: {f: np.array([e[part][role][f] for e in found]) for f in found[0][part][role]} for role in found[0][part]} for part in (0, 1)
+    )
     slope = {}
     for role, by_format in errors.items():
         error = float(use @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
     energy = arrays["energy"].astype(np.float64).sum(axis=0)
     drops = dropped_points(stats, layer, replay, model.n_experts)
-    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, slope=slope, stored=stored)
+    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, from_inputs=from_inputs, slope=slope, stored=stored)
 
 
 def probe_kl(stats: Stats, probe: Probe) -> float:
@@ -202,8 +209,10 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
     return use, gates**2 * (replay.shares * relative)[:, None]
 
 
-def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Errors]:
+def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> tuple[dict[str, Errors], dict[str, Errors]]:
     """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
+
+    Two errors: from rounded weights, and from rounded inputs.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
     errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
@@ -218,6 +227,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Err
     column = (matrices["down"] ** 2).sum(axis=0)
     alone = ("ffn_exps", expert) in sample.stored
     result: dict[str, Errors] = {}
+    from_inputs: dict[str, Errors] = {}
     for projection, matrix in matrices.items():
         role = f"ffn_{projection}_exps"
         wanted = max(LEAST_ROWS_ALONE if alone else LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1])
@@ -234,9 +244,10 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> dict[str, Err
             else:
                 squares = ((h @ delta.T) ** 2).sum(axis=1)
             result[role][name] = float(weight @ squares) * scale
-        for name in sample.formats(role, expert):
-            result[role][name] += float(weight @ _input_squares(sample.target, name, projection, inputs, (a, b, h), matrices))
-    return result
+        blocks = {name: sample.target.input_block(name, role) for name in sample.formats(role, expert)}
+        by_block = {block: float(weight @ _input_squares(block, projection, inputs, (a, b, h), matrices)) for block in {*blocks.values()}}
+        from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}
+    return result, from_inputs
 
 
 def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
@@ -254,19 +265,17 @@ def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
 
 
 def _input_squares(
-    target: Target,
-    name: str,
+    block: int,
     projection: str,
     x: NDArray[np.float32],
     hidden: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
     matrices: Mapping[str, NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    """Squared output error of each token [N] that comes from a projection's rounded inputs."""
-    a, b, h = hidden
-    given = h if projection == "down" else x
-    rounded = target.round_inputs(given, name, f"ffn_{projection}_exps")
-    if rounded is given:
+    """Squared output error of each token [N] that comes from a projection's inputs, rounded to int8 by blocks of this size (0: not)."""
+    if not block:
         return np.zeros(len(x), np.float32)
+    a, b, h = hidden
+    rounded = round_to_int8(h if projection == "down" else x, block)
     if projection == "gate":
         delta = (_silu(rounded @ matrices["gate"].T) - _silu(a)) * b
     elif projection == "up":
@@ -299,8 +308,8 @@ def _roundings(
 # --------------------------------------------------------------------------------------------------------------- matrices
 def price_matrix(
     model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
-) -> dict[str, Floats]:
-    """Nats of storing one matrix in each format [1]: its input-weighted squared error, and what rounded inputs add, scaled by its probe."""
+) -> tuple[Errors, Errors]:
+    """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe; and what rounded inputs add."""
     tensor = model.find(unit.role, unit.layer)
     assert tensor is not None  # units are made of the model's tensors
     matrix = read_tensor(model.folder, tensor)
@@ -314,24 +323,26 @@ def price_matrix(
         per_row = np.ones(len(rows))
     weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
     part, formats = matrix[rows], target.offered_formats(model, unit)
-    inputs = None if columns is None else _draw_inputs(stats, unit.layer if unit.layer >= 0 else model.n_layers - 1, columns)
 
     def rounded_errors(index: NDArray[np.int64]) -> Errors:
         found = _roundings(target, part[index], formats, columns, probe.bits)
-        errors = {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
-        for name in formats if inputs is not None else ():
-            assert inputs is not None
-            rounded = target.round_inputs(inputs, name, unit.role)
-            if rounded is not inputs:
-                errors[name] += float(per_row[index] @ (((rounded - inputs) @ part[index].T).astype(np.float64) ** 2).mean(axis=0))
-        return errors
+        return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
 
     blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
     errors: Errors = {}
     for found in pool.map(rounded_errors, blocks):
         errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
     slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
-    return {name: np.array([slope * error]) for name, error in errors.items()}
+    by_block = {0: 0.0}
+    if columns is not None:
+        inputs = _draw_inputs(stats, unit.layer if unit.layer >= 0 else model.n_layers - 1, columns)
+        for block in {target.input_block(name, unit.role) for name in formats} - {0}:
+            error = ((round_to_int8(inputs, block) - inputs) @ part.T).astype(np.float64)
+            if unit.layer < 0:  # all logits moved alike change no prediction; errors of rounded rows have no such part
+                error -= error.mean(axis=1, keepdims=True)
+            by_block[block] = slope * float(per_row @ (error**2).mean(axis=0))
+    from_inputs = {name: by_block.get(target.input_block(name, unit.role), 0.0) for name in formats}
+    return {name: slope * error for name, error in errors.items()}, from_inputs
 
 
 def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -29,11 +29,13 @@ from edgemoe.targets import Target
 from edgemoe.texts import Text
 from edgemoe.verify import WINDOW, compare_logits, kl_of_rows, reference_states
 
-MEASURE_TOKENS = 4096
+MEASURE_TOKENS = 16_384
 SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (twin.GUARD_EVERY, from its half on)
-# KL on held-out text over KL on the measuring text, to whose documents refits and feedback were fitted: tiny-moe-b 1.16 to 1.41 at 8 sizes,
-# tiny-moe (before feedback) 1.09 to 1.19 (docs/pricing.md, 13)
-UNSEEN = 1.2
+# KL on held-out text over KL on the measuring text, whose documents refits and feedback have learned; and how far predictions, and
+# texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
+UNSEEN = 1.4
+OFF = 0.2
+TEXTS = 0.1
 DIGITS = 3  # significant digits of a measured KL that are used: another processor's last bits must not choose another plan
 LEAST_SHARE = 0.1  # of a plan's cost that drops or formats must have for its factor to be told apart from the whole's
 MOST = 4.0  # the formats' factor stays within this of the whole's
@@ -41,10 +43,14 @@ MOST = 4.0  # the formats' factor stays within this of the whole's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """KL of a plan, and of what it leaves out alone (drops, narrower or fewer active experts); nats per token of text not seen."""
+    """KL of a plan, and of what it leaves out alone (drops, narrower or fewer active experts); nats per token.
+
+    `error`: standard error of `kl` over windows, as a share of it.
+    """
 
     kl: float
     drop_kl: float
+    error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,7 @@ def refine_plan(costs: Costs, plan: Plan, rounds: int, solve: Callable[[Costs], 
         plan: the first plan.
         rounds: how often to solve again; the last plan is measured too, if it is another.
         solve: makes a plan from prices.
-        measure: runs a plan.
+        measure: runs a plan, and says what other text should lose.
     """
     log: list[Round] = []
     found: list[tuple[float, Plan, Costs, Plan]] = []  # KL, the plan, prices that meet it, and the best plan by these prices
@@ -98,6 +104,7 @@ def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
     return replace(
         costs,
         cost=costs.cost * rounding,
+        input_cost=costs.input_cost * rounding,
         drop_cost=costs.drop_cost * drop,
         expert_drop=costs.expert_drop * drop,
         drop_curve=costs.drop_curve * drop,
@@ -105,13 +112,43 @@ def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
     )
 
 
+def expect(plan: Plan, seen: Measured, fitted: float) -> Measured:
+    """What text of other documents should lose, given what the measuring text did: between that and the prediction.
+
+    What was fitted loses UNSEEN times as much there, all else as much.  Where few tokens hold most of the KL (flipped routing), a
+    measurement scatters: it counts by the inverse of its variance beside the prediction's own.
+
+    Args:
+        plan: whose prediction it is.
+        seen: on the measuring text.
+        fitted: share of the plan's Q that refits and feedback have brought down.
+    """
+    unseen = 1 + (UNSEEN - 1) * fitted
+    trust = OFF**2 / (OFF**2 + TEXTS**2 + seen.error**2)
+    predicted = max(plan.predicted_kl, 1e-12)
+    kl = predicted * (unseen * max(seen.kl, 1e-12) / predicted) ** trust
+    return Measured(kl=kl, drop_kl=kl * seen.drop_kl / max(seen.kl, 1e-12))
+
+
+def fitted_share(plan: Plan, costs: Costs, rounding: str) -> float:
+    """The share of a plan's Q that was brought down on calibration text: repaired drops, and formats rounded with feedback.
+
+    What kernels round of their inputs is never fitted.
+    """
+    c = costs.counts.index(plan.count) if costs.form == "stacks" else 0
+    names = {unit.name: u for u, unit in enumerate(costs.units)}
+    of_inputs = sum(float(costs.input_cost[c, names[name], costs.formats.index(fmt)]) for name, fmt in plan.formats.items())
+    formats = max(plan.q - plan.drop_q - of_inputs, 0.0) if rounding == "feedback" else 0.0
+    return (formats + plan.drop_q * plan.repair) / max(plan.q, 1e-300)
+
+
 def _note(plan: Plan, seen: Measured, before: Costs, after: Costs) -> Round:
     """One line of the report's table; the factors are this round's."""
     return Round(
         predicted=plan.predicted_kl,
-        measured=seen.kl,
+        expected=seen.kl,
         predicted_drops=before.predict_kl(plan.drop_q),
-        measured_drops=seen.drop_kl,
+        expected_drops=seen.drop_kl,
         count=plan.count,
         file_size=plan.file_size,
         drop_factor=_ratio(after.expert_drop, before.expert_drop),
@@ -183,13 +220,13 @@ class Measurer:
             progress: called with (plans measured, plans measured).
         """
         self.model, self.stats, self.texts, self.target, self.work, self.stored_as = model, stats, texts, target, work, stored_as
-        self.how = (rounding, REVISION, UNSEEN)
+        self.how = (rounding, REVISION)
         self.windows = measuring_windows(model, texts, max_tokens)
         self.progress = progress
         self.done = 0
 
     def __call__(self, plan: Plan) -> Measured:
-        """KL of the plan and of its drops."""
+        """KL of the plan and of its drops on the measuring text."""
         made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, __version__)
         path = self.work / f"measured-{hash_json(made_from, self.how, plan.kept, plan.formats, plan.repair)[:16]}.json"
         if not path.exists():
@@ -200,35 +237,40 @@ class Measurer:
         return Measured(**json.loads(path.read_text(encoding="utf-8")))
 
     def _measure(self, plan: Plan, folder: Path) -> Measured:
-        original = reference_states(self.model, self.windows, self.work)
+        original, n = reference_states(self.model, self.windows, self.work), len(self.windows.tokens)
         stored = self.stored_as(plan)
         try:
             artifact = emit_artifact(stored, self.stats, plan, self.target, folder)
-            names = [t.name for t in self.texts]
-            scores = compare_logits(
-                artifact.path, self.model, self.windows, original, names, self.target, settings=self.target.RUNS.compared
-            )
-            weights = {t.name: t.weight for t in self.texts}
-            whole = float(np.average([s.kl_mean for s in scores], weights=[weights[s.name] for s in scores]))
-            drops = self._drops(plan, original, folder)
+            alone = replace(self.windows, domain=np.arange(n))  # a text for each window: their scatter says how far to believe the mean
+            names, settings = [str(i) for i in range(n)], self.target.RUNS.compared
+            scores = compare_logits(artifact.path, self.model, alone, original, names, self.target, settings=settings)
+            kl, error = self._mean([s.kl_mean for s in scores])
+            drop_kl, _ = self._mean(self._drops(plan, original, folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return Measured(kl=_rounded(UNSEEN * whole), drop_kl=_rounded(UNSEEN * drops))
+        return Measured(kl=_rounded(kl), drop_kl=_rounded(drop_kl), error=_rounded(error / max(kl, 1e-12)))
 
-    def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> float:
-        """KL of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
+    def _mean(self, windows: Sequence[float]) -> tuple[float, float]:
+        """Mean over texts by weight of windows' KL, and its standard error."""
+        kl, weights = np.array(windows), np.array([t.weight for t in self.texts]) / sum(t.weight for t in self.texts)
+        mean, variance = 0.0, 0.0
+        for d in np.unique(self.windows.domain):
+            mine = kl[self.windows.domain == d]
+            mean += weights[d] * float(mine.mean())
+            variance += weights[d] ** 2 * float(mine.var(ddof=1)) / len(mine) if len(mine) > 1 else 0.0
+        return mean, math.sqrt(variance)
+
+    def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> list[float]:
+        """KL in each window of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
         from edgemoe.stream import final_states
 
         stored = self.stored_as(plan, "stock")
         if stored is self.model and all(len(kept) == self.model.n_experts for kept in plan.kept):
-            return 0.0
+            return [0.0] * len(original)
         changed = final_states(stored, self.windows, folder, kept=plan.kept)
         head = read_tensor(self.model.folder, self.model.find("output") or self.model.find("token_embd"))  # type: ignore[arg-type]
-        means: dict[int, list[NDArray[np.float64]]] = {}
-        for i, n in enumerate(self.windows.lengths):
-            means.setdefault(int(self.windows.domain[i]), []).append(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T))
-        weights = [self.texts[d].weight for d in means]
-        return float(np.average([np.concatenate(rows).mean() for rows in means.values()], weights=weights))
+        each = enumerate(self.windows.lengths)
+        return [float(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T).mean()) for i, n in each]
 
 
 def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> Any:

@@ -1,7 +1,7 @@
-"""The reference perturbation: asymmetric round-to-nearest in groups of a row.
+"""Two roundings that belong to no format: the probes' reference perturbation of weights, and kernels' int8 of inputs.
 
-Probes round one tensor this way, measure the KL, and so learn what an output error of known size costs; `price` computes the same error
-again on the same rounded weights.  It is no storage format and favours none.
+Probes round one tensor to nearest in groups of a row, measure the KL, and so learn what an output error of known size costs; `price`
+computes the same error again on the same rounded weights.  It is no storage format and favours none.
 """
 
 from __future__ import annotations
@@ -25,3 +25,13 @@ def round_to_nearest(weights: NDArray[np.float32], bits: int) -> NDArray[np.floa
     step[step == 0] = 1
     rounded: NDArray[np.float32] = (np.rint((x - low) / step) * step + low).astype(np.float32)
     return rounded.reshape(weights.shape)
+
+
+def round_to_int8(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """Inputs [n, cols] as kernels round them before a product: by block, the largest magnitude at 127; `x` itself where block is 0."""
+    if not block:
+        return x
+    blocks = x.reshape(len(x), -1, block)
+    scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    rounded: NDArray[np.float32] = (np.rint(blocks / scale) * scale).astype(np.float32)
+    return rounded.reshape(x.shape)

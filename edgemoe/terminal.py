@@ -142,11 +142,11 @@ def summarize_report(report: Report) -> Group:
 
 
 def _refinement(rounds: tuple[Round, ...]) -> list[RenderableType]:
-    """Predicted and measured KL of every round, and of its drops alone."""
+    """KL of every round and of its drops alone, predicted and after a measurement."""
     if not rounds:
         return []
-    heads = ("refinement", "kept", "KL predicted", "measured", "drops predicted", "measured")
+    heads = ("refinement", "kept", "KL predicted", "expected", "drops predicted", "expected")
     rows = [
-        (str(n), str(r.count), *map(nats, (r.predicted, r.measured, r.predicted_drops, r.measured_drops))) for n, r in enumerate(rounds)
+        (str(n), str(r.count), *map(nats, (r.predicted, r.expected, r.predicted_drops, r.expected_drops))) for n, r in enumerate(rounds)
     ]
     return [_grid(heads, rows)]

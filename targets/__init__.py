@@ -73,8 +73,8 @@ class Target(Protocol):
         """What rows become when stored in a format."""
         ...
 
-    def round_inputs(self, x: NDArray[np.float32], name: str, role: str) -> NDArray[np.float32]:
-        """What the inputs [n, cols] of a product with a matrix of this role and format become: `x` itself, or rounded as kernels do."""
+    def input_block(self, name: str, role: str) -> int:
+        """How many inputs of a product with a matrix of this role and format kernels round to int8 together; 0: none (`round_to_int8`)."""
         ...
 
     def feeds_back(self, name: str) -> bool:

@@ -15,8 +15,9 @@ from tiny import flat_plan
 from edgemoe.checkpoint import read_tensor
 from edgemoe.families import MODULE_NAMES
 from edgemoe.ir import Artifact, Model, Plan, Stats
+from edgemoe.rounding import round_to_int8
 from edgemoe.scores import importance_of
-from edgemoe.targets.onnx import round_inputs, round_rows, write
+from edgemoe.targets.onnx import input_block, round_rows, write
 
 Floats = NDArray[np.float32]
 
@@ -67,7 +68,7 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
 
 def _rounded(x: torch.Tensor, name: str, role: str) -> torch.Tensor:
     flat: Floats = x.reshape(-1, x.shape[-1]).numpy()
-    return torch.from_numpy(round_inputs(flat, name, role)).reshape(x.shape)
+    return torch.from_numpy(round_to_int8(flat, input_block(name, role))).reshape(x.shape)
 
 
 def _round_given(linear: Any, name: str, role: str) -> None:

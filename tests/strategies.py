@@ -80,6 +80,7 @@ def random_costs(seed: int, form: str, *, layers: int = 2, experts: int = 4, for
         domains=tuple(f"d{i}" for i in range(domains)),
         domain_weights=tuple(weights.tolist()),
         cost=cost,
+        input_cost=np.zeros_like(size, np.float64),
         size=np.where(np.isinf(cost), 0, size),
         extra=np.where(np.isinf(cost), 0, np.random.default_rng(seed + 1).integers(0, 40, size.shape) * (seed % 2)),
         staging=np.where(repacked & stack[:, None], size, 0) if rng.random() < 0.5 else np.zeros_like(size),

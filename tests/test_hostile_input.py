@@ -218,6 +218,7 @@ def records(tmp_path: Path) -> Path:
         domains=("none",),
         domain_weights=(1.0,),
         cost=np.array([[[2.0, 1.0]] * 3] * 2),
+        input_cost=np.zeros((2, 3, 2)),
         size=np.array([[[2**19, 2**20]] * 3] * 2),
         extra=np.zeros((2, 3, 2), np.int64),
         staging=np.zeros((2, 3, 2), np.int64),

@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgemoe.errors import ModelError
+from edgemoe.rounding import round_to_int8
 from edgemoe.targets.onnx.formats import (
     FORMATS,
     OFFERED,
     Packed,
     dequantize,
+    input_block,
     matrix_size,
     pack,
     piece_bytes,
     quantize,
-    round_inputs,
     unpack,
 )
 
@@ -108,9 +109,9 @@ def test_expert_nodes_read_what_we_pack(name: str) -> None:
     def mixed(inputs_as: str) -> Floats:
         total = np.zeros_like(x)
         for e in range(EXPERTS):
-            both = round_inputs(x, inputs_as) @ read_packed(first[e], name, HIDDEN).T
+            both = round_to_int8(x, input_block(inputs_as)) @ read_packed(first[e], name, HIDDEN).T
             h = silu(both[:, 0::2]) * both[:, 1::2]
-            total += gates[:, e : e + 1] * (round_inputs(h, inputs_as) @ read_packed(second[e], name, WIDTH).T)
+            total += gates[:, e : e + 1] * (round_to_int8(h, input_block(inputs_as)) @ read_packed(second[e], name, WIDTH).T)
         return total
 
     assert relative(got, mixed("F32")) < {8: 3e-2, 4: 2e-6, 3: 2e-3, 2: 3e-2}[kind.bits]
@@ -129,7 +130,7 @@ def test_matrix_products_read_what_we_pack_and_round_their_inputs_as_we_do(name:
         weights["z"] = packed.zeros
     shape = {"K": HIDDEN, "N": WIDTH, "bits": kind.bits, "block_size": kind.block}
     want = read_packed(packed, name, HIDDEN)
-    for level, inputs in ((0, x), (4, round_inputs(x, name, "attn_q"))):
+    for level, inputs in ((0, x), (4, round_to_int8(x, input_block(name, "attn_q")))):
         node = helper.make_node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", accuracy_level=level, **shape)
         assert relative(run_node([node], weights, {"x": x}), inputs @ want.T) < 5e-5
 

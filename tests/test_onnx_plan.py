@@ -79,10 +79,12 @@ def test_an_8_bit_expert_costs_more_than_its_weights_because_inputs_are_rounded(
         __name__ = TARGET.__name__  # type: ignore[attr-defined]
 
         def __getattr__(self, name: str) -> object:
-            return (lambda x, *_: x) if name == "round_inputs" else getattr(TARGET, name)
+            return (lambda *_: 0) if name == "input_block" else getattr(TARGET, name)
 
     exact = price_choices(model, stats, Exact(), CONTEXT)  # type: ignore[arg-type]
     assert np.array_equal(np.isfinite(exact.cost), np.isfinite(costs.cost))
+    known = np.isfinite(costs.cost)
+    assert not exact.input_cost.any() and np.allclose((costs.cost - costs.input_cost)[known], exact.cost[known])
     ratio = np.nan_to_num(costs.cost[0], posinf=1.0) / np.nan_to_num(exact.cost[0], posinf=1.0)
     for f, name in enumerate(costs.formats):
         experts = [u for u, unit in enumerate(costs.units) if unit.expert >= 0 and np.isfinite(costs.cost[0, u, f])]

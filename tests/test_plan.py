@@ -174,6 +174,7 @@ def test_the_order_of_formats_and_units_does_not_matter(seed: int, share: float,
         formats=tuple(costs.formats[i] for i in f),
         units=tuple(costs.units[i] for i in u),
         cost=costs.cost[:, u][:, :, f],
+        input_cost=costs.input_cost[:, u][:, :, f],
         size=costs.size[:, u][:, :, f],
         extra=costs.extra[:, u][:, :, f],
         staging=costs.staging[:, u][:, :, f],
@@ -234,6 +235,7 @@ def test_a_twin_format_changes_nothing_and_a_worse_one_is_never_chosen(seed: int
         costs,
         formats=(*costs.formats, "TWIN", "WORSE"),
         cost=np.concatenate([costs.cost, costs.cost[:, :, :1], costs.cost[:, :, :1] * 1.1 + 1e-6], axis=2),
+        input_cost=np.zeros((*costs.cost.shape[:2], costs.cost.shape[2] + 2)),
         size=np.concatenate([costs.size, costs.size[:, :, :1], np.where(costs.size[:, :, :1] > 0, costs.size[:, :, :1] + 1, 0)], axis=2),
         extra=np.concatenate([costs.extra, costs.extra[:, :, :1], costs.extra[:, :, :1]], axis=2),
         staging=staging,
@@ -485,6 +487,7 @@ def golden_costs() -> Costs:
         units=tuple(units),
         memory=dict.fromkeys(("context", "runtime", "kv", "compute", "output"), 0),
         cost=cost,
+        input_cost=np.zeros(cost.shape),
         size=size,
         extra=np.zeros_like(size),
         staging=np.zeros_like(size),
@@ -517,7 +520,7 @@ def grouped_costs() -> Costs:
     picked = [costs.counts.index(n) for n in offered_counts(12, 2, 4)]
     drop = np.full((1, 1, 12), 1.0) + 0.01 * np.arange(12)
     drop[0, 0, [1, 3, 4]] = 1e-6
-    by_count = {name: getattr(costs, name)[picked] for name in ("kept", "cost", "size", "extra", "staging", "fixed_size")}
+    by_count = {name: getattr(costs, name)[picked] for name in ("kept", "cost", "input_cost", "size", "extra", "staging", "fixed_size")}
     return dataclasses.replace(costs, counts=offered_counts(12, 2, 4), expert_drop=drop, drop_cost=costs.drop_cost[:, picked], **by_count)
 
 

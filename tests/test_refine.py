@@ -17,7 +17,7 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan
 from edgemoe.overlay import save_overlay
 from edgemoe.plan import solve_plan
-from edgemoe.refine import MEASURE_TOKENS, Measured, Measurer, measuring_windows, refine_plan, rescale
+from edgemoe.refine import OFF, TEXTS, UNSEEN, Measured, Measurer, expect, fitted_share, measuring_windows, refine_plan, rescale
 from edgemoe.repair import GUARD_EVERY
 from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import tokenize
@@ -157,6 +157,27 @@ def test_the_measuring_text_is_calibration_text_that_no_repair_was_fitted_to_and
     guards = {w.tobytes() for w, n in zip(every.tokens, number, strict=True) if n % GUARD_EVERY == GUARD_EVERY // 2}
     assert {w.tobytes() for w in windows.tokens} <= guards
     assert set(windows.domain.tolist()) == set(range(len(calibration)))
-    assert MEASURE_TOKENS / 2 <= windows.lengths.sum() <= 2 * MEASURE_TOKENS
+    assert len(windows.tokens) == len(guards)  # all of them
     held = tokenize(model, heldout, 65_536, 512)
     assert not {w.tobytes() for w in windows.tokens} & {w.tobytes() for w in held.tokens}
+
+
+def test_a_measurement_counts_less_the_more_it_scatters_and_unseen_text_loses_more_only_where_something_was_fitted() -> None:
+    said = random_costs(1, "stacks", layers=3, experts=6, formats=4)
+    plan = solve_plan(said, budget_between(said, 0.35))
+    half = Measured(kl=plan.predicted_kl / 2, drop_kl=plan.predicted_kl / 8)
+    kls = [expect(plan, replace(half, error=error), fitted=0.0).kl for error in (0.0, 0.1, 0.5, 5.0)]
+    assert half.kl < kls[0] < kls[1] < kls[2] < kls[3] <= plan.predicted_kl and kls[3] == pytest.approx(plan.predicted_kl, rel=0.01)
+    assert expect(plan, half, fitted=1.0).kl / kls[0] == pytest.approx(UNSEEN ** (OFF**2 / (OFF**2 + TEXTS**2)), rel=1e-9)
+    assert expect(plan, half, fitted=0.7).drop_kl / expect(plan, half, fitted=0.7).kl == pytest.approx(0.25)  # the shares as measured
+
+
+def test_what_kernels_round_of_their_inputs_and_the_stock_quantizers_errors_count_as_fitted_to_nothing() -> None:
+    said = random_costs(1, "stacks", layers=3, experts=6, formats=4)
+    plan = replace(solve_plan(said, budget_between(said, 0.35)), repair=True)
+    assert fitted_share(plan, said, "feedback") == pytest.approx(1.0)
+    assert fitted_share(plan, said, "stock") == pytest.approx(plan.drop_q / plan.q)
+    assert fitted_share(replace(plan, repair=False), said, "stock") == 0
+    of_inputs = replace(said, input_cost=np.where(np.isfinite(said.cost), said.cost / 4, 0.0))
+    formats = plan.q - plan.drop_q
+    assert fitted_share(plan, of_inputs, "feedback") == pytest.approx(1 - formats / 4 / plan.q)

@@ -17,7 +17,7 @@ from edgemoe.errors import ModelError
 from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
 from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import discount_drops
+from edgemoe.price import FED_BACK, discount, discount_drops
 from edgemoe.repair import repair_survivors
 from edgemoe.storage import array_file
 from edgemoe.stream import LayerStream, apply_norm, only_experts, tokenize
@@ -151,6 +151,15 @@ def test_other_texts_or_kept_sets_make_another_repair(small: tuple[Model, list[T
 def test_without_drops_there_is_nothing_to_repair(model: Model, texts: list[Text], tmp_path: Path) -> None:
     assert repair_survivors(model, texts, flat_plan(model), tmp_path / "none") is model
     assert not (tmp_path / "none").exists()
+
+
+def test_feedback_lowers_the_price_of_rounded_weights_and_not_of_inputs_that_kernels_round() -> None:
+    costs = random_costs(0, "experts")
+    finite = np.isfinite(costs.cost)
+    costs = replace(costs, input_cost=np.where(finite, costs.cost / 4, 0.0))
+    after = discount(costs, repair=False, rounding="feedback")
+    assert after.cost[finite] == pytest.approx(costs.cost[finite] * (0.75 * FED_BACK + 0.25))
+    assert np.array_equal(discount(costs, repair=False, rounding="stock").cost, costs.cost)
 
 
 def test_drops_are_priced_after_repair_and_nothing_else_changes() -> None:

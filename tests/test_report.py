@@ -326,10 +326,10 @@ def test_summary_prints_promised_and_measured_numbers() -> None:
 
 def test_rounds_of_refinement_are_shown_in_page_and_terminal() -> None:
     first = Round(
-        predicted=0.0123, measured=0.0345, predicted_drops=0.0021, measured_drops=0.0067, count=12, file_size=10**7, drop_factor=3.2,
+        predicted=0.0123, expected=0.0345, predicted_drops=0.0021, expected_drops=0.0067, count=12, file_size=10**7, drop_factor=3.2,
         format_factor=2.6,
     )  # fmt: skip
-    report = replace(make_report(), rounds=(first, replace(first, predicted=0.0289, measured=0.0291)))
+    report = replace(make_report(), rounds=(first, replace(first, predicted=0.0289, expected=0.0291)))
     for text in (Page(render_html(report)).text, print_at(summarize_report(report), 80)):
         assert all(number in text for number in ("0.0123", "0.0345", "0.0021", "0.0067", "0.0289", "0.0291"))
     assert "refine" not in print_at(summarize_report(make_report()), 80)

@@ -2,7 +2,7 @@
 
 from edgemoe.targets import Runs
 from edgemoe.targets.gguf.feedback import descend_rows, feeds_back, pack_rows
-from edgemoe.targets.gguf.formats import OFFERED, round_inputs, round_rows
+from edgemoe.targets.gguf.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.gguf.formats import dequantize as unpack_rows
 from edgemoe.targets.gguf.process import memory_parts, offered_formats, unit_extra, unit_size, unit_staging
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime

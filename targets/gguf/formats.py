@@ -166,9 +166,9 @@ def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.floa
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
 
 
-def round_inputs(x: NDArray[np.float32], name: str, role: str) -> NDArray[np.float32]:
-    """Inputs as they are: llama.cpp rounds them too, which probes and predictions have left out so far."""
-    return x
+def input_block(name: str, role: str) -> int:
+    """0: prices leave out that ggml's CPU kernels round inputs to int8 by block (what it costs: docs/decisions/0013-int8-inputs.md)."""
+    return 0
 
 
 def quantize_parallel(

@@ -2,7 +2,7 @@
 
 from edgemoe.targets import Runs
 from edgemoe.targets.onnx.feedback import descend_rows, feeds_back, pack_rows, unpack_rows
-from edgemoe.targets.onnx.formats import OFFERED, round_inputs, round_rows
+from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.onnx.layout import COPIED, PLACES
 from edgemoe.targets.onnx.process import memory_parts, unit_extra, unit_staging
 from edgemoe.targets.onnx.run import check_tokenizer, run, runtime

@@ -292,16 +292,11 @@ def _grids(x: NDArray[np.float32], kind: Format) -> Iterator[tuple[NDArray[np.fl
 
 
 # ------------------------------------------------------------------------------------------------------------ activations
-def round_inputs(x: NDArray[np.float32], name: str, role: str = "ffn_exps") -> NDArray[np.float32]:
-    """What inputs [n, cols] of a product with weights in this format become: int8 by block, the largest magnitude at 127.
+def input_block(name: str, role: str = "ffn_exps") -> int:
+    """Inputs of a product with weights in this format that are rounded to int8 together (`round_to_int8`); 0: none.
 
     So do QMoE of 8 bits and MatMulNBits of accuracy_level 4, which all matrices have, to the last bit.  QMoE of 2 bits rounds sums of four
     inputs instead, with an error a little smaller than this.  QMoE of 4 and 3 bits computes in floats.  `role` tells experts from matrices.
     """
     kind = FORMATS[name]
-    if not kind.block or (role.endswith("_exps") and kind.bits in (3, 4)):
-        return x
-    blocks = x.reshape(len(x), -1, kind.block)
-    scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))
-    rounded: NDArray[np.float32] = (np.rint(blocks / scale) * scale).astype(np.float32)
-    return rounded.reshape(x.shape)
+    return 0 if role.endswith("_exps") and kind.bits in (3, 4) else kind.block

@@ -57,7 +57,7 @@ def _compute(layout: Layout, tokens: int) -> int:
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
     """Bytes that the process holds for a unit beyond the file's own; `count` does not matter here.
 
-    Experts of 4 and 3 bits are multiplied in floats, everything else with int8 inputs (see formats.round_inputs).  An embedding that is the
+    Experts of 4 and 3 bits are multiplied in floats, everything else with int8 inputs (see formats.input_block).  An embedding that is the
     output matrix too stays mapped for look-ups, and is held a second time as the matrix product wants it.
     """
     kind = FORMATS[name]
