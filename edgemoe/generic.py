@@ -252,9 +252,8 @@ def _type_nats(target: Target, prior: str) -> Floats:
     def ratio(name: str) -> float:
         if name in known:
             return float(known[name])
-        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + (
-            (round_to_int8(x, target.input_block(name, "ffn_exps")) - x) ** 2
-        ).mean()
+        inputs = round_to_int8(x, target.input_block(name, "ffn_exps"))
+        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((inputs - x) ** 2).mean()
         return float(known["Q4_0"] * error / _Q4_0_ERROR)
 
     return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)

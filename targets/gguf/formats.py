@@ -167,8 +167,9 @@ def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.floa
 
 
 def input_block(name: str, role: str) -> int:
-    """0: prices leave out that ggml's CPU kernels round inputs to int8 by block (what it costs: docs/decisions/0013-int8-inputs.md)."""
-    return 0
+    """Inputs that ggml's CPU kernels round to int8 together: as many as the weights' block (Q8_0, Q8_1, Q8_K); 0 from 16 bits on."""
+    block = FORMATS[name].block
+    return block if block > 1 else 0
 
 
 def quantize_parallel(
