@@ -65,7 +65,9 @@ def run(
             return Outcome(solved=False, infeasible=False, bound=-np.inf)
     solved = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and status == pulp.LpStatusOptimal
     if not solved:
-        return Outcome(solved=False, infeasible=problem.sol_status == pulp.LpSolutionInfeasible, bound=-np.inf)
+        # that no whole units fit is in the status alone where CBC found it out
+        nothing = problem.sol_status == pulp.LpSolutionInfeasible or (engine == "cbc" and status == pulp.LpStatusInfeasible)
+        return Outcome(solved=False, infeasible=nothing, bound=-np.inf)
     value = float(problem.objective.value())
     if start is not None and engine == "highs" and _contradicts_itself(problem):
         return run(problem, engine, gap=gap, mip=mip, seconds=seconds, target=target)
