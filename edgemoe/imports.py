@@ -27,14 +27,14 @@ from edgemoe.generic import Saliency, layer_nats, price_drops, price_generic
 from edgemoe.ir import PROJECTIONS, Costs, Model, Stats, Tensor, Unit
 from edgemoe.menus import drop_floor
 from edgemoe.pools import open_pool
-from edgemoe.price_layer import LEAST_ROWS, sample_rows
+from edgemoe.price_matrix import LEAST_ROWS, sample_rows
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB
 MAX_DOMAIN = 64  # characters; names are printed in tables
 COLUMNS = ("layer", "expert", "score")
-SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price_layer.py's, met to 7 %
+SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price_matrix.py's, met to 7 %
 REFERENCE_BITS = 4.5  # of Q4_K, in which `whole` of generic.py is known best; the offered format nearest to it is the reference
 Progress = Callable[[int, int], None]
 Floats = NDArray[np.float64]

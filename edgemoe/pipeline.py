@@ -102,7 +102,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
         priced = offer.costs
 
         def measure(plan: Plan) -> Measured:
-            return expect(plan, run(plan), fitted_share(plan, priced, request.rounding))
+            return expect(plan, run(plan), run.among * fitted_share(plan, priced, request.rounding))
 
         refined = refine_plan(offer.costs, plan, request.refine, lambda costs: _solve(request, replace(offer, costs=costs)), measure)
         plan, offer, rounds = refined.plan, replace(offer, costs=refined.costs), refined.rounds

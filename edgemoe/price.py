@@ -1,6 +1,6 @@
 """Model, Stats, target -> Costs: nats and bytes of every choice, drop and quantize on one scale (docs/pricing.md).
 
-What a layer's choices cost is measured in price_layer.py; here layers become one price list, in the form that the target can store.
+What a choice costs is measured in price_layer.py and price_matrix.py; here layers become one price list, in the form the target stores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.memory import peak
 from edgemoe.menus import offered_counts
 from edgemoe.pools import open_pool
-from edgemoe.price_layer import Errors, Floats, Layer, price_layer, price_matrix, probe_kl
+from edgemoe.price_layer import Layer, price_layer
+from edgemoe.price_matrix import ByCause, Errors, Floats, price_matrix, probe_kl
 from edgemoe.rounding import WHOLE_BITS
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target, count_bytes
@@ -62,14 +63,14 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
-        nats: tuple[Mapping[str, Floats | float], Mapping[str, Floats | float]]  # of rounded weights, and of rounded inputs
+        nats: ByCause[Errors] | ByCause[dict[str, Floats]]
         if u in matrices:
             scale, nats = share[unit.role, unit.layer], matrices[u]
         else:
             scale, nats = 1.0, layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
         for f in np.flatnonzero(sizes.offered[u]):
-            input_cost[:, u, f] = nats[1][target.OFFERED[f]] * scale
-            cost[:, u, f] = nats[0][target.OFFERED[f]] * scale + input_cost[:, u, f]
+            input_cost[:, u, f] = nats.inputs[target.OFFERED[f]] * scale
+            cost[:, u, f] = nats.weights[target.OFFERED[f]] * scale + input_cost[:, u, f]
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -99,15 +100,14 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
 
 def _price_probes(
     model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
-) -> tuple[dict[int, Layer], dict[int, tuple[Errors, Errors]], dict[int, Parts]]:
+) -> tuple[dict[int, Layer], dict[int, ByCause[Errors]], dict[int, Parts]]:
     """Everything as if probes' KL grew with the error alone.
 
     Returns:
-        The MoE layers; of every other unit, by number, nats by format of rounded weights and of rounded inputs; and the
-        parts of the whole-model probes, by bits.
+        The MoE layers; nats by format of every other unit, by number; and the parts of the whole-model probes, by bits.
     """
     layers: dict[int, Layer] = {}
-    matrices: dict[int, tuple[Errors, Errors]] = {}
+    matrices: dict[int, ByCause[Errors]] = {}
     whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
     if progress:
         progress(0, model.n_layers)
@@ -117,13 +117,13 @@ def _price_probes(
             if experts:
                 layers[layer] = price_layer(model, stats, target, layer, experts, probes, pool)
                 for bits, parts in whole.items():
-                    parts.update({(role, layer): layers[layer].whole(role, bits) for role in layers[layer].errors})
+                    parts.update({(role, layer): layers[layer].whole(role, bits) for role in layers[layer].slope})
             importance = importance_of(model, stats, layer)
             for u, unit in enumerate(units):
                 if unit.layer == layer and unit.expert < 0 and not unit.is_stack:
                     matrices[u] = price_matrix(model, stats, target, unit, importance, probes[unit.role, layer], pool)
                     for bits, parts in whole.items():
-                        parts[unit.role, layer] = matrices[u][0][f"whole{bits}"]
+                        parts[unit.role, layer] = matrices[u].weights[f"whole{bits}"]
             if progress:
                 progress(layer + 1, model.n_layers)
     return layers, matrices, whole

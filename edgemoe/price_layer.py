@@ -17,20 +17,14 @@ from edgemoe.checkpoint import read_tensor
 from edgemoe.flips import additive_part
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
 from edgemoe.menus import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
-from edgemoe.rounding import EXPERT_BITS, WHOLE_BITS, round_to_int8, round_to_nearest
+from edgemoe.price_matrix import LEAST_ROWS, SAMPLE_WEIGHTS, ByCause, Errors, Floats, Importance, probe_kl, round_sampled, sample_rows
+from edgemoe.rounding import EXPERT_BITS, round_to_int8
 from edgemoe.scores import importance_of
 from edgemoe.targets import Target
 
-SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
-LEAST_ROWS = 4  # per expert
 LEAST_ROWS_ALONE = 32  # of an expert that is stored, and so priced, on its own: prices then scatter by 7 % (docs/pricing.md, 11)
 TOKENS_PER_EXPERT = 128
 RISE = 0.01  # by which prices of drops rise along a path beyond what was measured: enough to tell equals apart, too little to matter
-INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
-SEED = 20261126  # of inputs of which only the second moments are known
-Floats = NDArray[np.float64]
-Importance = dict[tuple[str, int], NDArray[np.float32]]
-Errors = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +35,18 @@ class Layer:
     drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
     energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
     use: Floats  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
-    errors: dict[str, dict[str, Floats]]  # role -> format -> [E] mean squared output error per use, from rounded weights
-    from_inputs: dict[str, dict[str, Floats]]  # the same, from rounded inputs
+    errors: ByCause[dict[str, dict[str, Floats]]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
     def whole(self, role: str, bits: int) -> float:
         """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
-        return self.slope[role] * float(self.use @ self.errors[role][f"whole{bits}"])
+        return self.slope[role] * float(self.use @ self.errors.weights[role][f"whole{bits}"])
 
-    def price(self, unit: Unit, share: Mapping[str, float]) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, Floats]]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
 
-        Twice: what rounded weights cost, and what rounded inputs do.  `share`: of a probe's KL, by role, that adds up (flips.py).
+        `share`: of a probe's KL, by role, that adds up (flips.py).
         """
         slope = {role: value * share[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
@@ -64,7 +57,7 @@ class Layer:
             use = float(self.use[unit.expert])
             return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in errors.items())]) for f in formats}
 
-        return nats(self.errors), nats(self.from_inputs)
+        return ByCause(weights=nats(self.errors.weights), inputs=nats(self.errors.inputs))
 
     def price_drops(self, weights: Floats, kappa: float) -> Drops:
         """Price the menu's sets, those of the greedy path, and single experts.
@@ -125,21 +118,19 @@ def price_layer(
     tensors = model.of_layer(layer)
     jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
     found = [job.result() for job in jobs]
-    errors, from_inputs = (
-        {role: {f: np.array([e[part][role][f] for e in found]) for f in found[0][part][role]} for role in found[0][part]} for part in (0, 1)
-    )
+    errors = ByCause(weights=_by_role([e.weights for e in found]), inputs=_by_role([e.inputs for e in found]))
     slope = {}
-    for role, by_format in errors.items():
+    for role, by_format in errors.weights.items():
         error = float(use @ by_format["probe"])
         slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
     energy = arrays["energy"].astype(np.float64).sum(axis=0)
     drops = dropped_points(stats, layer, replay, model.n_experts)
-    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, from_inputs=from_inputs, slope=slope, stored=stored)
+    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, slope=slope, stored=stored)
 
 
-def probe_kl(stats: Stats, probe: Probe) -> float:
-    """A probe's KL, mean over domains by weight."""
-    return float(stats.weights @ np.array(probe.kl))
+def _by_role(experts: list[dict[str, Errors]]) -> dict[str, dict[str, Floats]]:
+    """Errors of experts one after the other -> role -> format -> [E]."""
+    return {role: {f: np.array([e[role][f] for e in experts]) for f in by_format} for role, by_format in experts[0].items()}
 
 
 def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, Floats]]:
@@ -209,10 +200,8 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
     return use, gates**2 * (replay.shares * relative)[:, None]
 
 
-def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> tuple[dict[str, Errors], dict[str, Errors]]:
+def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, Errors]]:
     """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
-
-    Two errors: from rounded weights, and from rounded inputs.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
     errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
@@ -233,7 +222,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> tuple[dict[st
         wanted = max(LEAST_ROWS_ALONE if alone else LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1])
         rows = sample_rows(matrix.shape[0], wanted)
         scale, part, result[role] = matrix.shape[0] / len(rows), matrix[rows], {}
-        for name, rounded in _roundings(
+        for name, rounded in round_sampled(
             sample.target, part, sample.formats(role, expert), sample.importance.get((role, expert)), EXPERT_BITS
         ):
             delta = rounded - part
@@ -247,7 +236,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> tuple[dict[st
         blocks = {name: sample.target.input_block(name, role) for name in sample.formats(role, expert)}
         by_block = {block: float(weight @ _input_squares(block, projection, inputs, (a, b, h), matrices)) for block in {*blocks.values()}}
         from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}
-    return result, from_inputs
+    return ByCause(weights=result, inputs=from_inputs)
 
 
 def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
@@ -289,73 +278,3 @@ def _input_squares(
 def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
     return result
-
-
-def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
-    """Row numbers, evenly spread, the same every time."""
-    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
-
-
-def _roundings(
-    target: Target, rows: NDArray[np.float32], formats: tuple[str, ...], importance: NDArray[np.float32] | None, probe_bits: int
-) -> list[tuple[str, NDArray[np.float32]]]:
-    """These rows in every offered format, and in the probes' reference roundings."""
-    found = [(name, target.round_rows(rows, name, importance)) for name in formats]
-    whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
-    return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]
-
-
-# --------------------------------------------------------------------------------------------------------------- matrices
-def price_matrix(
-    model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
-) -> tuple[Errors, Errors]:
-    """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe; and what rounded inputs add."""
-    tensor = model.find(unit.role, unit.layer)
-    assert tensor is not None  # units are made of the model's tensors
-    matrix = read_tensor(model.folder, tensor)
-    columns = importance.get((unit.role, -1))
-    if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
-        seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
-        rows = np.argsort(-seen, kind="stable")[: max(LEAST_ROWS, 4 * SAMPLE_WEIGHTS // matrix.shape[1])]
-        per_row = seen[rows].astype(np.float64)
-    else:
-        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // matrix.shape[1]))
-        per_row = np.ones(len(rows))
-    weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
-    part, formats = matrix[rows], target.offered_formats(model, unit)
-
-    def rounded_errors(index: NDArray[np.int64]) -> Errors:
-        found = _roundings(target, part[index], formats, columns, probe.bits)
-        return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
-
-    blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
-    errors: Errors = {}
-    for found in pool.map(rounded_errors, blocks):
-        errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
-    slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
-    by_block = {0: 0.0}
-    if columns is not None:
-        inputs = _draw_inputs(stats, unit.layer if unit.layer >= 0 else model.n_layers - 1, columns)
-        for block in {target.input_block(name, unit.role) for name in formats} - {0}:
-            error = ((round_to_int8(inputs, block) - inputs) @ part.T).astype(np.float64)
-            if unit.layer < 0:  # all logits moved alike change no prediction; errors of rounded rows have no such part
-                error -= error.mean(axis=1, keepdims=True)
-            by_block[block] = slope * float(per_row @ (error**2).mean(axis=0))
-    from_inputs = {name: by_block.get(target.input_block(name, unit.role), 0.0) for name in formats}
-    return {name: slope * error for name, error in errors.items()}, from_inputs
-
-
-def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Some inputs [64, cols] of a matrix of which calibration kept mean squares only.
-
-    Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
-    column scaled to its mean square: that keeps how unlike tokens and channels are, which int8 blocks suffer from.  Else normal numbers.
-    """
-    replay = stats.arrays(layer)["replay_x"]
-    if replay.shape[1] == len(second_moments):
-        x = replay[sample_rows(len(replay), INPUT_TOKENS)].astype(np.float32)
-        x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
-    else:
-        x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
-    drawn: NDArray[np.float32] = x * np.sqrt(np.maximum(second_moments, 0.0))
-    return drawn

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,17 @@ from edgemoe.ir import Costs, Model, Plan, Round, Stats
 from edgemoe.repair import REVISION
 from edgemoe.storage import hash_json, write_text
 from edgemoe.targets import Target
-from edgemoe.texts import Text
+from edgemoe.texts import DEFAULT_TOKENS, Text
 from edgemoe.verify import WINDOW, compare_logits, kl_of_rows, reference_states
 
+if TYPE_CHECKING:
+    from edgemoe.stream import Windows
+
 MEASURE_TOKENS = 16_384
+BEYOND = 7 * DEFAULT_TOKENS  # so far behind the calibrated tokens, of all texts together, the measuring text is looked for
 SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (twin.GUARD_EVERY, from its half on)
-# KL on held-out text over KL on the measuring text, whose documents refits and feedback have learned; and how far predictions, and
-# texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
+# KL on held-out text over KL on windows among fitted ones, whose documents refits and feedback have learned; and how far predictions,
+# and texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
 UNSEEN = 1.4
 OFF = 0.2
 TEXTS = 0.1
@@ -115,13 +119,14 @@ def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
 def expect(plan: Plan, seen: Measured, fitted: float) -> Measured:
     """What text of other documents should lose, given what the measuring text did: between that and the prediction.
 
-    What was fitted loses UNSEEN times as much there, all else as much.  Where few tokens hold most of the KL (flipped routing), a
-    measurement scatters: it counts by the inverse of its variance beside the prediction's own.
+    What was fitted to the measured documents loses UNSEEN times as much there, all else as much.  Where few tokens hold most of the KL
+    (flipped routing), a measurement scatters: it counts by the inverse of its variance beside the prediction's own.
 
     Args:
         plan: whose prediction it is.
         seen: on the measuring text.
-        fitted: share of the plan's Q that refits and feedback have brought down.
+        fitted: share of the plan's Q that refits and feedback have brought down, times that of the measuring text that lies among
+            fitted windows (`Measurer.among`).
     """
     unseen = 1 + (UNSEEN - 1) * fitted
     trust = OFF**2 / (OFF**2 + TEXTS**2 + seen.error**2)
@@ -191,7 +196,10 @@ def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
 
 # -------------------------------------------------------------------------------------------------------------- measuring
 class Measurer:
-    """Runs plans on the measuring text; what was measured before is read from the work folder."""
+    """Runs plans on the measuring text; what was measured before is read from the work folder.
+
+    `among`: by the texts' weights, the share of the measuring text that lies among windows which were fitted to.
+    """
 
     def __init__(
         self,
@@ -221,7 +229,9 @@ class Measurer:
         """
         self.model, self.stats, self.texts, self.target, self.work, self.stored_as = model, stats, texts, target, work, stored_as
         self.how = (rounding, REVISION)
-        self.windows = measuring_windows(model, texts, max_tokens)
+        self.windows, among = measuring_windows(model, texts, max_tokens)
+        weights = np.array([t.weight for t in texts])
+        self.among = float(weights[among].sum() / weights.sum())
         self.progress = progress
         self.done = 0
 
@@ -273,18 +283,28 @@ class Measurer:
         return [float(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T).mean()) for i, n in each]
 
 
-def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> Any:
-    """Windows of the calibration text, all texts alike, that no repair was fitted to; never held-out text."""
+def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> tuple[Windows, NDArray[np.bool_]]:
+    """Windows of the calibration texts, all texts alike, that no repair was fitted to; never held-out text.
+
+    What a text has beyond its calibrated tokens, evenly spaced: other documents, as a rule.  A text that ends before gives the windows
+    that repair set aside.
+
+    Returns:
+        The windows, and for each text whether its windows lie among fitted ones.
+    """
     from edgemoe.stream import tokenize
 
-    windows = tokenize(model, texts, max_tokens, WINDOW)
+    windows = tokenize(model, texts, max_tokens + BEYOND, WINDOW)
     each = max(1, round(MEASURE_TOKENS / WINDOW / len(texts)))
-    chosen = []
+    fitted = math.ceil(max_tokens / len(texts) / windows.tokens.shape[1])
+    chosen, among = [], np.zeros(len(texts), bool)
     for d in range(len(texts)):
         mine = np.flatnonzero(windows.domain == d)
-        guard = mine[SKIP::EVERY] if len(mine) > SKIP else mine[-1:]
-        chosen.append(guard[np.linspace(0, len(guard) - 1, min(each, len(guard))).round().astype(int)])
-    return windows.take(np.sort(np.concatenate(chosen)))
+        among[d] = len(mine) < fitted + each
+        beyond, seen = mine[fitted:], mine[:fitted]
+        pool = beyond if not among[d] else seen[SKIP::EVERY] if len(seen) > SKIP else seen[-1:]
+        chosen.append(pool[np.linspace(0, len(pool) - 1, min(each, len(pool))).round().astype(int)])
+    return windows.take(np.sort(np.concatenate(chosen))), among
 
 
 def _rounded(kl: float) -> float:

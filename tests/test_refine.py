@@ -17,7 +17,19 @@ from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Model, Plan
 from edgemoe.overlay import save_overlay
 from edgemoe.plan import solve_plan
-from edgemoe.refine import OFF, TEXTS, UNSEEN, Measured, Measurer, expect, fitted_share, measuring_windows, refine_plan, rescale
+from edgemoe.refine import (
+    MEASURE_TOKENS,
+    OFF,
+    TEXTS,
+    UNSEEN,
+    Measured,
+    Measurer,
+    expect,
+    fitted_share,
+    measuring_windows,
+    refine_plan,
+    rescale,
+)
 from edgemoe.repair import GUARD_EVERY
 from edgemoe.storage import array_file, save_arrays
 from edgemoe.stream import tokenize
@@ -148,18 +160,26 @@ def test_narrower_experts_are_measured_among_what_a_plan_leaves_out(checkpoint: 
     assert seen.drop_kl == pytest.approx(seen.kl, rel=0.01) and seen.kl > 0  # in F32 nothing else is lost
 
 
-def test_the_measuring_text_is_calibration_text_that_no_repair_was_fitted_to_and_nothing_held_out() -> None:
+def test_the_measuring_text_goes_on_where_calibration_ends_and_holds_nothing_held_out() -> None:
     model = inspect_model(EXAMPLE)
     calibration, heldout = choose_texts([], [])
-    windows = measuring_windows(model, calibration, 65_536)
-    every = tokenize(model, calibration, 65_536, 512)
-    number = np.array([np.sum(every.domain[:i] == d) for i, d in enumerate(every.domain)])
-    guards = {w.tobytes() for w, n in zip(every.tokens, number, strict=True) if n % GUARD_EVERY == GUARD_EVERY // 2}
-    assert {w.tobytes() for w in windows.tokens} <= guards
-    assert set(windows.domain.tolist()) == set(range(len(calibration)))
-    assert len(windows.tokens) == len(guards)  # all of them
-    held = tokenize(model, heldout, 65_536, 512)
-    assert not {w.tobytes() for w in windows.tokens} & {w.tobytes() for w in held.tokens}
+    windows, among = measuring_windows(model, calibration, 65_536)
+    each = np.bincount(windows.domain)
+    assert not among.any() and len(each) == len(calibration) and each.sum() * 512 == MEASURE_TOKENS and (each == each[0]).all()
+    for other in (tokenize(model, calibration, 65_536, 512), tokenize(model, heldout, 65_536, 512)):
+        assert not {w.tobytes() for w in windows.tokens} & {w.tobytes() for w in other.tokens}
+
+
+def test_a_text_that_ends_with_calibration_is_measured_on_the_windows_that_no_repair_was_fitted_to() -> None:
+    model = inspect_model(EXAMPLE)
+    long, short = choose_texts([], [])[0][:2]
+    short = replace(short, documents=short.documents[:150])
+    every = tokenize(model, (long, short), 32_768, 512)
+    windows, among = measuring_windows(model, (long, short), 32_768)
+    assert among.tolist() == [False, True]
+    mine = every.tokens[every.domain == 1]
+    guards = {w.tobytes() for w in mine[GUARD_EVERY // 2 :: GUARD_EVERY]}
+    assert {w.tobytes() for w in windows.tokens[windows.domain == 1]} <= guards and len(guards) > 1
 
 
 def test_a_measurement_counts_less_the_more_it_scatters_and_unseen_text_loses_more_only_where_something_was_fitted() -> None:
