@@ -45,8 +45,8 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe
-	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe-b
+	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe --jobs 2
+	$(RUN) $(BIN)/python benchmarks/quality.py examples/tiny-moe-b --jobs 2
 	$(RUN) $(BIN)/python benchmarks/jointness.py examples/tiny-moe --generic GLM-5.2 Qwen3-30B-A3B
 	$(RUN) $(BIN)/python benchmarks/planner.py
 

@@ -150,7 +150,9 @@ def command_of(options: argparse.Namespace) -> str:
     words = [f"{options.model} --tokens {options.tokens} --calibration-tokens {options.calibration_tokens} --budgets {options.budgets}"]
     words += [f"--seeds {' '.join(map(str, options.seeds))}"]
     words += [f"--only {' '.join(map(repr, options.only))}"] if options.only else []
-    return " ".join(["python benchmarks/quality.py", *words, *(["--no-tasks"] if options.no_tasks else [])])
+    words += ["--no-tasks"] if options.no_tasks else []
+    words += [f"--jobs {options.jobs}"] if options.jobs > 1 else []
+    return " ".join(["python benchmarks/quality.py", *words])
 
 
 def measure_seed(options: argparse.Namespace, bench: Bench, budgets: list[int], *, everything: bool) -> list[Entry]:
