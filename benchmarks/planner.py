@@ -30,7 +30,7 @@ from edgemoe.plan import solve_plan
 from edgemoe.rules import ActiveBytes, GroupKept, Keep, Rule
 from edgemoe.solvers import columns, ilp
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
-from edgemoe.targets.gguf.process import unit_staging
+from edgemoe.targets.gguf.process import is_repacked, staged_bytes
 from edgemoe.terms import sum_units
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
@@ -235,7 +235,8 @@ def _sizes(shape: Shape, units: Sequence[Unit], cols: Sequence[int], counts: Seq
             n = unit.n_weights * count // shape.experts if unit.is_stack else unit.n_weights
             for f, name in enumerate(WIDE):
                 size[c, u, f] = pad(n // cols[u] * row_bytes(name, cols[u]))
-                staging[c, u, f] = 0 if unit.expert >= 0 else unit_staging(int(size[c, u, f]), name, unit.role)
+                copied = unit.expert < 0 and is_repacked(name, unit.role, tied=False)
+                staging[c, u, f] = staged_bytes(copied, int(size[c, u, f]), unit.role)
     return size, staging
 
 

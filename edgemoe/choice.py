@@ -38,7 +38,7 @@ def describe_choice(
     sizes, extra = costs.size[c, stored, formats[stored]], costs.extra[c, stored, formats[stored]]
     file_size = int(costs.fixed_size[c] + sizes.sum())
     staging = costs.staging[c, stored, formats[stored]][~in_vram[stored]].max(initial=0)
-    held = file_size + int(extra.sum()) - int(sizes[in_vram[stored]].sum())
+    held = file_size + int(extra[~in_vram[stored]].sum()) - int(sizes[in_vram[stored]].sum())
     memory = {**(costs.memory if beside is None else beside), "weights": held, "staging": int(staging)}
     context = memory.pop("context")
     memory["peak"] = peak(memory)

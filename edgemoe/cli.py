@@ -119,13 +119,14 @@ def build(
 
     A killed build goes on where it stopped when the same command is given again.
     """
-    budget, name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
+    (budget, box), name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
     from edgemoe.pipeline import BuildRequest, build_artifact
 
     request = BuildRequest(
         model=model,
         memory=budget,
+        device=box,
         out=output,
         context=context,
         target=target,

@@ -76,8 +76,8 @@ def open_device(name: str) -> Device:
     return detect_device() if name == HERE else find_device(name)
 
 
-def choose_budget(memory: str | None, device: str | None) -> int:
-    """Bytes from --memory or from --device, of which exactly one is given; says on stderr what a device gives and keeps.
+def choose_budget(memory: str | None, device: str | None) -> tuple[int, Device | None]:
+    """Bytes from --memory or from --device, of which exactly one is given, and the device; says on stderr what it gives and keeps.
 
     Raises:
         UsageError: both or none are given, or the device gives nothing.
@@ -85,7 +85,7 @@ def choose_budget(memory: str | None, device: str | None) -> int:
     if memory and device:
         raise UsageError("--memory and --device are both given", hint="give one: a device is a name for a budget")
     if memory:
-        return parse_bytes(memory)
+        return parse_bytes(memory), None
     if not device:
         raise UsageError("how much memory may the model use?", hint="give --memory SIZE (16GB), or --device NAME (`edgemoe devices list`)")
     from edgemoe.devices import budget_of
@@ -102,7 +102,7 @@ def choose_budget(memory: str | None, device: str | None) -> int:
         print(f"{found.id}: {_gib(other.budget)} of {other.name} are not planned for", file=sys.stderr)
     if not found.verified:
         print(f"{found.id}: these figures are not verified; `edgemoe devices detect` on the box says more", file=sys.stderr)
-    return budget
+    return budget, found
 
 
 def _gib(size: int) -> str:

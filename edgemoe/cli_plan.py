@@ -76,8 +76,12 @@ def plan(
         _print_lines(_diff(*diff), as_json=as_json)
         return
     rules, aim = read_rules(recipe, rule, objective)
-    budget = 0 if sweep is not None else choose_budget(memory, device)
+    budget, box = (0, None) if sweep is not None else choose_budget(memory, device)
     prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
+    if box is not None:
+        from edgemoe.targets import find_target
+
+        prices = find_target(prices.target).on_device(prices, box)
     _check_outputs(output, export, folder=sweep is not None)
     if export and prices.form != "stacks":
         raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")

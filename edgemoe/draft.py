@@ -103,6 +103,12 @@ class Draft:
         self.pinned[mask] = keep
 
 
+def held_by_gpu(costs: Costs) -> NDArray[np.bool_]:
+    """Units [U] that stay in main memory and are held by a GPU as well: an embedding that is the output matrix too."""
+    tied = all(unit.role != "output" for unit in costs.units)
+    return np.array([tied and unit.role == "token_embd" for unit in costs.units])
+
+
 def vram_room(costs: Costs, pool: Pool) -> int:
     """Bytes of GPU memory for weights.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from edgemoe import __version__
 from edgemoe.backward import collect_gradients
 from edgemoe.calibrate import collect_stats
+from edgemoe.devices import Device
 from edgemoe.emit import check_split, emit_artifact
 from edgemoe.errors import BudgetError, ConflictError, UsageError, VerifyError
 from edgemoe.families import resize_experts
@@ -45,6 +46,7 @@ class BuildRequest:
     model: str
     memory: int
     out: Path
+    device: Device | None = None  # the box, if it is known: what its processor holds twice counts
     context: int | None = None
     target: str = "gguf"
     calibration: tuple[str, ...] = ()
@@ -167,6 +169,7 @@ def plan_widths(
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=_stage(progress, f"calibrate{name}"))
         costs, key = price_cached(narrowed.model, stats, target, context, narrowed.work, _stage(progress, f"price{name}"))
         costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
+        costs = target.on_device(costs, request.device) if request.device else costs
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
             plan = _solve(request, offer)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.choice import describe_choice
-from edgemoe.draft import Draft, vram_room
+from edgemoe.draft import Draft, held_by_gpu, vram_room
 from edgemoe.errors import BudgetError, ConflictError, EdgemoeError, UsageError
 from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.memory import peak, room_for_weights
@@ -242,8 +242,7 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     plan = describe_choice(costs, budget, kept, formats, solver=task.solver, in_vram=in_vram, beside=beside)
     memory = dict(plan.memory)
     if draft.vram is not None:
-        on_gpu = sum(plan.sizes[name] for name in plan.vram)
-        memory["vram"] = on_gpu + costs.memory["kv"] + costs.memory["compute"]
+        memory["vram"] = _bytes_on_gpu(costs, plan) + costs.memory["kv"] + costs.memory["compute"]
     plan = replace(
         plan,
         costs=costs_hash or costs.stats,
@@ -258,11 +257,17 @@ def _as_plan(task: _Task, budget: int, solution: Solution, compiled: Compiled, c
     return replace(plan, rules=_rule_uses(task, plan, rules))
 
 
+def _bytes_on_gpu(costs: Costs, plan: Plan) -> int:
+    """Bytes of weights that GPU memory holds."""
+    twice = [unit.name for unit, held in zip(costs.units, held_by_gpu(costs), strict=True) if held]
+    return sum(plan.sizes[name] for name in (*plan.vram, *twice))
+
+
 def _rule_uses(task: _Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:
     """Every rule with the room that it leaves: how far its expression is from its limit (None: it is no limit)."""
     left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.draft.bounds) if not b.expression.soft}
     if task.draft.vram is not None:
-        left[task.draft.vram.name] = vram_room(task.costs, task.draft.vram) - sum(plan.sizes[n] for n in plan.vram)
+        left[task.draft.vram.name] = vram_room(task.costs, task.draft.vram) - _bytes_on_gpu(task.costs, plan)
     return tuple(RuleUse(name=rule_name(r), slack=left.get(rule_name(r))) for r in rules)
 
 

@@ -129,12 +129,9 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
     model, windows, last = run.model, run.windows, run.model.n_layers
     norm, output, eps = run.stream.head()
     tied = ("output", -1) not in model.of_layer(-1)
-    rounded = torch.from_numpy(round_to_nearest(output.cpu().numpy(), OTHER_BITS)).to(output.device)
-    whole = {b: torch.from_numpy(round_to_nearest(output.cpu().numpy(), b)).to(output.device) for b in WHOLE_BITS}
+    rounded = {b: torch.from_numpy(round_to_nearest(output.cpu().numpy(), b)).to(output.device) for b in (OTHER_BITS, *WHOLE_BITS)}
     states = [_probe_states(run, number, last, shape) for number in range(len(probes))]
-    heads = [whole[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else output for p in probes]
-    if tied:
-        heads[0] = rounded
+    heads = [rounded[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else output for p in probes]
     chosen = windows.take(run.probe_index)
     length = windows.tokens.shape[1]
 
@@ -148,7 +145,7 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
         base = flat(main.read(run.probe_index[index]))
         reference = (base @ output.T).double().log_softmax(-1)
         kls = [token_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
-        kls.append(token_kl(reference, base @ rounded.T))
+        kls.append(token_kl(reference, base @ rounded[OTHER_BITS].T))
         sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
         sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
         totals: NDArray[np.float64] = sums.numpy()

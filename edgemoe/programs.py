@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.draft import Bound, Draft, vram_room
+from edgemoe.draft import Bound, Draft, held_by_gpu, vram_room
 from edgemoe.errors import UsageError
 from edgemoe.ir import Costs, Plan
 from edgemoe.solvers.lagrange import minimise, plain_prices
@@ -176,7 +176,8 @@ def _row(costs: Costs, draft: Draft, bound: Bound, c: int) -> Row:
 def _vram_row(costs: Costs, draft: Draft, c: int) -> Row:
     assert draft.vram is not None
     size = costs.size[c].astype(np.float64)
-    coef = np.concatenate([np.zeros((len(size), 1)), np.zeros_like(size), size], axis=1)
+    in_ram = np.where(held_by_gpu(costs)[:, None], size, 0.0)
+    coef = np.concatenate([np.zeros((len(size), 1)), in_ram, size], axis=1)
     return Row(name=draft.vram.name or "vram", coef=coef, limit=float(vram_room(costs, draft.vram)), soft=np.zeros(len(draft.soft)))
 
 

@@ -13,9 +13,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.devices import Device
 from edgemoe.errors import MachineError, UsageError
 from edgemoe.feedback import Moments
-from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats, Unit
+from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Stats, Unit
 from edgemoe.memory import Layout
 from edgemoe.storage import hash_file
 
@@ -57,8 +58,12 @@ class Target(Protocol):
         """Bytes that the process holds for a unit beyond those of the file."""
         ...
 
-    def unit_staging(self, size: int, name: str, role: str) -> int:
+    def unit_staging(self, model: Model, unit: Unit, name: str, size: int) -> int:
         """Bytes of the temporary copy that loading a unit of this size needs."""
+        ...
+
+    def on_device(self, costs: Costs, device: Device) -> Costs:
+        """A price list of this target with the bytes that a box holds beyond the file's."""
         ...
 
     def fixed_size(self, model: Model, count: int) -> int:
@@ -138,7 +143,7 @@ def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Seq
                 where = c if unit.is_stack else slice(None)
                 size[where, u, f] = bytes_ = target.unit_size(model, unit, name, count)
                 extra[where, u, f] = target.unit_extra(model, unit, name, count)
-                staging[where, u, f] = target.unit_staging(bytes_, name, unit.role)
+                staging[where, u, f] = target.unit_staging(model, unit, name, bytes_)
     return Sizes(size=size, extra=extra, staging=staging, offered=offered)
 
 

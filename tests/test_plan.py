@@ -456,7 +456,8 @@ def test_two_memories_are_filled_as_well_as_by_trying_every_split(seed: int) -> 
     costs = make_costs(seed, "stacks")
     stack = [u for u, unit in enumerate(costs.units) if unit.is_stack]
     rng = np.random.default_rng(seed)
-    vram = int(rng.uniform(0.1, 0.6) * costs.size[-1, stack].max(axis=1).sum()) + 1
+    embedding = next(u for u, unit in enumerate(costs.units) if unit.role == "token_embd")  # tied: the GPU holds it as well
+    vram = int(rng.uniform(0.1, 0.6) * costs.size[-1, stack].max(axis=1).sum()) + int(costs.size[-1, embedding].min()) + 1
     budget = budget_between(costs, 0.15) - 800
     rule = Vram(size=f"{vram + 800 + 1}B", reserve="1B")  # the cache (500) and the buffers (300) are there too
     best = np.inf
@@ -464,7 +465,7 @@ def test_two_memories_are_filled_as_well_as_by_trying_every_split(seed: int) -> 
         for gpu in itertools.product([False, True], repeat=len(stack)):
             on_gpu = {u for u, yes in zip(stack, gpu, strict=True) if yes}
             cpu = Choice(p.c, p.kept, tuple(-1 if u in on_gpu else f for u, f in enumerate(p.formats)))
-            used = sum(int(costs.size[p.c, u, p.formats[u]]) for u in on_gpu)
+            used = sum(int(costs.size[p.c, u, p.formats[u]]) for u in (*on_gpu, embedding))
             if used <= vram and peak_bytes(costs, cpu) - 800 <= budget:
                 best = min(best, objective(costs, p, "mean"))
     plan = plan_or_none(costs, budget, [rule])

@@ -21,6 +21,7 @@ from edgemoe.targets.onnx import (
     input_block,
     list_units,
     memory_parts,
+    on_device,
     pack_rows,
     round_rows,
     run,

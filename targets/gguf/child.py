@@ -4,8 +4,8 @@ Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
     {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
     continue the prompts greedily;
-    {"asked": [settings], "alloc": bool}: what llama.cpp says about its buffers with these settings; without "alloc" nothing is read but the
-    header, and nothing reserved.
+    {"asked": [settings], "alloc": bool, "repack": bool}: what llama.cpp says about its buffers with these settings; without "alloc" nothing
+    is read but the header, and nothing reserved.
 A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, threads, mmap.
 """
 
@@ -185,7 +185,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def ask(job: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp's words about its buffers, for each of the settings."""
     first, *others = job["asked"]
-    llama = Llama(job["path"], first["context"], first, repack=False, alloc=job.get("alloc", False))
+    llama = Llama(job["path"], first["context"], first, repack=job.get("repack", False), alloc=job.get("alloc", False))
     said = [llama.buffers()]
     for settings in others:
         llama.open(settings["context"], settings)

@@ -24,13 +24,12 @@ ALIGNMENT = 32  # bytes: GGUF pads every tensor to this
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A ggml type: its number, weights and bytes of a block, whether it must have importance, and whether CPUs repack it."""
+    """A ggml type: its number, weights and bytes of a block, and whether it must have importance."""
 
     id: int
     block: int
     block_bytes: int
     needs_importance: bool = False
-    repacked: bool = False
 
     @property
     def bpw(self) -> float:
@@ -45,12 +44,12 @@ FORMATS = {
     "Q8_0": Format(8, 32, 34),
     "Q6_K": Format(14, 256, 210),
     "Q5_K": Format(13, 256, 176),
-    "Q4_K": Format(12, 256, 144, repacked=True),
+    "Q4_K": Format(12, 256, 144),
     "IQ4_XS": Format(23, 256, 136),
     "Q3_K": Format(11, 256, 110),
     "IQ3_S": Format(21, 256, 110),
     "IQ3_XXS": Format(18, 256, 98),
-    "Q2_K": Format(10, 256, 84, repacked=True),
+    "Q2_K": Format(10, 256, 84),
     "IQ2_S": Format(22, 256, 82),
     "IQ2_XS": Format(17, 256, 74, needs_importance=True),
     "IQ2_XXS": Format(16, 256, 66, needs_importance=True),
@@ -59,9 +58,9 @@ FORMATS = {
     "Q5_1": Format(7, 32, 24),
     "Q5_0": Format(6, 32, 22),
     "Q4_1": Format(3, 32, 20),
-    "IQ4_NL": Format(20, 32, 18, repacked=True),
-    "Q4_0": Format(2, 32, 18, repacked=True),
-    "MXFP4": Format(39, 32, 17, repacked=True),
+    "IQ4_NL": Format(20, 32, 18),
+    "Q4_0": Format(2, 32, 18),
+    "MXFP4": Format(39, 32, 17),
 }
 WIDE = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 NARROW = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4")  # for rows that 256 does not divide

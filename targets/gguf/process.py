@@ -7,13 +7,17 @@ ubatch 512, logits of the last token only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from edgemoe.ir import Model, Unit
+import numpy as np
+
+from edgemoe.devices import Device
+from edgemoe.ir import Costs, Model, Unit
 from edgemoe.memory import RETAINED, Layout, Settings, layout_of, peak
 from edgemoe.targets.gguf.batch import compute_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.buffers import cells_of, kv_bytes, output_bytes, state_bytes
-from edgemoe.targets.gguf.formats import FORMATS, formats_of_rows, pad, row_bytes
+from edgemoe.targets.gguf.formats import formats_of_rows, pad, row_bytes
+from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
 
 # Measured on two installations, docs/decisions/0003-memory.md
 RUNTIME = 27 * 2**20  # bindings, libraries, tokenizer's tables, 2 threads: 24 MiB; 3 MiB for 20 threads more or another installation
@@ -35,21 +39,49 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
-    """Nothing: the process holds the file's own bytes."""
-    return 0
+    """Bytes beyond the file's: the second copy of a tied embedding, in any format that some CPU repacks for the output's product."""
+    if unit.role != "token_embd" or model.find("output"):
+        return 0
+    return unit_size(model, unit, name, count) if _repacks(ANY_CPU, name, unit) else 0
 
 
-def unit_staging(size: int, name: str, role: str) -> int:
+def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
     The output matrix is loaded before the layers, so its copy can only matter for what the C library retains of it.
     """
-    return 0 if not is_repacked(name, role) or (role == "output" and size > RETAINED) else size
+    return staged_bytes(is_repacked(name, unit.role, tied=model.find("output") is None), size, unit.role)
 
 
-def is_repacked(name: str, role: str) -> bool:
-    """Whether llama.cpp keeps another copy of a tensor, in an order that the CPU's vectors like; the embedding is only looked up."""
-    return FORMATS[name].repacked and role != "token_embd"
+def staged_bytes(repacked: bool, size: int, role: str) -> int:
+    """Bytes of the copy while a tensor of this size is repacked, if it is."""
+    return 0 if not repacked or (role in ("token_embd", "output") and size > RETAINED) else size
+
+
+def is_repacked(name: str, role: str, *, tied: bool) -> bool:
+    """Whether llama.cpp keeps a copy of a tensor in an order that an x86 CPU's vectors like; an embedding only if it is the output too."""
+    return name in X86 and (role != "token_embd" or tied)
+
+
+def _repacks(repacked: Mapping[str, int], name: str, unit: Unit) -> bool:
+    return name in repacked and unit.n_weights // unit.cols % repacked[name] == 0
+
+
+def on_device(costs: Costs, device: Device) -> Costs:
+    """The price list for one box: what is held twice or copied while loading there, not on some CPU.
+
+    A tied embedding is held twice in every format where a GPU computes the output.
+    """
+    tied = all(unit.role != "output" for unit in costs.units)
+    twice, repacked = held_twice_on(device), repacked_on(device)
+    extra, staging = np.zeros_like(costs.extra), np.zeros_like(costs.staging)
+    for u, unit in enumerate(costs.units):
+        for f, name in enumerate(costs.formats):
+            if unit.role == "token_embd" and tied and _repacks(twice, name, unit):
+                extra[:, u, f] = costs.size[:, u, f]
+            for c, size in enumerate(costs.size[:, u, f].tolist()):
+                staging[c, u, f] = staged_bytes(name in repacked and (unit.role != "token_embd" or tied), size, unit.role)
+    return dataclasses.replace(costs, extra=extra, staging=staging)
 
 
 def memory_parts(model: Model | Layout, context: int, settings: Settings | None = None) -> dict[str, int]:
@@ -93,16 +125,18 @@ def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequ
         file_size: of the GGUF in bytes.
         units: (role, format, bytes) of its tensors, in file order.
     """
-    repacked = [settings.repack and is_repacked(name, role) for role, name, _ in units]
+    tied = all(role != "output" for role, _, _ in units)
+    repacked = [settings.repack and is_repacked(name, role, tied=tied) for role, name, _ in units]
+    second = sum(size for (role, _, size), copied in zip(units, repacked, strict=True) if copied and role == "token_embd")
     parts = memory_parts(layout, settings.context, settings)
     if not settings.mmap:
-        staging = [unit_staging(size, name, role) for (role, name, size), copied in zip(units, repacked, strict=True) if copied]
+        staging = [staged_bytes(copied, size, role) for (role, _, size), copied in zip(units, repacked, strict=True)]
         retained = max((size for size in staging if size <= RETAINED), default=0)
         if parts["kv"] <= retained:  # then the cache is made where the last copies were
             retained -= parts["kv"]
-        return peak({**parts, "weights": file_size, "staging": max(staging, default=0), "retained": retained})
+        return peak({**parts, "weights": file_size + second, "staging": max(staging, default=0), "retained": retained})
     copies = sum(size for (_, _, size), copied in zip(units, repacked, strict=True) if copied)
-    stays = [number for number, copied in enumerate(repacked) if not copied]
+    stays = [number for number, copied in enumerate(repacked) if not copied or units[number][0] == "token_embd"]
     ends = sum(size for number, (_, _, size) in enumerate(units) if not stays or not stays[0] <= number <= stays[-1])
     return max(peak({**parts, "weights": file_size - ends + copies, "staging": 0}), parts["runtime"] + file_size + copies)
 

@@ -4,7 +4,7 @@ from edgemoe.targets import Runs
 from edgemoe.targets.onnx.feedback import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.onnx.layout import COPIED, PLACES
-from edgemoe.targets.onnx.process import memory_parts, unit_extra, unit_staging
+from edgemoe.targets.onnx.process import memory_parts, on_device, unit_extra, unit_staging
 from edgemoe.targets.onnx.run import check_tokenizer, run, runtime
 from edgemoe.targets.onnx.writer import fixed_size, list_units, offered_formats, unit_size, write
 

@@ -7,7 +7,8 @@ for what the repacked form adds.
 
 from __future__ import annotations
 
-from edgemoe.ir import Model, Unit
+from edgemoe.devices import Device
+from edgemoe.ir import Costs, Model, Unit
 from edgemoe.memory import Layout, layout_of
 from edgemoe.targets.onnx.child import CHUNK, THREADS
 from edgemoe.targets.onnx.formats import FORMATS, piece_bytes
@@ -68,6 +69,11 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
     return sums + (piece_bytes(name, model.vocab_size, model.hidden_size)["codes"] if unit.role == "token_embd" else 0)
 
 
-def unit_staging(size: int, name: str, role: str) -> int:
+def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
     """Bytes of the copy while loading: none; a mapped original goes before the next one is repacked, and what comes later is more."""
     return 0
+
+
+def on_device(costs: Costs, device: Device) -> Costs:
+    """The price list as it is: what onnxruntime holds does not depend on the box."""
+    return costs
