@@ -28,16 +28,16 @@ from peak import write as write_random
 from repair import kl_by_domain
 from shapes import gqa
 
-from edgemoe.emit import emit_artifact
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Plan
-from edgemoe.narrow import UNSEEN, narrow_experts
-from edgemoe.pipeline import BuildRequest, plan_widths, store_weights
-from edgemoe.repair import EPOCHS
-from edgemoe.stream import final_states, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import BuildRequest, plan_widths, store_weights
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.repair.survivors import EPOCHS
+from edgemoe.repair.width import UNSEEN, narrow_experts
+from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target, gguf
-from edgemoe.texts import choose_texts
-from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
 
 CONTEXT = 160  # tokens, of the speed runs and of the plans
 

@@ -20,20 +20,20 @@ from recipes import Kept
 from yardstick import Score, Yardstick
 
 import edgemoe
-from edgemoe.calibrate import collect_stats
-from edgemoe.errors import VerifyError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import VerifyError
+from edgemoe.base.storage import hash_file, hash_json, load_record
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Stats
-from edgemoe.memory import peak
-from edgemoe.pipeline import BuildRequest, build_artifact, choose_context, price_cached
-from edgemoe.plan import least_budget, solve_plan
+from edgemoe.ir.memory import peak
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import BuildRequest, build_artifact, choose_context, price_cached
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.saliency import importance_of
 from edgemoe.rules import ByteLimit
-from edgemoe.scores import importance_of
-from edgemoe.storage import hash_file, hash_json, load_record
+from edgemoe.stream.texts import Text, choose_texts
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import floor_importance
 from edgemoe.targets.gguf.writer import tensor_name
-from edgemoe.texts import Text, choose_texts
 
 SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
 LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-OUT = Path(__file__).parents[1] / "edgemoe" / "data" / "generic"
+OUT = Path(__file__).parents[1] / "edgemoe" / "price" / "data"
 OWN = "GLM-5.2"
 MOE = re.compile(r"DeepSeek|GLM|Kimi|A\d+B$|A\d+B-")
 # Layers after these are next-token-prediction blocks, which plain decoding never runs (their measured KLD is 0).

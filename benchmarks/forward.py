@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from edgemoe.ir import Model, Stats
-from edgemoe.rounding import round_to_nearest
-from edgemoe.scores import importance_of
-from edgemoe.stream import LayerStream, Windows, apply_norm, map_ordered, only_experts
+from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.reference import round_to_nearest
+from edgemoe.stream.layers import LayerStream, Windows, apply_norm, map_ordered, only_experts
 from edgemoe.targets import Target
 
 Unit = tuple[str, int]  # role, layer

@@ -22,12 +22,12 @@ import numpy as np
 from bench import Bench
 from peers import mean_kl
 
-from edgemoe.errors import BudgetError
-from edgemoe.generic import price_generic
-from edgemoe.imatrix import read_imatrix, save_imported_stats
-from edgemoe.imports import price_imported, read_saliency
+from edgemoe.base.errors import BudgetError
+from edgemoe.calibrate.imatrix import read_imatrix, save_imported_stats
 from edgemoe.ir import Costs, Plan, Stats
-from edgemoe.plan import solve_plan
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.imported import price_imported, read_saliency
+from edgemoe.price.priors import price_generic
 from edgemoe.rules import MaxFormats
 
 BITS = (5.0, 3.5, 2.5)  # for each weight of the checkpoint

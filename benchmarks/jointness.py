@@ -23,11 +23,11 @@ from pathlib import Path
 from bench import Bench
 from yardstick import mean_and_error
 
-from edgemoe.errors import BudgetError, UsageError
-from edgemoe.generic import price_config
+from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
-from edgemoe.memory import peak
-from edgemoe.plan import solve_plan
+from edgemoe.ir.memory import peak
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.priors import price_config
 from edgemoe.rules import ByteLimit, KeptCount, Pin, Rule
 
 GAP, SECONDS = 1e-3, 20.0  # of every solve

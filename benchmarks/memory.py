@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from edgemoe.inspect import inspect_model
-from edgemoe.units import format_bytes
+from edgemoe.base.units import format_bytes
+from edgemoe.model.inspect import inspect_model
 
-TEXTS = Path(__file__).parents[1] / "edgemoe" / "data"
+TEXTS = Path(__file__).parents[1] / "edgemoe" / "stream" / "data"
 TOKENS = "8192"
 
 

@@ -25,17 +25,17 @@ import torch
 from numpy.typing import NDArray
 from repair import kl_by_domain
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.checkpoint import read_tensor
-from edgemoe.inspect import inspect_model
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
-from edgemoe.menus import build_menu, make_replay, offered_counts
-from edgemoe.overlay import open_overlay, save_overlay
-from edgemoe.refit import Experts, Tokens
-from edgemoe.repair import EPOCHS, repair_survivors
-from edgemoe.stream import final_states, tokenize
-from edgemoe.texts import Text, choose_texts
-from edgemoe.twin import Change, Twin
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.overlay import open_overlay, save_overlay
+from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
+from edgemoe.repair.experts import Experts, Tokens
+from edgemoe.repair.reconstruct import Change, Twin
+from edgemoe.repair.survivors import EPOCHS, repair_survivors
+from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.texts import Text, choose_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import flat_plan

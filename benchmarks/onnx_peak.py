@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from edgemoe.ir import Model
-from edgemoe.memory import peak
+from edgemoe.ir.memory import peak
 from edgemoe.targets.child_process import run_job
 from edgemoe.targets.onnx import list_units, memory_parts, run, unit_extra
-from edgemoe.targets.onnx.process import RUNTIME
+from edgemoe.targets.onnx.memory import RUNTIME
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from onnx_random import random_model, spread_formats, write_random  # real graphs with random weights

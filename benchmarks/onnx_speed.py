@@ -23,7 +23,7 @@ from typing import Any
 from peak import types
 from peak import write as write_random_gguf
 
-from edgemoe.inspect import inspect_model
+from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import gguf, onnx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

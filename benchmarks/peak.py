@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.memory import Settings
+from edgemoe.ir.memory import Settings
 from edgemoe.targets.gguf.ask import child_settings
 from edgemoe.targets.gguf.formats import quantize
-from edgemoe.targets.gguf.process import predict_peak
+from edgemoe.targets.gguf.memory import predict_peak
 from edgemoe.targets.gguf.run import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

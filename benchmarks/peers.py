@@ -18,7 +18,7 @@ from bench import Bench
 from recipes import Kept
 from yardstick import Score, Yardstick
 
-from edgemoe.storage import hash_json, load_arrays, save_arrays
+from edgemoe.base.storage import hash_json, load_arrays, save_arrays
 from edgemoe.targets.gguf.formats import WIDE
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_XS", "IQ3_XXS")

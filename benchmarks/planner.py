@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from edgemoe.ir import Costs, Plan, Unit
-from edgemoe.menus import offered_counts
-from edgemoe.plan import solve_plan
+from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import ActiveBytes, GroupKept, Keep, Rule
+from edgemoe.rules.linear import sum_units
 from edgemoe.solvers import columns, ilp
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
-from edgemoe.targets.gguf.process import is_repacked, staged_bytes
-from edgemoe.terms import sum_units
+from edgemoe.targets.gguf.memory import is_repacked, staged_bytes
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
 FORMS = ("experts", "stacks")

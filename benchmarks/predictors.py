@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from forward import MATRICES, STACKS, Forward
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.inspect import inspect_model
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Stats
-from edgemoe.menus import make_replay, set_loss
-from edgemoe.pipeline import price_cached
-from edgemoe.scores import SCORES, score_experts
-from edgemoe.stream import apply_norm, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.routing.kept_sets import make_replay, set_loss
+from edgemoe.pipeline.build import price_cached
+from edgemoe.price.saliency import SCORES, score_experts
+from edgemoe.stream.layers import apply_norm, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
 
 FORMATS = ("IQ4_XS", "Q3_K", "Q2_K", "IQ2_XXS")
 KINDS = ("drop", "quantize", "both")

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.checkpoint import read_tensor
 from edgemoe.ir import PROJECTIONS, Model, Stats, Unit
-from edgemoe.scores import score_experts
-from edgemoe.solvers.pmq import allocate_bits
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.plan.pmq import allocate_bits
+from edgemoe.price.saliency import score_experts
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
 from edgemoe.targets.gguf.mixes import fall_back
 from edgemoe.targets.gguf.writer import fixed_size, is_planned, list_units, tensor_name

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.inspect import inspect_model
+from edgemoe.base.storage import hash_json
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan
-from edgemoe.pipeline import price_cached, store_weights
-from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import discount
-from edgemoe.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.repair import REVISION
-from edgemoe.storage import hash_json
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import price_cached, store_weights
+from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.choices import discount
+from edgemoe.repair.survivors import REVISION
+from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import DEFAULT_TOKENS, choose_texts
-from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 8
 LARGEST, LEAST = 0.5, 0.08  # of the checkpoint's bytes: 8 bits a weight, and where a quarter of the experts stays

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.inspect import inspect_model
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan
-from edgemoe.pipeline import price_cached
-from edgemoe.plan import solve_plan
-from edgemoe.repair import EPOCHS, repair_survivors
-from edgemoe.stream import LayerStream, Windows, final_states, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import price_cached
+from edgemoe.plan.solve import solve_plan
+from edgemoe.repair.survivors import EPOCHS, repair_survivors
+from edgemoe.stream.layers import LayerStream, Windows, final_states, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
-from edgemoe.verify import kl_of_rows
+from edgemoe.verify.artifact import kl_of_rows
 
 SHARES = (0.75, 0.5, 0.25)
 OPTIONS = {"closed form": {"epochs": 0}, "default": {"epochs": EPOCHS}}

@@ -27,17 +27,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.backward import collect_gradients, open_gradients
-from edgemoe.feedback import factor_moments, mix_moments
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.pack import Metric, expert_metrics, pack_matrix, sum_grams
-from edgemoe.refit import Experts, Tokens
-from edgemoe.stream import LayerStream, Recorder, map_ordered, recording, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.quantize.gptq import factor_moments, mix_moments
+from edgemoe.repair.experts import Experts, Tokens
+from edgemoe.repair.quantize_layer import Metric, expert_metrics, pack_matrix, sum_grams
+from edgemoe.repair.reconstruct import GUARD_EVERY
+from edgemoe.stream.gradients import collect_gradients, open_gradients
+from edgemoe.stream.layers import LayerStream, Recorder, map_ordered, recording, tokenize
+from edgemoe.stream.texts import Text, choose_texts
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import FORMATS, quantize
-from edgemoe.texts import Text, choose_texts
-from edgemoe.twin import GUARD_EVERY
 
 KINDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 HEAD = (

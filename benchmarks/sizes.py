@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from edgemoe.shapes import load_shape, model_of_config
+from edgemoe.model.shapes import load_shape, model_of_config
 from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
 
 MAPS = "tensor map"

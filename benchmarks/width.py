@@ -22,24 +22,24 @@ from typing import Any
 import numpy as np
 from repair import kl_by_domain
 
-from edgemoe.backward import collect_gradients, load_gradients
-from edgemoe.calibrate import collect_stats
-from edgemoe.errors import BudgetError
-from edgemoe.families import resize_experts
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import BudgetError
+from edgemoe.base.storage import array_file, hash_json, save_arrays
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.narrow import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
-from edgemoe.overlay import save_overlay
-from edgemoe.pipeline import price_cached, store_weights
-from edgemoe.plan import solve_plan
-from edgemoe.price import discount
-from edgemoe.refit import Experts
-from edgemoe.repair import EPOCHS
-from edgemoe.storage import array_file, hash_json, save_arrays
-from edgemoe.stream import LayerStream, final_states, tokenize
+from edgemoe.model.families import resize_experts
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.overlay import save_overlay
+from edgemoe.pipeline.build import price_cached, store_weights
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.choices import discount
+from edgemoe.repair.experts import Experts
+from edgemoe.repair.survivors import EPOCHS
+from edgemoe.repair.width import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
+from edgemoe.stream.gradients import collect_gradients, load_gradients
+from edgemoe.stream.layers import LayerStream, final_states, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
-from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original
 SCORE_TOKENS = 8192

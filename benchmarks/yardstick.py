@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.checkpoint import read_tensor
+from edgemoe.base.storage import hash_json
 from edgemoe.ir import Model
-from edgemoe.storage import hash_json
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.stream.texts import Text
 from edgemoe.targets import Target
-from edgemoe.texts import Text
-from edgemoe.verify import reference_states, tokenize_heldout
+from edgemoe.verify.artifact import reference_states, tokenize_heldout
 
 EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
 ROWS_AT_ONCE = 128  # of logits in float64

@@ -1,5 +1,5 @@
 """`python -m edgemoe`."""
 
-from edgemoe.cli import main
+from edgemoe.cli.main import main
 
 main()

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.checkpoint import read_tensor
-from edgemoe.inspect import inspect_model
-from edgemoe.stream import final_states, tokenize
-from edgemoe.texts import SHIPPED, read_text
+from edgemoe.calibrate.collect import collect_stats
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.texts import SHIPPED, read_text
 
 DISCOUNT = 0.75
 

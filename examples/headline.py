@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemoe.errors import BudgetError
-from edgemoe.generic import Saliency, load_saliency, price_config, price_coverage
+from edgemoe.base.errors import BudgetError
 from edgemoe.ir import Costs, Plan
-from edgemoe.memory import peak
-from edgemoe.plan import least_budget, solve_plan
+from edgemoe.ir.memory import peak
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.priors import Saliency, load_saliency, price_config, price_coverage
+from edgemoe.price.saliency import domain_coverage
 from edgemoe.rules import ByteLimit, Drop, Keep, KeptCount, Rule
-from edgemoe.scores import domain_coverage
 
 GIB, GB = 2**30, 10**9
 # Dorijan10/glm-expert-pruning, README: keep list, kept experts, file GiB, perplexity ratio on code and on general text (measured by them)

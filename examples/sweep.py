@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import edgemoe as em
-from edgemoe.sweep import parse_budgets, render_sweep, sweep_budgets, write_csv
+from edgemoe.plan.sweep import parse_budgets, render_sweep, sweep_budgets, write_csv
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import edgemoe as em
-from edgemoe.exchange import gpu_flags
+from edgemoe.plan.diff import gpu_flags
 from edgemoe.rules import Vram
 
 

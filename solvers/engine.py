@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.errors import MachineError
+from edgemoe.base.errors import MachineError
 
 ENGINES = ("highs", "cbc")
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from edgemoe.errors import UsageError
+from edgemoe.base.errors import UsageError
 from edgemoe.solvers.program import Prices, Program, Programs, Solution
 
 MAX_PLANS = 2_000_000

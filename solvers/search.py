@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.errors import EdgemoeError, UsageError
+from edgemoe.base.errors import EdgemoeError, UsageError
 from edgemoe.solvers.columns import Pool, all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items

@@ -13,12 +13,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.devices import Device
-from edgemoe.errors import MachineError, UsageError
-from edgemoe.feedback import Moments
+from edgemoe.base.errors import MachineError, UsageError
+from edgemoe.base.storage import hash_file
+from edgemoe.devices.profiles import Device
 from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Stats, Unit
-from edgemoe.memory import Layout
-from edgemoe.storage import hash_file
+from edgemoe.ir.memory import Layout
+from edgemoe.quantize.gptq import Moments
 
 TARGETS = ("gguf", "onnx", "browser")
 

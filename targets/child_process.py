@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import MachineError, VerifyError
+from edgemoe.base.errors import MachineError, VerifyError
 
 FRAME = Path(__file__).with_name("child_main.py")
 LACKING = MachineError.exit_code  # of a child that misses something on this machine

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from command import MODEL, TOKENS
 
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Stats
+from edgemoe.model.inspect import inspect_model
 
 
 @pytest.fixture(scope="session")
@@ -19,14 +19,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shipped_stats(work: Path) -> Stats:
-    from edgemoe.calibrate import collect_stats
-    from edgemoe.texts import choose_texts
+    from edgemoe.calibrate.collect import collect_stats
+    from edgemoe.stream.texts import choose_texts
 
     return collect_stats(inspect_model(MODEL), choose_texts((), ())[0], work, max_tokens=TOKENS)
 
 
 def _priced(stats: Stats, work: Path, target: str) -> Costs:
-    from edgemoe.pipeline import choose_context, price_cached
+    from edgemoe.pipeline.build import choose_context, price_cached
     from edgemoe.targets import find_target
 
     model = inspect_model(MODEL)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny import flat_plan, flat_stats
 
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import Artifact, Plan, Unit
+from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import find_target
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.ir import Model
-from edgemoe.shapes import model_of_config
+from edgemoe.model.shapes import model_of_config
+from edgemoe.targets.onnx.decoder import build_decoder
 from edgemoe.targets.onnx.experts import group_experts
 from edgemoe.targets.onnx.formats import FORMATS, Format, pack
-from edgemoe.targets.onnx.graph import build_decoder
-from edgemoe.targets.onnx.sheet import DATA_FILE, Place, Sheet, make_model
+from edgemoe.targets.onnx.graph_builder import DATA_FILE, Place, Sheet, make_model
 from edgemoe.targets.onnx.writer import list_units
 
 CONFIG: dict[str, Any] = {

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from tiny import flat_plan
 
-from edgemoe.checkpoint import read_tensor
-from edgemoe.families import MODULE_NAMES
 from edgemoe.ir import Artifact, Model, Plan, Stats
-from edgemoe.rounding import round_to_int8
-from edgemoe.scores import importance_of
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.families import MODULE_NAMES
+from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx import input_block, round_rows, write
 
 Floats = NDArray[np.float32]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.memory import Cache, Layout
+from edgemoe.ir.memory import Cache, Layout
 from edgemoe.targets.gguf.ask import write_sparse_header
 
 Shapes = dict[str, tuple[int, ...]]

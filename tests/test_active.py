@@ -18,17 +18,17 @@ from onnx_tiny import Runner, hand_plan
 from strategies import random_costs
 from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats, make_checkpoint
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.checkpoint import read_tensor
-from edgemoe.emit import emit_artifact
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model
-from edgemoe.narrow import UNSEEN, charge, choose_top_k, narrow_experts
-from edgemoe.stream import LayerStream, apply_norm, tokenize
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.repair.width import UNSEEN, charge, choose_top_k, narrow_experts
+from edgemoe.stream.layers import LayerStream, apply_norm, tokenize
+from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.targets import gguf
 from edgemoe.targets.gguf.run import run
-from edgemoe.texts import SHIPPED, Text, read_text
 
 OWN = 3  # experts that the routers of these checkpoints pick
 LEAST_FEWER = (1, 2)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import EXAMPLES, backpropagate_draws
 
-from edgemoe.backward import collect_gradients, load_gradients, open_gradients
-from edgemoe.families import MODULE_NAMES
-from edgemoe.inspect import inspect_model
-from edgemoe.stream import States, tokenize
-from edgemoe.texts import SHIPPED, read_text
+from edgemoe.model.families import MODULE_NAMES
+from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.gradients import collect_gradients, load_gradients, open_gradients
+from edgemoe.stream.layers import States, tokenize
+from edgemoe.stream.texts import SHIPPED, read_text
 
 TOKENS = 300
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")

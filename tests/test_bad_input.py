@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from command import MODEL, error_of, run_cli
 
-from edgemoe.checkpoint import read_header
-from edgemoe.inspect import inspect_model
+from edgemoe.base.storage import load_record, save_record
 from edgemoe.ir import Domain, Plan, Probe, Stats
-from edgemoe.storage import load_record, save_record
-from edgemoe.texts import choose_texts, read_text, recall_texts
+from edgemoe.model.checkpoint import read_header
+from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.texts import choose_texts, read_text, recall_texts
 
 BUDGET = "45MB"
 Run = Callable[..., tuple[int, str]]
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line in this process: exit status and stderr."""
-    from edgemoe.cli import main
+    from edgemoe.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["edgemoe", *map(str, arguments)])

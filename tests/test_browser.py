@@ -22,9 +22,9 @@ from onnx_folder import greedy, regrets, write_folder
 from test_report import make_report
 from tiny import EXAMPLES
 
-from edgemoe.card import render_card
+from edgemoe.base.storage import save_record
 from edgemoe.ir import Unit
-from edgemoe.storage import save_record
+from edgemoe.report.model_card import render_card
 
 DEMO = EXAMPLES / "browser"
 sys.path.insert(0, str(DEMO))

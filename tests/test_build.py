@@ -15,16 +15,16 @@ import pytest
 from command import MODEL, TOKENS, error_of, run_cli, stop_when
 from tiny import make_checkpoint
 
-from edgemoe.emit import emit_artifact
-from edgemoe.families import resize_experts
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import Costs, Plan, Stats
-from edgemoe.narrow import choose_widths
-from edgemoe.pipeline import choose_context
-from edgemoe.plan import solve_plan
-from edgemoe.price import least_process
+from edgemoe.model.families import resize_experts
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import choose_context
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.choices import least_process
+from edgemoe.repair.width import choose_widths
+from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets import find_target
-from edgemoe.texts import SHIPPED
 
 BUDGET = 45_000_000
 TIGHT = 160_000  # bytes beyond the least that the random checkpoint may need; all experts, in the fewest bits, would take 171,008

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from edgemoe.calibrate import _choose_replay, collect_stats
-from edgemoe.errors import ModelError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError
+from edgemoe.base.storage import FORMAT_VERSION, load_record, save_record
+from edgemoe.calibrate.collect import _choose_replay, collect_stats
+from edgemoe.calibrate.observer import fisher_of_states
 from edgemoe.ir import Costs, Model, Stats
-from edgemoe.menus import offered_counts
-from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import least_process
-from edgemoe.rounding import round_to_nearest
-from edgemoe.scores import SCORES, importance_of, score_experts
-from edgemoe.storage import FORMAT_VERSION, load_record, save_record
-from edgemoe.stream import apply_norm, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.choices import least_process
+from edgemoe.price.saliency import SCORES, importance_of, score_experts
+from edgemoe.quantize.reference import round_to_nearest
+from edgemoe.stream.layers import apply_norm, tokenize
+from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.targets import find_target
-from edgemoe.texts import SHIPPED, Text, read_text
-from edgemoe.watch import fisher_of_states
 
 TOKENS = 4096
 
@@ -137,8 +137,8 @@ def test_a_killed_calibration_goes_on_and_gives_the_same_numbers(model: Model, s
 def test_statistics_of_an_older_format_are_made_again_in_a_build_and_refused_elsewhere(
     model: Model, stats: Stats, texts: list[Text], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgemoe.storage.FORMAT_VERSION", FORMAT_VERSION - 1)
-    monkeypatch.setattr("edgemoe.calibrate.FORMAT_VERSION", FORMAT_VERSION - 1)
+    monkeypatch.setattr("edgemoe.base.storage.FORMAT_VERSION", FORMAT_VERSION - 1)
+    monkeypatch.setattr("edgemoe.calibrate.collect.FORMAT_VERSION", FORMAT_VERSION - 1)
     old = collect_stats(model, texts, tmp_path, max_tokens=512)
     monkeypatch.undo()
     with pytest.raises(ModelError, match="format_version"):

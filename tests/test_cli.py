@@ -19,7 +19,7 @@ def test_help_lists_every_command() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgemoe.cli import main
+    from edgemoe.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["edgemoe", command, "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -31,7 +31,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str], 
 
 def test_importing_the_command_line_brings_no_heavy_package() -> None:
     heavy = {"torch", "transformers", "pulp", "numpy", "pydantic", "highspy", "gguf", "llama_cpp"}
-    script = f"import sys, edgemoe.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    script = f"import sys, edgemoe.cli.main; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.strip() == "[]"
 
@@ -53,7 +53,7 @@ def test_inspect_says_what_the_checkpoint_holds_as_json() -> None:
 def test_inspect_reads_no_weights_and_needs_no_torch() -> None:
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        f"sys.argv = ['edgemoe', 'inspect', {str(MODEL)!r}]\nfrom edgemoe.cli import main; main()"
+        f"sys.argv = ['edgemoe', 'inspect', {str(MODEL)!r}]\nfrom edgemoe.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0 and "tiny-moe-b" in done.stdout and done.stderr == ""

@@ -15,9 +15,9 @@ from command import MODEL, environment, error_of, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoe.devices import SLOWER, Device, Pool, budget_of, estimate_speed, find_device, load_devices, raise_limits
-from edgemoe.errors import MachineError, ModelError, UsageError
-from edgemoe.machine import MARGIN, apple_pool, cgroup_limit, cpu_features, detect_device, measure_bandwidth, nvidia_pools
+from edgemoe.base.errors import MachineError, ModelError, UsageError
+from edgemoe.devices.detect import MARGIN, apple_pool, cgroup_limit, cpu_features, detect_device, measure_bandwidth, nvidia_pools
+from edgemoe.devices.profiles import SLOWER, Device, Pool, budget_of, estimate_speed, find_device, load_devices, raise_limits
 
 GIB = 2**30
 GOOD = """
@@ -392,7 +392,8 @@ def test_exactly_one_known_budget_is_wanted(
 
 
 def test_help_brings_neither_yaml_nor_psutil() -> None:
-    script = "import sys, edgemoe.cli; print(sorted({'yaml', 'psutil', 'numpy', 'edgemoe.devices', 'edgemoe.machine'} & set(sys.modules)))"
+    heavy = "{'yaml', 'psutil', 'numpy', 'edgemoe.devices.profiles', 'edgemoe.devices.detect'}"
+    script = f"import sys, edgemoe.cli.main; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -10,16 +10,16 @@ import torch
 from command import MODEL
 from numpy.typing import NDArray
 
-from edgemoe.checkpoint import read_tensor
-from edgemoe.ends import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
-from edgemoe.feedback import factor_moments
-from edgemoe.inspect import inspect_model
+from edgemoe.calibrate.probes import token_kl
 from edgemoe.ir import Stats
-from edgemoe.pack import Metric, Packing, pack_matrix
-from edgemoe.probes import token_kl
-from edgemoe.stream import final_states, tokenize
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.quantize.gptq import factor_moments
+from edgemoe.repair.quantize_layer import Metric, Packing, pack_matrix
+from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
 
 
 def test_rows_of_one_direction_share_a_group() -> None:

@@ -12,21 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgemoe.errors import ModelError
-from edgemoe.feedback import (
-    Moments,
-    descend_outputs,
-    factor_moments,
-    mix_moments,
-    objective,
-    round_columns,
-    shrink_moments,
-)
-from edgemoe.grids import Codebook, Scalar, sign_patterns
+from edgemoe.base.errors import ModelError
+from edgemoe.quantize.gptq import Moments, descend_outputs, factor_moments, mix_moments, objective, round_columns, shrink_moments
+from edgemoe.quantize.grids import Codebook, Scalar, sign_patterns
 from edgemoe.targets import find_target
-from edgemoe.targets.gguf.feedback import FED_BACK, grid_of, quantize_fed_back
+from edgemoe.targets.gguf.codes import layout_of, read_codes, write_codes
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
-from edgemoe.targets.gguf.packing import layout_of, read_codes, write_codes
+from edgemoe.targets.gguf.rounding import FED_BACK, grid_of, quantize_fed_back
 
 COLS = 256
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoe.flips import additive_part, fit_flips, routers_behind, without_flips
 from edgemoe.ir import Unit
+from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind, without_flips
 
 LAYERS = 4
 ROLES = ("attn_q", "attn_output", "ffn_gate_exps", "ffn_down_exps")

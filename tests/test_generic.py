@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.generic import load_saliency, pooled_share, price_config, price_coverage, price_generic
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Costs
-from edgemoe.plan import solve_plan
-from edgemoe.scores import domain_coverage
-from edgemoe.shapes import load_shape, model_of_config
+from edgemoe.model.shapes import load_shape, model_of_config
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.priors import load_saliency, pooled_share, price_config, price_coverage, price_generic
+from edgemoe.price.saliency import domain_coverage
 from edgemoe.targets import find_target
 
 CODE, GENERAL = ("code_instruct", "code_raw"), ("web", "news", "wiki", "books", "chat", "science")

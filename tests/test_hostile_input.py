@@ -16,11 +16,11 @@ import pytest
 from command import COMMAND, MODEL, environment, error_of
 from tiny import edit_config, flat_plan, flat_stats
 
-from edgemoe.cli import main
-from edgemoe.inspect import inspect_model
+from edgemoe.base.storage import array_file, load_record, save_record
+from edgemoe.cli.main import main
 from edgemoe.ir import Costs, Unit
-from edgemoe.storage import array_file, load_record, save_record
-from edgemoe.texts import SHIPPED
+from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.texts import SHIPPED
 
 BUDGET = ("--memory", "70MB")
 Run = Callable[..., tuple[int, str]]

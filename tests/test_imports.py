@@ -18,23 +18,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import flat_plan, make_checkpoint
 
-from edgemoe.cli import main
-from edgemoe.emit import emit_artifact
-from edgemoe.errors import ModelError
-from edgemoe.generic import Saliency, price_generic
-from edgemoe.imatrix import MAX_HEADER, read_imatrix, save_imported_stats
-from edgemoe.imports import MAX_CSV, price_imported, read_saliency
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError
+from edgemoe.base.storage import load_record
+from edgemoe.calibrate.imatrix import MAX_HEADER, read_imatrix, save_imported_stats
+from edgemoe.cli.main import main
 from edgemoe.ir import Costs, Model, Plan, Stats
-from edgemoe.memory import peak
-from edgemoe.plan import solve_plan
-from edgemoe.price import price_choices
+from edgemoe.ir.memory import peak
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.choices import price_choices
+from edgemoe.price.imported import MAX_CSV, price_imported, read_saliency
+from edgemoe.price.priors import Saliency, price_generic
+from edgemoe.price.saliency import importance_of
 from edgemoe.rules import MaxFormats
-from edgemoe.scores import importance_of
-from edgemoe.storage import load_record
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
-from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
 
 REAL, OTHER = MODEL / "imatrix.gguf", MODEL.parent / "tiny-moe"  # by llama-imatrix of llama.cpp 0c1e570
 TARGET = find_target("gguf")

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import EXAMPLES, flat_plan
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.inspect import inspect_model
-from edgemoe.price import price_choices
+from edgemoe.calibrate.collect import collect_stats
+from edgemoe.model.inspect import inspect_model
+from edgemoe.price.choices import price_choices
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
-from edgemoe.verify import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
 
 TOKENS = 8192
 

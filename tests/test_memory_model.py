@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from shapes import Tiny, gqa, granite_hybrid, mla, short_convolution, sliding, write_sparse
 from tiny import FAMILIES, make_checkpoint
 
-from edgemoe.errors import EdgemoeError, UsageError, VerifyError
-from edgemoe.inspect import inspect_model
-from edgemoe.memory import Settings
+from edgemoe.base.errors import EdgemoeError, UsageError, VerifyError
+from edgemoe.ir.memory import Settings
+from edgemoe.model.inspect import inspect_model
+from edgemoe.targets.gguf.allocator import OUTSIDE, Graph, Node, inplace, op, view
+from edgemoe.targets.gguf.allocator import given as given_node
 from edgemoe.targets.gguf.ask import ask_llama_cpp, child_settings
-from edgemoe.targets.gguf.batch import compute_bytes
-from edgemoe.targets.gguf.buffers import kv_bytes, output_bytes, state_bytes
-from edgemoe.targets.gguf.graph import OUTSIDE, Graph, Node, inplace, op, view
-from edgemoe.targets.gguf.graph import given as given_node
-from edgemoe.targets.gguf.process import layout_of, memory_parts, predict_peak, split_parts
+from edgemoe.targets.gguf.compute_graph import compute_bytes
+from edgemoe.targets.gguf.kv_cache import kv_bytes, output_bytes, state_bytes
+from edgemoe.targets.gguf.memory import layout_of, memory_parts, predict_peak, split_parts
 from edgemoe.targets.gguf.run import run
 from edgemoe.targets.gguf.writer import write_hollow
 

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.menus import COLD_TOKENS, Replay, build_menu, drop_floor, make_replay, offered_counts, original_gates, removal_losses, set_loss
+from edgemoe.model.routing.kept_sets import (
+    COLD_TOKENS,
+    Replay,
+    build_menu,
+    drop_floor,
+    make_replay,
+    offered_counts,
+    original_gates,
+    removal_losses,
+    set_loss,
+)
 
 
 def golden(*, renormalize: bool) -> Replay:

@@ -17,24 +17,24 @@ from safetensors.torch import load_file, save_file
 from strategies import random_costs
 from tiny import EXAMPLES, FAMILIES, backpropagate_draws, flat_plan, flat_stats, make_checkpoint
 
-from edgemoe.backward import collect_gradients
-from edgemoe.checkpoint import read_tensor
-from edgemoe.emit import emit_artifact
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.families import find_family, resize_experts
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.base.storage import array_file, load_arrays, save_arrays
 from edgemoe.ir import Model
-from edgemoe.narrow import FEW_BITS, UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
-from edgemoe.neurons import camera_energy, heapr_sums
-from edgemoe.overlay import save_overlay
-from edgemoe.pipeline import BuildRequest, plan_widths
-from edgemoe.refit import Experts
-from edgemoe.storage import array_file, load_arrays, save_arrays
-from edgemoe.stream import tokenize
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.families import find_family, resize_experts
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.overlay import save_overlay
+from edgemoe.pipeline.build import BuildRequest, plan_widths
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.repair.experts import Experts
+from edgemoe.repair.neurons import camera_energy, heapr_sums
+from edgemoe.repair.width import FEW_BITS, UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
+from edgemoe.stream.gradients import collect_gradients
+from edgemoe.stream.layers import tokenize
+from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.run import run
 from edgemoe.targets.gguf.writer import fixed_size, list_units
-from edgemoe.texts import SHIPPED, Text, read_text
 
 WIDTH = 96  # of 160: no multiple of 64, nor half
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from command import MODEL, TOKENS, error_of, run_cli, stop_when
 
-from edgemoe.emit import emit_artifact
-from edgemoe.inspect import inspect_model
+from edgemoe.base.storage import load_record
 from edgemoe.ir import Costs, Report, Stats
-from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import least_process
-from edgemoe.storage import load_record
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.choices import least_process
+from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets import find_target
-from edgemoe.texts import SHIPPED
 
 TARGET = find_target("onnx")
 BUDGET, CONTEXT = 96_000_000, 512

@@ -13,16 +13,16 @@ from onnx_tiny import emit, hand_plan
 from test_feedback import correlated, weights
 from tiny import EXAMPLES
 
-from edgemoe.calibrate import collect_stats
-from edgemoe.checkpoint import read_packed
-from edgemoe.errors import ModelError
-from edgemoe.feedback import factor_moments, objective
-from edgemoe.inspect import inspect_model
-from edgemoe.pipeline import store_weights
+from edgemoe.base.errors import ModelError
+from edgemoe.calibrate.collect import collect_stats
+from edgemoe.model.checkpoint import read_packed
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import store_weights
+from edgemoe.quantize.gptq import factor_moments, objective
+from edgemoe.stream.texts import SHIPPED, read_text
 from edgemoe.targets.onnx import OFFERED, feeds_back, pack_rows, unpack_rows
-from edgemoe.targets.onnx.feedback import quantize_fed_back, split_rows
 from edgemoe.targets.onnx.formats import dequantize, piece_bytes, quantize, round_rows
-from edgemoe.texts import SHIPPED, read_text
+from edgemoe.targets.onnx.rounding import quantize_fed_back, split_rows
 
 TOKENS = 2048
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgemoe.errors import ModelError
-from edgemoe.rounding import round_to_int8
+from edgemoe.base.errors import ModelError
+from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx.formats import (
     FORMATS,
     OFFERED,

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from onnx_tiny import Floats, Runner, emit, hand_plan, mean_kl, reference, reference_logits, token_errors
 from tiny import EXAMPLES, FAMILIES, VOCAB_SIZE, flat_stats, make_checkpoint
 
-from edgemoe.errors import MachineError, ModelError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import MachineError, ModelError
 from edgemoe.ir import Model, Stats, Unit
+from edgemoe.model.inspect import inspect_model
 from edgemoe.targets.onnx import fixed_size, list_units, offered_formats, unit_size, write
-from edgemoe.targets.onnx.graph import build_decoder
+from edgemoe.targets.onnx.decoder import build_decoder
+from edgemoe.targets.onnx.graph_builder import Sheet, make_model
 from edgemoe.targets.onnx.router import Router, add_router
-from edgemoe.targets.onnx.sheet import Sheet, make_model
 
 KEPT = ((0, 1, 3, 4, 6, 7), (2, 5))  # other experts and another number in each layer
 MIX = ("INT2_128", "INT3_128", "INT4_32", "INT8_128", "F32", "INT4_64", "INT8_32", "INT3_64")

@@ -13,12 +13,12 @@ import pytest
 from onnx_folder import write_folder
 from tiny import EXAMPLES, edit_config, flat_plan
 
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model, Plan
+from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import find_target
 from edgemoe.targets.onnx import FIXED_NAMES
-from edgemoe.targets.onnx.layout import allowed, write_sidecars
+from edgemoe.targets.onnx.files import allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
 

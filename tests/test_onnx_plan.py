@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_costs, smallest_format
 
-from edgemoe.choice import describe_choice
-from edgemoe.errors import BudgetError, UsageError
-from edgemoe.generic import price_config
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.calibrate.probes import STACKS
 from edgemoe.ir import Costs, Model, Plan, Stats
-from edgemoe.menus import build_menu, make_replay, offered_counts
-from edgemoe.plan import least_budget, solve_plan
-from edgemoe.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
-from edgemoe.price import discount_drops, least_process, price_choices
-from edgemoe.probes import STACKS
-from edgemoe.scores import importance_of
-from edgemoe.stream import LayerStream, apply_norm, tokenize
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
+from edgemoe.plan.evaluate import describe_choice
+from edgemoe.plan.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.choices import discount_drops, least_process, price_choices
+from edgemoe.price.priors import price_config
+from edgemoe.price.saliency import importance_of
+from edgemoe.stream.layers import LayerStream, apply_norm, tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
 
 CONTEXT = 512
 TARGET = find_target("onnx")

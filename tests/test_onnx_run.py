@@ -16,10 +16,10 @@ from onnx_folder import open_session, regrets, write_folder
 from onnx_random import random_model, spread_formats, write_random
 from tiny import VOCAB_SIZE, make_checkpoint
 
-from edgemoe.errors import MachineError, VerifyError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.ir import Model, Unit
-from edgemoe.memory import peak
+from edgemoe.ir.memory import peak
+from edgemoe.model.inspect import inspect_model
 from edgemoe.targets.onnx import check_tokenizer, list_units, memory_parts, run, unit_extra
 
 LONG = 150  # tokens: more than two chunks, and a rest

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from edgemoe.errors import UsageError
+from edgemoe.base.errors import UsageError
+from edgemoe.base.storage import alone, save_record
 from edgemoe.ir import Artifact, ArtifactFile
-from edgemoe.outputs import MARKER, check_output, prepare_output
-from edgemoe.storage import alone, save_record
+from edgemoe.pipeline.output_folder import MARKER, check_output, prepare_output
 
 
 def record_artifact(path: Path, *names: str) -> None:

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from tiny import EXAMPLES, flat_plan
 
-from edgemoe.backward import collect_gradients
-from edgemoe.calibrate import collect_stats
-from edgemoe.checkpoint import read_packed, read_tensor
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.feedback import factor_moments, objective
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan, Stats
-from edgemoe.pack import Metric, add_flips, pack_matrix, plan_packing, router_gram
-from edgemoe.pipeline import store_weights
-from edgemoe.repair import repair_survivors
+from edgemoe.model.checkpoint import read_packed, read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.build import store_weights
+from edgemoe.quantize.gptq import factor_moments, objective
+from edgemoe.repair.quantize_layer import Metric, add_flips, pack_matrix, plan_packing, router_gram
+from edgemoe.repair.survivors import repair_survivors
+from edgemoe.stream.gradients import collect_gradients
+from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.formats import dequantize, quantize, row_bytes
-from edgemoe.texts import SHIPPED, Text, read_text
 
 TOKENS = 2048
 
@@ -155,7 +155,7 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
 
 CHILD = """
 import hashlib, numpy as np
-from edgemoe.feedback import factor_moments
+from edgemoe.quantize.gptq import factor_moments
 from edgemoe.targets.gguf.feedback import quantize_fed_back
 rng = np.random.default_rng(3)
 x = rng.normal(size=(600, 512)) @ rng.normal(size=(512, 512))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.inspect import inspect_model
 from edgemoe.ir import Model, Unit
-from edgemoe.scores import SCORES
+from edgemoe.model.inspect import inspect_model
+from edgemoe.price.saliency import SCORES
 from edgemoe.targets.gguf.formats import FORMATS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -29,15 +29,15 @@ from strategies import (
     random_rules,
 )
 
-from edgemoe.errors import BudgetError, EdgemoeError, ModelError, UsageError
-from edgemoe.generic import price_drops
+from edgemoe.base.errors import BudgetError, EdgemoeError, ModelError, UsageError
+from edgemoe.base.storage import load_record, save_record
 from edgemoe.ir import Costs, Plan, Unit
-from edgemoe.menus import offered_counts
-from edgemoe.plan import least_budget, minimal_conflict, solve_plan
+from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.plan.solve import least_budget, minimal_conflict, solve_plan
+from edgemoe.price.priors import price_drops
 from edgemoe.rules import Drop, Keep, KeptCount, MeanBits, Pin, Rule, Vram
 from edgemoe.solvers import engine, ilp, search
 from edgemoe.solvers.engine import Outcome
-from edgemoe.storage import load_record, save_record
 
 GAP = 1e-6
 FORMS = ("stacks", "experts")
@@ -254,7 +254,7 @@ import sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from strategies import budget_between, random_costs
-from edgemoe.storage import save_record
+from edgemoe.base.storage import save_record
 from edgemoe.plan import solve_plan
 from edgemoe.rules import Keep, MaxFormats, MeanBits
 for form in ("stacks", "experts"):

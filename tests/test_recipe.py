@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import budget_between, random_costs
 
-from edgemoe.errors import ModelError, UsageError
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Costs
-from edgemoe.plan import solve_plan
-from edgemoe.recipe import MAX_RECIPE, expression_rule, load_recipe
+from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import RECORDS, MeanBits, Pin, apply_rules
+from edgemoe.rules.recipe import MAX_RECIPE, expression_rule, load_recipe
 
 QUICK = 5.0  # CPU seconds in which the worst recipe is refused
 

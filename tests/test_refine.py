@@ -11,13 +11,13 @@ import pytest
 from strategies import budget_between, random_costs
 from tiny import flat_plan, flat_stats, make_checkpoint
 
-from edgemoe.checkpoint import read_tensor
-from edgemoe.families import resize_experts
-from edgemoe.inspect import inspect_model
+from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Costs, Model, Plan
-from edgemoe.overlay import save_overlay
-from edgemoe.plan import solve_plan
-from edgemoe.refine import (
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.families import resize_experts
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.overlay import save_overlay
+from edgemoe.pipeline.refine import (
     MEASURE_TOKENS,
     OFF,
     TEXTS,
@@ -30,11 +30,11 @@ from edgemoe.refine import (
     refine_plan,
     rescale,
 )
-from edgemoe.repair import GUARD_EVERY
-from edgemoe.storage import array_file, save_arrays
-from edgemoe.stream import tokenize
+from edgemoe.plan.solve import solve_plan
+from edgemoe.repair.survivors import GUARD_EVERY
+from edgemoe.stream.layers import tokenize
+from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.texts import choose_texts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-moe-b"
 

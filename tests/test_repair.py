@@ -12,16 +12,16 @@ import torch
 from strategies import random_costs
 from tiny import EXAMPLES, flat_plan
 
-from edgemoe.checkpoint import read_tensor
-from edgemoe.errors import ModelError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError
+from edgemoe.base.storage import array_file
 from edgemoe.ir import Model, Plan
-from edgemoe.plan import least_budget, solve_plan
-from edgemoe.price import FED_BACK, discount, discount_drops
-from edgemoe.repair import repair_survivors
-from edgemoe.storage import array_file
-from edgemoe.stream import LayerStream, apply_norm, only_experts, tokenize
-from edgemoe.texts import SHIPPED, Text, read_text
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.inspect import inspect_model
+from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.price.choices import FED_BACK, discount, discount_drops
+from edgemoe.repair.survivors import repair_survivors
+from edgemoe.stream.layers import LayerStream, apply_norm, only_experts, tokenize
+from edgemoe.stream.texts import SHIPPED, Text, read_text
 
 TOKENS = 16_384
 EVEN = tuple(range(0, 16, 2))

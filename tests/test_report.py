@@ -18,13 +18,13 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from edgemoe.card import render_card
-from edgemoe.errors import MachineError
-from edgemoe.figures import GROUP_ORDER, allowed_size, shares_by_group
+from edgemoe.base.errors import MachineError
+from edgemoe.base.storage import load_record
 from edgemoe.ir import Artifact, ArtifactFile, CountBound, Plan, Report, Round, TextScore, Unit
-from edgemoe.report import render_html, write_report
-from edgemoe.storage import load_record
-from edgemoe.terminal import summarize_plan, summarize_report
+from edgemoe.report.model_card import render_card
+from edgemoe.report.page import render_html, write_report
+from edgemoe.report.terminal import summarize_plan, summarize_report
+from edgemoe.report.words import GROUP_ORDER, allowed_size, shares_by_group
 
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} \"' & ]]> --> [bold]x[/bold] | `a`\n---\nkey: !!python/object {} # \u202e\x1b[31m"
 BITS = {"IQ2_XXS": 2.0625, "Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}

@@ -11,11 +11,9 @@ import pulp
 import pytest
 from strategies import as_choice, budget_between, nats, random_costs, unit_bytes
 
-from edgemoe.draft import Draft
-from edgemoe.errors import UsageError
+from edgemoe.base.errors import UsageError
 from edgemoe.ir import Costs
-from edgemoe.plan import solve_plan
-from edgemoe.recipe import expression_rule
+from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import (
     ActiveBytes,
     ByteLimit,
@@ -34,7 +32,9 @@ from edgemoe.rules import (
     Vram,
     apply_rules,
 )
-from edgemoe.terms import ARRAYS
+from edgemoe.rules.constraints import Draft
+from edgemoe.rules.linear import ARRAYS
+from edgemoe.rules.recipe import expression_rule
 
 
 @pytest.fixture(scope="module")

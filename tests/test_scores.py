@@ -11,14 +11,14 @@ import pytest
 import torch
 from strategies import random_costs
 
-from edgemoe.errors import UsageError
+from edgemoe.base.errors import UsageError
+from edgemoe.base.storage import array_file, save_arrays
+from edgemoe.calibrate.observer import ChunkSums
 from edgemoe.ir import Costs, Domain, Stats
-from edgemoe.plan import solve_plan
-from edgemoe.scores import SCORES, drops_by_score, output_spread, score_experts, top_logits
-from edgemoe.storage import array_file, save_arrays
-from edgemoe.stream import Windows
-from edgemoe.verify import kl_of_rows
-from edgemoe.watch import ChunkSums
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.saliency import SCORES, drops_by_score, output_spread, score_experts, top_logits
+from edgemoe.stream.layers import Windows
+from edgemoe.verify.artifact import kl_of_rows
 
 TOKENS, EXPERTS, HIDDEN, TOP = 6, 4, 3, 2
 T, E, CHANNEL = np.arange(TOKENS), np.arange(EXPERTS), np.arange(HIDDEN)

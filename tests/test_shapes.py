@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 
-from edgemoe.errors import ModelError, UsageError
-from edgemoe.inspect import inspect_model
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model
-from edgemoe.shapes import layout_of_config, list_shapes, load_shape, model_of_config, shape_families
+from edgemoe.model.inspect import inspect_model
+from edgemoe.model.shapes import layout_of_config, list_shapes, load_shape, model_of_config, shape_families
 from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
 from edgemoe.targets.gguf.writer import fixed_size, is_planned, list_units
 from tests.tiny import FAMILIES, make_checkpoint

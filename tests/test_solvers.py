@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.plan.pmq import allocate_bits, pmq_costs
 from edgemoe.solvers.lagrange import least_size, minimise, plain_prices, relax
-from edgemoe.solvers.pmq import allocate_bits, pmq_costs
 from edgemoe.solvers.program import Blocks, Prices, Program, Row, Solution
 from edgemoe.solvers.search import solve
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from command import COMMAND, MODEL, environment, error_of
 
-from edgemoe import inspect
-from edgemoe.checkpoint import read_header
-from edgemoe.cli import main
+from edgemoe.cli.main import main
+from edgemoe.model import inspect
+from edgemoe.model.checkpoint import read_header
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["--version"]])

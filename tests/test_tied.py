@@ -13,18 +13,18 @@ from command import run_cli
 from shapes import Tiny, gqa, write_sparse
 from tiny import make_checkpoint
 
-from edgemoe.devices import Device, load_devices
-from edgemoe.inspect import inspect_model
+from edgemoe.devices.detect import detect_device
+from edgemoe.devices.profiles import Device, load_devices
 from edgemoe.ir import Model
-from edgemoe.machine import detect_device
-from edgemoe.memory import Settings
+from edgemoe.ir.memory import Settings
+from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets import count_bytes, find_target
 from edgemoe.targets.gguf.ask import child_settings
 from edgemoe.targets.gguf.formats import OFFERED
-from edgemoe.targets.gguf.process import on_device, predict_peak
+from edgemoe.targets.gguf.memory import on_device, predict_peak
 from edgemoe.targets.gguf.repack import ANY_CPU, held_twice_on, repacked_here
 from edgemoe.targets.gguf.run import run
-from edgemoe.texts import SHIPPED
 
 MIB = 2**20
 VOCABULARY = 49_152

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from edgemoe.errors import ModelError, VerifyError
-from edgemoe.targets.gguf import vocab_bpe
-from edgemoe.targets.gguf.tokenizer import Vocabulary, add_vocabulary, check_vocabulary, read_vocabulary
-from edgemoe.targets.gguf.vocab_bpe import TABLE, PreTokenizer
+from edgemoe.base.errors import ModelError, VerifyError
+from edgemoe.targets.gguf import vocabulary_bpe
+from edgemoe.targets.gguf.vocabulary import Vocabulary, add_vocabulary, check_vocabulary, read_vocabulary
+from edgemoe.targets.gguf.vocabulary_bpe import TABLE, PreTokenizer
 
 pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
@@ -220,7 +220,7 @@ def test_every_known_pre_tokenizer_is_found_by_its_steps_and_tokenizes_alike(row
 
 def test_wrong_pre_tokenizer_is_seen_by_the_check(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = PreTokenizer("gpt-2", TABLE[0].steps)
-    monkeypatch.setattr(vocab_bpe, "TABLE", (wrong,))
+    monkeypatch.setattr(vocabulary_bpe, "TABLE", (wrong,))
     found = read_vocabulary(bpe, SIZE)
     assert found.pre == "gpt-2"
     bad = check_vocabulary(save_vocabulary(tmp_path / "v.gguf", found), bpe, TEXTS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgemoe.head import Ends, descend_map, kl_of_map
-from edgemoe.translate import Sums, refit_matrix, sum_pairs
+from edgemoe.repair.align import Sums, refit_matrix, sum_pairs
+from edgemoe.repair.output_map import Ends, descend_map, kl_of_map
 
 
 def pairs(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> Sums:

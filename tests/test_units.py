@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoe.errors import UsageError
-from edgemoe.units import format_bytes, format_seconds, parse_bytes
+from edgemoe.base.errors import UsageError
+from edgemoe.base.units import format_bytes, format_seconds, parse_bytes
 
 EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 amounts = st.integers(1, 10**6)

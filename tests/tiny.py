@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgemoe.families import MODULE_NAMES, find_family
+from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Domain, Model, Plan, Stats, Unit
-from edgemoe.storage import array_file, save_arrays
+from edgemoe.model.families import MODULE_NAMES, find_family
 from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

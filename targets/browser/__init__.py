@@ -31,7 +31,7 @@ from edgemoe.targets.onnx import (
     unit_staging,
     unpack_rows,
 )
-from edgemoe.targets.onnx.layout import allowed
+from edgemoe.targets.onnx.files import allowed
 
 LAYOUT = "transformers.js"
 OFFERED = tuple(name for name in onnx.OFFERED if allowed(name, LAYOUT))

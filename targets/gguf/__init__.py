@@ -1,10 +1,10 @@
 """GGUF for stock llama.cpp: one kept count for all layers, one ggml type per tensor (an expert stack is one tensor)."""
 
 from edgemoe.targets import Runs
-from edgemoe.targets.gguf.feedback import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.gguf.formats import dequantize as unpack_rows
-from edgemoe.targets.gguf.process import memory_parts, offered_formats, on_device, unit_extra, unit_size, unit_staging
+from edgemoe.targets.gguf.memory import memory_parts, offered_formats, on_device, unit_extra, unit_size, unit_staging
+from edgemoe.targets.gguf.rounding import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
 from edgemoe.targets.gguf.writer import fixed_size, list_units, write
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgemoe.errors import VerifyError
-from edgemoe.memory import Settings
-from edgemoe.targets.gguf.buffers import KV_FORMATS
+from edgemoe.base.errors import VerifyError
+from edgemoe.ir.memory import Settings
+from edgemoe.targets.gguf.kv_cache import KV_FORMATS
 from edgemoe.targets.gguf.run import run
 
 _SAID = {  # llama.cpp's log lines of 0c1e570; sizes in MiB with two decimals

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import MachineError, ModelError
+from edgemoe.base.errors import MachineError, ModelError
 
 INSTALL = "pip install 'edgemoe[llama]'  (needs a C++ compiler and cmake)"
 ALIGNMENT = 32  # bytes: GGUF pads every tensor to this

@@ -10,8 +10,8 @@ import ctypes
 import platform
 from collections.abc import Iterable, Mapping
 
-from edgemoe.devices import HERE, Device
-from edgemoe.errors import MachineError
+from edgemoe.base.errors import MachineError
+from edgemoe.devices.profiles import HERE, Device
 from edgemoe.targets.gguf.formats import FORMATS, OFFERED, library_folder
 
 # ggml/src/ggml-cpu/repack.cpp of llama.cpp 0c1e570: a matrix is repacked if this divides its rows.  x86: AVX2 (Q2_K: AVX-512).

@@ -32,7 +32,7 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
 
 def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]:
     """Lines that llama.cpp tokenizes otherwise than the original tokenizer."""
-    from edgemoe.targets.gguf.tokenizer import check_vocabulary
+    from edgemoe.targets.gguf.vocabulary import check_vocabulary
 
     return check_vocabulary(path, Path(model.folder), lines)
 

@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import read_packed, read_tensor
-from edgemoe.errors import ModelError
-from edgemoe.families import find_family, rope_theta
+from edgemoe.base.errors import ModelError
+from edgemoe.base.threads import count_cores
 from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit
-from edgemoe.pools import count_cores
-from edgemoe.scores import importance_of
+from edgemoe.model.checkpoint import read_packed, read_tensor
+from edgemoe.model.families import find_family, rope_theta
+from edgemoe.price.saliency import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
-from edgemoe.targets.gguf.tokenizer import add_vocabulary, read_vocabulary
+from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 
 Packable = TypeVar("Packable", np.float32, np.uint8)
 NO_HASH = "0" * 64

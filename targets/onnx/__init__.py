@@ -1,10 +1,10 @@
 """ONNX for onnxruntime: every expert is dropped or has a format of its own; each layer keeps as many experts as it likes."""
 
 from edgemoe.targets import Runs
-from edgemoe.targets.onnx.feedback import descend_rows, feeds_back, pack_rows, unpack_rows
+from edgemoe.targets.onnx.files import COPIED, PLACES
 from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
-from edgemoe.targets.onnx.layout import COPIED, PLACES
-from edgemoe.targets.onnx.process import memory_parts, on_device, unit_extra, unit_staging
+from edgemoe.targets.onnx.memory import memory_parts, on_device, unit_extra, unit_staging
+from edgemoe.targets.onnx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.run import check_tokenizer, run, runtime
 from edgemoe.targets.onnx.writer import fixed_size, list_units, offered_formats, unit_size, write
 

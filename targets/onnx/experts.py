@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from edgemoe.ir import Model
 from edgemoe.targets.onnx.formats import FORMATS
+from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, FLOAT16, UINT8, Sheet
 from edgemoe.targets.onnx.router import Router, add_router
-from edgemoe.targets.onnx.sheet import CONTRIB, FLOAT, FLOAT16, UINT8, Sheet
 
 Group = tuple[str, int]  # format, and how many experts have it
 _LEAST_LOG = -1e4  # of a gate that is zero: exp of it is zero

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import ModelError
+from edgemoe.base.errors import ModelError
 
 ALIGNMENT = 64  # bytes: every piece of the data file starts at a multiple; a cache line, and the widest vector (AVX-512)
 _CHUNK = 2**16  # weights that are searched at a time, so that temporaries stay in the cache

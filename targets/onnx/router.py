@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgemoe.errors import ModelError
-from edgemoe.targets.onnx.sheet import Sheet
+from edgemoe.base.errors import ModelError
+from edgemoe.targets.onnx.graph_builder import Sheet
 
 _MASKED = -3.4e38  # near the least float32: never chosen while anything else is there
 

@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgemoe.errors import MachineError, ModelError, VerifyError
+from edgemoe.base.errors import MachineError, ModelError, VerifyError
 from edgemoe.ir import Model
 from edgemoe.targets.child_process import OnLogits, run_job
-from edgemoe.targets.gguf.vocab_check import tokenize_original
-from edgemoe.targets.gguf.vocab_tokens import load_package
-from edgemoe.targets.onnx.sheet import import_onnx
+from edgemoe.targets.gguf.vocabulary_check import tokenize_original
+from edgemoe.targets.onnx.graph_builder import import_onnx
+from edgemoe.targets.tokenizer.tokens import load_package
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"

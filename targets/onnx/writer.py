@@ -16,18 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
-from edgemoe.checkpoint import read_packed, read_tensor
-from edgemoe.errors import ModelError
+from edgemoe.base.errors import ModelError
+from edgemoe.base.threads import count_cores
 from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit
-from edgemoe.pools import count_cores
-from edgemoe.scores import importance_of
+from edgemoe.model.checkpoint import read_packed, read_tensor
+from edgemoe.price.saliency import importance_of
 from edgemoe.targets import write_whole
+from edgemoe.targets.onnx.decoder import build_decoder, widest_format
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.feedback import split_rows
+from edgemoe.targets.onnx.files import PLACES, check_layout, write_sidecars
 from edgemoe.targets.onnx.formats import FORMATS, choose_menu, matrix_size, pad, piece_bytes, quantize_parallel
-from edgemoe.targets.onnx.graph import build_decoder, widest_format
-from edgemoe.targets.onnx.layout import PLACES, check_layout, write_sidecars
-from edgemoe.targets.onnx.sheet import CONTRIB, Sheet, make_model, pad_model
+from edgemoe.targets.onnx.graph_builder import CONTRIB, Sheet, make_model, pad_model
+from edgemoe.targets.onnx.rounding import split_rows
 
 CONTRIB_OPERATORS = ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "RotaryEmbedding")
 GRAPH_PER_LAYER = 17_000  # bytes, of models of which only the shapes are known; tiny-moe takes 16 900

@@ -1,0 +1,186 @@
+"""Model, texts -> Stats: one streamed pass over the layers, with perturbed copies of the stream carried along.
+
+For each layer: the calibration windows run through the original layer while its experts are watched; then every probe does. A probe is a
+copy of a few windows that differs from the original in one thing (one tensor rounded, or experts dropped, in one layer): the KL it ends
+with tells what an error of that size in that place costs (docs/pricing.md, 4).  After each layer everything is on disk, so a killed
+run goes on with the next layer and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.base.storage import (
+    FORMAT_VERSION,
+    alone,
+    array_file,
+    hash_json,
+    load_arrays,
+    load_record,
+    save_arrays,
+    save_record,
+    write_text,
+)
+from edgemoe.calibrate.observer import Run, save_ends, watch_layer
+from edgemoe.calibrate.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
+from edgemoe.ir import Domain, Model, Probe, Stats
+from edgemoe.model.routing.kept_sets import COLD_TOKENS
+from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
+from edgemoe.stream.layers import LayerStream, States, Windows, tokenize
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text
+
+WINDOW = 512
+REPLAY_TOKENS = 2048
+PROBE_TOKENS = 4096
+PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens
+Progress = Callable[[int, int], None]
+
+
+# ------------------------------------------------------------------------------------------------------------ entry point
+def collect_stats(
+    model: Model, texts: Sequence[Text], work: Path, *, max_tokens: int = DEFAULT_TOKENS, progress: Progress | None = None
+) -> Stats:
+    """Watch the original model on `texts`; see Stats for what is kept.
+
+    Args:
+        model: from `inspect_model`.
+        texts: calibration texts with weights; statistics are kept per text.
+        work: folder for the result (in a subfolder named by what it was made from) and for what a killed run goes on from.
+        max_tokens: of all texts together; every text gets the same number.
+        progress: called with (layers done, all layers).
+
+    Raises:
+        ModelError: the texts give no tokens, or the model gives NaN.
+    """
+    windows = tokenize(model, texts, max_tokens, WINDOW)
+    settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
+    stream = LayerStream(model)
+    settings |= {
+        "edgemoe": __version__,
+        "format": FORMAT_VERSION,
+        "expert_size": model.expert_size,
+        "device": stream.device.type,
+        "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
+    }
+    if model.top_k != model.own_top_k:  # said only then: keys of what was calibrated as it came stay as they are
+        settings["top_k"] = model.top_k
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
+    work = work / f"stats-{key[:16]}"
+    with alone(work):
+        if (work / "stats.json").exists():
+            return replace(load_record(work / "stats.json", Stats), folder=str(work))
+        return _watch_all(model, texts, windows, stream, work, key, settings, progress)
+
+
+def _watch_all(
+    model: Model,
+    texts: Sequence[Text],
+    windows: Windows,
+    stream: LayerStream,
+    work: Path,
+    key: str,
+    settings: dict[str, Any],
+    progress: Progress | None,
+) -> Stats:
+    """What `collect_stats` returns, made now."""
+    work.mkdir(parents=True, exist_ok=True)
+    tokens = [int(windows.lengths[windows.domain == d].sum()) for d in range(len(texts))]
+    domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
+    weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+    probe_index = _choose_probe_windows(model, windows, weights)
+    run = Run(model, stream, windows, probe_index, _choose_replay(windows, weights), work, weights)
+    probes = _run_layers(run, key, progress)
+    stats = Stats(
+        folder=str(work), model=model.fingerprint, key=key, settings=settings, domains=domains, probes=probes, cold=_find_cold(model, work)
+    )
+    save_record(work / "stats.json", stats)
+    for name in work.glob("*.bin"):
+        name.unlink()
+    return stats
+
+
+def _choose_probe_windows(model: Model, windows: Windows, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Windows for the probes, all domains alike; their number keeps the probes' cost within PROBE_EFFORT main passes."""
+    all_tokens = int(windows.lengths.sum())
+    affordable = PROBE_EFFORT * all_tokens * 2 / (PER_LAYER * max(model.n_layers, 1))
+    n_windows = round(min(PROBE_TOKENS, max(affordable, 512)) / windows.tokens.shape[1])
+    each = max(1, n_windows // len(weights))
+    chosen = []
+    for d in range(len(weights)):
+        mine = np.flatnonzero(windows.domain == d)
+        chosen.append(mine[np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)])
+    return np.sort(np.concatenate(chosen))
+
+
+def _choose_replay(windows: Windows, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """(window, position) of the replay tokens [N, 2]: evenly spaced in each text, as many as its weight."""
+    rows = []
+    for d, weight in enumerate(weights):
+        mine = np.flatnonzero(windows.domain == d)
+        places = np.concatenate([np.stack([np.full(windows.lengths[w], w), np.arange(windows.lengths[w])], axis=1) for w in mine])
+        wanted = min(max(round(REPLAY_TOKENS * weight), 1), len(places))
+        rows.append(places[np.linspace(0, len(places) - 1, wanted).round().astype(int)])
+    return np.concatenate(rows)
+
+
+def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
+    cold = []
+    for layer in range(model.n_layers):
+        count = load_arrays(work / array_file(layer))["count"].sum(axis=0)
+        cold += [(layer, int(e)) for e in np.flatnonzero(count < COLD_TOKENS)]
+    return tuple(cold)
+
+
+# --------------------------------------------------------------------------------------------------------------- the pass
+def _run_layers(run: Run, key: str, progress: Progress | None) -> tuple[Probe, ...]:
+    """All layers and the head; returns the probes with their KL."""
+    model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
+    probe_shape = (len(run.probe_index), *shape[1:])
+    probes, start = _resume(run, key)
+    main = States(run.work / f"main-{start}.bin", shape)
+    if start == 0:
+        for index in run.windows.chunks():
+            main.write(index, run.stream.embed(run.windows.tokens[index]))
+        add_first_states(run, probe_shape)
+    if progress:
+        progress(start, model.n_layers)
+    for layer in range(start, model.n_layers):
+        module = run.stream.load_layer(layer)
+        following = States(run.work / f"main-{layer + 1}.bin", shape)
+        save_arrays(run.work / array_file(layer), watch_layer(run, module, main, following))
+        for number, probe in enumerate(probes):
+            if probe.kind != "all":
+                advance(run, module, number, layer, probe_shape)
+        probes += add_probes(run, module, layer, main, probes, probe_shape)
+        run.stream.unload_layer(layer)
+        main.close()
+        main = following
+        write_text(run.work / "progress.json", json.dumps({"key": key, "layer": layer + 1, "probes": [asdict(p) for p in probes]}))
+        for old in run.work.glob(f"*-{layer}.bin"):
+            old.unlink()
+        if progress:
+            progress(layer + 1, model.n_layers)
+    measured = measure_probes(run, probes, main, probe_shape)
+    save_ends(run, main)
+    main.close()
+    return measured
+
+
+def _resume(run: Run, key: str) -> tuple[list[Probe], int]:
+    """Probes so far and the next layer, from a run that was killed; else a fresh start."""
+    path = run.work / "progress.json"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.get("key") == key:
+            return [Probe(**{**p, "kept": tuple(p["kept"]), "kl": ()}) for p in saved["probes"]], int(saved["layer"])
+    for old in run.work.glob("*.bin"):
+        old.unlink()
+    return first_probes(), 0

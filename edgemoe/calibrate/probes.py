@@ -1,0 +1,167 @@
+"""Probes: copies of the stream that differ from the original in one thing, carried along to the end, where their KL is measured.
+
+A probe is one tensor rounded in one layer, experts dropped in one layer, or every matrix rounded (docs/pricing.md, 4).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe.base.storage import array_file, load_arrays
+from edgemoe.calibrate.observer import Run
+from edgemoe.ir import Probe
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.routing.kept_sets import build_menu, make_replay
+from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.stream.layers import States, apply_norm, map_ordered, only_experts
+
+DROP_SHARES = (0.75, 0.5, 0.25)  # kept shares of the dropping probes
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output")
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+PER_LAYER = len(MATRICES) + len(STACKS) + len(DROP_SHARES)
+
+
+def first_probes() -> list[Probe]:
+    """The probes that start before the first layer: a rounded embedding, and all matrices rounded."""
+    return [Probe(kind="round", role="token_embd", bits=OTHER_BITS), *(Probe(kind="all", bits=b) for b in WHOLE_BITS)]
+
+
+def _probe_states(run: Run, number: int, layer: int, shape: tuple[int, int, int]) -> States:
+    return States(run.work / f"probe{number}-{layer}.bin", shape)
+
+
+def _probe_chunks(run: Run) -> list[NDArray[np.int64]]:
+    return run.windows.take(run.probe_index).chunks()
+
+
+def advance(run: Run, module: Any, number: int, layer: int, shape: tuple[int, int, int], source: States | None = None) -> None:
+    """Carry one probe through a layer as it now is; `source` (the main stream) for a probe that starts here."""
+    before = source or _probe_states(run, number, layer, shape)
+    after = _probe_states(run, number, layer + 1, shape)
+
+    def step(index: NDArray[np.int64]) -> None:
+        states = before.read(run.probe_index[index] if source else index)
+        after.write(index, run.stream.run_layer(module, states))
+
+    for _ in map_ordered(step, _probe_chunks(run), device=run.stream.device):
+        pass
+    after.close()
+    if not source:
+        before.close()
+
+
+def add_first_states(run: Run, shape: tuple[int, int, int]) -> None:
+    """Start the probe of a rounded embedding (number 0) and those of the whole model (the next ones)."""
+    table = read_tensor(run.model.folder, run.model.of_layer(-1)["token_embd", -1])
+    for number, bits in enumerate((OTHER_BITS, *WHOLE_BITS)):
+        rounded = round_to_nearest(table, bits)
+        states = _probe_states(run, number, 0, shape)
+        for index in _probe_chunks(run):
+            states.write(index, run.stream.embed(run.windows.tokens[run.probe_index[index]], rounded))
+        states.close()
+
+
+def add_probes(run: Run, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
+    """Perturb this layer in one way after another, and let a copy of the stream start from each; carry the whole-model probes."""
+    new: list[Probe] = []
+    params = dict(module.named_parameters())
+    views = {role: params[f"self_attn.{role[5] if role != 'attn_output' else 'o'}_proj.weight"].data for role in MATRICES}
+    views |= {role: run.stream.expert_slice(module, role) for role in STACKS}
+    for role, view in views.items():
+        bits = EXPERT_BITS if role in STACKS else OTHER_BITS
+        with _rounded(view, bits):
+            advance(run, module, len(probes) + len(new), layer, shape, main)
+        new.append(Probe(kind="round", role=role, layer=layer, bits=bits))
+    for kept in _probe_sets(run, layer):
+        with only_experts(module, kept):
+            advance(run, module, len(probes) + len(new), layer, shape, main)
+        new.append(Probe(kind="drop", layer=layer, kept=tuple(int(e) for e in kept)))
+    for number, probe in enumerate(probes):
+        if probe.kind == "all":
+            with ExitStack() as stack:
+                for view in views.values():
+                    stack.enter_context(_rounded(view, probe.bits))
+                advance(run, module, number, layer, shape)
+    return new
+
+
+def _probe_sets(run: Run, layer: int) -> list[NDArray[np.int64]]:
+    """Kept sets to probe in this layer: the menu's own at three kept counts."""
+    model = run.model
+    counts = sorted({max(model.top_k, round(model.n_experts * s)) for s in DROP_SHARES} - {model.n_experts}, reverse=True)
+    if not counts:
+        return []
+    arrays = load_arrays(run.work / array_file(layer))
+    menu = build_menu(make_replay(arrays, run.weights, model.top_k, renormalize=model.renormalize), tuple(counts))
+    return [np.flatnonzero(kept) for kept in menu.kept]
+
+
+class _rounded:
+    """Round a weight in place, and put it back; experts one at a time, so that memory holds one copy of one tensor."""
+
+    def __init__(self, view: torch.Tensor, bits: int) -> None:
+        self.view, self.bits = view, bits
+
+    def __enter__(self) -> None:
+        self.before = self.view.to(torch.bfloat16) if _is_bf16(self.view) else self.view.clone()
+        for part in self.view if self.view.dim() == 3 else (self.view,):
+            part.copy_(torch.from_numpy(round_to_nearest(part.cpu().numpy(), self.bits)))
+
+    def __exit__(self, *_: object) -> None:
+        self.view.copy_(self.before)
+        del self.before
+
+
+def _is_bf16(view: torch.Tensor) -> bool:
+    """Whether every weight is exact in bfloat16, as in nearly every checkpoint: the copy to put back is then half as large."""
+    return all(torch.equal(p, p.to(torch.bfloat16).float()) for p in (view if view.dim() == 3 else (view,)))
+
+
+# --------------------------------------------------------------------------------------------------------------- the head
+def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
+    """KL of every probe by domain, one of a rounded output matrix added."""
+    model, windows, last = run.model, run.windows, run.model.n_layers
+    norm, output, eps = run.stream.head()
+    tied = ("output", -1) not in model.of_layer(-1)
+    rounded = {b: torch.from_numpy(round_to_nearest(output.cpu().numpy(), b)).to(output.device) for b in (OTHER_BITS, *WHOLE_BITS)}
+    states = [_probe_states(run, number, last, shape) for number in range(len(probes))]
+    heads = [rounded[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else output for p in probes]
+    chosen = windows.take(run.probe_index)
+    length = windows.tokens.shape[1]
+
+    def measure(index: NDArray[np.int64]) -> NDArray[np.float64]:
+        real = torch.from_numpy((np.arange(length)[None] < chosen.lengths[index][:, None]).ravel())
+        domain = torch.from_numpy(np.repeat(chosen.domain[index], length))[real]
+
+        def flat(states: torch.Tensor) -> torch.Tensor:
+            return apply_norm(states, norm, eps).flatten(0, 1)[real.to(norm.device)]
+
+        base = flat(main.read(run.probe_index[index]))
+        reference = (base @ output.T).double().log_softmax(-1)
+        kls = [token_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
+        kls.append(token_kl(reference, base @ rounded[OTHER_BITS].T))
+        sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
+        sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
+        totals: NDArray[np.float64] = sums.numpy()
+        return totals
+
+    with torch.inference_mode():
+        total = sum(map_ordered(measure, chosen.chunks(), device=run.stream.device))
+    per_domain = np.maximum(np.bincount(chosen.domain, chosen.lengths, len(run.weights)), 1)
+    kl = np.asarray(total) / per_domain[:, None]
+    for state in states:
+        state.close()
+    named = probes if tied else [*probes, Probe(kind="round", role="output", bits=OTHER_BITS)]
+    return tuple(replace(p, kl=tuple(float(v) for v in kl[:, i])) for i, p in enumerate(named))
+
+
+def token_kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || softmax(logits)) of each token, nats."""
+    changed = logits.double().log_softmax(-1)
+    return (reference.exp() * (reference - changed)).sum(-1)

@@ -1,0 +1,89 @@
+"""What this machine has of what each stage needs, and how to get the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from edgemoe.base.threads import count_cores
+from edgemoe.base.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that a stage needs."""
+
+    name: str
+    needed_for: str
+    found: str  # version or amount; empty when missing
+    remedy: str
+    target: str = ""  # needed for this target alone
+
+
+PACKAGES = (  # distribution, module, needed for, remedy, target
+    ("torch", "torch", "calibrate, verify", "pip install 'edgemoe[hf]'", ""),
+    ("transformers", "transformers", "calibrate, verify", "pip install 'edgemoe[hf]'", ""),
+    ("numba", "numba", "build", "pip install 'edgemoe[hf]'", ""),
+    ("gguf", "gguf", "price, emit", "pip install gguf", "gguf"),
+    ("llama-cpp-python", "llama_cpp", "price, emit, verify", "pip install 'edgemoe[llama]'", "gguf"),
+    ("onnx", "onnx", "emit", "pip install 'edgemoe[onnx]'", "onnx"),
+    ("onnxruntime", "onnxruntime", "verify", "pip install 'onnxruntime>=1.32'", "onnx"),
+    ("pulp", "pulp", "plan", "pip install pulp", ""),
+    ("highspy", "highspy", "plan", "pip install highspy", ""),
+)
+LEAST = {"onnxruntime": (1, 32)}  # older ones lack 3 bits, and unpack 4- and 8-bit experts for every token, 50 times slower
+TOOLS = (("cmake", "building llama-cpp-python"), ("c++", "building llama-cpp-python"))
+
+
+def examine_machine(folder: Path) -> list[Check]:
+    """Every check, missing things with an empty `found`."""
+    checks = [
+        Check(
+            "python", "everything", ".".join(map(str, sys.version_info[:3])) if sys.version_info >= (3, 11) else "", "install Python 3.11+"
+        )
+    ]
+    for distribution, module, stages, remedy, target in PACKAGES:
+        checks.append(Check(distribution, stages, find_package(distribution, module), remedy, target))
+    built = any(c.name == "llama-cpp-python" and c.found for c in checks)
+    for tool, purpose in TOOLS:
+        path = shutil.which(tool) or ""
+        found = path or ("not needed: built already" if built else "")
+        checks.append(Check(tool, purpose, found, f"install {tool} from your system's packages", "gguf"))
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
+    checks.append(Check("memory", "calibrate: two layers in F32 + 1.5 GiB; build: four", f"{format_bytes(memory.available)} free", ""))
+    checks.append(
+        Check(
+            "disk",
+            "build: the artifact and its work folder (build --dry-run says how much)",
+            f"{format_bytes(disk.free)} free in {folder.resolve()}",
+            "",
+        )
+    )
+    checks.append(Check("cores", "speed", str(count_cores()), ""))
+    return checks
+
+
+def find_package(distribution: str, module: str) -> str:
+    """The version of an installed package; empty when it is not there, or too old."""
+    try:
+        found = version(distribution) if importlib.util.find_spec(module) else ""
+    except PackageNotFoundError:
+        return ""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    return found if numbers >= LEAST.get(distribution, ()) else ""
+
+
+def list_missing(checks: Sequence[Check]) -> list[str]:
+    """What must be installed before anything can be built: what every target needs, and all that one of them does, the nearest."""
+    targets = {c.target for c in checks if c.target}
+    lacking = {t: [c.name for c in checks if c.target == t and not c.found] for t in targets}
+    nearest = min(sorted(lacking), key=lambda t: len(lacking[t]))
+    return [c.name for c in checks if not c.target and not c.found] + lacking[nearest]

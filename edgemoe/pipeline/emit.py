@@ -1,0 +1,68 @@
+"""Model, Stats, Plan, target -> Artifact: checks first, then the target writes, then every byte is counted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from edgemoe.base.errors import EdgemoeError, MachineError, ModelError, UsageError
+from edgemoe.base.units import format_bytes
+from edgemoe.ir import Artifact, Model, Plan, Stats
+from edgemoe.targets import Target
+
+
+def emit_artifact(
+    model: Model,
+    stats: Stats,
+    plan: Plan,
+    target: Target,
+    folder: Path,
+    *,
+    shard_max: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write what the plan says.
+
+    Args:
+        model: whose weights are stored.
+        stats: the importance matrix.
+        plan: made for this model.
+        target: made for this target.
+        folder: where the files go; made if needed.
+        shard_max: split files larger than this many bytes (0: one file).
+        progress: called with (bytes written, all bytes).
+
+    Raises:
+        ModelError: the plan belongs to another model, or the checkpoint is damaged.
+        MachineError: not enough disk space, or the folder is not writable.
+        UsageError: the target's files cannot be split.
+    """
+    check_split(target, shard_max)
+    if plan.model != model.fingerprint:
+        raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
+    plan.check_experts(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be made: {error.strerror}") from error
+    if free < plan.file_size:
+        raise MachineError(
+            f"{folder}: {format_bytes(free)} free, the artifact needs {format_bytes(plan.file_size)}",
+            hint="free some space or choose another OUT",
+        )
+    artifact = target.write(model, stats, plan, folder, shard_max, progress)
+    if shard_max == 0 and artifact.model_size != plan.file_size:
+        raise EdgemoeError(f"{artifact.path} has {artifact.model_size} bytes, the plan promised {plan.file_size}: please report this")
+    return artifact
+
+
+def check_split(target: Target, shard_max: int) -> None:
+    """Refuse to split what cannot be split, before hours of work.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if shard_max and not target.SPLITS:
+        raise UsageError("--shard-max: only a GGUF can be split; ONNX is a graph and one data file", hint="leave --shard-max out")

@@ -1,0 +1,291 @@
+"""Costs, what rules made of them, a kept count -> the numbers of one program (solvers/program.py), and back.
+
+options      0: drop (experts only); then every format in main memory; with a second pool every format in GPU memory
+units        the experts of every layer first where they are chosen one by one, then what gets a format; tied units are one
+objectives   the mean over domains, or every domain's own sum of costs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import UsageError
+from edgemoe.ir import Costs, Plan
+from edgemoe.rules.constraints import Bound, Draft, held_by_gpu, vram_room
+from edgemoe.rules.linear import active_rates
+from edgemoe.solvers.lagrange import minimise, plain_prices
+from edgemoe.solvers.program import DROP, Blocks, Picks, Program, Row, Soft
+
+SELECT = 1  # option "keep" of an expert whose format is its stack's
+FOREVER_CPU = ("token_embd",)  # llama.cpp looks rows of the embedding up on the CPU, wherever the layers are
+Floats = NDArray[np.float64]
+Bytes = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A program and how its picks are read."""
+
+    program: Program
+    c: int  # kept count
+    staging: NDArray[np.int64]  # [U', O] bytes of the copy that loading needs
+    kept_set: NDArray[np.bool_]  # [L, E], unless experts are chosen
+    units: NDArray[np.int64]  # [U'] program unit of every unit of the costs
+    n_formats: int
+    chosen: bool  # experts are picked by the program
+
+    def formats(self, picks: Picks) -> NDArray[np.int64]:
+        """Format of every unit of the costs [U]; -1: dropped."""
+        option = picks[self.units]
+        return np.where(option == DROP, -1, (option - 1) % self.n_formats)
+
+    def in_vram(self, picks: Picks) -> NDArray[np.bool_]:
+        """Which units of the costs [U] live in GPU memory."""
+        return np.asarray(picks[self.units] > self.n_formats)
+
+    def kept(self, costs: Costs, picks: Picks) -> NDArray[np.bool_]:
+        """Kept experts [L, E]."""
+        if not self.chosen:
+            return self.kept_set
+        mask: NDArray[np.bool_] = picks[: self.program.n_experts].reshape(costs.n_layers, costs.n_experts) != DROP
+        return mask
+
+    def within(self, room: int, staging: int | None = None) -> Compiled:
+        """The same with other bytes for the weights in main memory, and without formats whose loading copy is larger than `staging`."""
+        cost = self.program.cost if staging is None else np.where(self.staging <= staging, self.program.cost, np.inf)
+        return replace(self, program=replace(self.program, room=room, cost=cost))
+
+
+def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
+    """The program of one kept count, without room yet: see `Compiled.within`.
+
+    Args:
+        costs: the price list.
+        draft: what rules made of it.
+        c: index of the kept count.
+        objective: "mean" over domains or the "worst" domain.
+        near: an earlier plan, and the nats that every difference to it costs.
+    """
+    chosen = costs.form == "experts" or draft.chooses_experts or objective == "worst"
+    weights = costs.weights[None] if objective == "mean" else np.eye(len(costs.domains))
+    factor = weights @ costs.factor  # [K, U]
+    main = np.where(draft.offered, costs.cost[c], np.inf)
+    blocked = np.full((*main.shape[:1], 1), np.inf)
+    pools = [main] if draft.vram is None else _two_pools(costs, main)
+    base = np.concatenate([blocked, *pools], axis=1)
+    cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
+    held = costs.size[c] + costs.extra[c]  # what the process holds is what the room is for
+    size = np.concatenate([np.zeros((len(main), 1), np.int64), held, *([np.zeros_like(held)] if draft.vram else [])], axis=1)
+    staging = np.concatenate(
+        [np.zeros((len(main), 1), np.int64), costs.staging[c], np.zeros_like(size[:, : size.shape[1] - 1 - len(costs.formats)])], axis=1
+    )
+    rows = [_row(costs, draft, bound, c) for bound in draft.bounds]
+    if draft.vram is not None:
+        rows.append(_vram_row(costs, draft, c))
+    constant = weights @ costs.drop_cost[:, c].sum(axis=1)
+    drops = np.tensordot(weights, costs.expert_drop + costs.inherited, axes=1)  # [K, L, E]
+    if costs.form == "stacks" and chosen:
+        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
+    if near is not None:
+        gone = near.gone(costs)
+        cost = cost + near.of_formats(costs, cost.shape[2])
+        constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
+        drops = drops + np.where(gone, -near.nats, near.nats)
+    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, draft, c), costs.kept[c]
+    if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in draft.bounds):
+        chosen = False  # nothing else depends on which experts stay: the best sets are known beforehand
+        gain, kept = _best_sets(draft, blocks, drops)
+        constant, cost = constant + (gain if np.isfinite(gain) else 0.0), cost if np.isfinite(gain) else np.full_like(cost, np.inf)
+    if costs.form == "experts":
+        units, cost, size, staging, rows = _experts_first(costs, cost, size, staging, rows, drops)
+    elif chosen:
+        cost, size, staging, rows = _with_selection(costs, cost, size, staging, rows, drops, draft.bounds)
+        units = units + costs.n_layers * costs.n_experts
+    if chosen:
+        _pin(cost, draft)
+    program = Program(
+        cost=cost,
+        size=size,
+        constant=constant,
+        fixed=int(costs.fixed_size[c]),
+        room=0,
+        blocks=blocks if chosen else None,
+        rows=tuple(rows),
+        soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in draft.soft.values()),
+        format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
+        max_formats=draft.max_formats,
+    )
+    program, units, staging = _tie(program, units, staging, draft)
+    return Compiled(program=program, c=c, staging=staging, kept_set=kept, units=units, n_formats=len(costs.formats), chosen=chosen)
+
+
+def _pin(cost: Floats, draft: Draft) -> None:
+    """Take away the options that pins exclude, of the experts at the beginning of the costs [K, U, O]."""
+    pinned = draft.pinned.ravel()
+    cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
+    cost[:, : pinned.size, SELECT:][:, pinned < 0] = np.inf
+
+
+def _best_sets(draft: Draft, blocks: Blocks, drops: Floats) -> tuple[float, NDArray[np.bool_]]:
+    """Nats of what is dropped, and the kept sets [L, E] for which they are least under pins and groups; inf when there are none."""
+    n = blocks.n * blocks.size
+    cost = np.stack([drops.reshape(1, n), np.zeros((1, n))], axis=2)
+    _pin(cost, draft)
+    size = np.zeros((n, 2), np.int64)
+    program = Program(cost=cost, size=size, constant=np.zeros(1), fixed=0, room=0, blocks=blocks)
+    value, picks = minimise(program, plain_prices(program, 0.0))
+    return value, picks.reshape(blocks.n, blocks.size) != DROP
+
+
+def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
+    """Format of every option [U, O]; -1 for dropping, and for experts that are only kept or not."""
+    of_option = np.array([-1, *(f % len(costs.formats) for f in range(shape[1] - 1))])
+    found = np.tile(of_option, (shape[0], 1))
+    if chosen:
+        found[: costs.n_layers * costs.n_experts] = -1
+    return found
+
+
+def _two_pools(costs: Costs, main: Floats) -> list[Floats]:
+    """Costs in main memory and in GPU memory: expert stacks may be in either, the embedding is in the first, the rest in the second."""
+    stack = np.array([u.is_stack for u in costs.units])
+    cpu = np.array([u.role in FOREVER_CPU for u in costs.units])
+    return [np.where((stack | cpu)[:, None], main, np.inf), np.where(cpu[:, None], np.inf, main)]
+
+
+def _row(costs: Costs, draft: Draft, bound: Bound, c: int) -> Row:
+    """A rule's coefficients [U, O] at one kept count."""
+    e = bound.expression
+    size = costs.size[c]
+    weights = np.array([costs.kept_weights(u, c) for u in range(len(costs.units))]) if e.weights.any() else np.zeros(len(size))
+    rates = active_rates(costs, costs.counts[c]) if e.active.any() else np.zeros(len(size))
+    coef = e.use + (e.size + e.active * rates)[:, None] * size + (e.weights * weights)[:, None]
+    if costs.form == "experts" and e.keep.any():
+        layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
+        kept = np.array([e.keep[layers[u.layer], u.expert] if u.expert >= 0 else 0.0 for u in costs.units])
+        coef = coef + kept[:, None]
+    pools = 2 if draft.vram else 1
+    soft = np.array([e.soft.get(name, 0.0) for name in draft.soft])
+    return Row(name=bound.name, coef=np.concatenate([np.zeros((len(size), 1)), *[coef] * pools], axis=1), limit=-e.constant, soft=soft)
+
+
+def _vram_row(costs: Costs, draft: Draft, c: int) -> Row:
+    assert draft.vram is not None
+    size = costs.size[c].astype(np.float64)
+    in_ram = np.where(held_by_gpu(costs)[:, None], size, 0.0)
+    coef = np.concatenate([np.zeros((len(size), 1)), in_ram, size], axis=1)
+    return Row(name=draft.vram.name or "vram", coef=coef, limit=float(vram_room(costs, draft.vram)), soft=np.zeros(len(draft.soft)))
+
+
+def _experts_first(
+    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats
+) -> tuple[NDArray[np.int64], Floats, Bytes, Bytes, list[Row]]:
+    """The experts form: units reordered so that experts come first, layer by layer, with their price of going."""
+    layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
+    place = [layers[u.layer] * costs.n_experts + u.expert if u.expert >= 0 else -1 for u in costs.units]
+    n = costs.n_layers * costs.n_experts
+    free = [i for i, p in enumerate(place) if p < 0]
+    units = np.array(place)
+    units[free] = n + np.arange(len(free))
+    order = np.argsort(units, kind="stable")
+    if len(order) != n + len(free) or not np.array_equal(units[order], np.arange(len(order))):
+        raise UsageError("the price list does not hold every expert of every layer once", hint="make it again")
+    cost = cost[:, order]
+    cost[:, :n, DROP] = drops.reshape(len(cost), n)
+    return units, cost, size[order], staging[order], [Row(name=r.name, coef=r.coef[order], limit=r.limit, soft=r.soft) for r in rows]
+
+
+def _with_selection(
+    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats, bounds: list[Bound]
+) -> tuple[Floats, Bytes, Bytes, list[Row]]:
+    """The stacks form with kept sets chosen: experts come first as units that are dropped or kept and hold no bytes."""
+    n, options = costs.n_layers * costs.n_experts, size.shape[1]
+    extra = np.full((len(cost), n, options), np.inf)
+    extra[:, :, DROP], extra[:, :, SELECT] = drops.reshape(len(cost), n), 0.0
+    found = []
+    for number, row in enumerate(rows):
+        coef = np.zeros((n, options))
+        if number < len(bounds):
+            coef[:, SELECT] = bounds[number].expression.keep.ravel()
+        found.append(Row(name=row.name, coef=np.concatenate([coef, row.coef]), limit=row.limit, soft=row.soft))
+    none = np.zeros((n, options), np.int64)
+    return np.concatenate([extra, cost], axis=1), np.concatenate([none, size]), np.concatenate([none, staging]), found
+
+
+def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
+    """The layers as blocks: how many experts stay, in all and of each routing group."""
+    n_layers, n_experts, count = costs.n_layers, costs.n_experts, costs.counts[c]
+    groups, least = draft.groups
+    if draft.equal_groups:
+        least = count // groups
+    exact = np.full(n_layers, count)
+    stacks = costs.form == "stacks"
+    return Blocks(
+        n=n_layers,
+        size=n_experts,
+        least=exact if stacks else np.full(n_layers, draft.least_kept),
+        most=exact if stacks else np.full(n_layers, draft.most_kept),
+        curve=np.zeros((n_layers, n_experts + 1)) if stacks else costs.drop_curve,
+        group=np.arange(n_experts) // (n_experts // groups),
+        group_least=least,
+    )
+
+
+def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, draft: Draft) -> tuple[Program, NDArray[np.int64], Bytes]:
+    """Tied units become one whose costs, bytes and coefficients are their sums, its copy the largest; experts cannot be tied."""
+    if not draft.ties:
+        return program, units, staging
+    target = np.arange(program.cost.shape[1])
+    for tie in draft.ties:
+        tied = units[tie]
+        if (tied < program.n_experts).any():
+            raise UsageError("single experts cannot share a format", hint="tie stacks and other tensors")
+        target[np.isin(target, target[tied])] = target[tied].min()
+    names, merged = np.unique(target, return_inverse=True)
+    shape = len(names), program.size.shape[1]
+
+    def add(values: NDArray[Any]) -> NDArray[Any]:
+        out = np.zeros(shape, values.dtype)
+        np.add.at(out, merged, values)
+        return out
+
+    tied_program = Program(
+        cost=np.stack([add(k) for k in program.cost]),
+        size=add(program.size),
+        constant=program.constant,
+        fixed=program.fixed,
+        room=program.room,
+        blocks=program.blocks,
+        rows=tuple(Row(name=r.name, coef=add(r.coef), limit=r.limit, soft=r.soft) for r in program.rows),
+        soft=program.soft,
+        format_of=None if program.format_of is None else program.format_of[names],
+        max_formats=program.max_formats,
+    )
+    largest = np.zeros(shape, np.int64)
+    np.maximum.at(largest, merged, staging)
+    return tied_program, merged[units], largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Near:
+    """An earlier plan, and what each difference to it costs in nats."""
+
+    plan: Plan
+    nats: float
+
+    def of_formats(self, costs: Costs, n_options: int) -> Floats:
+        """Nats for every option [U, O] of a unit that is stored in another format than before."""
+        before = {name: f for f, name in enumerate(costs.formats)}
+        chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
+        return np.where((np.arange(n_options) - 1) % len(costs.formats) == chosen[:, None], 0.0, self.nats)
+
+    def gone(self, costs: Costs) -> NDArray[np.bool_]:
+        """Experts that the earlier plan drops [L, E]."""
+        gone = np.ones((costs.n_layers, costs.n_experts), bool)
+        for row, kept in enumerate(self.plan.kept):
+            gone[row, list(kept)] = False
+        return gone

@@ -1,0 +1,260 @@
+"""Model, Stats, target -> Costs: nats and bytes of every choice, drop and quantize on one scale (docs/pricing.md).
+
+What a choice costs is measured in price_layer.py and price_matrix.py; here layers become one price list, in the form the target stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.base.threads import open_pool
+from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
+from edgemoe.ir.memory import peak
+from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind
+from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.price.experts import Layer, price_layer
+from edgemoe.price.matrices import ByCause, Errors, Floats, price_matrix, probe_kl
+from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.reference import WHOLE_BITS
+from edgemoe.targets import Target, count_bytes
+
+ROUNDINGS = ("feedback", "stock")
+REVISION = 7  # raised when the same statistics give other prices, so that no older ones are opened
+TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
+REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
+FED_BACK = 0.55  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
+SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
+Progress = Callable[[int, int], None]
+Probes = Mapping[tuple[str, int], Probe]
+Parts = dict[tuple[str, int], float]  # by role and layer: what rounding a stack or matrix adds to a probe of the whole model, alone
+
+
+def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
+    """Price every choice.
+
+    Args:
+        model: from `inspect_model`.
+        stats: from `collect_stats`.
+        target: whose formats and bytes count, and in whose form experts are stored.
+        context: tokens of context that the process must have memory for.
+        progress: called with (layers done, all layers).
+
+    Raises:
+        ModelError: the statistics were imported, not measured.
+    """
+    if not stats.probes:
+        raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
+    units = target.list_units(model)
+    counts = (model.n_experts,) if target.FORM == "experts" else offered_counts(model.n_experts, model.top_k)
+    sizes = count_bytes(model, target, units, counts)
+    cost, input_cost = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape)
+    probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
+    layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
+    kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
+    drops = _no_drops(model, len(stats.domains), counts)
+    for layer, priced in layers.items():
+        _enter_drops(drops, layer, priced, stats, target, kappa * float(routers_behind("", layer, model.n_layers).mean()))
+    factor = np.ones((len(stats.domains), len(units)))
+    use = {layer: _use(stats, layer) for layer in layers}
+    for u, unit in enumerate(units):
+        factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
+        nats: ByCause[Errors] | ByCause[dict[str, Floats]]
+        if u in matrices:
+            scale, nats = share[unit.role, unit.layer], matrices[u]
+        else:
+            scale, nats = 1.0, layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
+        for f in np.flatnonzero(sizes.offered[u]):
+            input_cost[:, u, f] = nats.inputs[target.OFFERED[f]] * scale
+            cost[:, u, f] = nats.weights[target.OFFERED[f]] * scale + input_cost[:, u, f]
+    return Costs(
+        model=model.fingerprint,
+        model_name=model.name,
+        stats=stats.key,
+        form=target.FORM,
+        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
+        formats=target.OFFERED,
+        units=tuple(units),
+        counts=counts,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kappa=kappa_sum,
+        memory={"context": context, **target.memory_parts(model, context)},
+        cold=stats.cold,
+        domains=tuple(d.name for d in stats.domains),
+        domain_weights=tuple(float(w) for w in stats.weights),
+        cost=cost,
+        input_cost=input_cost,
+        size=sizes.size,
+        extra=sizes.extra,
+        staging=sizes.staging,
+        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        factor=factor,
+        **drops,
+    )
+
+
+def _price_probes(
+    model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
+) -> tuple[dict[int, Layer], dict[int, ByCause[Errors]], dict[int, Parts]]:
+    """Everything as if probes' KL grew with the error alone.
+
+    Returns:
+        The MoE layers; nats by format of every other unit, by number; and the parts of the whole-model probes, by bits.
+    """
+    layers: dict[int, Layer] = {}
+    matrices: dict[int, ByCause[Errors]] = {}
+    whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
+    if progress:
+        progress(0, model.n_layers)
+    with open_pool() as pool:
+        for layer in range(-1, model.n_layers):
+            experts = [unit for unit in units if unit.layer == layer and (unit.is_stack or unit.expert >= 0)]
+            if experts:
+                layers[layer] = price_layer(model, stats, target, layer, experts, probes, pool)
+                for bits, parts in whole.items():
+                    parts.update({(role, layer): layers[layer].whole(role, bits) for role in layers[layer].slope})
+            importance = importance_of(model, stats, layer)
+            for u, unit in enumerate(units):
+                if unit.layer == layer and unit.expert < 0 and not unit.is_stack:
+                    matrices[u] = price_matrix(model, stats, target, unit, importance, probes[unit.role, layer], pool)
+                    for bits, parts in whole.items():
+                        parts[unit.role, layer] = matrices[u].weights[f"whole{bits}"]
+            if progress:
+                progress(layer + 1, model.n_layers)
+    return layers, matrices, whole
+
+
+def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of Costs that say what dropping costs, empty."""
+    layers, experts = model.n_layers, model.n_experts
+    return {
+        "kept": np.ones((len(counts), layers, experts), bool),
+        "drop_cost": np.zeros((domains, len(counts), layers)),
+        "expert_drop": np.zeros((domains, layers, experts)),
+        "drop_curve": np.zeros((layers, experts + 1)),
+        "usage": np.zeros((domains, layers, experts)),
+    }
+
+
+def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats, target: Target, kappa: float) -> None:
+    """Enter one layer: the menu where counts are shared, else the curve that brings sums of single prices to the greedy path's."""
+    found = priced.price_drops(stats.weights, kappa)
+    drops["expert_drop"][:, layer] = found.experts
+    drops["usage"][:, layer] = _shares(stats.arrays(layer)["gate_norm"])
+    if target.FORM == "experts":
+        drops["drop_curve"][layer] = stats.weights @ found.curve
+    else:
+        drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = found.menu, priced.menu.kept
+
+
+def discount_drops(costs: Costs) -> Costs:
+    """The same prices for a build that repairs: a set costs less the more experts are gone, a single expert half.
+
+    factor = 0.3 + 0.38 kept / E: what benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts, .70 .49 .39
+    and .48 .46 .41 (benchmarks/results/repair.md); the line is their fit.  In the experts form the curve takes up the
+    difference, so that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
+    """
+    factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
+    every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. are gone
+    singles = np.cumsum(np.sort(np.tensordot(costs.weights, costs.expert_drop, axes=1), axis=1), axis=1)
+    singles = np.concatenate([np.zeros((len(singles), 1)), singles], axis=1)
+    return replace(
+        costs,
+        repair=True,
+        drop_cost=costs.drop_cost * factor[:, None],
+        expert_drop=costs.expert_drop * REPAIRED,
+        drop_curve=every * costs.drop_curve + (every - REPAIRED) * singles if costs.form == "experts" else costs.drop_curve * REPAIRED,
+    )
+
+
+def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
+    """Measured prices as they are for what a build will do.
+
+    Raises:
+        UsageError: `rounding` is not known.
+    """
+    check_rounding(rounding)
+    if repair:
+        costs = discount_drops(costs)
+    if rounding == "feedback":
+        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))  # nothing is fed back of rounded inputs
+    return costs
+
+
+def check_rounding(name: str) -> None:
+    """Refuse an unknown way of rounding before hours of work.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    if name not in ROUNDINGS:
+        raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
+
+
+def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats | None) -> Floats:
+    """How much more a unit's rounding costs in each domain than on average [D]: as its probe's KL; an expert's also as it is used there."""
+    if unit.expert < 0 or use is None:
+        return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
+    kl = np.sum([probes[f"ffn_{p}_exps", unit.layer].kl for p in PROJECTIONS], axis=0)
+    return _over_mean(kl * use[:, unit.expert], stats)
+
+
+def _use(stats: Stats, layer: int) -> Floats:
+    """Mean squared gate of each expert in each domain, over its mean [D, E]."""
+    arrays = stats.arrays(layer)
+    use = arrays["gate_sq"] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
+    use = use + SHRINK * use.mean(axis=1, keepdims=True)
+    relative: Floats = use / np.maximum(stats.weights @ use, 1e-300)
+    return relative
+
+
+def _over_mean(values: Floats, stats: Stats) -> Floats:
+    """Values by domain over their mean by weight; ones where that is nothing."""
+    mean = float(stats.weights @ values)
+    found: Floats = values / mean if mean > 0 else np.ones(len(values))
+    return found
+
+
+def _shares(sums: Floats) -> Floats:
+    """Rows scaled to sum to 1."""
+    values = sums.astype(np.float64)
+    shares: Floats = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
+    return shares
+
+
+def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int, Parts]) -> tuple[float, float, Parts]:
+    """Kappa of the flips, kappa of a sum of prices, and the share of each probe's KL that adds up (flips.py)."""
+    keys = list(whole[WHOLE_BITS[0]])
+    every = [probes[key] for key in keys]
+    probed = np.array([probe_kl(stats, probe) for probe in every])
+    trusted = [
+        (np.array([whole[p.bits][key] for key in keys]), probe_kl(stats, p))
+        for p in stats.probes
+        if p.kind == "all" and 0 < probe_kl(stats, p) < TRUSTED_KL
+    ]
+    kappa, kappa_sum = fit_flips(every, model.n_layers, probed, trusted)
+    reach = np.array([routers_behind(p.role, p.layer, model.n_layers).mean() for p in every])
+    shares = additive_part(probed, kappa * reach) / np.maximum(probed, 1e-300)
+    return kappa, kappa_sum, dict(zip(keys, shares.tolist(), strict=True))
+
+
+def least_process(model: Model, target: Target, context: int) -> int:
+    """Bytes that no plan's process is smaller than, from shapes alone: top-k experts kept, every unit in its smallest format."""
+    count = model.n_experts if target.FORM == "experts" else model.top_k
+    units = target.list_units(model)
+    sizes = count_bytes(model, target, units, (count,))
+    least = np.where(sizes.offered, (sizes.size + sizes.extra)[0], np.iinfo(np.int64).max).min(axis=1)
+    experts: dict[int, list[int]] = {}
+    for unit, size in zip(units, least.tolist(), strict=True):
+        if unit.expert >= 0:
+            experts.setdefault(unit.layer, []).append(size)
+    total = sum(size for unit, size in zip(units, least.tolist(), strict=True) if unit.expert < 0)
+    total += sum(sum(sorted(one)[: model.top_k]) for one in experts.values())
+    others = np.array([unit.expert < 0 for unit in units])  # stored in any plan, and copied one at a time where all formats are
+    copied = np.where(sizes.offered, sizes.staging[0], np.iinfo(np.int64).max).min(axis=1)[others].max(initial=0)
+    return peak({**target.memory_parts(model, context), "weights": target.fixed_size(model, count) + total, "staging": int(copied)})

@@ -1,0 +1,280 @@
+"""One layer's statistics and weights -> nats of every choice in it: kept sets, and each tensor in each format (docs/pricing.md, 3 and 4).
+
+The error of a format is what the target's own quantizer does to sampled rows, and its kernels to their inputs, as a mean squared error of
+the output on tokens that were really seen; a slope turns it into nats: KL of the rounding probe over the error of that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.routing.flips import additive_part
+from edgemoe.model.routing.kept_sets import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
+from edgemoe.price.matrices import LEAST_ROWS, SAMPLE_WEIGHTS, ByCause, Errors, Floats, Importance, probe_kl, round_sampled, sample_rows
+from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.reference import EXPERT_BITS, round_to_int8
+from edgemoe.targets import Target
+
+LEAST_ROWS_ALONE = 32  # of an expert that is stored, and so priced, on its own: prices then scatter by 7 % (docs/pricing.md, 11)
+TOKENS_PER_EXPERT = 128
+RISE = 0.01  # by which prices of drops rise along a path beyond what was measured: enough to tell equals apart, too little to matter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One MoE layer, priced (D domains, C kept counts, E experts, G experts that went on the greedy path)."""
+
+    menu: Menu
+    drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
+    energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
+    use: Floats  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
+    errors: ByCause[dict[str, dict[str, Floats]]]  # role -> format -> [E] mean squared output error per use
+    slope: dict[str, float]  # role -> nats per error
+    stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
+
+    def whole(self, role: str, bits: int) -> float:
+        """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
+        return self.slope[role] * float(self.use @ self.errors.weights[role][f"whole{bits}"])
+
+    def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, Floats]]:
+        """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
+
+        `share`: of a probe's KL, by role, that adds up (flips.py).
+        """
+        slope = {role: value * share[role] for role, value in self.slope.items()}
+        formats = self.stored[unit.role, unit.expert]
+
+        def nats(errors: dict[str, dict[str, Floats]]) -> dict[str, Floats]:
+            if unit.expert < 0:
+                return {f: slope[unit.role] * (self.menu.gate_sq @ errors[unit.role][f]) for f in formats}
+            use = float(self.use[unit.expert])
+            return {f: np.array([sum(slope[r] * use * e[f][unit.expert] for r, e in errors.items())]) for f in formats}
+
+        return ByCause(weights=nats(self.errors.weights), inputs=nats(self.errors.inputs))
+
+    def price_drops(self, weights: Floats, kappa: float) -> Drops:
+        """Price the menu's sets, those of the greedy path, and single experts.
+
+        An expert's own price is what its step on the greedy path adds, and no less than the dearest before it, a little rising so that
+        the path's order is kept; those that never went cost as much as the last that did, or more by their energy.  `weights` of the
+        domains [D]; `kappa` as in `price_losses`.
+        """
+        menu, n = self.menu, self.menu.kept.shape[1]
+        path = price_losses(self.drops, weights, menu.path, kappa)
+        steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
+        steps = steps * np.linspace(1.0, 1.0 + RISE, steps.shape[1])
+        experts = np.tile((1.0 + RISE) * steps.max(axis=1, initial=0.0)[:, None], (1, n))
+        experts *= np.maximum(self.energy / max(float(self.energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
+        experts[:, menu.order] = steps
+        curve = path - np.concatenate([np.zeros((len(weights), 1)), np.cumsum(steps, axis=1)], axis=1)
+        curve = np.concatenate([curve, np.repeat(curve[:, -1:], n + 1 - curve.shape[1], axis=1)], axis=1)  # fewer than top-k never stay
+        return Drops(menu=price_losses(self.drops, weights, menu.loss, kappa), experts=experts, curve=curve)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drops:
+    """What dropping experts of one layer costs, in nats by domain."""
+
+    menu: Floats  # [D, C] the menu's sets
+    experts: Floats  # [D, E] single experts, additive
+    curve: Floats  # [D, E + 1] what the greedy path costs beyond the sum of its experts' own prices when k are gone
+
+
+def price_layer(
+    model: Model,
+    stats: Stats,
+    target: Target,
+    layer: int,
+    units: list[Unit],
+    probes: Mapping[tuple[str, int], Probe],
+    pool: ThreadPoolExecutor,
+) -> Layer:
+    """Price one MoE layer: what every expert's formats and every kept set cost.
+
+    Args:
+        model: from `inspect_model`.
+        stats: from `collect_stats`.
+        target: whose quantizers and kernels count.
+        layer: its number.
+        units: of experts or their stacks, in this layer.
+        probes: the rounding probes by (role, layer).
+        pool: shares out the experts.
+    """
+    arrays = stats.arrays(layer)
+    replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
+    menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
+    stored = {(u.role, u.expert): target.offered_formats(model, u) for u in units}
+    use, weights = menu.gate_sq[-1], replay.probs**2 * replay.shares[:, None]
+    if units[0].expert >= 0:  # one by one: which tokens an expert serves tells it from the others
+        use, weights = weigh_experts(replay, arrays, stats.weights, stats.arrays(-1)["replay_fisher"].astype(np.float64))
+    sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), weights, importance_of(model, stats, layer), stored)
+    tensors = model.of_layer(layer)
+    jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
+    found = [job.result() for job in jobs]
+    errors = ByCause(weights=_by_role([e.weights for e in found]), inputs=_by_role([e.inputs for e in found]))
+    slope = {}
+    for role, by_format in errors.weights.items():
+        error = float(use @ by_format["probe"])
+        slope[role] = probe_kl(stats, probes[role, layer]) / max(error, 1e-30)
+    energy = arrays["energy"].astype(np.float64).sum(axis=0)
+    drops = dropped_points(stats, layer, replay, model.n_experts)
+    return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, slope=slope, stored=stored)
+
+
+def _by_role(experts: list[dict[str, Errors]]) -> dict[str, dict[str, Floats]]:
+    """Errors of experts one after the other -> role -> format -> [E]."""
+    return {role: {f: np.array([e[role][f] for e in experts]) for f in by_format} for role, by_format in experts[0].items()}
+
+
+def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, Floats]]:
+    """Loss, and KL by domain [D], of each probe that dropped experts in this layer, by rising loss."""
+    points = []
+    for probe in stats.probes:
+        if probe.kind == "drop" and probe.layer == layer:
+            kept = np.zeros(n_experts, bool)
+            kept[list(probe.kept)] = True
+            points.append((set_loss(replay, kept)[0], np.array(probe.kl)))
+    return sorted((p for p in points if p[0] > 0), key=lambda p: p[0])
+
+
+def price_losses(points: list[tuple[float, Floats]], weights: Floats, losses: Floats, kappa: float) -> Floats:
+    """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
+
+    `kappa` as in `additive_part`.  Zero where nothing was probed.
+    """
+    if not points:
+        return np.zeros((len(weights), *losses.shape))
+    known = [loss for loss, _ in points]
+    means = [float(weights @ kl) for _, kl in points]
+    shares = [float(additive_part(mean, kappa)) / max(mean, 1e-300) for mean in means]
+    slopes = np.array([kl / loss * share for (loss, kl), share in zip(points, shares, strict=True)])  # [probes, D]
+    return np.stack([np.interp(losses, known, slope) * losses for slope in slopes.T])
+
+
+# ---------------------------------------------------------------------------------------------------------------- experts
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What the errors of a layer's experts are measured with."""
+
+    model: Model
+    target: Target
+    x: NDArray[np.float32]  # [N, H] inputs of replay tokens
+    weights: Floats  # [N, E] how much each of them counts for each expert
+    importance: Importance
+    stored: dict[tuple[str, int], tuple[str, ...]]
+
+    def formats(self, role: str, expert: int) -> tuple[str, ...]:
+        """Formats that one projection of an expert may get: its stack's, or its own."""
+        return self.stored[role, -1] if (role, -1) in self.stored else self.stored["ffn_exps", expert]
+
+
+def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], domains: Floats, sensitivity: Floats) -> tuple[Floats, Floats]:
+    """How much each expert's errors matter, and each replay token in them, by the tokens' sensitivity.
+
+    Args:
+        replay: of the layer.
+        arrays: of Stats, of the layer.
+        domains: weight of each domain [D].
+        sensitivity: of the replay tokens [N]: KL per squared change (`fisher_of_states`), in any unit.
+
+    Returns:
+        Use [E], mean g^2 over all calibration tokens times how sensitive the expert's replay tokens are beside all tokens (shrunk to 1 by
+        SHRINK_TOKENS: they are few, and very unequal); and weights [N, E] of the tokens, where one that an expert was not chosen
+        for counts by its probability, so that no expert is unseen.
+    """
+    relative = sensitivity / max(float(replay.shares @ sensitivity), 1e-300)
+    gates, share = replay.probs.copy(), domains / np.maximum(arrays["tokens"].astype(np.float64), 1.0)
+    np.put_along_axis(gates, replay.candidates[:, : replay.top_k], original_gates(replay)[:, : replay.top_k], axis=1)
+    chosen = np.zeros(gates.shape)
+    np.put_along_axis(chosen, replay.candidates[:, : replay.top_k], 1.0, axis=1)
+    seen = chosen * gates**2 * replay.shares[:, None]
+    prior = SHRINK_TOKENS * seen.sum() / max(np.count_nonzero(seen), 1)
+    use = share @ arrays["gate_sq"].astype(np.float64) * (relative @ seen + prior) / (seen.sum(axis=0) + prior)
+    return use, gates**2 * (replay.shares * relative)[:, None]
+
+
+def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, Errors]]:
+    """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
+
+    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
+    errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
+    share their errors.
+    """
+    expert = tensors["gate"].expert
+    tokens, weight = _draw_tokens(sample.weights[:, expert])
+    inputs = sample.x[tokens]
+    matrices = {p: read_tensor(sample.model.folder, tensors[p]) for p in PROJECTIONS}
+    a, b = inputs @ matrices["gate"].T, inputs @ matrices["up"].T
+    h = _silu(a) * b
+    column = (matrices["down"] ** 2).sum(axis=0)
+    alone = ("ffn_exps", expert) in sample.stored
+    result: dict[str, Errors] = {}
+    from_inputs: dict[str, Errors] = {}
+    for projection, matrix in matrices.items():
+        role = f"ffn_{projection}_exps"
+        wanted = max(LEAST_ROWS_ALONE if alone else LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1])
+        rows = sample_rows(matrix.shape[0], wanted)
+        scale, part, result[role] = matrix.shape[0] / len(rows), matrix[rows], {}
+        for name, rounded in round_sampled(
+            sample.target, part, sample.formats(role, expert), sample.importance.get((role, expert)), EXPERT_BITS
+        ):
+            delta = rounded - part
+            if projection == "gate":
+                squares = ((_silu(a[:, rows] + inputs @ delta.T) - _silu(a[:, rows])) * b[:, rows]) ** 2 @ column[rows]
+            elif projection == "up":
+                squares = (_silu(a[:, rows]) * (inputs @ delta.T)) ** 2 @ column[rows]
+            else:
+                squares = ((h @ delta.T) ** 2).sum(axis=1)
+            result[role][name] = float(weight @ squares) * scale
+        blocks = {name: sample.target.input_block(name, role) for name in sample.formats(role, expert)}
+        by_block = {block: float(weight @ _input_squares(block, projection, inputs, (a, b, h), matrices)) for block in {*blocks.values()}}
+        from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}
+    return ByCause(weights=result, inputs=from_inputs)
+
+
+def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """At most TOKENS_PER_EXPERT tokens and their weights, summing to 1: drawn evenly from the running sum, the heaviest first.
+
+    Not the heaviest alone: the importance matrix was made for these, and rounding errs most on the others.
+    """
+    order = np.argsort(-weight, kind="stable")
+    running = np.cumsum(weight[order])
+    if running[-1] <= 0:
+        return order[:1], np.ones(1)
+    wanted = (np.arange(TOKENS_PER_EXPERT) + 0.5) / TOKENS_PER_EXPERT * running[-1]
+    places, times = np.unique(np.minimum(np.searchsorted(running, wanted), len(order) - 1), return_counts=True)
+    return order[places], times / TOKENS_PER_EXPERT
+
+
+def _input_squares(
+    block: int,
+    projection: str,
+    x: NDArray[np.float32],
+    hidden: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+    matrices: Mapping[str, NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Squared output error of each token [N] that comes from a projection's inputs, rounded to int8 by blocks of this size (0: not)."""
+    if not block:
+        return np.zeros(len(x), np.float32)
+    a, b, h = hidden
+    rounded = round_to_int8(h if projection == "down" else x, block)
+    if projection == "gate":
+        delta = (_silu(rounded @ matrices["gate"].T) - _silu(a)) * b
+    elif projection == "up":
+        delta = _silu(a) * (rounded @ matrices["up"].T - b)
+    else:
+        delta = rounded - h
+    squares: NDArray[np.float32] = ((delta @ matrices["down"].T) ** 2).sum(axis=1)
+    return squares
+
+
+def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
+    return result

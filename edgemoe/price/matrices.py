@@ -1,0 +1,120 @@
+"""One matrix's statistics and weights -> nats of storing it in each format (docs/pricing.md, 3 and 4).
+
+The error of a format is what the target's own quantizer does to sampled rows, and its kernels to their inputs, as a mean squared error of
+the output; a slope turns it into nats: KL of the rounding probe over the error of that rounding.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import Model, Probe, Stats, Unit
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.quantize.reference import WHOLE_BITS, round_to_int8, round_to_nearest
+from edgemoe.targets import Target
+
+SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
+LEAST_ROWS = 4  # of a matrix, or of each expert in a stack
+INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
+SEED = 20261126  # of inputs of which only the second moments are known
+Floats = NDArray[np.float64]
+Importance = dict[tuple[str, int], NDArray[np.float32]]
+Errors = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByCause(Generic[T]):
+    """What a format does in two parts: by rounded weights, and by kernels that round their inputs."""
+
+    weights: T
+    inputs: T
+
+
+def price_matrix(
+    model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
+) -> ByCause[Errors]:
+    """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe; and what rounded inputs add.
+
+    Args:
+        model: from `inspect_model`.
+        stats: from `collect_stats`.
+        target: whose quantizers and kernels count.
+        unit: the matrix.
+        importance: mean squares of inputs by (role, expert) of its layer (`importance_of`).
+        probe: what rounding it by itself lost.
+        pool: shares out the rows.
+    """
+    tensor = model.find(unit.role, unit.layer)
+    assert tensor is not None  # units are made of the model's tensors
+    matrix = read_tensor(model.folder, tensor)
+    columns = importance.get((unit.role, -1))
+    if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
+        seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
+        rows = np.argsort(-seen, kind="stable")[: max(LEAST_ROWS, 4 * SAMPLE_WEIGHTS // matrix.shape[1])]
+        per_row = seen[rows].astype(np.float64)
+    else:
+        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // matrix.shape[1]))
+        per_row = np.ones(len(rows))
+    weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
+    part, formats = matrix[rows], target.offered_formats(model, unit)
+
+    def rounded_errors(index: NDArray[np.int64]) -> Errors:
+        found = round_sampled(target, part[index], formats, columns, probe.bits)
+        return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
+
+    blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
+    errors: Errors = {}
+    for found in pool.map(rounded_errors, blocks):
+        errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
+    slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
+    by_block = {0: 0.0}
+    if columns is not None:
+        inputs = _draw_inputs(stats, unit.layer if unit.layer >= 0 else model.n_layers - 1, columns)
+        for block in {target.input_block(name, unit.role) for name in formats} - {0}:
+            error = ((round_to_int8(inputs, block) - inputs) @ part.T).astype(np.float64)
+            if unit.layer < 0:  # all logits moved alike change no prediction; errors of rounded rows have no such part
+                error -= error.mean(axis=1, keepdims=True)
+            by_block[block] = slope * float(per_row @ (error**2).mean(axis=0))
+    from_inputs = {name: by_block.get(target.input_block(name, unit.role), 0.0) for name in formats}
+    return ByCause(weights={name: slope * error for name, error in errors.items()}, inputs=from_inputs)
+
+
+def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Some inputs [64, cols] of a matrix of which calibration kept mean squares only.
+
+    Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
+    column scaled to its mean square: that keeps how unlike tokens and channels are, which int8 blocks suffer from.  Else normal numbers.
+    """
+    replay = stats.arrays(layer)["replay_x"]
+    if replay.shape[1] == len(second_moments):
+        x = replay[sample_rows(len(replay), INPUT_TOKENS)].astype(np.float32)
+        x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
+    else:
+        x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
+    drawn: NDArray[np.float32] = x * np.sqrt(np.maximum(second_moments, 0.0))
+    return drawn
+
+
+def probe_kl(stats: Stats, probe: Probe) -> float:
+    """A probe's KL, mean over domains by weight."""
+    return float(stats.weights @ np.array(probe.kl))
+
+
+def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
+    """Row numbers, evenly spread, the same every time."""
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
+
+
+def round_sampled(
+    target: Target, rows: NDArray[np.float32], formats: tuple[str, ...], importance: NDArray[np.float32] | None, probe_bits: int
+) -> list[tuple[str, NDArray[np.float32]]]:
+    """These rows in every offered format, and in the probes' reference roundings."""
+    found = [(name, target.round_rows(rows, name, importance)) for name in formats]
+    whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
+    return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]

@@ -1,0 +1,365 @@
+"""Model, target -> Costs without weights or calibration: prices from what others measured on other models, flagged in `origin`.
+
+Good enough to plan with before a download, never as good as `price_choices`.  What is measured and what is assumed:
+
+Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
+- `types`, measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K; medians.  They follow the
+  squared rounding error (which stands in for types that nobody measured).  `whole`, the median nats of Q4_K.
+- share, measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum;
+  means by role and by relative depth, the depth profile at its square root because models differ in it.  Sums of single tensors give the
+  whole model's KLD to a median factor of 0.89 (benchmarks/additivity.py).
+  A layer weighs against embedding and output what it weighs in a model of 61 layers, the
+  median: the measured models (40 to 94) fit this as well as equal shares for all layers together, the bundled ones (2 and 4) much better.
+- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and at every
+  type (rank correlation between probes of 1 to 2.6 bits: 0.96).
+  How many experts stay does not change what rounding costs: the tokens of those that go are served by those that stay.
+- Left out: the floor, about 0.006 nats of KLD that any rounding causes by flipped router choices.  So kappa is 0.
+
+Drop.  cost(set of a layer, domain) = nats[domain] * w_layer * (0.14 lost + 0.86 lost^2), lost = the dropped share of the layer's saliency
+(REAP sum) there.
+- Measured, on GLM-5.2 only: the saliency of every expert in ten domains; perplexities of three pruned files on code and on general text,
+  from which two `nats` (of dropping everything: 1.1 and 2.6) and the linear part are fitted.  That fits all six to 14 %, where a third to
+  two thirds of the saliency is lost; smaller drops are an extrapolation.  w_layer, summing to 1, is the share of the layer's expert stacks
+  above: raw saliency grows 2,000-fold with depth while the damage falls, so it is only compared inside a layer.
+- Assumed: mathematics and reasoning behave as general text; another model loses what GLM-5.2 loses for the same lost share, and its experts
+  are as unlike as GLM-5.2's at the same relative depth (drawn from them by a fixed seed: which of them may go says nothing).  Models of few
+  experts use them more evenly (Mixtral-8x7B: Gini 0.06 against 0.22 to 0.53), so the spread of logarithms is a quarter up to 16 experts.
+- Single experts are priced along the tangent where half of the experts are gone; `drop_curve` adds the rest, as a mean over domains.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.base.storage import hash_json
+from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
+from edgemoe.ir.memory import DEFAULT_CONTEXT
+from edgemoe.model.checkpoint import read_json
+from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.model.shapes import layout_of_config, load_shape, model_of_config
+from edgemoe.quantize.reference import round_to_int8
+from edgemoe.targets import Target, count_bytes, find_target
+
+PRIORS = ("pooled", "glm-5.2")
+_DATA = Path(__file__).parent / "data"
+_SEED = 20261125  # of the draw that stands in for experts nobody measured
+_FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over the middle of 0.22 to 0.53
+_DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
+_MEASURED_LAYERS = 61  # median of the measured models
+_LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
+_ROUNDED = (64, 1024)  # normal numbers on which formats that nobody measured are compared
+_Q4_0_ERROR = 0.00741  # mean squared error of Q4_0 on them (llama.cpp 0c1e570)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saliency:
+    """Shares of each expert in its layer's saliency [D, L, E], and published keep lists by name [L, E]."""
+
+    domains: tuple[str, ...]
+    share: Floats
+    kept: Mapping[str, NDArray[np.bool_]]
+
+
+@functools.cache
+def _read_priors() -> dict[str, Any]:
+    priors: dict[str, Any] = json.loads((_DATA / "priors.json").read_text(encoding="utf-8"))
+    return priors
+
+
+def load_saliency() -> Saliency:
+    """What Dorijan10/glm-expert-pruning measured on GLM-5.2: 10 domains, 75 layers, 256 experts."""
+    with np.load(_DATA / "glm-5.2.npz") as file:
+        share = file["share"].astype(np.float64)
+        kept = {n.removeprefix("keep_"): np.unpackbits(file[n], axis=1).astype(bool) for n in file.files if n.startswith("keep_")}
+        domains = tuple(str(d) for d in file["domains"])
+    return Saliency(domains=domains, share=share / share.sum(axis=2, keepdims=True), kept=kept)
+
+
+def price_config(source: str, context: int | None = None, target: str = "gguf", *, also: Sequence[int] = ()) -> Costs:
+    """Generic prices of a known shape (`shapes.list_shapes`) or of a config.json (or the folder that holds it).
+
+    GLM-5.2 is priced from its own published measurements.  `also`: kept counts to offer beside the usual ones.
+
+    Raises:
+        UsageError: no such shape or file.
+        ModelError: the config is malformed, or of a family whose shapes are not known.
+    """
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    config = read_json(path) if path.is_file() else load_shape(source)
+    name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.is_file() else source).strip("-.") or "model"
+    model = model_of_config(config, name)
+    prior = "glm-5.2" if source.lower() == "glm-5.2" else "pooled"
+    return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior, also=also)
+
+
+def price_generic(
+    model: Model,
+    target: Target,
+    context: int,
+    *,
+    prior: str = "pooled",
+    domain_weights: Mapping[str, float] | None = None,
+    also: Sequence[int] = (),
+) -> Costs:
+    """Price a model of which only the shapes are known.
+
+    Args:
+        model: from `model_of_config`, without prediction blocks (or from `inspect_model`).
+        target: whose formats and bytes count.
+        context: tokens of context that the process must have memory for.
+        prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
+        also: kept counts to offer beside the usual ones, where layers share a count.
+        domain_weights: weight of each of GLM-5.2's domains in the mean; those not named count 0, by default all count alike.
+
+    Raises:
+        UsageError: unknown prior or domain.
+        ModelError: the model has prediction blocks, or not the shapes of the prior.
+    """
+    if prior not in PRIORS:
+        raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
+    if any(t.layer >= model.n_layers for t in model.tensors):
+        raise ModelError(f"{model.name}: next-token-prediction blocks are not priced", hint="model_of_config(config, name)")
+    saliency = load_saliency()
+    weights = _weigh_domains(saliency.domains, domain_weights)
+    units = target.list_units(model)
+    layers = sorted({unit.layer for unit in units if unit.is_stack or unit.expert >= 0})
+    groups = int(model.config.get("n_group") or 1)
+    offered = offered_counts(model.n_experts, model.top_k, groups)
+    counts = (model.n_experts,) if target.FORM == "experts" else tuple(sorted({*offered, *also}))
+    share = _expert_shares(saliency, len(layers), model.n_experts, prior)
+    nats = _tensor_nats(model, units, prior, dict(zip(layers, np.tensordot(weights, share, axes=1), strict=True)))
+    of_layer = layer_nats(units, nats, layers)
+    drops = price_drops(saliency.domains, weights, share, of_layer / of_layer.sum(), counts, groups)
+    sizes = count_bytes(model, target, units, counts)
+    cost = np.where(sizes.offered, nats[:, None] * _type_nats(target, prior), np.inf)
+    key = hash_json("generic", _read_priors(), prior, model.fingerprint)
+    return Costs(
+        model=model.fingerprint,
+        model_name=model.name,
+        stats=key,
+        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
+        form=target.FORM,
+        formats=target.OFFERED,
+        units=tuple(units),
+        counts=counts,
+        n_experts=model.n_experts,
+        top_k=model.top_k,
+        kappa=0.0,
+        memory={"context": context, **target.memory_parts(layout_of_config(model.config), context)},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(w) for w in weights),
+        origin=_origin(prior),
+        n_groups=groups,
+        cost=np.repeat(cost[None], len(counts), axis=0),
+        input_cost=np.zeros(sizes.size.shape),
+        size=sizes.size,
+        extra=sizes.extra,
+        staging=sizes.staging,
+        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        factor=np.ones((len(saliency.domains), len(units))),
+        usage=share,
+        **drops,
+    )
+
+
+def _origin(prior: str) -> str:
+    if prior == "pooled":
+        return "generic: types and tensors as in 16 other MoE models; which experts may go is a stand-in, not a measurement of this model"
+    return "generic: published single-tensor KLD, type curve and expert saliency of GLM-5.2; nothing was measured here"
+
+
+def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None) -> Floats:
+    unknown = sorted(set(chosen or ()) - set(domains))
+    if unknown:
+        raise UsageError(f"domain {unknown[0]!r} is not known", hint=f"known: {', '.join(domains)}")
+    weights = np.array([1.0 if chosen is None else float(chosen.get(d, 0.0)) for d in domains])
+    if not weights.sum() > 0 or (weights < 0).any():
+        raise UsageError("domain_weights: no weight may be negative, and one must be positive")
+    shares: Floats = weights / weights.sum()
+    return shares
+
+
+# -------------------------------------------------------------------------------------------------------------- quantize
+def layer_nats(units: Sequence[Unit], nats: Floats, layers: Sequence[int]) -> Floats:
+    """What rounding costs in the experts of each layer [L]."""
+    experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.is_stack or unit.expert >= 0]
+    return np.array([sum(nats[u] for u, at in experts if at == layer) for layer in layers])
+
+
+def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int, Floats]) -> Floats:
+    """Each unit's share of what rounding the whole model costs [U], summing to 1; a single expert's is its part `share` of its stacks'."""
+    roles, own = _read_priors()["roles"], {} if prior == "pooled" else _read_priors()[prior]["nats"]
+
+    def find(role: str, layer: int) -> float:
+        if prior == "pooled":
+            return pooled_share(role, layer, model.n_layers, roles)
+        if str(layer) not in own.get(role, {}):
+            raise ModelError(f"{model.name}: has not the shapes of {prior}, which has no {role} in layer {layer}")
+        return float(own[role][str(layer)])
+
+    if prior != "pooled" and model.n_experts != load_saliency().share.shape[2]:
+        raise ModelError(f"{model.name}: has not the shapes of {prior}")
+    stacks = {unit.layer: sum(find(f"ffn_{p}_exps", unit.layer) for p in PROJECTIONS) for unit in units if unit.expert >= 0}
+    found = np.array([find(u.role, u.layer) if u.expert < 0 else stacks[u.layer] * share[u.layer][u.expert] for u in units])
+    if prior != "pooled":
+        found = np.maximum(found, np.quantile(found[found > 0], _LEAST_SHARE))
+    shares: Floats = found / found.sum()
+    return shares
+
+
+def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any]) -> float:
+    """A tensor's share, up to one factor, by its role and relative depth; a role that nobody measured counts as the median role.
+
+    Args:
+        role: of the tensor.
+        layer: of the tensor; -1 outside the layers.
+        n_layers: of its model.
+        roles: "roles" of priors.json.
+    """
+    entry = roles.get(role)
+    if entry is None:
+        return float(np.median([r["density"] for r in roles.values()])) / _MEASURED_LAYERS
+    if layer < 0:
+        return float(entry["density"])
+    profile = entry["profile"]
+    depth = min(len(profile) - 1, int(len(profile) * (layer + 0.5) / n_layers))
+    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / _MEASURED_LAYERS)
+
+
+def _type_nats(target: Target, prior: str) -> Floats:
+    """What storing the whole model in each format costs [F].
+
+    Where a prior lacks a type the pooled models stand in; formats that nobody measured follow Q4_0 by their squared error, rounded inputs
+    included, on normal numbers.
+    """
+    priors = _read_priors()
+    own = priors if prior == "pooled" else priors[prior]
+    known = {**priors["types"], **own["types"]}
+    x = np.random.default_rng(_SEED).standard_normal(_ROUNDED, np.float32)
+
+    def ratio(name: str) -> float:
+        if name in known:
+            return float(known[name])
+        inputs = round_to_int8(x, target.input_block(name, "ffn_exps"))
+        error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((inputs - x) ** 2).mean()
+        return float(known["Q4_0"] * error / _Q4_0_ERROR)
+
+    return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------------ drop
+def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str) -> Floats:
+    """Saliency shares [D, L, E]: as measured, or drawn from the measured layers at the same relative depth."""
+    measured = saliency.share
+    if prior != "pooled" and measured.shape[1:] == (n_layers, n_experts):
+        return measured
+    rng = np.random.default_rng(_SEED)
+    result = np.empty((measured.shape[0], n_layers, n_experts))
+    spread = _FEW_SPREAD if n_experts <= _FEW_EXPERTS else 1.0
+    for layer in range(n_layers):
+        source = measured[:, int(measured.shape[1] * (layer + 0.5) / n_layers)]
+        draws = [rng.permutation(source.shape[1]) for _ in range(-(-n_experts // source.shape[1]))]
+        result[:, layer] = source[:, np.concatenate(draws)[:n_experts]] ** spread
+    shares: Floats = result / result.sum(axis=2, keepdims=True)
+    return shares
+
+
+def price_drops(
+    domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int = 1
+) -> dict[str, Any]:
+    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain.
+
+    Args:
+        domains: D names; those that begin with "code" lose what code lost, all others what general text lost.
+        weights: [D], summing to 1.
+        share: of each expert in its layer's saliency [D, L, E].
+        layer_weight: [L], summing to 1.
+        counts: kept counts of the menu; the last is E.
+        groups: routing groups of the model.
+
+    Returns:
+        The fields `kept`, `drop_cost`, `expert_drop` and `drop_curve` of Costs.
+    """
+    priors = _read_priors()
+    linear = priors["drop"]["linear"]
+    nats = np.array([priors["drop"]["nats"]["code" if d.startswith("code") else "general"] for d in domains])
+    scale = nats[:, None] * layer_weight  # [D, L]
+    n_layers, n_experts = share.shape[1:]
+    mean = np.tensordot(weights, share, axes=1).reshape(n_layers, groups, -1)
+    rank = np.argsort(np.argsort(mean, axis=2, kind="stable"), axis=2).reshape(n_layers, n_experts)  # 0: the first of its group to go
+    kept = np.stack([rank >= (n_experts - count) // groups for count in counts])
+    by_set = np.stack([(share * ~k).sum(axis=2) for k in kept], axis=1)  # [D, C, L] saliency lost
+    gone = np.take_along_axis(share, np.argsort(mean.reshape(n_layers, -1), axis=1, kind="stable")[None], axis=2)
+    lost = np.concatenate([np.zeros((*share.shape[:2], 1)), np.cumsum(gone, axis=2)], axis=2)  # [D, L, E + 1] when the k least are gone
+    slope = scale * (linear + 2 * (1 - linear) * (weights @ lost[:, :, n_experts // 2]))
+    price = scale[:, :, None] * (linear * lost + (1 - linear) * lost**2)
+    return {
+        "kept": kept,
+        "drop_cost": scale[:, None] * (linear * by_set + (1 - linear) * by_set**2),
+        "expert_drop": slope[:, :, None] * share,
+        "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
+    }
+
+
+def price_coverage(saliency: Saliency, count: int) -> Costs:
+    """Costs in lost coverage instead of nats, so that the objective "worst" maximises the least covered domain's coverage.
+
+    The coverage of a domain is the share of its saliency that is kept, relative to its own best `count` experts, mean over layers
+    (scores.domain_coverage).  Nothing but experts is decided: every layer keeps `count`, and there is one tensor of one byte.
+
+    Args:
+        saliency: shares [D, L, E].
+        count: kept experts of each layer.
+    """
+    share = saliency.share
+    domains, n_layers, n_experts = share.shape
+    best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
+    price = share / best / n_layers
+    kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
+    lost: Floats = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
+    stack = [
+        Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
+    ]
+    shape = 1, n_layers, 1
+    return Costs(
+        model=hash_json("coverage", share.shape),
+        model_name="coverage",
+        stats="",
+        target="gguf",
+        form="stacks",
+        formats=("F16",),
+        units=tuple(stack),
+        counts=(count,),
+        n_experts=n_experts,
+        top_k=1,
+        kappa=0.0,
+        memory={"context": 0, "kv": 0, "compute": 0, "output": 0, "runtime": 0},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(1 / domains) for _ in range(domains)),
+        origin="lost coverage, not nats",
+        cost=np.zeros(shape),
+        input_cost=np.zeros(shape),
+        size=np.ones(shape, np.int64),
+        extra=np.zeros(shape, np.int64),
+        staging=np.zeros(shape, np.int64),
+        fixed_size=np.zeros(1, np.int64),
+        factor=np.ones((domains, n_layers)),
+        kept=kept[None],
+        drop_cost=lost[:, None, :],
+        expert_drop=price,
+        drop_curve=np.zeros((n_layers, n_experts + 1)),
+        usage=share,
+    )

@@ -1,0 +1,135 @@
+"""Statistics of one layer -> what the field makes of them: published expert scores, and the importance matrix.
+
+Scores are controls and options (`price --score`), no prices: they have no unit and are comparable within one layer only.  Sums run over
+the routed tokens of every domain, each domain counting by its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import UsageError
+from edgemoe.ir import Costs, Model, Stats
+
+SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy", "residual")
+Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, top_logit and spread
+
+
+def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = total / np.maximum(count, 1e-30)
+    return result
+
+
+# Formulas: docs/pricing.md, 7, with papers.  n_e tokens routed to e, gate g, output f.
+SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
+    "frequency": lambda s: s["count"],  # n_e
+    "gate-sum": lambda s: s["gate"],  # sum g
+    "ean": lambda s: s["norm"],  # sum |f|
+    "man": lambda s: _mean(s["norm"], s["count"]),  # sum |f| / n_e: arXiv 2606.15716
+    "msan": lambda s: _mean(s["norm_sq"], s["count"]),  # sum |f|^2 / n_e: the same
+    "reap-sum": lambda s: s["gate_norm"],  # sum g |f|
+    "reap": lambda s: _mean(s["gate_norm"], s["count"]),  # sum g |f| / n_e: REAP, arXiv 2510.13999
+    "energy": lambda s: s["energy"],  # sum g^2 |f|^2
+    "collaborative": lambda s: 0.5 * s["count"] + 0.5 * _mean(s["gate"], s["count"]),  # share of tokens, mean gate: arXiv 2509.25689
+    "easy-ep": lambda s: s["residual"],  # sum g |f| (1 - cos), of the stream before and after the layer: EASY-EP, arXiv 2504.06792
+    "mone": lambda s: s["spread"] * s["gate"],  # standard deviation of f, times the mean gate: MoNE, arXiv 2507.00390
+    "tcess": lambda s: s["top_logit"],  # router logit where e is the first choice, mean over tokens: PreMoe, arXiv 2505.17639
+}
+
+
+def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
+    """A published saliency of each expert of a layer [E]; larger means keep."""
+    arrays = stats.arrays(layer)
+    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
+    sums = {name: (share * arrays[name]).sum(axis=0) for name in SUMS}
+    domain = arrays["replay_domain"].astype(np.int64)
+    sums["top_logit"] = top_logits(arrays["replay_logits"], (stats.weights / np.maximum(np.bincount(domain), 1))[domain])
+    sums["spread"] = output_spread(sums, arrays["count"].sum(axis=0), share.max() * arrays["expert_out"])
+    return SCORES[score](sums)
+
+
+def output_spread(sums: Sums, count: NDArray[np.int64], output: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviation of each expert's output over its tokens, all channels together [E].
+
+    Args:
+        sums: of the layer.
+        count: tokens of each expert; of n the variance is over n - 1, as in MoNE's code.
+        output: sum of f [E, H].
+    """
+    mean = output / np.maximum(sums["count"], 1e-30)[:, None]
+    variance = np.maximum(_mean(sums["norm_sq"], sums["count"]) - (mean**2).sum(axis=1), 0.0)
+    spread: NDArray[np.float64] = np.sqrt(variance * count / np.maximum(count - 1, 1))
+    return spread
+
+
+def top_logits(logits: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over tokens (by weight) of an expert's router logit [E], counted where it is the token's largest."""
+    mean: NDArray[np.float64] = np.zeros(logits.shape[1])
+    np.add.at(mean, logits.argmax(axis=1), weights * logits.max(axis=1) / weights.sum())
+    return mean
+
+
+def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
+    """The same prices, but experts go in the order of a published score, and a kept set costs in proportion to the scores that go.
+
+    One factor for the whole model makes all sets together cost what they did, so that drops and formats stay comparable: a control.
+
+    Raises:
+        UsageError: no such score, or prices of single experts' formats.
+    """
+    if score not in SCORES or costs.form != "stacks":
+        raise UsageError(f"score {score!r} cannot price these drops", hint=f"known, for GGUF: {', '.join(SCORES)}")
+    scores = np.stack([score_experts(stats, layer, score) for layer in costs.expert_layers])  # [L, E]
+    rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    kept = rank[None] < np.array(costs.counts)[:, None, None]  # [C, L, E]
+    gone = (np.maximum(scores, 0.0)[None] * ~kept).sum(axis=2)  # [C, L]
+    factor = float(costs.weights @ costs.drop_cost.sum(axis=(1, 2))) / max(float(gone.sum()), 1e-300)
+    shape = costs.drop_cost.shape, costs.expert_drop.shape
+    experts = np.broadcast_to(factor * np.maximum(scores, 0.0), shape[1]).copy()
+    return replace(costs, kept=kept, drop_cost=np.broadcast_to(factor * gone, shape[0]).copy(), expert_drop=experts)
+
+
+def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """How much of each domain's saliency the kept sets hold, of what its own best sets of that size would hold [D].
+
+    Args:
+        saliency: [D, L, E], in any unit that is the same within a layer; layers count alike.
+        kept: [L, E].
+    """
+    share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-300)
+    best = np.cumsum(-np.sort(-share, axis=2), axis=2)
+    most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
+    coverage: NDArray[np.float64] = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
+    return coverage
+
+
+def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
+    """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
+    arrays = stats.arrays(layer)
+    if layer < 0:
+        weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
+        output = (weights[:, None] * arrays["output_in_sq"]).sum(axis=0).astype(np.float32)
+        tied = model.find("output") is None
+        return {("token_embd", -1) if tied else ("output", -1): output}
+    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
+    attention = (share * arrays["attn_in_sq"]).sum(axis=0).astype(np.float32)
+    found = {(role, -1): attention for role in ("attn_q", "attn_k", "attn_v")}
+    found["attn_output", -1] = (share * arrays["attn_out_sq"]).sum(axis=0).astype(np.float32)
+    count = arrays["count"].sum(axis=0)
+    for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
+        shrunk = shrink(arrays[key], arrays["expert_importance"], count)
+        found |= {(role, e): shrunk[e] for role in names for e in range(model.n_experts)}
+    return found
+
+
+def shrink(sums: NDArray[np.float64], weight: NDArray[np.float64], count: NDArray[np.int64], tokens: float = 64.0) -> NDArray[np.float32]:
+    """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
+    overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
+    own = sums / np.maximum(weight, 1e-30)[:, None]
+    trust = (count / (count + tokens))[:, None]
+    mixed: NDArray[np.float32] = (trust * own + (1 - trust) * overall).astype(np.float32)
+    return mixed

@@ -1,0 +1,192 @@
+"""Weights, second moments of their inputs, a grid -> codes: rounding that lets later columns take up the error of earlier ones.
+
+With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  One group of columns is rounded
+after another; each group's error is passed on to those still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
+LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays: stock formats store it per block of columns.
+Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  So far rows are independent.
+
+What the outputs' errors cost together is their own matter: with G the second moments of the loss's gradients with respect to them, KL grows
+with tr G (W - Q) H (W - Q)' (the Kronecker factors of YAQA, arXiv 2505.22988).  `descend_outputs` brings that down, some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.quantize.grids import Floats, Grid
+
+DAMPING = 0.01  # of the mean diagonal, as in GPTQ
+TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
+BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_moments` and docs/decisions/0009-feedback-rounding.md
+LAZY = 128  # columns after which the rest of a row is corrected in one product
+TURNS = 16  # groups of rows, chosen one after the other
+ROUNDS = 2  # of turns
+POWER = 8  # steps of the power iteration
+Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]  # see `descend_outputs`
+
+
+# ---------------------------------------------------------------------------------------------------------- second moments
+def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """What feedback should believe of an expert's second moments [C, C], seen on n_own tokens.
+
+    Args:
+        own: of the expert's tokens.
+        n_own: how many.
+        layer: of all experts' tokens together, where all receive the same columns: few tokens lean on it, scaled to the same trace.
+            The neurons of different experts have nothing in common, so for W_down there is none.
+    """
+    mixed: NDArray[np.float64] = np.asarray(own, np.float64)
+    if layer is not None:
+        whole = np.asarray(layer, np.float64)
+        if not n_own > 0 or not np.trace(mixed) > 0:
+            return whole
+        scaled = whole * (np.trace(mixed) / max(np.trace(whole), 1e-300))
+        mixed = (n_own * mixed + TRUST * scaled) / (n_own + TRUST)
+    return shrink_moments(mixed, n_own)
+
+
+def shrink_moments(h: NDArray[np.floating], n: float) -> NDArray[np.float64]:
+    """Second moments [C, C] of n tokens, what lies off the diagonal brought down by 1 / (1 + BELIEF sqrt(n / C)).
+
+    Products of two inputs are less certain than squares, and feedback trusts them where they are least so: in the directions that were
+    hardly seen.  The square root and its factor are measured, not derived.
+    """
+    believed = 1 - 1 / (1 + BELIEF * float(np.sqrt(n / len(h))))
+    shrunk: NDArray[np.float64] = believed * np.asarray(h, np.float64)
+    np.fill_diagonal(shrunk, h.diagonal())
+    return shrunk
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments [C, C] of a matrix's inputs, damped, and the upper factor U of their inverse: H^-1 = U'U (GPTQ's Cholesky form)."""
+
+    h: Floats
+    upper: Floats
+
+    @property
+    def importance(self) -> Floats:
+        """Mean square of each column's input [C]: the diagonal."""
+        return np.ascontiguousarray(self.h.diagonal())
+
+
+def factor_moments(h: NDArray[np.floating], damping: float = DAMPING) -> Moments:
+    """Damp and factor; columns that never saw an input count as the damping alone."""
+    h = np.asarray(h, np.float64)
+    mean = float(h.diagonal().mean())
+    if not (mean > 0 and np.isfinite(mean)):
+        h, mean = np.eye(len(h)), 1.0
+    h = (h + h.T) / (2 * mean) + damping * np.eye(len(h))
+    # H = L L' read backwards gives H^-1 = U'U without an explicit inverse: with J the reversal, J H J = A A', U = J A^-1 J.
+    upper = _invert_lower(np.linalg.cholesky(h[::-1, ::-1]))[::-1, ::-1]
+    return Moments(h.astype(np.float32), np.ascontiguousarray(upper, np.float32))
+
+
+def _invert_lower(lower: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Inverse of a lower triangular matrix, by halves: a sixth of the work of a general inverse."""
+    n = len(lower) // 2
+    if n < LAZY:
+        return np.tril(np.linalg.inv(lower))
+    first, last, result = _invert_lower(lower[:n, :n]), _invert_lower(lower[n:, n:]), np.zeros_like(lower)
+    result[:n, :n], result[n:, n:], result[n:, :n] = first, last, -last @ (lower[n:, :n] @ first)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------- rounding
+def round_columns(weights: Floats, grid: Grid, moments: Moments, columns: slice) -> tuple[NDArray[np.int32], Floats, Floats]:
+    """Round some columns [R, n] of a matrix, each group's error passed on to the later ones among them.
+
+    Returns:
+        Codes [R, n / dim], values [R, n], and the correction of all later columns [R, C - columns.stop], to be subtracted.
+    """
+    start, stop, dim, upper = columns.start, columns.stop, grid.dim, moments.upper
+    work = np.array(weights[:, columns], np.float32, order="F")
+    values, error = np.empty_like(work), np.empty_like(work)
+    codes = np.empty((len(work), (stop - start) // dim), np.int32)
+    for i in range(start, stop, LAZY):
+        block = slice(i, min(i + LAZY, stop))
+        at = slice(block.start - start, block.stop - start)
+        groups = slice(at.start // dim, at.stop // dim)
+        codes[:, groups], values[:, at], error[:, at] = grid.round(at, work[:, at], upper[block, block])
+        if block.stop < stop:
+            work[:, at.stop :] -= error[:, at] @ upper[block, block.stop : stop]
+    return codes, values, error @ upper[columns, stop:]
+
+
+def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moments: Moments, gradient: Floats, columns: slice) -> None:
+    """Choose every group of some columns again, all others given; codes, values and gradient [R, C] are changed in place.
+
+    Args:
+        codes: [R, n / dim] of these columns.
+        values: [R, C] of all columns.
+        grid: of these columns.
+        moments: of all.
+        gradient: (weights - values) H [R, C].
+        columns: which.
+    """
+    dim, h = grid.dim, moments.h
+    for i in range(columns.start, columns.stop, LAZY):
+        block = slice(i, min(i + LAZY, columns.stop))
+        at = slice(block.start - columns.start, block.stop - columns.start)
+        groups = slice(at.start // dim, at.stop // dim)
+        codes[:, groups], found = grid.descend(at, codes[:, groups], values[:, block], gradient[:, block], h[block, block])
+        gradient -= (found - values[:, block]) @ h[block]
+        values[:, block] = found
+
+
+def descend_outputs(
+    weights: Floats, packed: NDArray[np.uint8], values: Floats, moments: Moments, outputs: Floats, descend: Descend
+) -> None:
+    """Bring tr G (W - Q) H (W - Q)' down, G the second moments of the outputs' gradients; `packed` and `values` are changed in place.
+
+    Rows take turns.  Those of one group are chosen at the same time, each as if the others of its group stayed; where that overshoots, the
+    group is split.
+
+    Args:
+        weights: W [R, C].
+        packed: rows that decode to `values` [R, bytes].
+        values: Q [R, C].
+        moments: of the inputs, H.
+        outputs: G [R, R], damped.
+        descend: packed rows, their values, and the gradient (W - Q) H that each row should see -> rows packed anew; values follow.
+    """
+    size = np.ascontiguousarray(outputs.diagonal())
+    left = weights - values
+
+    def turn(rows: NDArray[np.int64]) -> None:
+        gradient = np.asarray((outputs[rows] @ left / size[rows, None]) @ moments.h, np.float32)
+        found = values[rows]
+        new = descend(packed[rows], found, gradient.copy())
+        change = found - values[rows]
+        gain = 2 * (size[rows, None] * change * gradient).sum() - ((outputs[np.ix_(rows, rows)] @ change) * (change @ moments.h)).sum()
+        if gain >= 0:
+            packed[rows], values[rows], left[rows] = new, found, left[rows] - change
+        elif len(rows) > 1:
+            turn(rows[::2])
+            turn(rows[1::2])
+
+    for group in _turns(outputs):
+        turn(group)
+
+
+def _turns(outputs: Floats) -> list[NDArray[np.int64]]:
+    """Rows in groups for all rounds: those that share the strongest direction of errors are spread over the groups."""
+    size = np.sqrt(outputs.diagonal())
+    strongest: Floats = np.ones(len(outputs), np.float32)
+    for _ in range(POWER):
+        strongest = np.asarray(outputs @ (strongest / size) / size, np.float32)
+        strongest /= np.float32(np.linalg.norm(strongest))
+    order = np.argsort(strongest, kind="stable")
+    groups = min(TURNS, len(order))
+    return [np.sort(order[i::groups]) for i in range(groups)] * ROUNDS
+
+
+def objective(weights: Floats, values: Floats, moments: Moments) -> NDArray[np.float64]:
+    """(w - q) H (w - q)' of each row [R]."""
+    delta = weights - values
+    result: NDArray[np.float64] = ((delta @ moments.h) * delta).sum(axis=1, dtype=np.float64)
+    return result

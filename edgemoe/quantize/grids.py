@@ -1,0 +1,149 @@
+"""What the codes of packed rows stand for, the scales being as they are -> the best code of a column, or of a group of eight.
+
+A grid rounds a block of columns, each one's error passed on to those after it, or chooses a block's codes again, all others given; what
+columns mean to each other comes from `feedback.py`.  The loops over rows and columns are compiled (`kernels.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.int32]
+GROUP = 8  # columns that share a code
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """value = offset + scale * table[code]: a code for every column."""
+
+    scale: Floats  # [R, C], of either sign
+    offset: Floats  # [R, C]
+    table: Floats  # [K], rising
+    dim: ClassVar[int] = 1
+
+    def round(self, at: slice, work: Floats, upper: Floats) -> tuple[Codes, Floats, Floats]:
+        """Round some columns, each one's error passed on to the later ones.
+
+        Args:
+            at: which, of the grid's.
+            work: what is to be rounded [R, n].
+            upper: their corner [n, n] of U, where H^-1 = U'U.
+
+        Returns:
+            Codes [R, n / dim], values [R, n], and errors [R, n] such that errors @ U is what later columns should give up.
+        """
+        from edgemoe.quantize.kernels import round_columns
+
+        codes, values, error = np.empty(work.shape, np.int32), np.empty(work.shape, np.float32), np.empty(work.shape, np.float32)
+        round_columns(np.array(work, order="C"), *self._columns(at), np.ascontiguousarray(upper), codes, values, error)
+        return codes, values, error
+
+    def descend(self, at: slice, codes: Codes, values: Floats, gradient: Floats, h: Floats) -> tuple[Codes, Floats]:
+        """Choose the codes of some columns again, all others given.
+
+        Args:
+            at: which, of the grid's.
+            codes: as they are [R, n / dim].
+            values: what they stand for [R, n].
+            gradient: (weights - values) H at these columns [R, n].
+            h: their corner of H [n, n].
+
+        Returns:
+            Codes and values anew.
+        """
+        from edgemoe.quantize.kernels import descend_columns
+
+        codes, values = np.array(codes, order="C"), np.array(values, order="C")
+        descend_columns(values, np.array(gradient, order="C"), *self._columns(at), np.ascontiguousarray(h), codes)
+        return codes, values
+
+    def _columns(self, at: slice) -> tuple[Floats, Floats, Floats]:
+        return np.ascontiguousarray(self.scale[:, at]), np.ascontiguousarray(self.offset[:, at]), self.table
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """value = offset + scale * sign * table[index]: `parts` indices, of 8 / parts columns each, and a pattern of signs for eight columns.
+
+    code = the indices (from the lowest bits up), then the pattern's number.  Searched in full; where there is more than one pattern,
+    indices given the signs and signs given the indices are chosen in turn.
+    """
+
+    scale: Floats  # [R, G], of either sign
+    offset: Floats  # [R, G]; with signs there is none
+    table: Floats  # [K, 8 / parts]
+    signs: Floats  # [P, 8]: see `sign_patterns`
+    products: Floats = field(init=False)
+    dim: ClassVar[int] = GROUP
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "products", pair_products(self.table))
+
+    def round(self, at: slice, work: Floats, upper: Floats) -> tuple[Codes, Floats, Floats]:
+        """Round some columns: see `Scalar.round`."""
+        from edgemoe.quantize.kernels import round_groups
+
+        corner = np.linalg.inv(_diagonal(upper))
+        codes = np.empty((len(work), len(corner)), np.int32)
+        values, error = np.empty(work.shape, np.float32), np.empty(work.shape, np.float32)
+        metric = corner @ corner.transpose(0, 2, 1)
+        round_groups(np.array(work, order="C"), self._groups(at), corner, metric, np.ascontiguousarray(upper), codes, values, error)
+        return codes, values, error
+
+    def descend(self, at: slice, codes: Codes, values: Floats, gradient: Floats, h: Floats) -> tuple[Codes, Floats]:
+        """Choose the codes of some columns again: see `Scalar.descend`."""
+        from edgemoe.quantize.kernels import descend_groups
+
+        codes, values = np.array(codes, order="C"), np.array(values, order="C")
+        metric = np.ascontiguousarray(_diagonal(h))
+        gradient = np.array(gradient, order="C")
+        descend_groups(values, gradient, self._groups(at), np.linalg.inv(metric), metric, np.ascontiguousarray(h), codes)
+        return codes, values
+
+    def _groups(self, at: slice) -> tuple[Floats, ...]:
+        groups = slice(at.start // GROUP, at.stop // GROUP)
+        scale, offset = (np.ascontiguousarray(part[:, groups]) for part in (self.scale, self.offset))
+        return scale, offset, self.table, self.products, self.signs, _sign_products(len(self.signs))
+
+
+Grid = Scalar | Codebook
+
+
+def _diagonal(matrix: Floats) -> Floats:
+    """Blocks [G, 8, 8] on the diagonal of a matrix [n, n]."""
+    blocks: Floats = matrix.reshape(len(matrix) // GROUP, GROUP, -1, GROUP).diagonal(axis1=0, axis2=2).transpose(2, 0, 1)
+    return blocks
+
+
+@functools.cache
+def sign_patterns(n: int) -> Floats:
+    """Signs of eight columns [n, 8]: all (256), those with an even number of minuses (128; the last follows from the others), or plus (1).
+
+    Bit i of a pattern's number says that column i has a minus.
+    """
+    minus = (np.arange(n)[:, None] >> np.arange(GROUP)) & 1
+    if n == 128:
+        minus[:, 7] = minus[:, :7].sum(axis=1) & 1
+    return (1 - 2 * minus).astype(np.float32)
+
+
+@functools.cache
+def _sign_products(n: int) -> Floats:
+    return pair_products(sign_patterns(n))
+
+
+def pair_products(table: Floats) -> Floats:
+    """Products of all pairs of columns (of two different ones twice), then the columns: [n (n + 1) / 2 + n, K] of a table [K, n].
+
+    With v = factors * a row, v M v' - 2 v t' is linear in these.  Rows of zeros are added up to a multiple of four.
+    """
+    first, second = np.triu_indices(table.shape[1])
+    pairs = table[:, first] * table[:, second] * np.where(first == second, 1, 2)
+    padding = np.zeros((len(table), -(pairs.shape[1] + table.shape[1]) % 4))
+    return np.ascontiguousarray(np.concatenate([pairs, table, padding], axis=1).T, np.float32)

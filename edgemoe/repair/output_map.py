@@ -1,0 +1,87 @@
+"""Last states of the original and of the rounded stream -> the map between them that costs least KL (docs/pricing.md, 12).
+
+The output matrix is the only one whose cost is known in nats, token by token: logits are linear in the state, so the gradient of the KL
+with respect to a map M of the states is a few matrix products.  Starting from the least-squares map, M goes down the KL by Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from edgemoe.stream.layers import map_ordered
+
+EPOCHS = 3
+RATE = 0.1  # of the first steps, in root-mean-squares of M - I at the start: how far the streams are apart
+WARM_UP = 5  # steps
+STEP_WINDOWS = 2
+DECAY = (0.9, 0.98)  # of Adam's means (Kingma and Ba, 2015)
+BLOCK = 2**24  # logits at once
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What a window's tokens bring to the output matrix."""
+
+    changed: torch.Tensor  # [N, H] normed states of the rounded stream
+    original: torch.Tensor  # [N, H]
+    weights: torch.Tensor  # [N]
+
+
+def kl_of_map(translation: torch.Tensor, output: torch.Tensor, ends: Ends) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of KL(original || W M x) in nats, and its gradient with respect to M [H, H]: sum w (W'(q - p)) x'."""
+    total, gradient = torch.zeros((), dtype=torch.float64, device=output.device), torch.zeros_like(translation)
+    for rows in torch.arange(len(ends.changed)).split(max(1, BLOCK // len(output))):
+        x, w = ends.changed[rows], ends.weights[rows]
+        p = (ends.original[rows] @ output.T).log_softmax(-1)
+        q = (x @ translation.T @ output.T).log_softmax(-1)
+        total += (w * (p.exp() * (p - q)).sum(-1)).sum().double()
+        gradient += ((q.exp() - p.exp()) @ output * w[:, None]).T @ x
+    return total, gradient
+
+
+def descend_map(
+    start: torch.Tensor,
+    output: torch.Tensor,
+    read: Callable[[int], Ends],
+    fitted: Sequence[int],
+    guard: Sequence[int],
+    *,
+    epochs: int = EPOCHS,
+    rate: float = RATE,
+) -> torch.Tensor:
+    """Bring the KL of the fitted windows down by steps on M; the start stays if the guard windows prefer it.
+
+    Args:
+        start: M [H, H].
+        output: the output matrix [V, H].
+        read: a window's ends.
+        fitted: windows to learn from.
+        guard: windows that decide.
+        epochs: times over the fitted windows.
+        rate: of the first steps.
+    """
+    moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    size = float((start - torch.eye(len(start), device=start.device)).square().mean().sqrt())
+    steps = epochs * math.ceil(len(fitted) / STEP_WINDOWS)
+
+    def each(windows: Sequence[int], at: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(map_ordered(lambda window: kl_of_map(at, output, read(window)), windows, device=output.device))
+
+    done = 0
+    for epoch in range(epochs):
+        order = np.random.default_rng(epoch).permutation(fitted)
+        for windows in np.array_split(order, max(1, math.ceil(len(order) / STEP_WINDOWS))):
+            gradient = torch.stack([found[1] for found in each(windows.tolist(), moved)]).sum(0)
+            done += 1
+            mean.mul_(DECAY[0]).add_(gradient, alpha=1 - DECAY[0])
+            square.mul_(DECAY[1]).addcmul_(gradient, gradient, value=1 - DECAY[1])
+            now = rate * size * min(1.0, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * (done - 1) / steps))
+            bias = math.sqrt(1 - DECAY[1] ** done) / (1 - DECAY[0] ** done)
+            moved.addcdiv_(mean, square.sqrt().add_(1e-20), value=-now * bias)
+    before, after = (float(sum(found[0] for found in each(guard, at))) for at in (start, moved))
+    return moved if after < before else start

@@ -1,0 +1,282 @@
+"""A layer of the pruned stream, the plan's formats -> its matrices packed, each rounded with the errors before it in view.
+
+Every matrix is rounded with feedback (`feedback.py`) on the second moments of what it receives once all before it are rounded, and of the
+gradients of the loss with respect to what it gives: embedding, then in each layer attention, gate and up, and down, which is first refitted
+to what the rounding of the others left.  Tokens set aside decide for each matrix whether feedback is better than the target's stock
+quantizer (docs/pricing.md, 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round: without numba a build should end now, not after hours
+from edgemoe.base.threads import count_cores, open_pool
+from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.gptq import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
+from edgemoe.repair.align import Sums
+from edgemoe.repair.experts import Experts, Tokens, fill_residual, one_thread, refit_down
+from edgemoe.stream.gradients import load_gradients
+from edgemoe.stream.layers import map_ordered
+from edgemoe.targets import Target
+
+BLOCK = 4096  # tokens of one piece of work
+QKV = ("attn_q", "attn_k", "attn_v")
+MOMENTS = 6  # square float64 matrices that packing an expert holds
+MOMENT_BYTES = 2**30  # for those of all experts that are packed at the same time
+FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
+ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
+Gram = NDArray[np.float64]  # [C, C]
+PackedRows = tuple[NDArray[np.uint8], NDArray[np.float32]]  # packed rows, and what they decode to
+Packed = dict[str, NDArray[np.generic]]  # "role.expert" -> packed rows [rows, bytes], or what stays unrounded [rows, cols]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """What rounding needs beside the stream."""
+
+    model: Model
+    stats: Stats
+    target: Target
+    formats: Mapping[tuple[str, int, int], str]  # by (role, layer, expert); expert -1 for a matrix or a whole stack
+    gradients: Path  # folder that `collect_gradients` left, of the same tokens
+    flips: float = 0.0  # what an error's flips of routing choices cost, of what its gradients say
+
+    def format_of(self, role: str, layer: int, expert: int = -1) -> str:
+        """The format of one matrix."""
+        return self.formats[role, layer, expert if (role, layer, expert) in self.formats else -1]
+
+
+def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradients: Path) -> Packing:
+    """What to round with, from what was planned."""
+    units = target.list_units(model)
+    formats: dict[tuple[str, int, int], str] = {}
+    for unit in units:
+        for role in [f"ffn_{p}_exps" for p in PROJECTIONS] if unit.expert >= 0 else [unit.role]:
+            if unit.name in plan.formats:
+                formats[role, unit.layer, unit.expert] = plan.formats[unit.name]
+    q = float(stats.weights @ np.array([plan.domain_q.get(d.name, 0.0) for d in stats.domains]))
+    flips = min(max(plan.predicted_kl - q, 0.0) / (2 * q), FLIPS) if q > 0 else 0.0  # KL = q + kappa sqrt(q), its slope less one
+    return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
+
+
+def router_gram(model: Model, first: int) -> Gram:
+    """What of an error in the stream parts the logits of the routers from layer `first` on [H, H].
+
+    A token changes its expert where two logits trade places: R' R of each, with R a router's rows less their mean, times the norm's
+    weights, of trace one; all routers of the model count alike (docs/pricing.md, 5).
+    """
+    total = np.zeros((model.hidden_size,) * 2)
+    for layer in range(first, model.n_layers):
+        router, norm = model.find("ffn_gate_inp", layer), model.find("ffn_norm", layer)
+        if router and norm:
+            rows = read_tensor(model.folder, router)
+            moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, norm)
+            total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / model.n_layers
+    return total
+
+
+def add_flips(packing: Packing, gram: Gram, routers: Gram) -> Gram:
+    """Second moments of gradients with respect to the stream [H, H], with what they do not see: `packing.flips` of them, to the routers."""
+    total: Gram = gram + packing.flips * np.trace(gram) * routers
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------- a matrix
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What an error of a matrix costs: tr G D H D', with H of its inputs and G of the gradients with respect to its outputs."""
+
+    inputs: Moments  # H [C, C] over the tokens that are fitted to
+    guard: Gram  # H over those that decide
+    outputs: Gram | None = None  # G [R, R]; None: every output counts the same, by itself
+
+    def loss(self, delta: NDArray[np.float32]) -> float:
+        """The cost of an error [R, C] on the guard tokens, in some unit."""
+        weighted = delta if self.outputs is None else self.outputs.astype(np.float32) @ delta
+        return float(((weighted @ self.guard.astype(np.float32)) * delta).sum(dtype=np.float64))
+
+
+def pack_matrix(
+    target: Target,
+    weights: NDArray[np.float32],
+    kind: str,
+    importance: NDArray[np.float32] | None,
+    metric: Metric | None,
+    pool: ThreadPoolExecutor,
+) -> PackedRows:
+    """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens have it.
+
+    Args:
+        target: whose formats.
+        weights: [R, C].
+        kind: the format.
+        importance: of the columns, for the stock quantizer.
+        metric: for feedback; None leaves it out.
+        pool: rows are shared out over its threads.
+
+    Returns:
+        Packed rows, and what they decode to [R, C].
+    """
+    blocks = [np.ascontiguousarray(weights[i : i + ROWS]) for i in range(0, len(weights), ROWS)]
+
+    def pack(moments: Moments | None) -> PackedRows:
+        packed = np.concatenate(list(pool.map(lambda rows: target.pack_rows(rows, kind, importance, moments), blocks)))
+        return packed, target.unpack_rows(packed, kind, weights.shape[1])
+
+    stock = pack(None)
+    if metric is None or not target.feeds_back(kind):
+        return stock
+    ours = pack(metric.inputs)
+    if metric.outputs is not None:
+        packed, values = ours
+        outputs = factor_moments(metric.outputs).h
+        descend_outputs(
+            weights, packed, values, metric.inputs, outputs, lambda rows, q, slope: target.descend_rows(rows, kind, q, metric.inputs, slope)
+        )
+        ours = packed, target.unpack_rows(packed, kind, weights.shape[1])
+    return min((stock, ours), key=lambda found: metric.loss(found[1] - weights))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the experts
+def pack_experts(
+    packing: Packing, layer: int, tokens: Tokens, experts: Experts, residual: NDArray[np.float32], kept: Sequence[int]
+) -> tuple[Packed, float]:
+    """Pack a layer's survivors; their weights become what the packed ones decode to, the residual what that leaves.
+
+    Gate and up first, then W_down is refitted to them in closed form and packed.
+
+    Returns:
+        The packed matrices, and the guard tokens' weighted mean square residual at the end.
+    """
+    importance = importance_of(packing.model, packing.stats, layer)
+    packed, routers = Packed(), router_gram(packing.model, layer + 1)
+
+    def store(n: int, projections: Sequence[str], layer_gram: Gram | None) -> Packed:
+        metrics = expert_metrics(tokens, experts, n, hidden=len(projections) == 1, layer_gram=layer_gram)
+        if layer_gram is None and metrics[0].outputs is not None:
+            metrics = [replace(metrics[0], outputs=add_flips(packing, metrics[0].outputs, routers))]
+        found = Packed()
+        for projection, metric in zip(projections, metrics, strict=True):
+            stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
+            kind = packing.format_of(role, layer, kept[n])
+            rows, columns = stack[n].cpu().numpy(), importance[role, kept[n]]
+            found[f"{role}.{kept[n]}"], values = pack_matrix(packing.target, rows, kind, columns, metric, pool)
+            stack[n].copy_(torch.from_numpy(values))
+        return found
+
+    with open_pool() as pool, one_thread(), ThreadPoolExecutor(_at_once(experts)) as outer:
+        for found in outer.map(partial(store, projections=PROJECTIONS[:2], layer_gram=sum_grams(tokens, experts)), range(len(kept))):
+            packed.update(found)
+        fill_residual(tokens, experts, residual)
+        refit_down(tokens, experts, residual)
+        for found in outer.map(partial(store, projections=PROJECTIONS[2:], layer_gram=None), range(len(kept))):
+            packed.update(found)
+    return packed, fill_residual(tokens, experts, residual)[1]
+
+
+def _at_once(experts: Experts) -> int:
+    """How many experts to pack at the same time: second moments of all would outgrow the layer."""
+    return min(count_cores(), max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
+
+
+def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[Metric]:
+    """Of a survivor's gate and up, or (`hidden`) down: inputs weighted by the squared gradient, outputs' gradients as they are.
+
+    Args:
+        tokens: what the layer's experts see, with gradients.
+        experts: the survivors.
+        n: which.
+        hidden: W_down, which receives the hidden activations.
+        layer_gram: second moments of all survivors' inputs, for those that few tokens choose.
+    """
+    rows, slots = np.nonzero(tokens.chosen == n)
+    _, outer, size = experts.down.shape if hidden else experts.up.shape
+
+    def sums(block: slice) -> list[Gram]:
+        x, given, guard = _seen(tokens, experts, rows[block], slots[block])
+        h, *inner = experts.hidden_gradients(n, x, given)
+        if hidden:
+            output = [_gram(given, h.square().sum(dim=1) * ~guard)]
+            return [_gram(h, given.square().sum(dim=1) * side) for side in (~guard, guard)] + output
+        weights = sum(g.square().sum(dim=1) for g in inner)
+        return [_gram(x, weights * side) for side in (~guard, guard)] + [_gram(g, ~guard) for g in inner]
+
+    empty = [np.zeros((size, size))] * 2 + [np.zeros((outer, outer))] * (1 if hidden else 2)
+    fitted, guard, *outputs = _add_blocks(sums, len(rows), experts, empty)
+    seen = int((~tokens.guard[rows]).sum())
+    inputs = factor_moments(mix_moments(fitted, seen, layer_gram))
+    return [Metric(inputs=inputs, guard=guard, outputs=shrink_moments(one, seen)) for one in outputs]
+
+
+def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
+    """Second moments of what gate and up of all survivors receive, weighted as in `expert_metrics`, over the fitted tokens."""
+    total = np.zeros((experts.down.shape[1],) * 2)
+    for n in range(len(experts)):
+        rows, slots = np.nonzero(tokens.chosen == n)
+
+        def sums(block: slice, n: int = n, rows: NDArray[np.int64] = rows, slots: NDArray[np.int64] = slots) -> list[Gram]:
+            x, given, guard = _seen(tokens, experts, rows[block], slots[block])
+            _, *inner = experts.hidden_gradients(n, x, given)
+            return [_gram(x, sum(g.square().sum(dim=1) for g in inner) * ~guard)]
+
+        total = _add_blocks(sums, len(rows), experts, [total])[0]
+    return total
+
+
+def _seen(tokens: Tokens, experts: Experts, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    """What an expert receives of some tokens, the gradient with respect to what it gives [n, H] both; and which tokens are set aside."""
+    assert tokens.gradients is not None
+    given = np.asarray(tokens.gradients[rows]) * tokens.gates[rows, slots][:, None]
+    seen = (np.asarray(tokens.x[rows]), given, tokens.guard[rows])
+    return tuple(torch.from_numpy(part).to(experts.down.device) for part in seen)
+
+
+def _add_blocks(sums: Callable[[slice], list[Gram]], n: int, experts: Experts, start: list[Gram]) -> list[Gram]:
+    """Sums over n tokens, a block at a time."""
+    parts = map_ordered(sums, [slice(i, i + BLOCK) for i in range(0, n, BLOCK)], device=experts.down.device)
+    return reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], parts, start)
+
+
+def _gram(x: torch.Tensor, weights: torch.Tensor) -> Gram:
+    """sum_t w_t x_t x_t'."""
+    return ((x * weights[:, None]).T @ x).double().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- other matrices
+def pack_attention(
+    packing: Packing, weights: Mapping[str, torch.Tensor], layer: int, roles: Sequence[str], sums: tuple[Sums, Sums]
+) -> Packed:
+    """Pack some of a loaded layer's matrices; the layer then computes with what the packed ones decode to.
+
+    Args:
+        packing: what to pack as.
+        weights: the layer's parameters by role.
+        layer: its number.
+        roles: of the matrices.
+        sums: of their inputs, fitted and guard.
+    """
+    importance, packed = importance_of(packing.model, packing.stats, layer), Packed()
+    gradients, guard = load_gradients(packing.gradients, layer), sums[1].gram
+    inputs = factor_moments(sums[0].gram)
+    with open_pool() as pool:
+        for role in roles:
+            rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
+            outputs = gradients[role]
+            if role == "attn_output":
+                outputs = add_flips(packing, outputs, router_gram(packing.model, layer))
+            metric = Metric(inputs=inputs, guard=guard, outputs=outputs)
+            found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
+            packed[f"{role}.-1"] = found
+            weights[role].copy_(torch.from_numpy(values))
+    return packed

@@ -1,0 +1,375 @@
+"""Model, a changed Model, texts -> the changed one's experts, refitted a layer at a time (docs/pricing.md, 10, 12 and 15).
+
+Two streams run side by side: the original, and the changed one as refitted so far.  In each layer the experts that are left are fitted so
+that the changed stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the work
+folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
+from edgemoe.calibrate.probes import token_kl
+from edgemoe.ir import PROJECTIONS, Model
+from edgemoe.model.checkpoint import DTYPES, read_tensor
+from edgemoe.model.families import MODULE_NAMES
+from edgemoe.repair.align import Sums, refit_matrix, sum_pairs
+from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_layer
+from edgemoe.repair.output_map import Ends, descend_map
+from edgemoe.repair.quantize_layer import QKV, Packed, Packing, add_flips, pack_attention, pack_experts, router_gram
+from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.stream.gradients import WINDOW, open_gradients
+from edgemoe.stream.layers import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
+from edgemoe.stream.texts import Text
+
+GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
+DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
+Progress = Callable[[int, int], None]
+Pair = tuple[torch.Tensor, torch.Tensor]  # what matrices receive, and what they should give
+Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts see, its experts -> those to refit
+
+
+# ------------------------------------------------------------------------------------------------------------ two streams
+class Twin:
+    """The original and a changed model, side by side over the calibration texts."""
+
+    def __init__(
+        self, model: Model, start: Model, texts: Sequence[Text], max_tokens: int, work: Path, key: str, packing: Packing | None = None
+    ) -> None:
+        """Open both models and the texts.
+
+        Args:
+            model: the original.
+            start: the changed model as it starts.
+            texts: calibration texts.
+            max_tokens: of them together.
+            work: folder for what is made.
+            key: of what is made.
+            packing: round every matrix as the stream reaches it; None: weights stay unrounded.
+        """
+        self.model, self.work, self.key, self.packing = model, work, key, packing
+        self.original = LayerStream(model)
+        self.changed = self.original if start is model else LayerStream(start)
+        self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
+        self.weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+        work.mkdir(parents=True, exist_ok=True)
+        length = windows.tokens.shape[1]
+        self.real = np.arange(length)[None] < windows.lengths[:, None]  # [windows, length]
+        self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
+        number = np.array([np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)])  # of each window in its domain
+        self.guard_windows = number % GUARD_EVERY == GUARD_EVERY // 2
+        self.guard = np.repeat(self.guard_windows, windows.lengths)
+        share = self.weights / np.bincount(windows.domain, windows.lengths, len(self.weights))
+        self.each = np.repeat(share[windows.domain], windows.lengths).astype(np.float32)  # weight of every token, domains by weight
+
+    def states(self, name: str, layer: int) -> States:
+        """Hidden states before a layer: "original" or "changed"."""
+        return States(self.work / f"{name}-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
+
+    def rows(self, index: NDArray[np.int64]) -> slice:
+        """Token rows of a chunk of windows."""
+        return slice(int(self.first[index[0]]), int(self.first[index[-1] + 1]))
+
+    def resume(self, progress: Progress | None) -> range:
+        """The layers still to do, after a fresh start or a killed run."""
+        path, start = self.work / "progress.json", 0
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            start = int(saved["layer"]) if saved.get("key") == self.key else 0
+        if start == 0:
+            original, changed = self.states("original", 0), self.states("changed", 0)
+            table = self._pack_embedding() if self.packing else None
+            for index in self.windows.chunks():
+                original.write(index, self.original.embed(self.windows.tokens[index]))
+                changed.write(index, self.original.embed(self.windows.tokens[index], table))
+            original.close()
+            changed.close()
+        if progress:
+            progress(start, self.model.n_layers)
+        return range(start, self.model.n_layers)
+
+    def refit_layer(self, layer: int, kept: Sequence[int], *, epochs: int, change: Change | None = None) -> None:
+        """Run both streams through a layer, refit the experts if any went or were changed, pack, leave weights and states on disk.
+
+        Args:
+            layer: the next one.
+            kept: experts that stay.
+            epochs: of descent after the closed form; 0 refits W_down alone, -1 nothing.
+            change: what is done to the experts before they are refitted.
+        """
+        module = self.original.load_layer(layer)
+        following, attended = self.states("original", layer + 1), self.states("attended", layer)
+        self._run_original(module, layer, following, attended)
+        if self.changed is not self.original:
+            self.original.unload_layer(layer)
+            module = self.changed.load_layer(layer)
+        arrays = self._pack_attention(module, layer, attended) if self.packing else {}
+        attended.close(delete=True)
+        tokens = self._run_changed(module, layer, np.array(kept), following)
+        views = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
+        gate, up, down = (view[list(kept)] for view in views)
+        experts = Experts(gate=gate.clone(), up=up.clone(), down=down.clone())
+        del views, gate, up, down
+        self.changed.unload_layer(layer)
+        residual = self._array("residual", self.model.hidden_size)
+        if change is not None:
+            experts = change(layer, tokens, experts)
+            fill_residual(tokens, experts, residual)
+            domains = np.repeat(self.windows.domain, self.windows.lengths)
+            error = np.bincount(domains, np.square(residual).sum(axis=1, dtype=np.float64), len(self.weights))
+            tokens = replace(tokens, weights=self._weigh(error.astype(np.float64)))
+        dtype = next(DTYPES[t.dtype] for t in self.model.tensors if t.layer == layer and t.expert >= 0)
+        if epochs >= 0 and (change is not None or len(kept) < self.model.n_experts):
+            refit_layer(tokens, experts, residual, epochs=epochs, store=lambda e: _round(e, dtype))
+        else:
+            fill_residual(tokens, experts, residual)
+        if self.packing:
+            arrays |= pack_experts(self.packing, layer, tokens, experts, residual, kept)[0]
+        else:
+            arrays |= {
+                f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
+                for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
+                for n, expert in enumerate(kept)
+            }
+        save_arrays(self.work / array_file(layer), arrays)
+        self._leave(layer, following, residual)
+
+    def _run_original(self, module: Any, layer: int, following: States, attended: States) -> None:
+        """Write the original's states after the layer and, where matrices are packed, after its attention."""
+        before = self.states("original", layer)
+
+        def run(index: NDArray[np.int64]) -> None:
+            with recording(Recorder()) as seen:
+                out = self.original.run_layer(module, before.read(index))
+            following.write(index, out)
+            if self.packing:
+                assert seen.moe_output is not None
+                attended.write(index, out - seen.moe_output.view_as(out))
+
+        for _ in map_ordered(run, self.windows.chunks(), device=self.original.device):
+            pass
+        before.close()
+
+    def _run_changed(self, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
+        """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
+        before, k, hidden = self.states("changed", layer), self.changed.model.top_k, self.model.hidden_size
+        x, target = self._array("input", hidden), self._array("target", hidden)
+        gradients = self._read_gradients(layer)
+        chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
+        position = {int(expert): n for n, expert in enumerate(kept)}
+
+        def run(index: NDArray[np.int64]) -> NDArray[np.float64]:
+            real = torch.from_numpy(self.real[index].ravel())
+            slots = torch.zeros(len(real), dtype=torch.int64)
+            who, how_much = torch.zeros(len(real), k, dtype=torch.int32), torch.zeros(len(real), k)
+
+            def note(expert: int, token: torch.Tensor, _: Any, __: Any, ___: Any, gate: torch.Tensor) -> None:
+                token = token.cpu()
+                who[token, slots[token]], how_much[token, slots[token]] = position[expert], gate.cpu()
+                slots[token] += 1
+
+            with recording(Recorder(on_expert=note)) as seen:
+                out = self.changed.run_layer(module, before.read(index))
+            assert seen.moe_input is not None
+            assert seen.moe_output is not None
+            wanted = original.read(index).to(out.device) - out + seen.moe_output.view_as(out)
+            rows = self.rows(index)
+            x[rows] = seen.moe_input.cpu()[real].numpy()
+            target[rows] = wanted.flatten(0, 1).cpu()[real].numpy()
+            chosen[rows], gates[rows] = who[real].numpy(), how_much[real].numpy()
+            error = (wanted - seen.moe_output.view_as(out)).square().sum(-1).cpu().double().numpy() * self.real[index]
+            sums: NDArray[np.float64] = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
+            return sums
+
+        with only_experts(module, kept):
+            error = sum(map_ordered(run, self.windows.chunks(), device=self.changed.device))
+        before.close()
+        weights = self._weigh(np.asarray(error))
+        return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=weights, guard=self.guard, gradients=gradients)
+
+    def _read_gradients(self, layer: int) -> NDArray[np.float32] | None:
+        """Gradients of the loss with respect to what leaves a layer, by the root of the token's weight [tokens, H]."""
+        if not self.packing:
+            return None
+        rows = self._array("gradients", self.model.hidden_size)
+        with open_gradients(self.packing.gradients, layer, self.windows, self.model.hidden_size) as kept:
+            for index in self.windows.chunks():
+                real, at = torch.from_numpy(self.real[index].ravel()), self.rows(index)
+                rows[at] = kept.read(index).flatten(0, 1)[real].numpy() * np.sqrt(self.each[at])[:, None]
+        return rows
+
+    def _weigh(self, error: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Weight of every token, mean one, from the summed squared residual of each domain [D]."""
+        n = np.bincount(self.windows.domain, self.windows.lengths, len(error))
+        each = self.weights / n / np.maximum(error / n, 1e-30) ** DOMAIN_POWER
+        tokens = np.repeat(each[self.windows.domain], self.windows.lengths)
+        weights: NDArray[np.float32] = (tokens / tokens.mean()).astype(np.float32)
+        return weights
+
+    def _array(self, name: str, width: int) -> NDArray[np.float32]:
+        """Scratch [tokens, width] in a file."""
+        return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
+
+    def _sums(
+        self,
+        changed: States,
+        original: States,
+        pair: Callable[[torch.Tensor, torch.Tensor], Pair],
+        factors: NDArray[np.float32] | None = None,
+    ) -> tuple[Sums, Sums]:
+        """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens.
+
+        `factors` [tokens], if given, say how much more than by their weight tokens count.
+        """
+        each = self.each if factors is None else self.each * factors
+
+        def chunk(index: NDArray[np.int64]) -> tuple[Sums, Sums]:
+            rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
+            x, y = (side.flatten(0, 1).cpu()[real] for side in pair(changed.read(index), original.read(index)))
+            weights, guard = torch.from_numpy(each[rows]), torch.from_numpy(self.guard[rows])
+            return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
+
+        parts: Iterator[tuple[Sums, Sums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
+        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # as they come: each is as large as the matrix
+
+    def _pack_attention(self, module: Any, layer: int, attended: States) -> Packed:
+        """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
+        assert self.packing is not None
+        before, original = self.states("changed", layer), self.states("original", layer)
+        params, eps = dict(module.named_parameters()), self.original.eps
+        weights = {role: params[name].data for role, name in MODULE_NAMES.items() if name in params}
+
+        def attend(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with recording(Recorder(skip_experts=True)) as seen:
+                out = self.changed.run_layer(module, states)
+            return out, seen.inputs["attn_output"].view(*out.shape[:2], -1)
+
+        sums = self._sums(before, original, lambda x, y: normed(x, y, weights["attn_norm"], eps))
+        fold(translation(sums), *(weights[role] for role in QKV))
+        packed = pack_attention(self.packing, weights, layer, QKV, sums)
+        sums = self._sums(before, attended, lambda x, y: (attend(x)[1], y.to(self.changed.device) - x.to(self.changed.device)))
+        output = weights["attn_output"]
+        output.copy_(torch.from_numpy(refit_matrix(output.cpu().numpy(), *sums)))
+        packed |= pack_attention(self.packing, weights, layer, ("attn_output",), sums)
+        sums = self._sums(before, attended, lambda x, y: normed(attend(x)[0], y, weights["ffn_norm"], eps))
+        readers = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in ("gate", "up")]
+        fold(translation(sums), weights["ffn_gate_inp"], *readers)
+        before.close()
+        original.close()
+        return {**packed, "ffn_gate_inp.-1": weights["ffn_gate_inp"].cpu().numpy().copy()}
+
+    def _pack_embedding(self) -> NDArray[np.float32]:
+        """Pack the embedding and leave it on disk; what it decodes to: the changed stream starts from that."""
+        assert self.packing is not None
+        weights = self._read("token_embd")
+        group, gradients = group_rows(weights), self._read_gradients(-1)
+        assert gradients is not None
+        metrics = None  # of a matrix that is the output's too, what follows is not the whole story
+        if self.model.find("output"):
+            of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
+            seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
+            sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.packing.model, 0)
+            fitted, guard = ([add_flips(self.packing, one[side], routers) for one in sums] for side in (0, 1))
+            metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
+        packed, values = pack_end(self.packing, "token_embd", weights, group, metrics)
+        save_arrays(self.work / array_file(-1), {"token_embd.-1": packed})
+        return values
+
+    def pack_ends(self) -> None:
+        """Pack the output matrix, if there is one, on what the changed stream brings it; the embedding was packed first of all."""
+        if self.packing and self.model.find("output"):
+            before, original = (self.states(name, self.model.n_layers) for name in ("changed", "original"))
+            norm, output, eps = self.original.head()
+            sums = self._sums(before, original, lambda x, y: normed(x, y, norm, eps))
+
+            def read(window: int) -> Ends:
+                index, n = np.array([window]), int(self.windows.lengths[window])
+                x, y = normed(before.read(index)[0, :n], original.read(index)[0, :n], norm, eps)
+                return Ends(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
+
+            fitted, guard = np.flatnonzero(~self.guard_windows).tolist(), np.flatnonzero(self.guard_windows).tolist()
+            group = group_rows(output.cpu().numpy())
+            windows = range(len(self.windows.lengths))
+            mass = np.concatenate(list(map_ordered(lambda w: masses(read(w).original, output, group), windows, device=output.device)))
+            fold(descend_map(translation(sums).to(output.device), output, read, fitted, guard), output)
+            own = [self._sums(before, original, lambda x, y: normed(x, y, norm, eps), mass[:, i]) for i in range(GROUPS)]
+            share = mass[~self.guard].sum(axis=0) / max(mass[~self.guard].sum(), 1e-30)
+            seen = share * int((~self.guard).sum())
+            metrics = group_metrics([(fitted.gram, guard.gram) for fitted, guard in own], seen.tolist())
+            packed = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
+            save_arrays(self.work / array_file(-1), {**load_arrays(self.work / array_file(-1)), "output.-1": packed})
+            before.close()
+            original.close()
+
+    def _read(self, role: str) -> NDArray[np.float32]:
+        tensor = self.model.find(role)
+        assert tensor is not None
+        return read_tensor(self.model.folder, tensor)
+
+    def _leave(self, layer: int, following: States, residual: NDArray[np.float32]) -> None:
+        """Write the changed stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""
+        changed = self.states("changed", layer + 1)
+        for index in self.windows.chunks():
+            out = following.read(index)
+            out[torch.from_numpy(self.real[index])] -= torch.from_numpy(np.asarray(residual[self.rows(index)]))
+            changed.write(index, out)
+        changed.close()
+        following.close()
+        write_text(self.work / "progress.json", json.dumps({"key": self.key, "layer": layer + 1}))
+        for old in self.work.glob(f"*-{layer}.bin"):
+            old.unlink()
+
+    def measure(self) -> tuple[float, ...]:
+        """KL(original || changed) in nats per token, by domain, after the last layer: on the windows that nothing was fitted to.
+
+        A text too short to have such windows is measured on what it has.
+        """
+        norm, output, eps = self.original.head()
+        original, changed = (self.states(name, self.model.n_layers) for name in ("original", "changed"))
+        domains = self.windows.domain
+        fresh = np.array([self.guard_windows[i] or not self.guard_windows[domains == d].any() for i, d in enumerate(domains)])
+
+        def one(window: int) -> float:
+            index, n = np.array([window]), int(self.windows.lengths[window])
+            before, after = (apply_norm(s.read(index)[0, :n], norm, eps) @ output.T for s in (original, changed))
+            return float(token_kl(before.double().log_softmax(-1), after).sum())
+
+        chosen = np.flatnonzero(fresh)
+        sums = np.array(list(map_ordered(one, chosen.tolist(), device=self.original.device)))
+        original.close()
+        changed.close()
+        n = len(self.weights)
+        kl = np.bincount(domains[chosen], sums, n) / np.bincount(domains[chosen], self.windows.lengths[chosen], n)
+        return tuple(float(v) for v in kl)
+
+
+def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, eps: float) -> Pair:
+    """Both streams' states after a norm."""
+    return apply_norm(changed, norm, eps), apply_norm(original, norm, eps)
+
+
+def translation(sums: tuple[Sums, Sums]) -> torch.Tensor:
+    """The map [H, H] from what the changed stream brings to what the original reads."""
+    return torch.from_numpy(refit_matrix(np.eye(len(sums[0].gram), dtype=np.float32), *sums))
+
+
+def fold(translation: torch.Tensor, *matrices: torch.Tensor) -> None:
+    """Let matrices [.., H] read through a map, in place."""
+    for matrix in matrices:
+        matrix.copy_(matrix @ translation.to(matrix.device))
+
+
+def _round(experts: Experts, dtype: Any) -> None:
+    """As the files hold them: in the checkpoint's own type, so that a repair costs no more bytes than what it repairs."""
+    for stack in experts.stacks:
+        stack.copy_(torch.from_numpy(stack.cpu().numpy().astype(dtype).astype(np.float32)))

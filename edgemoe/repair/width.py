@@ -1,0 +1,214 @@
+"""Model, texts, width, top-k -> Model: every expert cut to its best neurons, fewer of them active (docs/pricing.md, 15 and 16).
+
+Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan: the program is solved for each
+width that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.base.errors import UsageError
+from edgemoe.base.storage import alone, hash_json, write_text
+from edgemoe.ir import Costs, Model
+from edgemoe.model.families import resize_experts
+from edgemoe.model.overlay import open_overlay, save_overlay
+from edgemoe.model.routing.flips import without_flips
+from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
+from edgemoe.repair.neurons import camera_energy
+from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
+from edgemoe.stream.gradients import WINDOW, Arrays, collect_gradients, load_gradients
+from edgemoe.stream.layers import default_device
+from edgemoe.stream.texts import Text
+
+BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
+AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
+FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narrower experts are tried unasked (results/width.md)
+# Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
+# (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
+UNSEEN = 1.5
+REVISION = 1  # raised when the same neurons asked for are others, so that no older ones are opened
+SCORES = ("heapr", "camera", "magnitude", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrowed:
+    """A narrowed model, what narrowing costs by domain (KL in nats per token, on text that nothing was fitted to), and its work folder."""
+
+    model: Model
+    kl: tuple[float, ...]
+    work: Path
+    width: int = 0  # neurons of every expert; 0: as in the checkpoint
+    unseen: float = UNSEEN  # KL expected on other text, over `kl`
+
+    def loss(self, costs: Costs, objective: str) -> float:
+        """What narrowing alone is expected to cost on text not seen, by the objective: mean over domains by weight, or worst domain."""
+        return self.unseen * (max(self.kl) if objective == "worst" else float(costs.weights @ np.array(self.kl)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ widths
+def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, ...]:
+    """Widths to try, falling: what was asked, or the whole, three quarters and half, where formats can store them.
+
+    Args:
+        model: the original.
+        asked: neurons; "full"; "auto": whatever some format can store; nothing: what those of few bits can store too, in the stacks form.
+        form: of the plan, as in Costs.
+
+    Raises:
+        UsageError: no such width; names those that are possible.
+    """
+    if asked in ("full", str(model.expert_size)) or (not asked and form == "experts"):
+        return (model.expert_size,)
+    possible = range(BLOCK, model.expert_size, BLOCK)
+    if asked in ("", "auto"):
+        wanted, block = [round(model.expert_size * share) for share in AUTO_SHARES], BLOCK if asked else SUPER_BLOCK
+        return tuple(w for w in wanted if w == model.expert_size or (w in possible and w % block == 0))
+    if not asked.isdecimal() or int(asked) not in possible:
+        best = [str(w) for w in possible if w % SUPER_BLOCK == 0]
+        every = f"multiples of {BLOCK} below {model.expert_size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
+        hint = f"give auto, full, or one of: {every}"
+        raise UsageError(
+            f"--width {asked}: {model.name} has experts of {model.expert_size} neurons and cannot have such ones",
+            hint=f"{hint}; formats below 4 bits need {', '.join(best)}" if best else hint,
+        )
+    return (int(asked),)
+
+
+def choose_top_k(model: Model, asked: int | None) -> int:
+    """Experts that the router is to pick: what was asked, or as many as in the checkpoint.
+
+    More than the checkpoint's are refused: experts that were never mixed in make the output worse (k + 1 of 4 costs more than k - 1).
+
+    Raises:
+        UsageError: less than one, or more than the checkpoint's.
+    """
+    if asked is None:
+        return model.top_k
+    if not 1 <= asked <= model.top_k:
+        raise UsageError(f"--top-k {asked}: the router of {model.name} picks {model.top_k}", hint=f"give 1 to {model.top_k}")
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------------------------ scores
+def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> NDArray[np.float64]:
+    """What each neuron is worth [E, M] by one of SCORES; comparable within an expert.  The last two are controls."""
+    if name == "heapr":
+        return np.asarray(arrays["heapr"], np.float64)
+    if name == "camera":
+        return camera_energy(arrays["phi_sq"], arrays["phi_sq_max"], arrays["down_sq"])
+    if name == "magnitude":
+        return magnitude(experts)
+    return np.random.default_rng(layer).random(tuple(experts.gate.shape[:2]))
+
+
+def magnitude(experts: Experts) -> NDArray[np.float64]:
+    """Product of the norms of a neuron's gate row, up row and down column [E, M]."""
+    norms = experts.gate.norm(dim=2) * experts.up.norm(dim=2) * experts.down.norm(dim=1)
+    return np.asarray(norms.double().cpu().numpy())
+
+
+def best_neurons(score: NDArray[np.float64], ties: NDArray[np.float64], width: int) -> NDArray[np.int64]:
+    """The `width` best neurons of each expert [E, width], in order; where scores are equal (an expert that saw nothing) by `ties`."""
+    order = np.stack([np.lexsort((t, s))[::-1] for s, t in zip(score, ties, strict=True)])
+    return np.sort(order[:, :width], axis=1)
+
+
+def cut(experts: Experts, neurons: NDArray[np.int64]) -> Experts:
+    """Only these neurons [E, width] of each expert."""
+    gate, up, down = (
+        torch.stack([s.index_select(dim, torch.from_numpy(n).to(s.device)) for s, n in zip(stack, neurons, strict=True)])
+        for stack, dim in zip(experts.stacks, (0, 0, 1), strict=True)
+    )
+    return Experts(gate=gate, up=up, down=down)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the job
+def narrow_experts(
+    model: Model,
+    texts: Sequence[Text],
+    width: int,
+    work: Path,
+    *,
+    top_k: int | None = None,
+    score: str = "heapr",
+    max_tokens: int,
+    epochs: int = 0,
+    progress: Progress | None = None,
+) -> Narrowed:
+    """Cut every expert to its best neurons and refit what is left to the original's outputs, layer by layer on the narrowed stream.
+
+    With fewer active experts that stream's router picks so many, and the refit makes good what the others gave.
+
+    Args:
+        model: the original.
+        texts: calibration texts with weights.
+        width: neurons that stay; the full width changes nothing.
+        work: folder for the gradients (shared by all widths and by rounding), for the new weights (in a subfolder named by what they are
+            made from), and for what a killed run goes on from.
+        top_k: experts that the router picks, at most the checkpoint's; None: as many.
+        score: which neurons are best: one of SCORES.
+        max_tokens: of all texts together.
+        epochs: of descent on all three matrices after W_down's closed form; -1 refits nothing.
+        progress: called with (steps done, all steps).
+    """
+    start = model if top_k in (None, model.top_k) else replace(model, top_k=top_k)
+    whole = width == model.expert_size
+    if whole and start is model:
+        return Narrowed(model=model, kl=(0.0,) * len(texts), work=work)
+    layers, base = model.n_layers, resize_experts(start, width)
+    steps = layers + (2 * layers if score in ("heapr", "camera") and not whole else 0)
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, steps)
+
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
+    settings = (__version__, REVISION, *fit, score, width, start.top_k)
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
+    folder = work.absolute() / f"narrow-{width}-{start.top_k}-{key[:16]}"
+    with alone(folder):
+        made = open_overlay(base, folder, {})
+        if made is None:
+            scores = None
+            if steps > layers:
+                scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
+            twin = Twin(model, start, texts, max_tokens, folder, key)
+
+            def change(layer: int, _: Tokens, experts: Experts) -> Experts:
+                if whole:
+                    return experts
+                arrays = load_gradients(scores, layer) if scores else {}
+                return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+
+            for layer in twin.resume(lambda done, _: tell(steps - layers + done)):
+                twin.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+                tell(steps - layers + layer + 1)
+            write_text(folder / "kl.json", json.dumps(twin.measure()))
+            made = save_overlay(base, folder, {})
+    kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
+    return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
+
+
+def charge(costs: Costs, narrowed: Narrowed) -> Costs:
+    """The price list of a narrowed model with what narrowing costs added to every plan, spread over the layers.
+
+    The sum q is such that a plan that does nothing else is predicted to have `unseen` times the KL measured: q + kappa sqrt(q) = KL.
+    """
+    kl = narrowed.loss(costs, "mean")
+    if not kl:
+        return costs
+    q = float(without_flips(kl, costs.kappa))
+    each = narrowed.unseen * np.array(narrowed.kl) * q / kl / costs.n_layers  # [D]
+    width = narrowed.width
+    if costs.form == "stacks":
+        return replace(costs, width=width, drop_cost=costs.drop_cost + each[:, None, None])
+    return replace(costs, width=width, drop_curve=costs.drop_curve + float(costs.weights @ each))

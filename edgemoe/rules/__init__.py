@@ -1,0 +1,3 @@
+"""What a user may ask of a plan."""
+
+from edgemoe.rules.records import *  # noqa: F403

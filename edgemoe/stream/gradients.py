@@ -1,0 +1,191 @@
+"""Model, texts -> gradients of the loss in every layer: one streamed pass forward, one backward, never the whole model in memory.
+
+The loss is the cross-entropy of tokens drawn from the model itself: the mean of its gradients' outer products is the Fisher matrix, so a
+change that moves an output by d costs 1/2 (gradient d)^2 of KL, in nats.  Every layer adds to the residual stream, so an expert's output
+has the layer's gradient times its gate: one gradient per token and layer says what matters to all experts.
+What is left on disk serves rounding (pack.py: which errors of a matrix's rows matter together) and narrowing (neurons.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemoe import __version__
+from edgemoe.base.storage import alone, array_file, hash_json, load_arrays, save_arrays, write_text
+from edgemoe.ir import Model
+from edgemoe.repair.neurons import heapr_sums
+from edgemoe.stream.layers import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording, tokenize
+from edgemoe.stream.texts import Text
+
+WINDOW = 512
+REVISION = 1  # raised when the folder holds other things, so that no older one is taken for it
+Progress = Callable[[int, int], None]
+Arrays = dict[str, NDArray[Any]]
+
+
+def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_tokens: int, progress: Progress | None = None) -> Path:
+    """Watch the original model forward and backward; all plans and widths share the result.
+
+    Args:
+        model: the original.
+        texts: calibration texts with weights.
+        work: folder for the result and for what a killed run goes on from.
+        max_tokens: of all texts together; every text gives the same number.
+        progress: called with (steps done, all steps).
+
+    Returns:
+        A folder with, for each layer, the gradients with respect to what leaves it (`open_gradients`) and arrays (`load_gradients`):
+        "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
+        and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect to what the matrix gives.
+    """
+    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, REVISION, WINDOW, max_tokens)
+    work = work.absolute() / f"gradients-{key[:16]}"
+    with alone(work):
+        if (work / "done").exists():
+            return work
+        work.mkdir(parents=True, exist_ok=True)
+        weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+        _Pass(model, tokenize(model, texts, max_tokens, WINDOW), weights, work, key).run(progress)
+        write_text(work / "done", "")
+    return work
+
+
+def load_gradients(folder: Path, layer: int) -> Arrays:
+    """The arrays of one layer that `collect_gradients` left."""
+    return load_arrays(folder / array_file(layer))
+
+
+def open_gradients(folder: Path, layer: int, windows: Windows, hidden: int) -> States:
+    """Gradients [windows, length, hidden] of the loss with respect to what leaves a layer; of -1, the embedding.
+
+    Args:
+        folder: that `collect_gradients` left.
+        layer: its number.
+        windows: those that the gradients were collected on.
+        hidden: size.
+    """
+    return States(folder / f"gradient-{layer + 1}.bin", (*windows.tokens.shape, hidden), half=True)
+
+
+class _Pass:
+    """One forward and one backward pass under way; step s is a layer forward (s < L) or backward."""
+
+    def __init__(self, model: Model, windows: Windows, weights: NDArray[np.float64], work: Path, key: str) -> None:
+        self.model, self.windows, self.work, self.key = model, windows, work, key
+        self.stream = LayerStream(model)
+        share = weights / np.bincount(windows.domain, windows.lengths, len(weights))
+        real = np.arange(windows.tokens.shape[1])[None] < windows.lengths[:, None]
+        self.weights = torch.from_numpy((share[windows.domain][:, None] * real).astype(np.float32))  # lambda [windows, length]
+
+    def states(self, layer: int) -> States:
+        """What a layer receives."""
+        return States(self.work / f"state-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
+
+    def gradients(self, layer: int) -> States:
+        """Gradients with respect to what leaves a layer."""
+        return open_gradients(self.work, layer, self.windows, self.model.hidden_size)
+
+    def run(self, progress: Progress | None) -> None:
+        """All steps that are still to do."""
+        path, n = self.work / "progress.json", self.model.n_layers
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        first = int(saved["step"]) if saved.get("key") == self.key else 0
+        if first == 0:
+            states = self.states(0)
+            for index in self.windows.chunks():
+                states.write(index, self.stream.embed(self.windows.tokens[index]))
+            states.close()
+        for step in range(first, 2 * n):
+            if progress:
+                progress(step, 2 * n)
+            layer = step if step < n else 2 * n - 1 - step
+            if step < n:
+                self._forward(layer)
+            else:
+                self._backward(layer)
+            if step == n - 1:
+                self._start_backward()
+            write_text(path, json.dumps({"key": self.key, "step": step + 1}))
+            if step >= n:
+                (self.work / f"state-{layer}.bin").unlink(missing_ok=True)
+        (self.work / f"state-{n}.bin").unlink(missing_ok=True)
+
+    def _each(self, work: Callable[[NDArray[np.int64]], Any]) -> list[Any]:
+        return list(map_ordered(work, self.windows.chunks(), device=self.stream.device))
+
+    def _forward(self, layer: int) -> None:
+        module, before, after = self.stream.load_layer(layer), self.states(layer), self.states(layer + 1)
+        self._each(lambda index: after.write(index, self.stream.run_layer(module, before.read(index))))
+        self.stream.unload_layer(layer)
+        before.close()
+        after.close()
+
+    def _start_backward(self) -> None:
+        """Gradient of the cross-entropy of drawn tokens with respect to the last states."""
+        norm, output, eps = self.stream.head()
+        states, gradients = self.states(self.model.n_layers), self.gradients(self.model.n_layers - 1)
+
+        def head(index: NDArray[np.int64]) -> None:
+            with torch.enable_grad():
+                last = states.read(index).to(self.stream.device).requires_grad_()
+                logits = (apply_norm(last, norm, eps) @ output.T).float().flatten(0, 1)
+                draw = torch.Generator().manual_seed(int(index[0]))
+                tokens = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=draw)[:, 0].to(logits.device)
+                real = (self.weights[index] > 0).flatten().to(logits.device)
+                loss = torch.nn.functional.cross_entropy(logits[real], tokens[real], reduction="sum")
+                gradients.write(index, torch.autograd.grad(loss, last)[0])
+
+        self._each(head)
+        states.close()
+        gradients.close()
+
+    def _backward(self, layer: int) -> None:
+        """Sums over a layer's neurons and attention outputs, and the gradient with respect to what the layer received."""
+        module, states = self.stream.load_layer(layer), self.states(layer)
+        after, before = self.gradients(layer), self.gradients(layer - 1)
+        down = module.mlp.experts.down_proj.data
+
+        def chunk(index: NDArray[np.int64]) -> Arrays:
+            given, weights = after.read(index).to(self.stream.device), self.weights[index].flatten().to(self.stream.device)
+            sums = self._neuron_sums(given, weights, down)
+            received = states.read(index).to(self.stream.device).requires_grad_()
+            with recording(Recorder(on_expert=sums.pop("note"), outputs={})) as seen:
+                out = self.stream.run_layer(module, received, gradients=True)
+            assert seen.outputs is not None
+            first, *others = torch.autograd.grad(out, [received, *seen.outputs.values()], given)
+            before.write(index, first)
+            for role, gradient in zip(seen.outputs, others, strict=True):
+                g = gradient.flatten(0, -2).float()
+                sums[role] = (g * weights[:, None]).T @ g
+            return {name: value.cpu().numpy() for name, value in sums.items()}
+
+        arrays: Arrays = {}
+        for part in self._each(chunk):
+            for name, value in part.items():
+                merge = np.maximum if name == "phi_sq_max" else np.add
+                arrays[name] = merge(arrays[name], value) if name in arrays else value.astype(np.float64)
+        arrays["down_sq"] = down.double().square().sum(dim=1).cpu().numpy()
+        save_arrays(self.work / array_file(layer), arrays)
+        self.stream.unload_layer(layer)
+        for file in (states, after, before):
+            file.close()
+
+    def _neuron_sums(self, given: torch.Tensor, weights: torch.Tensor, down: torch.Tensor) -> dict[str, Any]:
+        """Sums [E, M] of one chunk, and the function that fills them while the layer runs."""
+        gradient, shape = given.flatten(0, 1), (down.shape[0], down.shape[2])
+        sums: dict[str, Any] = {name: torch.zeros(shape, device=down.device) for name in ("heapr", "phi_sq", "phi_sq_max")}
+
+        def note(expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
+            h, g, lam = h.detach().float(), gate.detach()[:, None], weights[token]
+            sums["heapr"][expert] = heapr_sums(h, gradient[token] * g, down[expert], lam)
+            phi_sq = (g * h).square() * lam[:, None]
+            sums["phi_sq"][expert], sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
+
+        return {**sums, "note": note}

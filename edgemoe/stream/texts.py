@@ -1,0 +1,136 @@
+"""Calibration and held-out texts: files as the user gives them, or the shipped mix -> named, weighted documents.
+
+Held-out text never reaches calibration: it is `--heldout`, else the last tenth of each calibration file's documents (which are then not
+calibrated on), else the shipped held-out mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.ir import Stats
+
+SHIPPED = Path(__file__).parent / "data"
+DEFAULT_TOKENS = 65_536  # of all calibration texts together
+HELDOUT_SHARE = 0.1
+MAX_BYTES = 2**30
+_SAME_BY_CHANCE = 200  # characters; shorter paragraphs may be equal in different texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """One text: documents in order, and its weight among the others."""
+
+    name: str
+    documents: tuple[str, ...]
+    weight: float = 1.0
+
+    @property
+    def sha256(self) -> str:
+        """Of the documents as used."""
+        return hashlib.sha256("\x00".join(self.documents).encode()).hexdigest()
+
+
+def choose_texts(calibration: Sequence[str], heldout: Sequence[str]) -> tuple[tuple[Text, ...], tuple[Text, ...]]:
+    """Calibration and held-out texts for what the user gave: FILE or FILE:WEIGHT, and FILE.
+
+    Raises:
+        UsageError: a weight that is no positive number.
+        ModelError: a file that cannot be read or holds no text.
+    """
+    calibrate = tuple(read_text(spec) for spec in calibration)
+    if heldout:
+        held = tuple(read_text(spec) for spec in heldout)
+    elif calibrate:
+        split = [_split(text) for text in calibrate]
+        calibrate, held = tuple(s[0] for s in split), tuple(s[1] for s in split)
+    else:
+        held = tuple(read_text(str(p)) for p in sorted((SHIPPED / "heldout").glob("*.txt")))
+    if not calibrate:
+        calibrate = tuple(read_text(str(p)) for p in sorted((SHIPPED / "calibration").glob("*.txt")))
+    names = [text.name for text in calibrate]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two calibration texts have the same name ({', '.join(names)})", hint="rename one: the name is the domain's name")
+    seen = {d for text in calibrate for d in text.documents if len(d) > _SAME_BY_CHANCE}
+    for text in held:
+        if seen.intersection(text.documents):
+            raise UsageError(f"held-out text {text.name} shares documents with the calibration text", hint="give other files to --heldout")
+    return calibrate, held
+
+
+def recall_texts(stats: Stats, given: Sequence[str]) -> tuple[Text, ...]:
+    """The texts that statistics come from, given again (as FILE or FILE:WEIGHT; none: the shipped mix); whole, or without a held-out tenth.
+
+    Raises:
+        UsageError: these are other texts; says which ones it must be.
+        ModelError: a file that cannot be read or holds no text.
+    """
+    known = [(d.name, d.weight, d.sha256) for d in stats.domains]
+    whole = tuple(map(read_text, given)) or choose_texts((), ())[0]
+    split = tuple(_split(text)[0] for text in whole if len(text.documents) > 1)
+    for texts in (whole, split):
+        if [(t.name, t.weight, t.sha256) for t in texts] == known:
+            return texts
+    named = ", ".join(f"{name} (weight {weight:g})" for name, weight, _ in known)
+    found = ", ".join(f"{t.name} (weight {t.weight:g})" for t in whole) if given else "the shipped mix"
+    raise UsageError(
+        f"--calibration: {stats.folder} was made from {named}, and emit repairs and rounds on the same texts; found {found}",
+        hint="give every --calibration again as calibrate or build had it, in the same order; none for the shipped mix",
+    )
+
+
+def read_text(spec: str) -> Text:
+    """A text from "FILE" or "FILE:WEIGHT": plain UTF-8 (documents parted by form feeds or, failing these, paragraphs) or JSONL ("text")."""
+    name, _, weight_text = spec.rpartition(":")
+    weight = 1.0
+    if name and not Path(spec).exists():
+        try:
+            weight = float(weight_text)
+        except ValueError as error:
+            raise UsageError(f"{spec!r}: {weight_text!r} is not a weight", hint="write FILE or FILE:WEIGHT, as in my.txt:3") from error
+        if not 0 < weight < 1e6:
+            raise UsageError(f"{spec!r}: the weight must be a positive number")
+        spec = name
+    path = Path(spec)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{path}: more than {MAX_BYTES} bytes of text", hint="a few megabytes are plenty")
+        raw = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    documents = _read_jsonl(path, raw) if path.suffix == ".jsonl" else _split_documents(raw)
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise ModelError(f"{path}: holds no text", hint="give a file with some thousands of words")
+    return Text(name=path.stem, documents=tuple(documents), weight=weight)
+
+
+def _split_documents(raw: str) -> list[str]:
+    return raw.split("\f") if "\f" in raw else [p + "\n\n" for p in raw.split("\n\n")]
+
+
+def _read_jsonl(path: Path, raw: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        if line.strip():
+            try:
+                documents.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ModelError(f"{path}: line {number} is not a JSON object with a field 'text': {error!r}") from error
+    return documents
+
+
+def _split(text: Text) -> tuple[Text, Text]:
+    """First nine tenths of the documents for calibration, the last tenth held out."""
+    cut = len(text.documents) - max(1, round(len(text.documents) * HELDOUT_SHARE))
+    if cut < 1:
+        raise UsageError(f"calibration text {text.name} has a single document, so nothing can be held out", hint="add --heldout FILE")
+    first, last = text.documents[:cut], text.documents[cut:]
+    return Text(name=text.name, documents=first, weight=text.weight), Text(name=text.name, documents=last, weight=text.weight)

@@ -1,0 +1,184 @@
+"""Rows, a ggml type, second moments of the inputs -> packed rows: ggml's own scales, codes chosen with feedback (edgemoe/feedback.py).
+
+A row is done in chunks of 256 columns: the stock quantizer packs what earlier chunks' errors left of the chunk, its scales stay, its codes
+are chosen again.  Then the block scales (float16) are refitted to the codes and the codes to the scales, in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import ModelError
+from edgemoe.quantize.gptq import Moments, descend_columns, round_columns
+from edgemoe.quantize.grids import Codebook, Floats, Grid, Scalar, sign_patterns
+from edgemoe.targets.gguf.codes import layout_of, read_codes, write_codes
+from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
+
+CHUNK = 256  # columns: the largest block of any type
+SWEEPS = 2
+UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+TABLES = ("IQ4_XS", "IQ4_NL", "MXFP4", "IQ1_S", "IQ1_M")
+SIGNED = {"IQ2_XXS": (8, 1, True), "IQ2_XS": (9, 1, True), "IQ2_S": (10, 1, False), "IQ3_XXS": (8, 2, True), "IQ3_S": (9, 2, False)}
+FED_BACK = (*UNIFORM, *TABLES, *SIGNED)
+ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+
+
+def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = SWEEPS) -> NDArray[np.uint8]:
+    """Rows [R, C] in a format of FED_BACK: bytes [R, row_bytes] that bring (w - q) H (w - q)' of each row down.
+
+    Args:
+        rows: weights, finite.
+        name: the ggml type.
+        moments: of the matrix's inputs, [C, C].
+        sweeps: of refitted scales and codes after the feedback.
+
+    Raises:
+        ModelError: a weight is NaN or infinite (ggml itself would write garbage).
+    """
+    if not np.isfinite(rows).all():
+        raise ModelError(f"{name}: a row holds NaN or infinite weights")
+    cols = rows.shape[1]
+    left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
+    chunks = [slice(i, min(i + CHUNK, cols)) for i in range(0, cols, CHUNK)]
+    packed: list[NDArray[np.uint8]] = []
+    for chunk in chunks:
+        stock = quantize(left[:, chunk], name, moments.importance[chunk])
+        codes, values[:, chunk], correction = round_columns(left, grid_of(stock, name), moments, chunk)
+        left[:, chunk.stop :] -= correction
+        packed.append(write_codes(stock, name, codes))
+    whole = np.concatenate(packed, axis=1)
+    if sweeps:
+        gradient = np.asarray((rows - values) @ moments.h, np.float32)
+    for _ in range(sweeps):
+        whole = descend_rows(whole, name, values, moments, gradient)
+    return whole
+
+
+def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+    """Scales refitted and every code chosen again, all others given: packed rows anew; values and gradient change in place.
+
+    Args:
+        packed: rows [R, bytes].
+        name: the ggml type.
+        values: what they decode to [R, C].
+        moments: of the inputs, H.
+        gradient: (weights - values) H [R, C].
+    """
+    cols, parts, start = values.shape[1], [], 0
+    for i in range(0, cols, CHUNK):
+        chunk = slice(i, min(i + CHUNK, cols))
+        stop = start + row_bytes(name, chunk.stop - chunk.start)
+        part = _refit_scales(np.ascontiguousarray(packed[:, start:stop]), name, values, moments, gradient, chunk)
+        codes = read_codes(part, name)
+        descend_columns(codes, values, grid_of(part, name), moments, gradient, chunk)
+        parts.append(write_codes(part, name, codes))
+        start = stop
+    return np.concatenate(parts, axis=1)
+
+
+def feeds_back(name: str) -> bool:
+    """Whether feedback knows a format."""
+    return name in FED_BACK
+
+
+def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Moments | None) -> NDArray[np.uint8]:
+    """Rows in a format, by the stock quantizer with this importance, or with feedback where there are second moments."""
+    return quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments)
+
+
+# -------------------------------------------------------------------------------------------------------------------- grids
+def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
+    """What each code of packed rows [R, bytes] would stand for, the scales being as they are."""
+    if name in UNIFORM:
+        last = 2 ** layout_of(name).bits.shape[1] - 1
+        low, high = _decode_all(packed, name, 0), _decode_all(packed, name, last)
+        return Scalar((high - low) / np.float32(last), low, np.arange(last + 1, dtype=np.float32))
+    table = _table_of(name)
+    if name in TABLES:
+        first, second = int(table[:, 0].argmin()), int(table[:, 0].argmax())
+        dim = table.shape[1]
+        low, high = _decode_all(packed, name, first)[:, ::dim], _decode_all(packed, name, second)[:, ::dim]
+        scale = (high - low) / (table[second, 0] - table[first, 0])
+        offset = low - scale * table[first, 0]
+        return Scalar(scale, offset, table[:, 0]) if dim == 1 else Codebook(scale, offset, table, sign_patterns(1))
+    scale = _decode_all(packed, name, 0)[:, ::8] / table[0, 0]
+    return Codebook(scale, np.zeros_like(scale), table, sign_patterns(128 if SIGNED[name][2] else 256))
+
+
+def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> Floats:
+    """Values [R, C] if every code were this one."""
+    groups = packed.shape[1] // FORMATS[name].block_bytes * len(layout_of(name).bits)
+    codes = np.full((len(packed), groups), code, np.int32)
+    return dequantize(write_codes(packed, name, codes), name, groups * layout_of(name).dim)
+
+
+@functools.cache
+def _table_of(name: str) -> Floats:
+    """Values [codes, columns] that the codes of a format stand for, up to a factor: read from ggml by decoding one block for each."""
+    layout, kind = layout_of(name), FORMATS[name]
+    block = np.zeros(kind.block_bytes, np.uint8)
+    for offset in layout.halves:
+        block[offset : offset + 2] = ONE
+    if name == "MXFP4":
+        block[0] = 128  # exponent of two: E8M0
+    if name == "IQ1_M":
+        block[[53, 55]] = 0xC0, 0x30  # the four nibbles of d
+    if name in SIGNED:
+        bits, parts, _ = SIGNED[name]
+        codes, dim = np.arange(2**bits, dtype=np.int32), 8 // parts
+    else:
+        codes, dim = np.arange(2 ** layout.bits.shape[1], dtype=np.int32), layout.dim
+    blocks = write_codes(np.tile(block, (len(codes), 1)), name, np.tile(codes[:, None], (1, len(layout.bits))))
+    table = dequantize(blocks, name, kind.block)[:, :dim]
+    return np.ascontiguousarray(table / np.abs(table).max())
+
+
+# ------------------------------------------------------------------------------------------------------------------- scales
+def _refit_scales(
+    packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats, columns: slice
+) -> NDArray[np.uint8]:
+    """Least squares for d (and dmin) of every block, one block after another, the codes being as they are; kept where it helps.
+
+    `values` and `gradient` [R, C] are changed in place.
+    """
+    halves, kind = layout_of(name).halves, FORMATS[name]
+    if not halves:
+        return packed
+    packed = packed.copy()
+    for start in range(0, columns.stop - columns.start, kind.block):
+        at = slice(columns.start + start, columns.start + start + kind.block)
+        block = packed[:, start // kind.block * kind.block_bytes :][:, : kind.block_bytes]
+        parts = np.stack([_part(block, name, offset) for offset in halves], axis=1)  # [R, halves, block]
+        inner = moments.h[at, at]
+        normal = np.einsum("rib,rjb->rij", parts @ inner, parts).astype(np.float64)
+        wanted = np.einsum("rib,rb->ri", parts, gradient[:, at]).astype(np.float64)
+        lift = 1e-9 * np.trace(normal, axis1=1, axis2=2) + 1e-300
+        step = np.linalg.solve(normal + lift[:, None, None] * np.eye(len(halves)), wanted[..., None])[..., 0]
+        old = np.stack([_half(block, offset) for offset in halves], axis=1)
+        new = np.clip(old + step, -65504, 65504).astype(np.float16)
+        fresh = block.copy()
+        for i, offset in enumerate(halves):
+            fresh[:, offset : offset + 2] = np.ascontiguousarray(new[:, i]).view(np.uint8).reshape(-1, 2)
+        change = dequantize(fresh, name, kind.block) - values[:, at]
+        gain = 2 * (change * gradient[:, at]).sum(axis=1) - ((change @ inner) * change).sum(axis=1)
+        better = gain > 0
+        change *= better[:, None]
+        block[better] = fresh[better]
+        values[:, at] += change
+        gradient -= change @ moments.h[at]
+    return packed
+
+
+def _half(block: NDArray[np.uint8], offset: int) -> NDArray[np.float64]:
+    return np.ascontiguousarray(block[:, offset : offset + 2]).view(np.float16)[:, 0].astype(np.float64)
+
+
+def _part(block: NDArray[np.uint8], name: str, offset: int) -> Floats:
+    """Values [R, block] if this float16 were one and the others zero."""
+    alone = block.copy()
+    for other in layout_of(name).halves:
+        alone[:, other : other + 2] = ONE if other == offset else 0
+    return dequantize(alone, name, FORMATS[name].block)

@@ -1,0 +1,73 @@
+"""The proof that a GGUF tokenizes as the checkpoint does: llama.cpp in a child process against the original tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgemoe.base.errors import ModelError, VerifyError
+from edgemoe.model.checkpoint import read_json
+from edgemoe.targets.gguf.formats import library_folder
+from edgemoe.targets.tokenizer.tokens import MAX_TOKENIZER, load_package
+
+CHILD = Path(__file__).with_name("vocab_child.py")
+
+
+def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> list[str]:
+    """Lines that llama.cpp tokenizes otherwise than the checkpoint's tokenizer; without BOS, special tokens read as plain text.
+
+    Raises:
+        VerifyError: llama.cpp does not load the GGUF's vocabulary, or stopped; with its own last words.
+        ModelError: no tokenizer to compare with, or it does not load.
+        MachineError: a package is missing.
+    """
+    expected = tokenize_original(folder, lines)
+    library_folder()
+    job = json.dumps({"path": str(gguf_path), "lines": list(lines)})
+    done = subprocess.run(
+        [sys.executable, "-P", str(CHILD)],
+        input=job.encode(),
+        capture_output=True,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        check=False,
+    )
+    if done.returncode != 0:
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        last = [word for word in words if "GGML_ASSERT" in word or "error" in word.lower()] or words or ["it said nothing"]
+        raise VerifyError(f"{gguf_path.name}: llama.cpp stopped (exit status {done.returncode}): {last[-1].strip()[:500]}")
+    return [line for line, ours, theirs in zip(lines, json.loads(done.stdout), expected, strict=True) if ours != theirs]
+
+
+def tokenize_original(folder: Path, lines: Sequence[str]) -> list[list[int]]:
+    """Tokens of lines by the tokenizer in a folder, without BOS, special tokens read as plain text.
+
+    Raises:
+        ModelError: there is none, or it does not load.
+        MachineError: a package is missing.
+    """
+    if (folder / "tokenizer.json").exists():
+        file = folder / "tokenizer.json"
+        package = load_package("tokenizers")
+        read_json(file, MAX_TOKENIZER)
+        try:
+            tokenizer = package.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ModelError(f"{file}: does not load: {str(error)[:300]}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # their texts in a line are text, as they are for llama.cpp
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(lines), add_special_tokens=False)]
+    file = folder / "tokenizer.model"
+    if not file.exists():
+        raise ModelError(f"{folder}: neither tokenizer.json nor tokenizer.model to compare with")
+    package = load_package("sentencepiece")
+    try:
+        processor = package.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{file}: does not load: {str(error)[:300]}") from error
+    found: list[list[int]] = processor.encode(list(lines))
+    return found

@@ -1,0 +1,165 @@
+"""Model and formats -> the decoder's graph, built node by node; weights are announced, not read.
+
+Inputs and outputs have the names that onnxruntime-genai, transformers.js and optimum know: input_ids, attention_mask (padding on the
+right), past_key_values.N.key / .value -> logits, present.N.key / .value.  A token's position is the number of tokens before it; its
+rotary angles are computed in the graph, so no table takes bytes or limits the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgemoe.ir import Model
+from edgemoe.model.families import rope_theta
+from edgemoe.targets.onnx.experts import Group, add_moe, add_weights, code_dims
+from edgemoe.targets.onnx.formats import FORMATS, fits
+from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, INT32, INT64, UINT8, Sheet, import_onnx
+from edgemoe.targets.onnx.router import Router
+
+# Inputs of matrix products are rounded to int8 by block.  In floats, 8 and 2 bits are 50 to 400 times slower and 4 bits 3 to 7 times, for
+# half a per cent of squared error (docs/decisions/0007-onnx-formats.md).
+INT8_INPUTS = 4  # MatMulNBits' accuracy_level
+
+
+def router_of(model: Model) -> Router:
+    """The router rule of the families that are written."""
+    return Router(top_k=model.top_k, renormalize=model.renormalize)
+
+
+def widest_format(cols: int) -> str:
+    """The format whose node takes most bytes in the graph: all pieces, and the largest block."""
+    return next((name for name in reversed(FORMATS) if fits(name, cols)), "F32")
+
+
+def build_decoder(sheet: Sheet, model: Model, groups: Sequence[Sequence[Group]], formats: Mapping[str, str]) -> tuple[list[Any], list[Any]]:
+    """Fill a sheet with the whole decoder; returns its inputs and outputs.
+
+    Args:
+        sheet: an empty one.
+        model: whose shapes count.
+        groups: of each layer, formats of experts with their counts (see experts.group_experts).
+        formats: of every other matrix, by unit name.
+    """
+    x = _embedding(sheet, model, formats["token_embd.weight"])
+    shared = _positions(sheet, model)
+    for layer in range(model.n_layers):
+        normed = _norm(sheet, model, x, f"blk.{layer}.attn_norm", model.hidden_size)
+        x = sheet.op("Add", [x, _attention(sheet, model, layer, normed, shared, formats)], f"blk.{layer}.attn_residual")
+        normed = _norm(sheet, model, x, f"blk.{layer}.ffn_norm", model.hidden_size)
+        x = sheet.op("Add", [x, add_moe(sheet, model, layer, normed, groups[layer], router_of(model))], f"blk.{layer}.ffn_residual")
+    x = _norm(sheet, model, x, "output_norm", model.hidden_size)
+    name = "output" if model.find("output") else "token_embd"
+    _linear(sheet, x, name, model.vocab_size, model.hidden_size, formats[f"{name}.weight"], "logits")
+    return _interface(model)
+
+
+def _interface(model: Model) -> tuple[list[Any], list[Any]]:
+    info = import_onnx().helper.make_tensor_value_info
+    parts = [f"{layer}.{part}" for layer in range(model.n_layers) for part in ("key", "value")]
+    cache = ["batch_size", model.n_kv_heads, "past_sequence_length", model.head_dim]
+    longer = ["batch_size", model.n_kv_heads, "total_sequence_length", model.head_dim]
+    inputs = [
+        info("input_ids", INT64, ["batch_size", "sequence_length"]),
+        info("attention_mask", INT64, ["batch_size", "total_sequence_length"]),
+        *(info(f"past_key_values.{part}", FLOAT, cache) for part in parts),
+    ]
+    logits = info("logits", FLOAT, ["batch_size", "sequence_length", model.vocab_size])
+    outputs = [logits, *(info(f"present.{part}", FLOAT, longer) for part in parts)]
+    return inputs, outputs
+
+
+def _positions(sheet: Sheet, model: Model) -> dict[str, str]:
+    """What every attention needs: lengths, and the rotary cosines and sines [batch * sequence, head / 2] of this call's tokens.
+
+    inv_freq_i = theta^(-2i/d), angles = position * inv_freq, as in transformers' rotary embedding (arXiv 2104.09864).
+    """
+    op, const = sheet.op, sheet.constant
+    lengths = op("ReduceSum", ["attention_mask", const("const.last", [-1])], "lengths", keepdims=1)
+    last = op("Sub", [op("Squeeze", [lengths, const("const.last", [-1])], "lengths_flat"), const("const.int_one", 1)], "last")
+    seqlens = op("Cast", [last], "seqlens_k", to=INT32)
+    total_long = op("Gather", [op("Shape", ["attention_mask"], "mask_shape"), const("const.int_one", 1)], "total_long")
+    total = op("Cast", [total_long], "total_sequence_length_i32", to=INT32)
+    shape = op("Shape", ["input_ids"], "ids_shape")
+    sequence = op("Gather", [shape, const("const.int_one", 1)], "sequence")
+    start = op("Max", [op("Sub", [lengths, sequence], "before"), const("const.zero", 0)], "start")
+    steps = op("Range", [const("const.zero", 0), sequence, const("const.int_one", 1)], "steps")
+    positions = op("Cast", [op("Add", [start, steps], "positions_long")], "positions", to=FLOAT)
+    column = op("Reshape", [positions, const("const.column", [-1, 1])], "positions_column")
+    pairs = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
+    angles = op("Mul", [column, const("inv_freq", rope_theta(model.config) ** -pairs)], "angles")
+    count = op("ReduceProd", [shape], "token_count", keepdims=0)
+    slots = op("Range", [const("const.zero", 0), count, const("const.int_one", 1)], "slots_flat")
+    return {
+        "seqlens": seqlens,
+        "total": total,
+        "cos": op("Cos", [angles], "cos"),
+        "sin": op("Sin", [angles], "sin"),
+        "slots": op("Reshape", [slots, shape], "slots"),
+    }
+
+
+def _attention(sheet: Sheet, model: Model, layer: int, x: str, shared: Mapping[str, str], formats: Mapping[str, str]) -> str:
+    """Grouped-query attention with its cache; norms of queries and keys where the checkpoint has them."""
+    prefix, heads = f"blk.{layer}", {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
+    part = {}
+    for letter, n in heads.items():
+        unit = f"{prefix}.attn_{letter}"
+        value = _linear(sheet, x, unit, n * model.head_dim, model.hidden_size, formats[f"{unit}.weight"], f"{unit}.out")
+        norm = model.find(f"attn_{letter}_norm", layer)
+        if norm is not None:
+            value = _head_norm(sheet, model, value, f"{unit}_norm", norm.shape[0])
+        if letter != "v":
+            inputs = [value, shared["slots"], shared["cos"], shared["sin"]]
+            value = sheet.op("RotaryEmbedding", inputs, f"{unit}.rotated", domain=CONTRIB)
+        part[letter] = value
+    past, present = ([f"{name}.{layer}.{kind}" for kind in ("key", "value")] for name in ("past_key_values", "present"))
+    inputs = [part["q"], part["k"], part["v"], *past, shared["seqlens"], shared["total"]]
+    attributes = {"num_heads": model.n_heads, "kv_num_heads": model.n_kv_heads, "scale": model.head_dim**-0.5}
+    mixed = sheet.op("GroupQueryAttention", inputs, [f"{prefix}.attn", *present], domain=CONTRIB, **attributes)
+    unit = f"{prefix}.attn_output"
+    return _linear(sheet, mixed, unit, model.hidden_size, model.n_heads * model.head_dim, formats[f"{unit}.weight"], f"{unit}.out")
+
+
+def _norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
+    """RMS norm over the last axis."""
+    weight = sheet.weight(name, FLOAT, (width,))
+    return sheet.op("RMSNormalization", [x, weight], f"{name}.out", axis=-1, epsilon=float(model.config["rms_norm_eps"]))
+
+
+def _head_norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
+    """Norm of queries or keys: over the whole width (OLMoE), or of each head (Qwen3) when the weight is as long as one."""
+    if width != model.head_dim:
+        return _norm(sheet, model, x, name, width)
+    heads = sheet.op("Reshape", [x, sheet.constant("const.heads", [0, 0, -1, width])], f"{name}.heads")
+    normed = _norm(sheet, model, heads, name, width)
+    return sheet.op("Reshape", [normed, sheet.constant("const.joined", [0, 0, -1])], f"{name}.joined")
+
+
+def _linear(sheet: Sheet, x: str, name: str, rows: int, cols: int, kind: str, out: str) -> str:
+    """Product of x [.., cols] and a matrix [rows, cols] transposed; a matrix that is announced already (a tied embedding) is used again."""
+    fmt = FORMATS[kind]
+    if f"{name}.codes" in sheet.places:
+        pieces = {piece: f"{name}.{piece}" for piece in ("codes", "scales", "zeros") if f"{name}.{piece}" in sheet.places}
+        if fmt.block:
+            pieces["codes"] = sheet.alias(f"{name}.blocks", pieces["codes"], UINT8, (rows, *code_dims(kind, cols)))
+    else:
+        pieces = add_weights(sheet, name, kind, (rows,), cols, by_block=True)
+    if not fmt.block:
+        return sheet.op("FusedMatMul", [x, pieces["codes"]], out, domain=CONTRIB, transB=1)
+    attributes = {"K": cols, "N": rows, "bits": fmt.bits, "block_size": fmt.block, "accuracy_level": INT8_INPUTS}
+    return sheet.op("MatMulNBits", [x, *pieces.values()], out, domain=CONTRIB, **attributes)
+
+
+def _embedding(sheet: Sheet, model: Model, kind: str) -> str:
+    """First states [batch, sequence, hidden]."""
+    fmt = FORMATS[kind]
+    pieces = add_weights(sheet, "token_embd", kind, (model.vocab_size,), model.hidden_size)
+    if not fmt.block:
+        return sheet.op("Gather", [pieces["codes"], "input_ids"], "embedded", axis=0)
+    codes, *others = pieces.values()
+    inputs = [codes, "input_ids", *others]
+    attributes = {"bits": fmt.bits, "block_size": fmt.block, "gather_axis": 0, "quantize_axis": 1}
+    return sheet.op("GatherBlockQuantized", inputs, "embedded", domain=CONTRIB, **attributes)

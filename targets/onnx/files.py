@@ -1,0 +1,238 @@
+"""Model, Plan -> the small files beside an ONNX graph, so that each runtime finds the folder as it expects it.
+
+Two layouts hold the same graph.  "onnx": model.onnx and model.onnx.data side by side, for ONNX Runtime, onnxruntime-genai, onnxruntime-web.
+"transformers.js": the same two under onnx/, named as that library asks for them.  Bytes depend on checkpoint and plan alone.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgemoe.base.errors import MachineError, ModelError, UsageError
+from edgemoe.ir import Model, Plan
+from edgemoe.model.checkpoint import read_json
+
+# Layout -> the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
+# transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".
+PLACES = {"onnx": ("model.onnx", "model.onnx.data"), "transformers.js": ("onnx/model.onnx", "onnx/model.onnx_data")}
+# Widths that a layout's runtimes cannot run: QMoE in wasm refuses 3 bits ("must be 2, 4, or 8"; onnxruntime-web 1.30 and 1.31-dev).
+REFUSED_BITS = {"onnx": (), "transformers.js": (3,)}
+# transformers.js 4.3.1 learns from `model_type` which keys hold the shape of the cache, and refuses types that it does not list ("mixtral",
+# "olmoe").  The graph needs nothing else of it, so all our families pass there as this one, which has the keys that they have.
+TRANSFORMERS_JS_TYPE = "qwen3_moe"
+# What is copied as it is: what tokenizers are made of, by the libraries that load them, and how to sample; with the most bytes that we take
+# (the largest known tokenizer.json has 34 MB).
+COPIED = {
+    "added_tokens.json": 2**24,
+    "chat_template.jinja": 2**20,
+    "chat_template.json": 2**20,
+    "generation_config.json": 2**20,
+    "merges.txt": 2**27,
+    "special_tokens_map.json": 2**20,
+    "tokenizer.json": 2**28,
+    "tokenizer.model": 2**28,
+    "tokenizer_config.json": 2**26,
+    "vocab.json": 2**27,
+    "vocab.txt": 2**27,
+}
+# genai's own defaults of what a generation_config.json may set (models/builders/base.py of onnxruntime-genai 0.18).
+SEARCH = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+
+
+def allowed(name: str, layout: str) -> bool:
+    """Whether a format ("INT4_32", "F32") runs in every runtime that a layout is for."""
+    return not any(name.startswith(f"INT{bits}_") for bits in REFUSED_BITS[_check_name(layout)])
+
+
+def check_layout(formats: Iterable[str], layout: str) -> None:
+    """Refuse a plan's formats that the layout's runtimes cannot run.
+
+    Raises:
+        UsageError: no such layout, or a width that it has no kernel for.
+    """
+    refused = sorted({name for name in formats if not allowed(name, layout)})
+    if refused:
+        raise UsageError(
+            f"the plan stores tensors as {', '.join(refused)}: the wasm runtime behind layout {layout!r} has no kernel for 3 bits",
+            hint="make the plan with --target browser",
+        )
+
+
+def _check_name(layout: str) -> str:
+    if layout not in PLACES:
+        raise UsageError(f"layout {layout!r} is not known", hint=f"known: {', '.join(PLACES)}")
+    return layout
+
+
+def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx") -> list[str]:
+    """Write everything beside the graph: configs and tokenizer.
+
+    Args:
+        model: whose folder the files come from.
+        plan: how many experts are left, and the context whose cache was planned for.
+        folder: where the graph lies, or will lie, as `PLACES` says; must exist.
+        layout: a name in `PLACES`.
+
+    Returns:
+        The names written, sorted.
+
+    Raises:
+        UsageError: no such layout, or the plan has a width that it cannot run.
+        ModelError: a file of the checkpoint is too large, is no JSON, or leads out of the folder.
+        MachineError: the disk is full or not writable.
+    """
+    check_layout(plan.formats.values(), layout)
+    source = Path(model.folder)
+    files = {name: data for name, limit in COPIED.items() if (data := _read_bytes(source, name, limit)) is not None}
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    files["config.json"] = _dump(make_config(model, plan, layout))
+    files["genai_config.json"] = _dump(make_genai_config(model, generation, plan.context, layout))
+    try:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror or error}", hint="free some space, or choose another folder") from error
+    return sorted(files)
+
+
+def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any]:
+    """The checkpoint's config.json for what is left of it.
+
+    Where layers keep different numbers of experts, the expert count is that of the fullest, and `edgemoe` says how many each layer has.
+    Weights enter and leave the graph as float32 whatever they were; `auto_map` would send loaders to code that is not here.  In the layout
+    of transformers.js `model_type` is one that this library knows, and `edgemoe` has the true one.
+    """
+    config = {key: value for key, value in model.config.items() if key not in ("auto_map", "dtype", "torch_dtype", "quantization_config")}
+    counts = [len(kept) for kept in plan.kept]
+    config |= {key: plan.count for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config}
+    config |= {"num_experts_per_tok": min(model.top_k, plan.count), "torch_dtype": "float32"}
+    config["edgemoe"] = {"experts_original": model.n_experts}
+    if not plan.has_one_count:
+        config["edgemoe"]["experts_per_layer"] = counts
+    if layout == "transformers.js":
+        config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": True}
+        config["edgemoe"]["model_type"] = model.model_type
+        config |= {"model_type": TRANSFORMERS_JS_TYPE, "head_dim": model.head_dim, "num_key_value_heads": model.n_kv_heads}
+    return config
+
+
+def make_genai_config(model: Model, generation: Mapping[str, Any], context: int, layout: str = "onnx") -> dict[str, Any]:
+    """What onnxruntime-genai wants to know; "decoder" is its type for a graph that it need not recognize.
+
+    It allocates the cache of `max_length` tokens at once (`past_present_share_buffer`), so that is the planned context; who sets more has
+    the room.
+
+    Args:
+        model: the shape, and the special tokens where `generation` has none.
+        generation: of generation_config.json, may be empty.
+        context: tokens whose cache was planned for.
+        layout: where the graph lies.
+    """
+    ids = {key: _token_ids(model, generation, f"{key}_token_id") for key in ("bos", "eos", "pad")}
+    special: dict[str, Any] = {f"{key}_token_id": found[0] if len(found) == 1 else found for key, found in ids.items() if found}
+    if ids["eos"]:
+        special.setdefault("pad_token_id", ids["eos"][0])
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": PLACES[layout][0],
+        "head_size": model.head_dim,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.n_heads,
+        "num_hidden_layers": model.n_layers,
+        "num_key_value_heads": model.n_kv_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+    }
+    search = {key: _setting(model, generation, key, default) for key, default in SEARCH.items()}
+    search |= {"max_length": min(context, model.context_length), "past_present_share_buffer": True}
+    described = {"type": "decoder", "context_length": model.context_length, "vocab_size": model.vocab_size, "decoder": decoder}
+    return {"model": described | special, "search": search}
+
+
+def _token_ids(model: Model, generation: Mapping[str, Any], key: str) -> list[int]:
+    """The ids of a special token, from generation_config.json or else config.json.
+
+    Raises:
+        ModelError: an id that the embedding has no row for.
+    """
+    for name, values in (("generation_config.json", generation), ("config.json", model.config)):
+        value = values.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        for token in found:
+            if isinstance(token, bool) or not isinstance(token, int) or token >= model.vocab_size:
+                raise ModelError(f"{Path(model.folder) / name}: {key} is {token!r}, which is no token of {model.vocab_size}")
+        if known := [token for token in found if token >= 0]:  # -1 means none
+            return known
+    return []
+
+
+def _setting(model: Model, generation: Mapping[str, Any], key: str, default: float) -> float:
+    """A number or flag of generation_config.json, or genai's own default."""
+    value = generation.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, int | float):
+        raise ModelError(f"{Path(model.folder) / 'generation_config.json'}: {key} is {value!r}, expected such a value as {default!r}")
+    return value
+
+
+def _dump(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _read_bytes(folder: Path, name: str, limit: int) -> bytes | None:
+    """A file of the checkpoint that is to be copied, or None where it has none.
+
+    Raises:
+        ModelError: larger than `limit` bytes, or a .json that holds no object.
+    """
+    path = _locate(folder, name)
+    if path is None:
+        return None
+    if path.stat().st_size > limit:
+        raise ModelError(f"{folder / name}: {path.stat().st_size} bytes is too large to be copied, the limit is {limit}")
+    if name.endswith(".json"):
+        read_json(path, limit)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{folder / name}: cannot be read: {error}") from error
+
+
+def _locate(folder: Path, name: str) -> Path | None:
+    """Where a file of the checkpoint really lies, or None where it has none.
+
+    What we copy may be published, so a link must not lead elsewhere; the hub's cache links from snapshots/REVISION to its own blobs/.
+
+    Raises:
+        ModelError: a link out of the checkpoint, or no regular file.
+    """
+    try:
+        path = (folder / name).resolve(strict=True)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{folder / name}: cannot be read: {error}") from error
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if path.parent not in (home, blobs):
+        raise ModelError(f"{folder / name}: a link that leads out of the checkpoint, to {path}", hint="put a copy of the file there")
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{folder / name}: not a regular file")
+    return path

@@ -1,0 +1,130 @@
+"""Rows, a format, second moments of the inputs -> packed rows: the stock search's scales, codes chosen with feedback (edgemoe/feedback.py).
+
+A packed row is its codes, scales and zero points one after the other, as `Packed.pieces` lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import ModelError
+from edgemoe.quantize.gptq import Moments, descend_columns, round_columns
+from edgemoe.quantize.grids import Floats, Scalar
+from edgemoe.targets.onnx.formats import FORMATS, Packed, dequantize, pack, piece_bytes, quantize, unpack
+
+CHUNK = 256  # columns: two of the largest blocks
+SWEEPS = 2
+
+
+def feeds_back(name: str) -> bool:
+    """Whether feedback knows a format."""
+    return FORMATS[name].block > 0
+
+
+def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Moments | None) -> NDArray[np.uint8]:
+    """Rows [R, C] in a format [R, bytes], by the stock search with this importance, or with feedback where there are second moments.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+    """
+    if not np.isfinite(rows).all():
+        raise ModelError(f"{name}: a row holds NaN or infinite weights")
+    return _side_by_side(quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments))
+
+
+def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+    """Every code chosen again, all others given: packed rows anew; values and gradient change in place.
+
+    Args:
+        packed: rows [R, bytes].
+        name: the format.
+        values: what they decode to [R, C].
+        moments: of the inputs, H.
+        gradient: (weights - values) H [R, C].
+    """
+    cols, bits = values.shape[1], FORMATS[name].bits
+    parts = split_rows(packed, name, cols)
+    codes = unpack(parts.codes, bits, cols).astype(np.int32)
+    descend_columns(codes, values, _grid_of(parts, name), moments, gradient, slice(0, cols))
+    return _side_by_side(replace(parts, codes=pack(codes.astype(np.uint8), bits)))
+
+
+def _side_by_side(packed: Packed) -> NDArray[np.uint8]:
+    return np.concatenate(list(packed.pieces().values()), axis=1)
+
+
+def split_rows(packed: NDArray[np.uint8], name: str, cols: int) -> Packed:
+    """Packed rows [R, bytes] by piece."""
+    ends = np.cumsum(list(piece_bytes(name, 1, cols).values()))
+    codes, *others = np.split(packed, ends[:-1], axis=1)
+    if not others:
+        return Packed(codes=np.ascontiguousarray(codes))
+    raw = np.ascontiguousarray(others[0])
+    scales = raw.view(np.float16) if FORMATS[name].scale_bytes == 2 else raw.view(np.float32)
+    return Packed(codes=np.ascontiguousarray(codes), scales=scales, zeros=others[1] if len(others) > 1 else None)
+
+
+def unpack_rows(packed: NDArray[np.uint8], name: str, cols: int) -> Floats:
+    """What packed rows stand for [R, cols]."""
+    return dequantize(split_rows(packed, name, cols), name, cols)
+
+
+def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = SWEEPS) -> Packed:
+    """Rows [R, C] in a format that brings (w - q) H (w - q)' of each row down.
+
+    Chunk after chunk, the stock search finds scales and zero points for what the errors of earlier chunks left of it; they stay.
+
+    Args:
+        rows: weights, finite.
+        name: the format.
+        moments: of the matrix's inputs, [C, C].
+        sweeps: of choosing every code again, all others given.
+    """
+    cols = rows.shape[1]
+    left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
+    grids: list[tuple[slice, Packed, Scalar]] = []
+    codes = np.empty(rows.shape, np.int32)
+    for start in range(0, cols, CHUNK):
+        chunk = slice(start, min(start + CHUNK, cols))
+        stock = quantize(left[:, chunk], name, moments.importance[chunk])
+        grid = _grid_of(stock, name)
+        codes[:, chunk], values[:, chunk], correction = round_columns(left, grid, moments, chunk)
+        left[:, chunk.stop :] -= correction
+        grids.append((chunk, stock, grid))
+    if sweeps:
+        gradient = np.asarray((rows - values) @ moments.h, np.float32)
+    for _ in range(sweeps):
+        for chunk, _, grid in grids:
+            part = codes[:, chunk].copy()
+            descend_columns(part, values, grid, moments, gradient, chunk)
+            codes[:, chunk] = part
+    return _join(codes.astype(np.uint8), [stock for _, stock, _ in grids], name)
+
+
+def _grid_of(packed: Packed, name: str) -> Scalar:
+    """What each code would stand for."""
+    kind = FORMATS[name]
+    assert packed.scales is not None
+    blocks = packed.scales.shape[1]
+    zeros = np.full((1, 1), 2 ** (kind.bits - 1), np.float32)
+    if packed.zeros is not None:
+        zeros = unpack(packed.zeros, kind.bits, blocks).astype(np.float32)
+    scales = packed.scales.astype(np.float32)
+    scale, offset = (np.repeat(part, kind.block, axis=1) for part in (scales, -zeros * scales))
+    return Scalar(scale, offset, np.arange(2**kind.bits, dtype=np.float32))
+
+
+def _join(codes: NDArray[np.uint8], chunks: list[Packed], name: str) -> Packed:
+    """Chunks of columns side by side, with these codes."""
+    kind = FORMATS[name]
+    scales = np.concatenate([part.scales for part in chunks if part.scales is not None], axis=1)
+    zeros = None
+    if kind.zeros:
+        every = [
+            unpack(part.zeros, kind.bits, part.scales.shape[1]) for part in chunks if part.zeros is not None and part.scales is not None
+        ]
+        zeros = pack(np.concatenate(every, axis=1), kind.bits)
+    return Packed(codes=pack(codes, kind.bits), scales=scales, zeros=zeros)
