@@ -30,14 +30,17 @@ from shapes import gqa
 
 from edgemoe.ir import Model, Plan
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import BuildRequest, plan_widths, store_weights
 from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.pipeline.request import BuildRequest
+from edgemoe.pipeline.store import store_weights
+from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import UNSEEN, narrow_experts
-from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target, gguf
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 CONTEXT = 160  # tokens, of the speed runs and of the plans
 

@@ -23,17 +23,19 @@ import edgemoe
 from edgemoe.base.errors import VerifyError
 from edgemoe.base.storage import hash_file, hash_json, load_record
 from edgemoe.calibrate.collect import collect_stats
-from edgemoe.ir import Costs, Model, Plan, Report, Stats
+from edgemoe.ir import Costs, Model, Plan, Report, Stats, tensor_name
 from edgemoe.ir.memory import peak
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import BuildRequest, build_artifact, choose_context, price_cached
-from edgemoe.plan.solve import least_budget, solve_plan
-from edgemoe.price.saliency import importance_of
+from edgemoe.pipeline.build import build_artifact
+from edgemoe.pipeline.request import BuildRequest, choose_context
+from edgemoe.pipeline.widths import price_cached
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
+from edgemoe.quantize.importance import importance_of
 from edgemoe.rules import ByteLimit
 from edgemoe.stream.texts import Text, choose_texts
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import floor_importance
-from edgemoe.targets.gguf.writer import tensor_name
 
 SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
 LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight

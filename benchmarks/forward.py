@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from edgemoe.ir import Model, Stats
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_nearest
-from edgemoe.stream.layers import LayerStream, Windows, apply_norm, map_ordered, only_experts
+from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
+from edgemoe.stream.passes import map_ordered
+from edgemoe.stream.windows import Windows
 from edgemoe.targets import Target
 
 Unit = tuple[str, int]  # role, layer

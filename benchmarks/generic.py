@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from distil_priors import fit_curve, n_layers_of, pool_curves, pool_roles, read_curves, read_sensitivities, relative_curve, subtract_floor
 
+from edgemoe.ir import is_planned
 from edgemoe.model.shapes import load_shape, model_of_config
 from edgemoe.price.priors import pooled_share
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, formats_of_rows
-from edgemoe.targets.gguf.writer import is_planned
 
 # Measured model -> its shape, and what its relatives' names begin with.
 MODELS = {

@@ -34,8 +34,9 @@ from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_cou
 from edgemoe.repair.experts import Experts, Tokens
 from edgemoe.repair.reconstruct import Change, Twin
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
-from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import Text, choose_texts
+from edgemoe.stream.windows import tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import flat_plan

@@ -27,16 +27,17 @@ import numpy as np
 from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.base.storage import hash_json, write_text
 from edgemoe.calibrate.collect import collect_stats
-from edgemoe.ir import Costs, Plan
+from edgemoe.ir import Costs, Plan, counts_text
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import price_cached, store_weights
+from edgemoe.pipeline.store import store_weights
+from edgemoe.pipeline.widths import price_cached
+from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import ROUNDINGS, discount
-from edgemoe.report.words import counts_text
 from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 6
 AS_LARGE = 0.97  # of our file: smaller ones, of rules that have no use for more bytes, are shown and not compared

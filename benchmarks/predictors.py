@@ -29,10 +29,11 @@ from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.routing.kept_sets import make_replay, set_loss
-from edgemoe.pipeline.build import price_cached
+from edgemoe.pipeline.widths import price_cached
 from edgemoe.price.saliency import SCORES, score_experts
-from edgemoe.stream.layers import apply_norm, tokenize
+from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 
 FORMATS = ("IQ4_XS", "Q3_K", "Q2_K", "IQ2_XXS")

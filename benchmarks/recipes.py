@@ -10,13 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.ir import PROJECTIONS, Model, Stats, Unit
+from edgemoe.ir import PROJECTIONS, Model, Stats, Unit, is_planned, tensor_name
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.plan.pmq import allocate_bits
 from edgemoe.price.saliency import score_experts
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
 from edgemoe.targets.gguf.mixes import fall_back
-from edgemoe.targets.gguf.writer import fixed_size, is_planned, list_units, tensor_name
+from edgemoe.targets.gguf.writer import fixed_size, list_units
 
 Array = NDArray[np.float64]
 Kept = tuple[tuple[int, ...], ...]

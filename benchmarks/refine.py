@@ -23,14 +23,16 @@ from edgemoe.base.storage import hash_json
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import price_cached, store_weights
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.pipeline.store import store_weights
+from edgemoe.pipeline.widths import price_cached
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount
 from edgemoe.repair.survivors import REVISION
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 8
 LARGEST, LEAST = 0.5, 0.08  # of the checkpoint's bytes: 8 bits a weight, and where a quarter of the experts stays

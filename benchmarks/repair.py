@@ -22,13 +22,15 @@ import numpy as np
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import price_cached
+from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.solve import solve_plan
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
-from edgemoe.stream.layers import LayerStream, Windows, final_states, tokenize
+from edgemoe.stream.layers import LayerStream
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import Windows, tokenize
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import kl_of_rows
+from edgemoe.verify.logits import kl_of_rows
 
 SHARES = (0.75, 0.5, 0.25)
 OPTIONS = {"closed form": {"epochs": 0}, "default": {"epochs": EPOCHS}}

@@ -34,8 +34,10 @@ from edgemoe.repair.experts import Experts, Tokens
 from edgemoe.repair.quantize_layer import Metric, expert_metrics, pack_matrix, sum_grams
 from edgemoe.repair.reconstruct import GUARD_EVERY
 from edgemoe.stream.gradients import collect_gradients, open_gradients
-from edgemoe.stream.layers import LayerStream, Recorder, map_ordered, recording, tokenize
+from edgemoe.stream.layers import LayerStream, Recorder, recording
+from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.texts import Text, choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 from edgemoe.targets.gguf.formats import FORMATS, quantize
 

@@ -17,7 +17,7 @@ from recipes import row_lengths, unit_bytes
 
 from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.targets.gguf.formats import FORMATS, NARROW, OFFERED, WIDE, round_rows
 from edgemoe.targets.gguf.writer import fixed_size, list_units
 

@@ -29,17 +29,20 @@ from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.model.families import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
-from edgemoe.pipeline.build import price_cached, store_weights
+from edgemoe.pipeline.store import store_weights
+from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount
 from edgemoe.repair.experts import Experts
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import SCORES, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts, score_of
 from edgemoe.stream.gradients import collect_gradients, load_gradients
-from edgemoe.stream.layers import LayerStream, final_states, tokenize
+from edgemoe.stream.layers import LayerStream
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original
 SCORE_TOKENS = 8192

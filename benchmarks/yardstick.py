@@ -18,7 +18,7 @@ from edgemoe.ir import Model
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.stream.texts import Text
 from edgemoe.targets import Target
-from edgemoe.verify.artifact import reference_states, tokenize_heldout
+from edgemoe.verify.logits import reference_states, tokenize_heldout
 
 EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
 ROWS_AT_ONCE = 128  # of logits in float64

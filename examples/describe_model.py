@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import SHIPPED, read_text
+from edgemoe.stream.windows import tokenize
 
 DISCOUNT = 0.75
 

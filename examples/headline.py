@@ -17,7 +17,8 @@ import numpy as np
 from edgemoe.base.errors import BudgetError
 from edgemoe.ir import Costs, Plan
 from edgemoe.ir.memory import peak
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import Saliency, load_saliency, price_config, price_coverage
 from edgemoe.price.saliency import domain_coverage
 from edgemoe.rules import ByteLimit, Drop, Keep, KeptCount, Rule

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import edgemoe as em
-from edgemoe.plan.diff import gpu_flags
 from edgemoe.rules import Vram
+from edgemoe.targets.gguf.export import gpu_flags
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ def shipped_stats(work: Path) -> Stats:
 
 
 def _priced(stats: Stats, work: Path, target: str) -> Costs:
-    from edgemoe.pipeline.build import choose_context, price_cached
+    from edgemoe.pipeline.request import choose_context
+    from edgemoe.pipeline.widths import price_cached
     from edgemoe.targets import find_target
 
     model = inspect_model(MODEL)

@@ -15,7 +15,7 @@ from tiny import flat_plan
 from edgemoe.ir import Artifact, Model, Plan, Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx import input_block, round_rows, write
 

@@ -25,8 +25,9 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
 from edgemoe.repair.width import UNSEEN, charge, choose_top_k, narrow_experts
-from edgemoe.stream.layers import LayerStream, apply_norm, tokenize
+from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.texts import SHIPPED, Text, read_text
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import gguf
 from edgemoe.targets.gguf.run import run
 

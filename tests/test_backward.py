@@ -13,8 +13,9 @@ from tiny import EXAMPLES, backpropagate_draws
 from edgemoe.model.families import MODULE_NAMES
 from edgemoe.model.inspect import inspect_model
 from edgemoe.stream.gradients import collect_gradients, load_gradients, open_gradients
-from edgemoe.stream.layers import States, tokenize
+from edgemoe.stream.states import States
 from edgemoe.stream.texts import SHIPPED, read_text
+from edgemoe.stream.windows import tokenize
 
 TOKENS = 300
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")

@@ -18,8 +18,8 @@ from tiny import make_checkpoint
 from edgemoe.ir import Costs, Plan, Stats
 from edgemoe.model.families import resize_experts
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import choose_context
 from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.pipeline.request import choose_context
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import least_process
 from edgemoe.repair.width import choose_widths

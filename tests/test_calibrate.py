@@ -13,12 +13,15 @@ from edgemoe.calibrate.observer import fisher_of_states
 from edgemoe.ir import Costs, Model, Stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.routing.kept_sets import offered_counts
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import least_process
-from edgemoe.price.saliency import SCORES, importance_of, score_experts
+from edgemoe.price.saliency import SCORES, score_experts
+from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_nearest
-from edgemoe.stream.layers import apply_norm, tokenize
+from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.texts import SHIPPED, Text, read_text
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 
 TOKENS = 4096

@@ -22,16 +22,17 @@ from safetensors.torch import load_file, save_file
 from tiny import EXAMPLES, FAMILIES, edit_config, flat_plan, flat_stats, make_checkpoint, slice_experts
 
 from edgemoe.base.errors import MachineError, ModelError
-from edgemoe.ir import Artifact, Model, Plan, Tensor
+from edgemoe.ir import Artifact, Model, Plan, Tensor, is_planned, tensor_name
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.price.saliency import importance_of
-from edgemoe.stream.layers import Windows, final_states
+from edgemoe.quantize.importance import importance_of
+from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import SHIPPED
+from edgemoe.stream.windows import Windows
 from edgemoe.targets.gguf import writer
 from edgemoe.targets.gguf.formats import FORMATS, OFFERED, WIDE, _ggml, dequantize, quantize, quantize_parallel, round_rows, row_bytes
 from edgemoe.targets.gguf.run import check_tokenizer, run
-from edgemoe.targets.gguf.writer import _open_writer, group_tensors, is_planned, list_units, prepare, tensor_name, write
+from edgemoe.targets.gguf.writer import _open_writer, group_tensors, list_units, prepare, write
 
 N_TOKENS = 512
 MAX_KL, MIN_SAME, MAX_DIFF, LEFT_OUT = 1e-6, 0.995, 2e-2, 0.01

@@ -10,15 +10,15 @@ import torch
 from command import MODEL
 from numpy.typing import NDArray
 
-from edgemoe.calibrate.probes import token_kl
 from edgemoe.ir import Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.quantize.gptq import factor_moments
 from edgemoe.repair.quantize_layer import Metric, Packing, pack_matrix
 from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
-from edgemoe.stream.layers import final_states, tokenize
+from edgemoe.stream.passes import final_states, token_kl
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 
 

@@ -30,11 +30,11 @@ from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import price_choices
 from edgemoe.price.imported import MAX_CSV, price_imported, read_saliency
 from edgemoe.price.priors import Saliency, price_generic
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.rules import MaxFormats
 from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 REAL, OTHER = MODEL / "imatrix.gguf", MODEL.parent / "tiny-moe"  # by llama-imatrix of llama.cpp 0c1e570
 TARGET = find_target("gguf")

@@ -17,7 +17,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.price.choices import price_choices
 from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.artifact import compare_logits, reference_states, tokenize_heldout
+from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 TOKENS = 8192
 

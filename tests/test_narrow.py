@@ -24,14 +24,25 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import find_family, resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
-from edgemoe.pipeline.build import BuildRequest, plan_widths
 from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.pipeline.request import BuildRequest
+from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.experts import Experts
-from edgemoe.repair.neurons import camera_energy, heapr_sums
-from edgemoe.repair.width import FEW_BITS, UNSEEN, Narrowed, best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
-from edgemoe.stream.gradients import collect_gradients
-from edgemoe.stream.layers import tokenize
+from edgemoe.repair.width import (
+    FEW_BITS,
+    UNSEEN,
+    Narrowed,
+    best_neurons,
+    camera_energy,
+    charge,
+    choose_widths,
+    cut,
+    magnitude,
+    narrow_experts,
+)
+from edgemoe.stream.gradients import collect_gradients, heapr_sums
 from edgemoe.stream.texts import SHIPPED, Text, read_text
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.run import run
 from edgemoe.targets.gguf.writer import fixed_size, list_units

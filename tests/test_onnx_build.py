@@ -15,7 +15,8 @@ from edgemoe.base.storage import load_record
 from edgemoe.ir import Costs, Report, Stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import least_process
 from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets import find_target

@@ -17,7 +17,7 @@ from edgemoe.base.errors import ModelError
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.model.checkpoint import read_packed
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import store_weights
+from edgemoe.pipeline.store import store_weights
 from edgemoe.quantize.gptq import factor_moments, objective
 from edgemoe.stream.texts import SHIPPED, read_text
 from edgemoe.targets.onnx import OFFERED, feeds_back, pack_rows, unpack_rows

@@ -19,13 +19,15 @@ from edgemoe.ir import Costs, Model, Plan, Stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
 from edgemoe.plan.evaluate import describe_choice
+from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount_drops, least_process, price_choices
 from edgemoe.price.priors import price_config
-from edgemoe.price.saliency import importance_of
-from edgemoe.stream.layers import LayerStream, apply_norm, tokenize
+from edgemoe.quantize.importance import importance_of
+from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 
 CONTEXT = 512

@@ -18,7 +18,7 @@ from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan, Stats
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.build import store_weights
+from edgemoe.pipeline.store import store_weights
 from edgemoe.quantize.gptq import factor_moments, objective
 from edgemoe.repair.quantize_layer import Metric, add_flips, pack_matrix, plan_packing, router_gram
 from edgemoe.repair.survivors import repair_survivors

@@ -33,7 +33,8 @@ from edgemoe.base.errors import BudgetError, EdgemoeError, ModelError, UsageErro
 from edgemoe.base.storage import load_record, save_record
 from edgemoe.ir import Costs, Plan, Unit
 from edgemoe.model.routing.kept_sets import offered_counts
-from edgemoe.plan.solve import least_budget, minimal_conflict, solve_plan
+from edgemoe.plan.infeasible import least_budget, minimal_conflict
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import price_drops
 from edgemoe.rules import Drop, Keep, KeptCount, MeanBits, Pin, Rule, Vram
 from edgemoe.solvers import engine, ilp, search

@@ -32,8 +32,8 @@ from edgemoe.pipeline.refine import (
 )
 from edgemoe.plan.solve import solve_plan
 from edgemoe.repair.survivors import GUARD_EVERY
-from edgemoe.stream.layers import tokenize
 from edgemoe.stream.texts import choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-moe-b"

@@ -17,11 +17,13 @@ from edgemoe.base.storage import array_file
 from edgemoe.ir import Model, Plan
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.plan.solve import least_budget, solve_plan
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import FED_BACK, discount, discount_drops
 from edgemoe.repair.survivors import repair_survivors
-from edgemoe.stream.layers import LayerStream, apply_norm, only_experts, tokenize
+from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
 from edgemoe.stream.texts import SHIPPED, Text, read_text
+from edgemoe.stream.windows import tokenize
 
 TOKENS = 16_384
 EVEN = tuple(range(0, 16, 2))

@@ -17,8 +17,8 @@ from edgemoe.calibrate.observer import ChunkSums
 from edgemoe.ir import Costs, Domain, Stats
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.saliency import SCORES, drops_by_score, output_spread, score_experts, top_logits
-from edgemoe.stream.layers import Windows
-from edgemoe.verify.artifact import kl_of_rows
+from edgemoe.stream.windows import Windows
+from edgemoe.verify.logits import kl_of_rows
 
 TOKENS, EXPERTS, HIDDEN, TOP = 6, 4, 3, 2
 T, E, CHANNEL = np.arange(TOKENS), np.arange(EXPERTS), np.arange(HIDDEN)

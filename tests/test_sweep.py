@@ -14,13 +14,14 @@ from strategies import budget_between, random_costs
 from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import load_record, save_record
 from edgemoe.ir import Costs, Plan
-from edgemoe.plan.diff import diff_plans, export_plan, gpu_flags, tensor_type_lines
+from edgemoe.plan.diff import diff_plans
 from edgemoe.plan.explain import describe_why, explain_expert, explain_tensor, price_memory, price_rules
 from edgemoe.plan.solve import solve_plan
 from edgemoe.plan.sweep import COLUMNS, parse_budgets, render_sweep, sweep_budgets, write_csv
 from edgemoe.price.priors import price_config
 from edgemoe.rules import Keep, KeptCount, MeanBits, Pin, Vram
 from edgemoe.rules.recipe import expression_rule
+from edgemoe.targets.gguf.export import export_plan, gpu_flags, tensor_type_lines
 
 GB = 10**9
 CHROMIUM = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--virtual-time-budget=2000")

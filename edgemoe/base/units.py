@@ -51,3 +51,8 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plain(text: object) -> str:
+    """One printable line: no control, escape or direction characters, which a hostile name could carry into a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

@@ -34,8 +34,10 @@ from edgemoe.calibrate.probes import PER_LAYER, add_first_states, add_probes, ad
 from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
-from edgemoe.stream.layers import LayerStream, States, Windows, tokenize
+from edgemoe.stream.layers import LayerStream
+from edgemoe.stream.states import States
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text
+from edgemoe.stream.windows import Windows, tokenize
 
 WINDOW = 512
 REPLAY_TOKENS = 2048

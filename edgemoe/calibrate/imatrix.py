@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, hash_file, hash_json, save_arrays, save_record
-from edgemoe.ir import Domain, Model, Stats
+from edgemoe.ir import Domain, Model, Stats, tensor_name
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
-from edgemoe.targets.gguf.writer import tensor_name
 
 MAX_HEADER = 4 * 2**20  # bytes; two tensors for each of a thousand matrices take 0.2 MiB
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types (gguf.h)

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Model
-from edgemoe.stream.layers import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording
+from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
+from edgemoe.stream.passes import map_ordered
+from edgemoe.stream.states import States
+from edgemoe.stream.windows import Windows
 
 CANDIDATES = 64  # experts per replay token whose outputs are computed, so that kept sets can be priced
 

@@ -19,7 +19,9 @@ from edgemoe.ir import Probe
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
-from edgemoe.stream.layers import States, apply_norm, map_ordered, only_experts
+from edgemoe.stream.layers import apply_norm, only_experts
+from edgemoe.stream.passes import map_ordered, token_kl
+from edgemoe.stream.states import States
 
 DROP_SHARES = (0.75, 0.5, 0.25)  # kept shares of the dropping probes
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output")
@@ -159,9 +161,3 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
         state.close()
     named = probes if tied else [*probes, Probe(kind="round", role="output", bits=OTHER_BITS)]
     return tuple(replace(p, kl=tuple(float(v) for v in kl[:, i])) for i, p in enumerate(named))
-
-
-def token_kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || softmax(logits)) of each token, nats."""
-    changed = logits.double().log_softmax(-1)
-    return (reference.exp() * (reference - changed)).sum(-1)

@@ -104,7 +104,7 @@ def plan(
         save_record(output, solved)
     _show(prices, solved, rules, why or [], gap if explain else None, as_json=as_json)
     if export:
-        from edgemoe.plan.diff import export_plan
+        from edgemoe.targets.gguf.export import export_plan
 
         export_plan(solved, export)
 
@@ -181,8 +181,8 @@ def _diff(a: Path, b: Path) -> list[str]:
 
 
 def _show(costs: Costs, solved: Plan, rules: tuple[Rule, ...], why: list[str], gap: float | None, *, as_json: bool) -> None:
-    from edgemoe.plan.diff import gpu_flags
     from edgemoe.plan.explain import describe_plan, describe_why
+    from edgemoe.targets.gguf.export import gpu_flags
 
     reasons = [] if gap is None else describe_plan(costs, solved, rules, gap)
     for what in why:

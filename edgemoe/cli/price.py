@@ -47,7 +47,7 @@ def price(
         raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
     from edgemoe.base.storage import save_record
     from edgemoe.model.inspect import inspect_model
-    from edgemoe.pipeline.build import choose_context
+    from edgemoe.pipeline.request import choose_context
     from edgemoe.targets import find_target
 
     found, chosen = inspect_model(model), find_target(target)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.base.units import format_seconds
 
 if TYPE_CHECKING:
-    from edgemoe.pipeline.build import Progress
+    from edgemoe.pipeline.widths import Progress
 
 
 def print_rich(renderable: Any) -> None:

@@ -1,3 +1,33 @@
-"""The six records that the stages pass on: Model -> Stats -> Costs -> Plan -> Artifact -> Report."""
+"""The six records that the stages pass on: Model -> Stats -> Costs -> Plan -> Artifact -> Report.
 
-from edgemoe.ir.costs import *  # noqa: F403
+Every record is made by one stage and never changed after.  base/storage.py saves them and opens them again.
+Sizes are bytes, costs are nats of KL(original || compressed) per token, counts are tokens.
+"""
+
+from edgemoe.ir.costs import Costs, Unit
+from edgemoe.ir.model import PROJECTIONS, Model, Tensor, is_planned, tensor_name
+from edgemoe.ir.plan import CountBound, Plan, RuleUse, counts_text
+from edgemoe.ir.report import Artifact, ArtifactFile, Report, Round, TextScore
+from edgemoe.ir.stats import Domain, Probe, Stats
+
+__all__ = [
+    "PROJECTIONS",
+    "Artifact",
+    "ArtifactFile",
+    "Costs",
+    "CountBound",
+    "Domain",
+    "Model",
+    "Plan",
+    "Probe",
+    "Report",
+    "Round",
+    "RuleUse",
+    "Stats",
+    "Tensor",
+    "TextScore",
+    "Unit",
+    "counts_text",
+    "is_planned",
+    "tensor_name",
+]

@@ -27,10 +27,10 @@ from edgemoe.plan.evaluate import price_choice
 from edgemoe.repair.survivors import REVISION
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text
 from edgemoe.targets import Target
-from edgemoe.verify.artifact import WINDOW, compare_logits, kl_of_rows, reference_states
+from edgemoe.verify.logits import WINDOW, compare_logits, kl_of_rows, reference_states
 
 if TYPE_CHECKING:
-    from edgemoe.stream.layers import Windows
+    from edgemoe.stream.windows import Windows
 
 MEASURE_TOKENS = 16_384
 BEYOND = 7 * DEFAULT_TOKENS  # so far behind the calibrated tokens, of all texts together, the measuring text is looked for
@@ -272,7 +272,7 @@ class Measurer:
 
     def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> list[float]:
         """KL in each window of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
-        from edgemoe.stream.layers import final_states
+        from edgemoe.stream.passes import final_states
 
         stored = self.stored_as(plan, "stock")
         if stored is self.model and all(len(kept) == self.model.n_experts for kept in plan.kept):
@@ -292,7 +292,7 @@ def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> t
     Returns:
         The windows, and for each text whether its windows lie among fitted ones.
     """
-    from edgemoe.stream.layers import tokenize
+    from edgemoe.stream.windows import tokenize
 
     windows = tokenize(model, texts, max_tokens + BEYOND, WINDOW)
     each = max(1, round(MEASURE_TOKENS / WINDOW / len(texts)))

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
-from edgemoe.base.errors import MachineError, UsageError
-from edgemoe.base.storage import write_text
+from edgemoe.base.errors import UsageError
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Plan
-
-KEEP_LIST, TYPE_FILE, COMMAND = "keep.json", "tensor-types.txt", "README.txt"
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:
@@ -47,54 +40,3 @@ def _counts(plan: Plan) -> str:
 
 def _list(experts: list[int], most: int = 24) -> str:
     return " ".join(map(str, experts[:most])) + (f" and {len(experts) - most} more" if len(experts) > most else "")
-
-
-def tensor_type_lines(plan: Plan) -> list[str]:
-    """One anchored pattern for each tensor, as llama-quantize's --tensor-type-file wants them."""
-    return [f"^{re.escape(name)}$={fmt.lower()}".replace("\\_", "_") for name, fmt in plan.formats.items()]
-
-
-def export_plan(plan: Plan, folder: Path) -> list[Path]:
-    """Write a keep list and a tensor-type file, and how to use them.
-
-    Raises:
-        MachineError: the folder cannot be written.
-    """
-    output = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
-    own = " ".join(f"{flag} {plan.formats[name].lower()}" for name, flag in output.items() if name in plan.formats)
-    keep = {
-        "model": plan.model_name,
-        "n_experts": plan.n_experts,
-        "top_k": plan.top_k,
-        "layers": plan.layers,
-        "keep": [list(k) for k in plan.kept],
-    }
-    text = (
-        f"{KEEP_LIST}: experts to keep, a list for each of its layers (numbers of the original model).\n"
-        f"{TYPE_FILE}: the type of every tensor, for a GGUF from which the other experts are gone:\n\n"
-        f"llama-quantize --imatrix IMATRIX --tensor-type-file {TYPE_FILE} {own} PRUNED-F16.gguf OUT.gguf Q8_0\n"
-    )
-    contents = {KEEP_LIST: json.dumps(keep) + "\n", TYPE_FILE: "\n".join(tensor_type_lines(plan)) + "\n", COMMAND: text}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            write_text(folder / name, content)
-    except OSError as error:
-        raise MachineError(f"{folder}: cannot be written: {error.strerror}") from error
-    return [folder / name for name in contents]
-
-
-def gpu_flags(plan: Plan) -> list[str]:
-    """llama.cpp flags that put a plan with a second pool where it was planned."""
-    if not plan.vram:
-        return []
-    stacks = {name for name in plan.formats if re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight", name)}
-    in_ram = sorted((int(n.split(".")[1]), n.split(".")[2]) for n in stacks - set(plan.vram))
-    by_role: dict[str, list[int]] = {}
-    for layer, role in in_ram:
-        by_role.setdefault(role, []).append(layer)
-    flags = ["-ngl 999", "--no-mmap"]
-    for role, layers in sorted(by_role.items()):
-        numbers = "|".join(map(str, layers))
-        flags.append(f'-ot "blk\\.({numbers})\\.{role}\\.weight=CPU"')
-    return flags

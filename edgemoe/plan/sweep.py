@@ -18,9 +18,9 @@ import numpy as np
 
 from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.base.units import format_bytes, parse_bytes
-from edgemoe.ir import Costs, Plan
-from edgemoe.plan.solve import DEFAULT_GAP, least_budget, solve_plan
-from edgemoe.report.words import counts_text
+from edgemoe.ir import Costs, Plan, counts_text
+from edgemoe.plan.infeasible import least_budget
+from edgemoe.plan.solve import DEFAULT_GAP, solve_plan
 from edgemoe.rules import Rule
 
 MAX_BUDGETS = 1000

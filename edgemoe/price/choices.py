@@ -19,7 +19,7 @@ from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind
 from edgemoe.model.routing.kept_sets import offered_counts
 from edgemoe.price.experts import Layer, price_layer
 from edgemoe.price.matrices import ByCause, Errors, Floats, price_matrix, probe_kl
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import WHOLE_BITS
 from edgemoe.targets import Target, count_bytes
 

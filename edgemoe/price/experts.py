@@ -18,7 +18,7 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.flips import additive_part
 from edgemoe.model.routing.kept_sets import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
 from edgemoe.price.matrices import LEAST_ROWS, SAMPLE_WEIGHTS, ByCause, Errors, Floats, Importance, probe_kl, round_sampled, sample_rows
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import EXPERT_BITS, round_to_int8
 from edgemoe.targets import Target
 

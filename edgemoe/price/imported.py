@@ -28,7 +28,7 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import drop_floor
 from edgemoe.price.matrices import LEAST_ROWS, sample_rows
 from edgemoe.price.priors import Saliency, layer_nats, price_drops, price_generic
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import Target
 
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB

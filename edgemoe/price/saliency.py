@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
-from edgemoe.ir import Costs, Model, Stats
+from edgemoe.ir import Costs, Stats
 
 SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy", "residual")
 Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, top_logit and spread
@@ -105,31 +105,3 @@ def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> 
     most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
     coverage: NDArray[np.float64] = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
     return coverage
-
-
-def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
-    """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
-    arrays = stats.arrays(layer)
-    if layer < 0:
-        weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
-        output = (weights[:, None] * arrays["output_in_sq"]).sum(axis=0).astype(np.float32)
-        tied = model.find("output") is None
-        return {("token_embd", -1) if tied else ("output", -1): output}
-    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
-    attention = (share * arrays["attn_in_sq"]).sum(axis=0).astype(np.float32)
-    found = {(role, -1): attention for role in ("attn_q", "attn_k", "attn_v")}
-    found["attn_output", -1] = (share * arrays["attn_out_sq"]).sum(axis=0).astype(np.float32)
-    count = arrays["count"].sum(axis=0)
-    for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
-        shrunk = shrink(arrays[key], arrays["expert_importance"], count)
-        found |= {(role, e): shrunk[e] for role in names for e in range(model.n_experts)}
-    return found
-
-
-def shrink(sums: NDArray[np.float64], weight: NDArray[np.float64], count: NDArray[np.int64], tokens: float = 64.0) -> NDArray[np.float32]:
-    """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
-    overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
-    own = sums / np.maximum(weight, 1e-30)[:, None]
-    trust = (count / (count + tokens))[:, None]
-    mixed: NDArray[np.float32] = (trust * own + (1 - trust) * overall).astype(np.float32)
-    return mixed

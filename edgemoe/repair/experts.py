@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.stream.layers import map_ordered
+from edgemoe.stream.passes import map_ordered
 
 BLOCK = 4096  # tokens of one piece of work
 # What was tried instead of these numbers: docs/decisions/0005-repair.md

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from edgemoe.stream.layers import map_ordered
+from edgemoe.stream.passes import map_ordered
 
 EPOCHS = 3
 RATE = 0.1  # of the first steps, in root-mean-squares of M - I at the start: how far the streams are apart

@@ -22,12 +22,12 @@ import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round: w
 from edgemoe.base.threads import count_cores, open_pool
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.price.saliency import importance_of
 from edgemoe.quantize.gptq import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
+from edgemoe.quantize.importance import importance_of
 from edgemoe.repair.align import Sums
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, one_thread, refit_down
 from edgemoe.stream.gradients import load_gradients
-from edgemoe.stream.layers import map_ordered
+from edgemoe.stream.passes import map_ordered
 from edgemoe.targets import Target
 
 BLOCK = 4096  # tokens of one piece of work

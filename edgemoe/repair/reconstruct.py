@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
-from edgemoe.calibrate.probes import token_kl
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.model.checkpoint import DTYPES, read_tensor
 from edgemoe.model.families import MODULE_NAMES
@@ -29,8 +28,11 @@ from edgemoe.repair.output_map import Ends, descend_map
 from edgemoe.repair.quantize_layer import QKV, Packed, Packing, add_flips, pack_attention, pack_experts, router_gram
 from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
 from edgemoe.stream.gradients import WINDOW, open_gradients
-from edgemoe.stream.layers import LayerStream, Recorder, States, apply_norm, map_ordered, only_experts, recording, tokenize
+from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, only_experts, recording
+from edgemoe.stream.passes import map_ordered, token_kl
+from edgemoe.stream.states import States
 from edgemoe.stream.texts import Text
+from edgemoe.stream.windows import tokenize
 
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.threads import open_pool
-from edgemoe.price.saliency import importance_of
 from edgemoe.quantize.gptq import factor_moments, mix_moments
+from edgemoe.quantize.importance import importance_of
 from edgemoe.repair.quantize_layer import Gram, Metric, PackedRows, Packing, pack_matrix
 
 GROUPS = 16  # four times as many gain 2 % more (docs/decisions/0012-outputs.md)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from edgemoe.model.families import resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
-from edgemoe.repair.neurons import camera_energy
 from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
 from edgemoe.stream.gradients import WINDOW, Arrays, collect_gradients, load_gradients
 from edgemoe.stream.layers import default_device
@@ -212,3 +212,19 @@ def charge(costs: Costs, narrowed: Narrowed) -> Costs:
     if costs.form == "stacks":
         return replace(costs, width=width, drop_cost=costs.drop_cost + each[:, None, None])
     return replace(costs, width=width, drop_curve=costs.drop_curve + float(costs.weights @ each))
+
+
+CAMERA_MAX = 0.9  # share of the largest token in CAMERA's energy: its published script (xuyuzhuang11/CAMERA)
+
+
+def camera_energy(phi_sq: NDArray[Any], phi_sq_max: NDArray[Any], down_sq: NDArray[Any], share: float = CAMERA_MAX) -> NDArray[np.float64]:
+    """|w_j|^2 ((1 - a) sum_t (g_t h_tj)^2 + a max_t (g_t h_tj)^2) of each neuron: CAMERA, arXiv 2508.02322.
+
+    Args:
+        phi_sq: sum of (g_t h_tj)^2 over the routed tokens.
+        phi_sq_max: the largest of them.
+        down_sq: |w_j|^2.
+        share: a; 0 is HEAPr's score with the identity in place of the gradients.
+    """
+    energy: NDArray[np.float64] = down_sq * ((1 - share) * phi_sq + share * phi_sq_max)
+    return energy

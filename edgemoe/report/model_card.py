@@ -5,20 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from edgemoe.base.units import format_bytes
-from edgemoe.ir import Report
-from edgemoe.report.words import (
-    WORDS,
-    counts_text,
-    launch_lines,
-    mean_bits,
-    nats,
-    perplexities,
-    picks,
-    plain,
-    shares_by_format,
-    shares_by_group,
-)
+from edgemoe.base.units import format_bytes, plain
+from edgemoe.ir import Report, counts_text
+from edgemoe.report.words import mean_bits, nats, perplexities, picks, shares_by_format, shares_by_group
+from edgemoe.targets.words import WORDS, launch_lines
 
 _OLLAMA = "PARAMETER num_ctx {context}\nPARAMETER num_batch 512\nPARAMETER use_mmap false"
 

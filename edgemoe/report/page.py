@@ -14,30 +14,27 @@ from typing import Any
 
 from edgemoe.base.errors import MachineError
 from edgemoe.base.storage import save_record, write_text
-from edgemoe.base.units import format_bytes
-from edgemoe.ir import Plan, Report, Unit
+from edgemoe.base.units import format_bytes, plain
+from edgemoe.ir import Plan, Report, Unit, counts_text
 from edgemoe.report.model_card import render_card
 from edgemoe.report.words import (
     MEMORY_PARTS,
-    WORDS,
     agreement,
     allowed_size,
     billions,
-    counts_text,
     dropped_experts,
     dropping,
     find_runs,
     kept_words,
-    launch_lines,
     mean_bits,
     nats,
     perplexities,
-    plain,
     proof,
     ranges,
     shares_by_format,
     shares_by_group,
 )
+from edgemoe.targets.words import WORDS, launch_lines
 
 # Bits per weight -> colour, logarithmic, from the fewest in use to the most (but 16-bit formats must not squeeze the others together);
 # few bits are closest to the paper, in light and in dark.

@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgemoe.base.units import format_bytes
-from edgemoe.ir import Plan, Report, Round
+from edgemoe.base.units import format_bytes, plain
+from edgemoe.ir import Plan, Report, Round, counts_text
 from edgemoe.report.words import (
     MEMORY_PARTS,
-    WORDS,
     allowed_size,
     billions,
-    counts_text,
     dropped_experts,
     dropping,
     kept_words,
@@ -21,12 +19,12 @@ from edgemoe.report.words import (
     nats,
     perplexities,
     picks,
-    plain,
     proof,
     ranges,
     shares_by_format,
     shares_by_group,
 )
+from edgemoe.targets.words import WORDS
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

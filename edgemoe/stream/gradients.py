@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.base.storage import alone, array_file, hash_json, load_arrays, save_arrays, write_text
 from edgemoe.ir import Model
-from edgemoe.repair.neurons import heapr_sums
-from edgemoe.stream.layers import LayerStream, Recorder, States, Windows, apply_norm, map_ordered, recording, tokenize
+from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
+from edgemoe.stream.passes import map_ordered
+from edgemoe.stream.states import States
 from edgemoe.stream.texts import Text
+from edgemoe.stream.windows import Windows, tokenize
 
 WINDOW = 512
 REVISION = 1  # raised when the folder holds other things, so that no older one is taken for it
@@ -189,3 +191,15 @@ class _Pass:
             sums["phi_sq"][expert], sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
 
         return {**sums, "note": note}
+
+
+def heapr_sums(h: torch.Tensor, gamma: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """1/2 sum_t lambda_t (h_tj <gamma_t, w_j>)^2 of each neuron [M].
+
+    Args:
+        h: hidden activations [n, M] of the tokens routed to the expert.
+        gamma: gradient of the loss with respect to the expert's output [n, H], gate included.
+        down: W_down [H, M].
+        weights: lambda [n].
+    """
+    return 0.5 * (weights @ (h * (gamma @ down)).square())

@@ -8,124 +8,25 @@ depend on the number of cores.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgemoe.base.errors import MachineError, ModelError
-from edgemoe.base.threads import count_cores
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES, find_family
-from edgemoe.stream.texts import Text
 
-CHUNK_TOKENS = 2048
 _local = threading.local()
-T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------- windows
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Windows:
-    """Token windows [n, length], the last of a text padded; `lengths` [n] counts the real tokens of each."""
-
-    tokens: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    domain: NDArray[np.int64]  # [n]
-
-    def take(self, index: Sequence[int] | NDArray[np.int64]) -> Windows:
-        """Some of the windows."""
-        return Windows(tokens=self.tokens[index], lengths=self.lengths[index], domain=self.domain[index])
-
-    def chunks(self) -> list[NDArray[np.int64]]:
-        """Window indices in chunks of about CHUNK_TOKENS tokens."""
-        step = max(1, CHUNK_TOKENS // self.tokens.shape[1])
-        return [np.arange(i, min(i + step, len(self.tokens))) for i in range(0, len(self.tokens), step)]
-
-
-def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) -> Windows:
-    """Texts as windows of the model's tokens, each text giving the same number at most.
-
-    Raises:
-        ModelError: no tokenizer, or a text without tokens.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{model.folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-    length = min(window, model.context_length)
-    share = max(max_tokens // len(texts), 2)
-    tokens, lengths, domain = [], [], []
-    for number, text in enumerate(texts):
-        ids: list[int] = []
-        for document in text.documents:
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) >= share:
-                break
-        ids = ids[:share]
-        if len(ids) < 2:
-            raise ModelError(f"text {text.name!r} gives {len(ids)} tokens", hint="give a file with some thousands of words")
-        if max(ids) >= model.vocab_size:
-            raise ModelError(f"{model.folder}: the tokenizer gives id {max(ids)}, but vocab_size is {model.vocab_size}")
-        for start in range(0, len(ids), length):
-            part = ids[start : start + length]
-            if len(part) > 1:
-                tokens.append(part + [0] * (length - len(part)))
-                lengths.append(len(part))
-                domain.append(number)
-    return Windows(tokens=np.array(tokens), lengths=np.array(lengths), domain=np.array(domain))
-
-
-class States:
-    """Hidden states [windows, length, hidden] in a file, read and written a window at a time (pread/pwrite: safe from any thread).
-
-    float32, or `half` of that: bfloat16.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int], *, half: bool = False) -> None:
-        self.path, self.shape = path, shape
-        self._dtype = torch.bfloat16 if half else torch.float32
-        self._bytes = shape[1] * shape[2] * self._dtype.itemsize
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def read(self, index: NDArray[np.int64]) -> torch.Tensor:
-        """States of these windows [len(index), length, hidden]."""
-        out = torch.empty((len(index), *self.shape[1:]))
-        for row, i in enumerate(index):
-            read = bytearray(os.pread(self._file, self._bytes, int(i) * self._bytes))
-            out[row] = torch.frombuffer(read, dtype=self._dtype).view(self.shape[1:])
-        return out
-
-    def write(self, index: NDArray[np.int64], values: torch.Tensor) -> None:
-        """Replace the states of these windows."""
-        rows = values.detach().to(self._dtype).cpu().contiguous().view(torch.uint8).numpy()
-        for row, i in enumerate(index):
-            if os.pwrite(self._file, rows[row].tobytes(), int(i) * self._bytes) < self._bytes:
-                raise MachineError(f"{self.path.parent}: the disk is full", hint="free some space, or choose another --work")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self, *, delete: bool = False) -> None:
-        """Close the file, and delete it if asked."""
-        os.close(self._file)
-        if delete:
-            self.path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
@@ -309,52 +210,3 @@ def _record_logits(_: Any, __: Any, output: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the stream
-def map_ordered(function: Callable[[T], Any], items: Sequence[T], *, device: torch.device) -> Iterator[Any]:
-    """`map` over threads with one-thread arithmetic, results in order: the same numbers on any number of cores."""
-    workers = count_cores() if device.type == "cpu" else 1
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            pending: list[Any] = []
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:
-                    yield pending.pop(0).result()
-            for future in pending:
-                yield future.result()
-    finally:
-        torch.set_num_threads(before)
-
-
-def final_states(
-    model: Model,
-    windows: Windows,
-    work: Path,
-    kept: Sequence[Sequence[int]] | None = None,
-) -> NDArray[np.float32]:
-    """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
-    stream = LayerStream(model)
-    states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))
-    chunks = windows.chunks()
-    try:
-        for index in chunks:
-            states.write(index, stream.embed(windows.tokens[index]))
-        for layer in range(model.n_layers):
-            module = stream.load_layer(layer)
-
-            def run(index: NDArray[np.int64], module: Any = module) -> None:
-                states.write(index, stream.run_layer(module, states.read(index)))
-
-            with nullcontext() if kept is None else only_experts(module, np.array(kept[layer])):
-                for _ in map_ordered(run, chunks, device=stream.device):
-                    pass
-            stream.unload_layer(layer)
-        norm, _, eps = stream.head()
-        rows = [apply_norm(states.read(index), norm, eps).cpu().numpy() for index in chunks]
-    finally:
-        states.close(delete=True)
-    result: NDArray[np.float32] = np.concatenate(rows)
-    if not np.isfinite(result).all():
-        raise ModelError(f"{model.folder}: the original model gives NaN or infinite states on the held-out text")
-    return result

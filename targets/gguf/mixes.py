@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from edgemoe.ir import Model, Unit
+from edgemoe.ir import Model, Unit, is_planned, tensor_name
 from edgemoe.targets.gguf.formats import FORMATS, row_bytes
-from edgemoe.targets.gguf.writer import is_planned, list_units, tensor_name
+from edgemoe.targets.gguf.writer import list_units
 
 # Type for rows that the block of 256 does not divide; F16 where 32 does not either.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}

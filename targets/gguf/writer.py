@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.threads import count_cores
-from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit
+from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit, is_planned, tensor_name
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.families import find_family, rope_theta
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
@@ -39,16 +39,6 @@ FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
 # Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
 HEADER_PER_ENTRY = 64
-
-
-def tensor_name(role: str, layer: int) -> str:
-    """llama.cpp's name of a tensor."""
-    return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
-
-
-def is_planned(tensor: Tensor) -> bool:
-    """Whether a tensor gets a format from the plan; vectors, routers, biases and convolutions stay F32, as in llama-quantize."""
-    return len(tensor.shape) == 2 and tensor.role not in ("ffn_gate_inp", "ssm_conv1d") and not tensor.role.endswith(".bias")
 
 
 def list_units(model: Model) -> list[Unit]:

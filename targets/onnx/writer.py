@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.threads import count_cores
-from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit
+from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit, is_planned
 from edgemoe.model.checkpoint import read_packed, read_tensor
-from edgemoe.price.saliency import importance_of
+from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.onnx.decoder import build_decoder, widest_format
 from edgemoe.targets.onnx.experts import group_experts
@@ -54,11 +54,6 @@ def unit_name(role: str, layer: int, expert: int = -1) -> str:
     if expert >= 0:
         return f"blk.{layer}.{role}.{expert}"
     return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
-
-
-def is_planned(tensor: Tensor) -> bool:
-    """Whether a tensor gets a format from the plan; vectors, routers, biases and convolutions stay F32."""
-    return len(tensor.shape) == 2 and tensor.role not in ("ffn_gate_inp", "ssm_conv1d") and not tensor.role.endswith(".bias")
 
 
 def _shape(model: Model, unit: Unit) -> tuple[int, int]:

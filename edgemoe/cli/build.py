@@ -1,0 +1,157 @@
+"""`edgemoe build`: everything, from the checkpoint to a report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemoe.base.units import format_bytes, parse_bytes
+from edgemoe.cli.devices import choose_budget
+from edgemoe.cli.options import (
+    CalibrationOpt,
+    ContextOpt,
+    DeviceOpt,
+    ForceOpt,
+    GapOpt,
+    HeldoutOpt,
+    JsonOpt,
+    MemoryOpt,
+    ModelArg,
+    ObjectiveOpt,
+    OutOpt,
+    RecipeOpt,
+    RoundingOpt,
+    RuleOpt,
+    ShardOpt,
+    SolverOpt,
+    TargetOpt,
+    TimeOpt,
+    TokensOpt,
+    TopKOpt,
+    WidthOpt,
+)
+from edgemoe.cli.plan import read_rules
+from edgemoe.cli.progress import print_rich, show_progress
+from edgemoe.pipeline.request import Job
+
+if TYPE_CHECKING:
+    pass
+
+
+def build(
+    model: ModelArg,
+    output: OutOpt,
+    memory: MemoryOpt = None,
+    device: DeviceOpt = None,
+    context: ContextOpt = None,
+    target: TargetOpt = "gguf",
+    calibration: CalibrationOpt = None,
+    calibration_tokens: TokensOpt = 65_536,
+    heldout: HeldoutOpt = None,
+    recipe: RecipeOpt = None,
+    rule: RuleOpt = None,
+    objective: ObjectiveOpt = None,
+    solver: SolverOpt = "highs",
+    gap: GapOpt = 1e-4,
+    time_limit: TimeOpt = None,
+    shard_max: ShardOpt = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
+    rounding: RoundingOpt = "feedback",
+    refine: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
+    ] = 0,
+    width: WidthOpt = None,
+    top_k: TopKOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
+    force: ForceOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Everything: from the checkpoint to a GGUF (or ONNX) that fits the memory, run and measured, with a report.
+
+    A killed build goes on where it stopped when the same command is given again.
+    """
+    (budget, box), name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
+    rules, aim = read_rules(recipe, rule, objective)
+    from edgemoe.pipeline.build import build_artifact
+    from edgemoe.pipeline.request import BuildRequest, prepare
+
+    request = BuildRequest(
+        model=model,
+        memory=budget,
+        device=box,
+        out=output,
+        context=context,
+        target=target,
+        calibration=tuple(calibration or ()),
+        calibration_tokens=calibration_tokens,
+        heldout=tuple(heldout or ()),
+        rules=rules,
+        objective=aim,
+        solver=solver,
+        gap=gap,
+        seconds=time_limit,
+        shard_max=parse_bytes(shard_max) if shard_max else 0,
+        repair=repair,
+        rounding=rounding,
+        refine=refine,
+        width=width or "",
+        top_k=top_k,
+        work=work,
+        force=force,
+    )
+    told = [*(["--recipe", recipe.name] if recipe else []), *(["--objective", objective] if objective else [])]
+    told += [part for text in rule or () for part in ("--rule", text)]
+    request = replace(request, command=_command_of(request, name, memory or f"{budget}B", told))
+    if dry_run:
+        print_needs(prepare(request), as_json=as_json)
+        return
+    with show_progress() as progress:
+        report = build_artifact(request, progress)
+    if as_json:
+        print((output / "report.json").read_text(encoding="utf-8"), end="")
+    else:
+        from edgemoe.report.terminal import summarize_report
+
+        print_rich(summarize_report(report))
+
+
+def _command_of(request: Any, model: str, memory: str, told: list[str]) -> str:
+    """The command that makes the same again, as it is published: options where they are not the default, no paths of this machine."""
+    usual = {f.name: f.default for f in fields(request)}
+    shown = ("target", "context", "calibration_tokens", "solver", "gap", "shard_max", "rounding", "refine", "width", "top_k")
+    names = {f"--{name.replace('_', '-')}": name for name in shown} | {"--time-limit": "seconds"}
+    given = {option: getattr(request, name) for option, name in names.items() if getattr(request, name) != usual[name]}
+    asked = [part for option, value in given.items() for part in (option, f"{value}B" if option == "--shard-max" else str(value))]
+    asked += [] if request.repair else ["--no-repair"]
+    return shlex.join(["edgemoe", "build", model, "--memory", memory, *asked, *told, "-o", request.out.name])
+
+
+def print_needs(job: Job, *, as_json: bool) -> None:
+    """Say what a build would take, and refuse a budget that no plan can meet.
+
+    Raises:
+        BudgetError: names the least budget.
+    """
+    from edgemoe.pipeline.estimate import estimate_needs
+    from edgemoe.pipeline.request import check_budget, warn_of_context
+
+    model, needs = job.model, estimate_needs(job)
+    if as_json:
+        print(json.dumps(asdict(needs), indent=1))
+    else:
+        rows = {"budget": needs.budget, "least budget": needs.least_budget, "of it beside the weights": needs.beside_weights}
+        rows |= {"disk, about": needs.disk, "memory while building, at most about": needs.memory_to_build}
+        print(f"{model.name}: {model.n_experts} experts in {model.n_layers} layers, {format_bytes(model.n_bytes)}; context {job.context}")
+        print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
+        if warn_of_context(model, job.context):
+            print(f"warning: {warn_of_context(model, job.context)}", file=sys.stderr)
+    check_budget(job)

@@ -1,0 +1,217 @@
+"""The stages as commands, each starting from the file that the one before wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemoe.base.errors import MachineError
+from edgemoe.base.units import format_bytes, parse_bytes
+from edgemoe.cli.options import (
+    CalibrationOpt,
+    ForceOpt,
+    JsonOpt,
+    ModelArg,
+    OutOpt,
+    RoundingOpt,
+    ShardOpt,
+    TokensOpt,
+)
+from edgemoe.cli.progress import print_rich, show_progress
+
+if TYPE_CHECKING:
+    from edgemoe.ir import Model
+
+
+def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
+    """What a checkpoint holds, from its headers alone."""
+    from edgemoe.model.inspect import inspect_model
+
+    found = inspect_model(model)
+    facts = _facts(found)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(f"{name:18s} {value}" for name, value in facts.items()))
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    names = ("name", "model_type", "n_layers", "n_experts", "top_k", "expert_size", "hidden_size", "vocab_size", "context_length")
+    experts = sum(t.n_weights for t in model.tensors if t.expert >= 0)
+    sizes = {"weights": model.n_weights, "in experts": f"{experts / model.n_weights:.1%}", "bytes": format_bytes(model.n_bytes)}
+    return {**{n: getattr(model, n) for n in names}, **sizes, "fingerprint": model.fingerprint}
+
+
+def calibrate(
+    model: ModelArg, output: OutOpt, calibration: CalibrationOpt = None, calibration_tokens: TokensOpt = 65_536, as_json: JsonOpt = False
+) -> None:
+    """Watch the original model on text, a layer at a time -> statistics in a subfolder of OUT."""
+    from edgemoe.calibrate.collect import collect_stats
+    from edgemoe.model.inspect import inspect_model
+    from edgemoe.stream.texts import choose_texts
+
+    texts, _ = choose_texts(calibration or [], [])
+    with show_progress() as progress:
+        stats = collect_stats(
+            inspect_model(model), texts, output, max_tokens=calibration_tokens, progress=lambda d, n: progress("calibrate", d, n)
+        )
+    result = {"stats": stats.folder, "tokens": {d.name: d.tokens for d in stats.domains}, "cold_experts": len(stats.cold)}
+    print(json.dumps(result, indent=1) if as_json else f"{stats.folder}\ntokens {result['tokens']}, {len(stats.cold)} cold experts")
+
+
+def emit(
+    model: ModelArg,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder that calibrate made.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File that plan made.")],
+    output: OutOpt,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]", help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]"
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]")
+    ] = None,
+    shard_max: ShardOpt = None,
+    rounding: RoundingOpt = "feedback",
+    force: ForceOpt = False,
+) -> None:
+    """Write what a plan says.
+
+    Surviving experts are repaired, and weights rounded, on the texts that STATS were made from: give again what `calibrate` or `build` had
+    as --calibration.
+    """
+    from edgemoe.base.storage import load_record, save_record
+    from edgemoe.ir import Plan, Stats
+    from edgemoe.model.inspect import inspect_model
+    from edgemoe.pipeline.emit import check_split, emit_artifact
+    from edgemoe.pipeline.output_folder import prepare_output
+    from edgemoe.pipeline.store import store_weights
+    from edgemoe.price.choices import check_rounding
+    from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts, recall_texts
+    from edgemoe.targets import find_target
+
+    check_rounding(rounding)
+    found, chosen = inspect_model(model), load_record(plan, Plan)
+    collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
+    check_same_model(found.fingerprint, collected.model, stats)
+    check_same_model(found.fingerprint, chosen.model, plan)
+    target, most = find_target(chosen.target), parse_bytes(shard_max) if shard_max else 0
+    check_split(target, most)
+    asked = collected.probes and (chosen.repair or rounding != "stock")  # an importance matrix does not say which texts it comes from
+    texts = recall_texts(collected, calibration or []) if asked else choose_texts(calibration or [], [])[0]
+    prepare_output(output, force=force, names=target.FIXED_NAMES)
+    with show_progress() as progress:
+        stored = store_weights(
+            found,
+            texts,
+            collected,
+            chosen,
+            output / ".work",
+            rounding=rounding,
+            max_tokens=calibration_tokens or int(collected.settings.get("max_tokens", DEFAULT_TOKENS)),
+            progress=lambda d, n: progress("repair", d, n),
+        )
+        artifact = emit_artifact(
+            stored,
+            collected,
+            chosen,
+            target,
+            output,
+            shard_max=most,
+            progress=lambda d, n: progress("emit", d, n),
+        )
+    save_record(output / "plan.json", chosen)
+    save_record(output / "artifact.json", artifact)
+    shutil.rmtree(output / ".work", ignore_errors=True)
+    print("\n".join(f"{file.sha256}  {output / file.name}  {file.size}" for file in artifact.files))
+
+
+def verify(
+    model: ModelArg,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that emit or build made.")],
+    heldout: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Held-out text to measure on, repeatable. [default: a shipped mix]")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Run an artifact, measure it against the original, and write the report anew."""
+    from edgemoe.base.errors import VerifyError
+    from edgemoe.base.storage import load_record
+    from edgemoe.ir import Plan, Report
+    from edgemoe.model.inspect import inspect_model
+    from edgemoe.pipeline.output_folder import find_artifact, finish_output
+    from edgemoe.report.terminal import summarize_report
+    from edgemoe.stream.texts import choose_texts
+    from edgemoe.targets import find_target
+    from edgemoe.verify.artifact import broken_promises, verify_artifact
+
+    found, chosen = inspect_model(model), load_record(output / "plan.json", Plan)
+    check_same_model(found.fingerprint, chosen.model, output / "plan.json")
+    artifact = find_artifact(output)
+    old = load_record(output / "report.json", Report) if (output / "report.json").exists() else None
+    _, texts = choose_texts([], heldout or [])
+    target = find_target(chosen.target)
+    with show_progress() as progress:
+        report = verify_artifact(
+            artifact,
+            found,
+            chosen,
+            texts,
+            target,
+            output / ".work",
+            progress=lambda d, n: progress("verify", d, n),
+        )
+    if old is not None:
+        report = replace(report, frontier=old.frontier, model=old.model, rounds=old.rounds)
+    finish_output(output, report)
+    if as_json:
+        print((output / "report.json").read_text(encoding="utf-8"), end="")
+    else:
+        print_rich(summarize_report(report))
+    if broken_promises(report):
+        raise VerifyError(f"{artifact.files[0].name}: {broken_promises(report)[0]}")
+
+
+def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json.")], output: OutOpt) -> None:
+    """Write the page and the model card of a report.json again, and print its summary."""
+    from edgemoe.base.storage import load_record
+    from edgemoe.ir import Report
+    from edgemoe.report.page import write_report
+    from edgemoe.report.terminal import summarize_report
+
+    loaded = load_record(file, Report)
+    output.mkdir(parents=True, exist_ok=True)
+    write_report(loaded, output)
+    print_rich(summarize_report(loaded))
+
+
+def doctor(as_json: JsonOpt = False) -> None:
+    """What this machine has of what each stage needs, and how to get the rest."""
+    from edgemoe.devices.doctor import examine_machine, list_missing
+
+    checks = examine_machine(Path())
+    if as_json:
+        print(json.dumps([asdict(c) for c in checks], indent=1))
+    else:
+        for check in checks:
+            purpose = f"{check.needed_for}{' of ' + check.target if check.target else ''}"
+            print(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {purpose}")
+    missing = list_missing(checks)
+    if missing:
+        raise MachineError(f"missing: {', '.join(missing)}")
+
+
+def check_same_model(expected: str, found: str, where: Path) -> None:
+    """Refuse a file of another checkpoint.
+
+    Raises:
+        ModelError: names the file.
+    """
+    from edgemoe.base.errors import ModelError
+
+    if expected != found:
+        raise ModelError(f"{where}: was made from another checkpoint", hint="make it again from this one")

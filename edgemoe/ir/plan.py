@@ -1,0 +1,118 @@
+"""Which experts stay and how every tensor is stored, with what is promised of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from edgemoe.base.errors import ModelError
+from edgemoe.ir.model import Model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountBound:
+    """What the search learned about one kept count."""
+
+    count: int
+    bound: float | None  # no plan with this count costs less (nats); None: cannot fit
+    cost: float | None  # the best plan found with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleUse:
+    """A user's rule in a plan: its name, and how much room it leaves (in the rule's own unit; None where that has no meaning)."""
+
+    name: str
+    slack: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which experts stay, and the format of every unit.  `proven`: the solver proved that no plan is better by more than the asked gap."""
+
+    model: str
+    model_name: str
+    costs: str
+    target: str
+    budget: int
+    context: int
+    solver: str
+    objective: str  # "mean" over domains, or the "worst" domain
+    n_experts: int
+    top_k: int
+    kept: tuple[tuple[int, ...], ...]  # [layers with experts], original indices in order
+    formats: dict[str, str]  # unit name -> format
+    sizes: dict[str, int]  # unit name -> bytes
+    vram: tuple[str, ...]  # units that live in the second pool, GPU memory
+    file_size: int
+    memory: dict[str, int]  # predicted, by part; "peak" is their sum as the process sees it
+    q: float  # sum of the costs, mean over domains
+    drop_q: float
+    predicted_kl: float
+    domain_q: dict[str, float]  # sum of the costs in each domain
+    bound: float  # of the objective
+    gap: float
+    proven: bool
+    price: float  # nats that one more byte would save (Lagrange multiplier of the budget)
+    counts: tuple[CountBound, ...]
+    rules: tuple[RuleUse, ...]
+    repair: bool  # the survivors are to be repaired after the drop: that is how it was priced
+    origin: str  # where prices come from when this model was not measured
+    width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
+
+    def __post_init__(self) -> None:
+        for layer, kept in enumerate(self.kept):
+            if list(kept) != sorted(set(kept)) or any(not 0 <= e < self.n_experts for e in kept):
+                raise ModelError(f"plan: layer {layer} keeps {kept}, which are not some of {self.n_experts} experts in order")
+            if not self.top_k <= len(kept):
+                raise ModelError(f"plan: layer {layer} keeps {len(kept)} experts, but the router picks {self.top_k}")
+
+    def check_experts(self, model: Model) -> None:
+        """Refuse a model whose experts are wider than the plan wants them, or whose router picks another number.
+
+        Raises:
+            ModelError: names both widths, or both numbers.
+        """
+        if self.top_k != model.top_k:
+            found = f"{model.folder} has {model.top_k}"
+            raise ModelError(
+                f"the plan is for {self.top_k} active experts, {found}", hint=f"`edgemoe build --top-k {self.top_k}` has so many"
+            )
+        if self.width not in (0, model.expert_size):
+            found = f"{model.folder} has {model.expert_size}"
+            raise ModelError(
+                f"the plan is for experts of {self.width} neurons, {found}", hint=f"`edgemoe build --width {self.width}` cuts them"
+            )
+
+    @property
+    def count(self) -> int:
+        """Kept experts of a layer; the most of any layer where they differ."""
+        return max(map(len, self.kept), default=0)
+
+    @property
+    def layers(self) -> list[int]:
+        """Which layers the rows of `kept` are, as tensor names count them (leading dense layers have no experts)."""
+        found = {int(name.split(".")[1]) for name in self.formats if name.startswith("blk.") and "_exps" in name}
+        return sorted(found) if len(found) == len(self.kept) else list(range(len(self.kept)))
+
+    @property
+    def active_bytes(self) -> int:
+        """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
+        kept = dict(zip(self.layers, map(len, self.kept), strict=True))
+        total = Fraction(0)
+        for name, size in self.sizes.items():
+            if "_exps" in name:
+                total += Fraction(size * self.top_k, kept.get(int(name.split(".")[1]), max(self.count, 1)))
+            elif not name.startswith("token_embd"):
+                total += size
+        return int(total)
+
+    @property
+    def has_one_count(self) -> bool:
+        """Whether every layer keeps as many experts."""
+        return len(set(map(len, self.kept))) <= 1
+
+
+def counts_text(plan: Plan) -> str:
+    """Kept experts of a layer, "12", or "9-16" where layers differ."""
+    return str(plan.count) if plan.has_one_count else f"{min(map(len, plan.kept))}-{plan.count}"

@@ -1,0 +1,102 @@
+"""What was written, and what was measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemoe.ir.costs import Unit
+from edgemoe.ir.plan import Plan
+
+MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFile:
+    """One file of an artifact, named relative to the output folder."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """What was written; the first file is the one to load."""
+
+    folder: str
+    target: str
+    plan: str
+    files: tuple[ArtifactFile, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file to load."""
+        return Path(self.folder) / self.files[0].name
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(f.size for f in self.files)
+
+    @property
+    def model_size(self) -> int:
+        """Bytes of the files that hold the model: what a plan's file_size promises; small files beside them are not counted."""
+        return sum(f.size for f in self.files if f.name.endswith(MODEL_FILES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScore:
+    """How the artifact does on one held-out text, against the original.  KL in nats per token; perplexities per token."""
+
+    name: str
+    tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    perplexity: float
+    original_perplexity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round of refinement: what a plan and its drops alone should cost by their prices, and after a measurement (nats per token).
+
+    `expected`: on other text, after a measurement on calibration text (`refine.expect`).  The factors are those by which prices of drops
+    and of formats were then multiplied.
+    """
+
+    predicted: float
+    expected: float
+    predicted_drops: float
+    expected_drops: float
+    count: int
+    file_size: int
+    drop_factor: float
+    format_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was promised and what was measured; everything the report page shows."""
+
+    model: dict[str, Any]
+    plan: Plan
+    artifact: Artifact
+    units: tuple[Unit, ...]  # those that the plan stores
+    scores: tuple[TextScore, ...]
+    measured_kl: float
+    measured_peak: int
+    beside_kl: float  # under the target's other settings (Target.RUNS), from a few windows
+    prompt_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token
+    samples: tuple[dict[str, Any], ...]
+    frontier: tuple[dict[str, float], ...]  # predicted KL of the best plan at other sizes
+    problems: tuple[str, ...]
+    runtime: str
+    machine: str
+    rounds: tuple[Round, ...] = ()  # how the plan came about, where it was refined

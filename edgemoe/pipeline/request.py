@@ -1,0 +1,143 @@
+"""What the user asked for, and the one door through which every build goes: all checks that need no work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.units import format_bytes
+from edgemoe.devices.profiles import Device
+from edgemoe.ir import Model
+from edgemoe.ir.memory import DEFAULT_CONTEXT
+from edgemoe.model.families import resize_experts
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.emit import check_split
+from edgemoe.pipeline.output_folder import check_output
+from edgemoe.plan.solve import DEFAULT_GAP, SOLVERS
+from edgemoe.price.choices import check_rounding, least_process
+from edgemoe.repair.width import choose_top_k, choose_widths
+from edgemoe.rules import Rule
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text, choose_texts
+from edgemoe.targets import Target, find_target
+
+MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
+DEFAULT_ROUNDS = 0  # of refinement: each costs one more file written and run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What the user asked for."""
+
+    model: str
+    memory: int
+    out: Path
+    device: Device | None = None  # the box, if it is known: what its processor holds twice counts
+    context: int | None = None
+    target: str = "gguf"
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = DEFAULT_TOKENS
+    heldout: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    objective: str = "mean"
+    solver: str = "highs"
+    gap: float = DEFAULT_GAP
+    seconds: float | None = None
+    shard_max: int = 0
+    repair: bool = True
+    rounding: str = "feedback"
+    refine: int = DEFAULT_ROUNDS
+    width: str = ""  # neurons of every expert, "full" or "auto"; empty: narrower ones where bits are few
+    top_k: int | None = None  # experts that the router picks; None: as in the checkpoint
+    work: Path | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request that passed the door: the original model, where it goes, and the texts."""
+
+    request: BuildRequest
+    model: Model
+    target: Target
+    context: int
+    widths: tuple[int, ...]  # of experts, falling: those that are tried
+    top_k: int  # experts that the router picks
+    calibration: tuple[Text, ...]
+    heldout: tuple[Text, ...]
+
+    @property
+    def smallest(self) -> Model:
+        """The model with the narrowest experts that are tried, as few of them active as are asked for."""
+        return resize_experts(replace(self.model, top_k=self.top_k), self.widths[-1])
+
+
+def prepare(request: BuildRequest) -> Job:
+    """Check everything that can be checked before work starts, and change nothing; whether the budget is enough is `check_budget`'s.
+
+    Raises:
+        EdgemoeError: UsageError, ModelError or MachineError, the first that is found.
+    """
+    target = find_target(request.target)
+    check_split(target, request.shard_max)
+    check_output(request.out, force=request.force, names=target.FIXED_NAMES)
+    check_solver(request.solver)
+    check_rounding(request.rounding)
+    model = inspect_model(request.model)
+    calibration, heldout = choose_texts(request.calibration, request.heldout)
+    return Job(
+        request=request,
+        model=model,
+        target=target,
+        context=choose_context(model, request.context),
+        widths=choose_widths(model, request.width, target.FORM),
+        top_k=choose_top_k(model, request.top_k),
+        calibration=calibration,
+        heldout=heldout,
+    )
+
+
+def choose_context(model: Model, asked: int | None) -> int:
+    """The context to plan for: what was asked, else the smaller of 8192 and what the model was trained for.
+
+    Raises:
+        UsageError: less than a token, or so much that it can only be a mistake.
+    """
+    if asked is None:
+        return min(DEFAULT_CONTEXT, model.context_length)
+    if not 0 < asked <= MAX_CONTEXT:
+        raise UsageError(f"--context {asked} is not between 1 and {MAX_CONTEXT} tokens")
+    return asked
+
+
+def warn_of_context(model: Model, context: int) -> str:
+    """What to tell a user who asks for more context than the model was trained for; empty when there is nothing to tell."""
+    if context <= model.context_length:
+        return ""
+    return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"
+
+
+def check_budget(job: Job) -> None:
+    """Refuse a budget that no plan can meet before hours of work.
+
+    Raises:
+        BudgetError: names the least budget.
+    """
+    least, budget = least_process(job.smallest, job.target, job.context), job.request.memory
+    if budget < least:
+        name = job.model.name
+        raise BudgetError(
+            f"{name} at context {job.context} needs at least {format_bytes(least)} ({least} bytes); the budget is {format_bytes(budget)}",
+            hint=f"ask for --memory {least}B or more, or a smaller --context",
+        )
+
+
+def check_solver(name: str) -> None:
+    """Refuse an unknown solver before hours of work.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    if name not in SOLVERS:
+        raise UsageError(f"solver {name!r} is not known", hint=f"known: {', '.join(SOLVERS)}")

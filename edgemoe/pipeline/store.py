@@ -1,0 +1,69 @@
+"""A plan -> the weights as they will be written: repaired, and rounded with feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgemoe.ir import Model, Plan, Stats
+from edgemoe.price.choices import check_rounding
+from edgemoe.repair.quantize_layer import plan_packing
+from edgemoe.repair.survivors import repair_survivors
+from edgemoe.repair.width import Narrowed
+from edgemoe.stream.gradients import collect_gradients
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text
+from edgemoe.targets import find_target
+
+
+def store_weights(
+    model: Model,
+    texts: Sequence[Text],
+    stats: Stats,
+    plan: Plan,
+    work: Path,
+    *,
+    narrowed: Narrowed | None = None,
+    rounding: str = "feedback",
+    max_tokens: int = DEFAULT_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """The model as `emit` stores it: survivors repaired if the plan was priced so, matrices packed if rounding is by feedback.
+
+    Args:
+        model: the original.
+        texts: calibration texts.
+        stats: what they gave.
+        plan: what stays, and as what.
+        work: folder for the gradients of the original, which all plans share, and for the new weights.
+        narrowed: what is stored, if it is a narrowed model; `stats` are then of it, and new weights lie in its folder.
+        rounding: "feedback" or "stock" (ggml's own, matrix by matrix).
+        max_tokens: of all texts together.
+        progress: called with (steps done, all steps).
+
+    Raises:
+        UsageError: `rounding` is neither.
+        ModelError: as `repair_survivors`.
+    """
+    check_rounding(rounding)
+    packing, start = None, narrowed.model if narrowed else model
+    backward = 2 * model.n_layers  # steps, once for all plans
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, backward + model.n_layers)
+
+    if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
+        gradients = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
+        packing = plan_packing(start, stats, plan, find_target(plan.target), gradients)
+    if not packing and not plan.repair:
+        return start
+    return repair_survivors(
+        model,
+        texts,
+        plan,
+        narrowed.work if narrowed else work,
+        start=start,
+        max_tokens=max_tokens,
+        packing=packing,
+        progress=lambda done, _: tell(backward + done),
+    )

@@ -1,0 +1,106 @@
+"""The best plan over the expert widths that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemoe import __version__
+from edgemoe.base.errors import BudgetError, ConflictError
+from edgemoe.base.storage import alone, hash_file, hash_json, load_record, save_record
+from edgemoe.calibrate.collect import collect_stats
+from edgemoe.ir import Costs, Model, Plan, Stats
+from edgemoe.pipeline.request import BuildRequest, Job
+from edgemoe.plan.solve import solve_plan
+from edgemoe.price.choices import REVISION, discount, price_choices
+from edgemoe.repair.survivors import EPOCHS
+from edgemoe.repair.width import FEW_BITS, Narrowed, charge, narrow_experts
+from edgemoe.targets import Target
+
+Progress = Callable[[str, int, int], None]  # (stage, done, all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The experts at one width: their weights and where they lie, what calibration saw of them, and their prices."""
+
+    narrowed: Narrowed
+    stats: Stats
+    costs: Costs
+    costs_hash: str
+
+
+def in_stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    """Progress of one stage."""
+    return lambda done, total: progress(name, done, total)
+
+
+def plan_widths(job: Job, work: Path, progress: Progress) -> tuple[Offer, Plan]:
+    """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
+
+    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it; unasked, none is tried
+    where the whole width fits with bits to spare.
+
+    Raises:
+        BudgetError: nothing fits at any width; says what the narrowest needs.
+    """
+    request, model, target, texts, top_k = job.request, job.model, job.target, job.calibration, job.top_k
+    best: tuple[Offer, Plan] | None = None
+    refused: list[BudgetError] = []
+    for width in job.widths:
+        name, tokens = (f" {width}" if width < model.expert_size else ""), request.calibration_tokens
+        epochs = EPOCHS if request.repair else 0 if name else -1
+        tell = in_stage(progress, f"narrow{name}" if name else f"top-{top_k}")
+        narrowed = narrow_experts(model, texts, width, work, top_k=top_k, max_tokens=tokens, epochs=epochs, progress=tell)
+        if best and narrowed.loss(best[0].costs, request.objective) >= promised_kl(*best):
+            break
+        stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=in_stage(progress, f"calibrate{name}"))
+        costs, key = price_cached(narrowed.model, stats, target, job.context, narrowed.work, in_stage(progress, f"price{name}"))
+        costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
+        costs = target.on_device(costs, request.device) if request.device else costs
+        offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
+        try:
+            plan = solve_request(request, offer)
+        except ConflictError:
+            raise  # no width helps
+        except BudgetError as error:
+            refused.append(error)
+            continue
+        if best is None or promised_kl(offer, plan) < promised_kl(*best):
+            best = offer, plan
+        if not request.width and 8 * plan.file_size >= FEW_BITS * model.n_weights:
+            break
+    if best is None:
+        raise refused[-1]
+    return best
+
+
+def solve_request(request: BuildRequest, offer: Offer) -> Plan:
+    """The best plan for these prices, as it was asked for."""
+    return solve_plan(
+        offer.costs,
+        request.memory,
+        rules=request.rules,
+        objective=request.objective,
+        solver=request.solver,
+        gap=request.gap,
+        seconds=request.seconds,
+        costs_hash=offer.costs_hash,
+    )
+
+
+def promised_kl(offer: Offer, plan: Plan) -> float:
+    """KL that the plan's objective is predicted to have: the mean, or the worst domain's."""
+    return offer.costs.predict_kl(max(plan.domain_q.values())) if plan.objective == "worst" else plan.predicted_kl
+
+
+def price_cached(
+    model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
+) -> tuple[Costs, str]:
+    """Costs from the work folder if they are there, else priced now; and their hash."""
+    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
+    with alone(path):
+        if not path.exists():
+            save_record(path, price_choices(model, stats, target, context, progress))
+    return load_record(path, Costs), hash_file(path)

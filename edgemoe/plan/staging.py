@@ -1,0 +1,94 @@
+"""Copies made while loading: a plan must fit while it loads, so the largest copy is searched over."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import Costs
+from edgemoe.ir.memory import room_for_weights
+from edgemoe.plan.program import Compiled
+from edgemoe.plan.task import ROUGH, Task, memory_beside_weights
+from edgemoe.solvers.lagrange import absorb, relax
+from edgemoe.solvers.program import Solution
+
+
+def solve_with_staging(task: Task, budget: int) -> tuple[Solution, Compiled] | None:
+    """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
+    parts = memory_beside_weights(task.costs, task.draft)
+    for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
+        found = task.solve(room_for_weights(budget, parts, 0), gap)
+        if found is None:
+            return None
+        solution, compiled = found
+        size = compiled.program.evaluate(solution.picks)[1]
+        if size > room_for_weights(budget, parts, largest_staging(task.costs, compiled, solution)):
+            return _branch_on_staging(task, budget, solution)
+    return found
+
+
+def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
+    """Branch and bound over the largest staging copy that the plan may need.
+
+    A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
+    relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
+    `free` is the answer without thought of staging: its bounds hold here too.
+    """
+    limits, rooms = _staging_limits(task, budget)
+
+    def bound(low: int, high: int, outer: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
+        programs = task.programs(rooms[low], limits[high])
+        inner = outer.copy()
+        for i in np.argsort(outer, kind="stable"):
+            if inner.min() < outer[i]:
+                break
+            program = programs(int(i)).program
+            relaxed = relax(program if program.is_plain else absorb(program, free.prices), guess=free.price, filled=False)
+            inner[i] = np.inf if relaxed is None else max(outer[i], relaxed.bound)
+        return inner
+
+    known = np.array([np.inf if b is None else b for b, _ in free.per_count])
+    bounds = {(0, len(limits) - 1): known}
+    heap = [(float(known.min()), 0, len(limits) - 1)]
+    best: tuple[Solution, Compiled] | None = None
+    proven = np.inf  # of what has been solved or cut off
+    while heap:
+        least, low, high = heapq.heappop(heap)
+        late = task.until is not None and time.monotonic() > task.until
+        if least == np.inf or (best is not None and (late or least >= best[0].cost * (1 - task.gap))):
+            proven = min(proven, least)
+            break
+        if low < high:
+            middle = (low + high) // 2
+            for part in ((low, middle), (middle + 1, high)):
+                bounds[part] = bound(*part, bounds[low, high])
+                heapq.heappush(heap, (float(bounds[part].min()), *part))
+            continue
+        cutoff = np.inf if best is None else best[0].cost
+        found, below = task.improve(rooms[low], limits[low], cutoff)
+        proven, best = min(proven, below), found or best
+    if best is None:
+        return None
+    costs = [cost for _, cost in best[0].per_count]
+    per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
+    bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
+    return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
+
+
+def _staging_limits(task: Task, budget: int) -> tuple[list[int], list[int]]:
+    """Sizes that the largest staging copy may have, rising, and the room for weights with it; of those with the same room the largest."""
+    parts = memory_beside_weights(task.costs, task.draft)
+    largest = {room_for_weights(budget, parts, limit): limit for limit in np.unique(task.costs.staging).tolist()}
+    return list(largest.values()), list(largest)
+
+
+def largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int:
+    """Bytes of the largest copy that loading this choice makes in main memory."""
+    formats, vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
+    rows = np.flatnonzero((formats >= 0) & ~vram)
+    return int(costs.staging[compiled.c, rows, formats[rows]].max(initial=0))

@@ -1,0 +1,76 @@
+"""Everything of a planning problem that stays the same while budgets and staging limits are tried."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgemoe.ir import Costs
+from edgemoe.plan.program import Compiled, Near, compile_program
+from edgemoe.rules.constraints import Draft
+from edgemoe.solvers.program import Solution
+from edgemoe.solvers.search import search, solve
+
+ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
+
+MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Everything that stays the same while budgets and staging limits are tried."""
+
+    costs: Costs
+    draft: Draft
+    allowed: tuple[int, ...]  # kept counts, by index
+    objective: str
+    near: Near | None
+    solver: str
+    gap: float
+    until: float | None  # time.monotonic()
+    made: dict[int, Compiled] = field(default_factory=dict)  # programs without room, by their place in `allowed`
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left; None: without limit."""
+        return None if self.until is None else max(0.5, self.until - time.monotonic())
+
+    def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
+        """Compiled programs by their place in `allowed`."""
+
+        def program(i: int) -> Compiled:
+            if i not in self.made:
+                made = compile_program(self.costs, self.draft, self.allowed[i], objective=self.objective, near=self.near)
+                self.made[i] = made
+                while len(self.made) > 2 and len(self.made) * made.program.cost.nbytes > MOST_PROGRAMS:
+                    del self.made[next(iter(self.made))]
+            return self.made[i].within(room, staging)
+
+        return program
+
+    def solve(self, room: int, gap: float) -> tuple[Solution, Compiled] | None:
+        """The best choice with this room, and the program that it belongs to; None when there is none."""
+        compiled = self.programs(room)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.left)
+        return None if found is None else (found, compiled(found.count_index))
+
+    def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
+        """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
+        compiled = self.programs(room, staging)
+        found, bound = search(
+            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.left, cutoff=cutoff
+        )
+        return (None if found is None else (found, compiled(found.count_index))), bound
+
+
+def make_task(costs: Costs, draft: Draft, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None) -> Task:
+    """A task whose kept counts are those that the rules allow, and whose time, if it is limited, runs from now."""
+    until = None if seconds is None else time.monotonic() + seconds
+    allowed = tuple(c for c, yes in draft.counts.items() if yes)
+    return Task(costs=costs, draft=draft, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
+
+
+def memory_beside_weights(costs: Costs, draft: Draft) -> dict[str, int]:
+    """Memory parts of main memory: with a GPU the cache and the buffers are not there."""
+    return costs.memory if draft.vram is None else {**costs.memory, "kv": 0, "compute": 0}

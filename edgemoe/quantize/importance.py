@@ -1,0 +1,36 @@
+"""Statistics of a layer -> importance of the columns of each matrix: the mean squares of its inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ir import Model, Stats
+
+
+def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
+    """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
+    arrays = stats.arrays(layer)
+    if layer < 0:
+        weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
+        output = (weights[:, None] * arrays["output_in_sq"]).sum(axis=0).astype(np.float32)
+        tied = model.find("output") is None
+        return {("token_embd", -1) if tied else ("output", -1): output}
+    share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
+    attention = (share * arrays["attn_in_sq"]).sum(axis=0).astype(np.float32)
+    found = {(role, -1): attention for role in ("attn_q", "attn_k", "attn_v")}
+    found["attn_output", -1] = (share * arrays["attn_out_sq"]).sum(axis=0).astype(np.float32)
+    count = arrays["count"].sum(axis=0)
+    for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
+        shrunk = shrink(arrays[key], arrays["expert_importance"], count)
+        found |= {(role, e): shrunk[e] for role in names for e in range(model.n_experts)}
+    return found
+
+
+def shrink(sums: NDArray[np.float64], weight: NDArray[np.float64], count: NDArray[np.int64], tokens: float = 64.0) -> NDArray[np.float32]:
+    """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
+    overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
+    own = sums / np.maximum(weight, 1e-30)[:, None]
+    trust = (count / (count + tokens))[:, None]
+    mixed: NDArray[np.float32] = (trust * own + (1 - trust) * overall).astype(np.float32)
+    return mixed

@@ -1,0 +1,68 @@
+"""Texts -> windows of the model's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import ModelError
+from edgemoe.ir import Model
+from edgemoe.stream.texts import Text
+
+CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Token windows [n, length], the last of a text padded; `lengths` [n] counts the real tokens of each."""
+
+    tokens: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    domain: NDArray[np.int64]  # [n]
+
+    def take(self, index: Sequence[int] | NDArray[np.int64]) -> Windows:
+        """Some of the windows."""
+        return Windows(tokens=self.tokens[index], lengths=self.lengths[index], domain=self.domain[index])
+
+    def chunks(self) -> list[NDArray[np.int64]]:
+        """Window indices in chunks of about CHUNK_TOKENS tokens."""
+        step = max(1, CHUNK_TOKENS // self.tokens.shape[1])
+        return [np.arange(i, min(i + step, len(self.tokens))) for i in range(0, len(self.tokens), step)]
+
+
+def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) -> Windows:
+    """Texts as windows of the model's tokens, each text giving the same number at most.
+
+    Raises:
+        ModelError: no tokenizer, or a text without tokens.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{model.folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    length = min(window, model.context_length)
+    share = max(max_tokens // len(texts), 2)
+    tokens, lengths, domain = [], [], []
+    for number, text in enumerate(texts):
+        ids: list[int] = []
+        for document in text.documents:
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= share:
+                break
+        ids = ids[:share]
+        if len(ids) < 2:
+            raise ModelError(f"text {text.name!r} gives {len(ids)} tokens", hint="give a file with some thousands of words")
+        if max(ids) >= model.vocab_size:
+            raise ModelError(f"{model.folder}: the tokenizer gives id {max(ids)}, but vocab_size is {model.vocab_size}")
+        for start in range(0, len(ids), length):
+            part = ids[start : start + length]
+            if len(part) > 1:
+                tokens.append(part + [0] * (length - len(part)))
+                lengths.append(len(part))
+                domain.append(number)
+    return Windows(tokens=np.array(tokens), lengths=np.array(lengths), domain=np.array(domain))

@@ -1,0 +1,140 @@
+"""Logits of the original and of an artifact -> KL, perplexity and agreement by text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.errors import VerifyError
+from edgemoe.base.storage import alone, hash_json, load_arrays, save_arrays
+from edgemoe.ir import Model, TextScore
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.stream.texts import Text
+from edgemoe.targets import Target
+
+ROWS_AT_ONCE = 64  # of logits in float64
+
+
+@dataclass
+class _Scores:
+    """Per-token figures of one text, filled window by window."""
+
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+    same: list[NDArray[np.bool_]] = field(default_factory=list)
+    nll: list[NDArray[np.float64]] = field(default_factory=list)
+    original_nll: list[NDArray[np.float64]] = field(default_factory=list)
+
+
+def compare_logits(
+    path: Path,
+    model: Model,
+    windows: Any,
+    states: NDArray[np.float32],
+    names: Sequence[str],
+    target: Target,
+    *,
+    settings: Mapping[str, bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[TextScore, ...]:
+    """KL, perplexity and agreement of a file on windows whose original last states [windows, length, hidden] are known, by text.
+
+    `settings` of the run: those that predictions are for, if they are not given.
+
+    Raises:
+        VerifyError: it does not run, or gives NaN.
+    """
+    scores = [_Scores() for _ in names]
+    head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))  # type: ignore[arg-type]
+    rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
+
+    def compare(number: int, logits: NDArray[np.float32]) -> None:
+        tokens = np.array(rows[number])
+        _score_window(states[number, : len(tokens)] @ head.T, logits, tokens, scores[int(windows.domain[number])])
+        if progress:
+            progress(number + 1, len(rows))
+
+    if progress:
+        progress(0, len(rows))
+    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.RUNS.compared)}, compare)
+    return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
+
+
+def _score_window(original: NDArray[np.float32], ours: NDArray[np.float32], tokens: NDArray[np.int64], into: _Scores) -> None:
+    """Compare two sets of logits [n, vocab] for one window of n tokens."""
+    if not np.isfinite(ours).all():
+        raise VerifyError("the artifact gives NaN or infinite logits")
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        p, q = (_log_softmax(logits[start : start + ROWS_AT_ONCE]) for logits in (original, ours))
+        into.kl.append(_kl(p, q))
+        into.same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        following = tokens[start + 1 : start + 1 + len(p)]
+        into.nll.append(-q[np.arange(len(following)), following])
+        into.original_nll.append(-p[np.arange(len(following)), following])
+
+
+def kl_of_rows(original: NDArray[np.float32], ours: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(original || ours) of each row of logits [n, vocab], nats."""
+    steps = range(0, len(original), ROWS_AT_ONCE)
+    return np.concatenate([_kl(*(_log_softmax(x[i : i + ROWS_AT_ONCE]) for x in (original, ours))) for i in steps])
+
+
+def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return result
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return result
+
+
+def _text_score(name: str, scores: _Scores) -> TextScore:
+    kl = np.concatenate(scores.kl)
+    return TextScore(
+        name=name,
+        tokens=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        kl_max=float(kl.max()),
+        top1_agreement=float(np.concatenate(scores.same).mean()),
+        perplexity=float(np.exp(np.concatenate(scores.nll).mean())),
+        original_perplexity=float(np.exp(np.concatenate(scores.original_nll).mean())),
+    )
+
+
+def tokenize_heldout(model: Model, heldout: Sequence[Text], max_tokens: int) -> Any:
+    """Held-out windows, every position of which is compared."""
+    from edgemoe.stream.windows import tokenize
+
+    return tokenize(model, heldout, max_tokens, WINDOW)
+
+
+def reference_states(model: Model, windows: Any, work: Path) -> NDArray[np.float32]:
+    """Last hidden states of the original on these windows, kept in `work` for the next budget."""
+    from edgemoe.stream.passes import final_states
+
+    work.mkdir(parents=True, exist_ok=True)
+    key = hash_json(model.fingerprint, windows.tokens.tolist(), windows.lengths.tolist())
+    path = work / f"reference-{key[:16]}.safetensors"
+    with alone(path):
+        if not path.exists():
+            scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
+            scratch.mkdir(exist_ok=True)
+            try:
+                save_arrays(path, {"states": final_states(model, windows, scratch)})
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    states: NDArray[np.float32] = load_arrays(path)["states"]
+    return states
+
+
+WINDOW = 512
