@@ -5,7 +5,7 @@
 SENSITIVITY_FOLDER holds tensor_sensitivity.csv (model,probe,tensor,kld,ppl) and qtype_curve.csv (model,qtype,bpw,kld,kld_measured,...):
 Thireus/GGUF-Tool-Suite @ 384c1f85, models/*/{kld,ppl}_results.csv and group0/*.csv in long form.  ROUTING_FOLDER holds
 glm5.2_10domains.npz: Dorijan10/glm-expert-pruning @ 6cb44696, logs/g3/merged_*.json and keep_*.json packed.  Writes
-edgemoe/data/generic/priors.json and glm-5.2.npz.
+edgemoe/price/data/priors.json and glm-5.2.npz.
 """
 
 from __future__ import annotations

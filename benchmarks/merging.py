@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from repair import kl_by_domain
 
+from edgemoe.base.types import F64
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.model.checkpoint import read_tensor
@@ -32,7 +33,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
 from edgemoe.repair.experts import Experts, Tokens
-from edgemoe.repair.reconstruct import Change, Twin
+from edgemoe.repair.reconstruct import Change, Reconstruction
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
 from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import Text, choose_texts
@@ -43,11 +44,10 @@ from tiny import flat_plan
 
 SHARES = (0.75, 0.5)
 BLOCK = 4096  # tokens
-Floats = NDArray[np.float64]
 
 
 # ------------------------------------------------------------------------------------------------------------------ merging
-def output_cosine(stats: Stats, layer: int, n_experts: int) -> Floats:
+def output_cosine(stats: Stats, layer: int, n_experts: int) -> F64:
     """Mean cosine of the outputs of every two experts over the replayed tokens [E, E]."""
     arrays = stats.arrays(layer)
     candidates, packed = arrays["candidates"], arrays["gram"]
@@ -63,7 +63,7 @@ def output_cosine(stats: Stats, layer: int, n_experts: int) -> Floats:
     return both / len(packed)
 
 
-def assign(score: Floats) -> NDArray[np.int64]:
+def assign(score: F64) -> NDArray[np.int64]:
     """For every row the column of the one-to-one assignment with the largest sum (Hungarian method, shortest augmenting paths)."""
     n = len(score)
     cost, potential_row, potential_col = -score, np.zeros(n), np.zeros(n)
@@ -163,9 +163,9 @@ def changed(model: Model, texts: list[Text], plan: Plan, work: Path, name: str, 
     made = open_overlay(model, folder, {})
     if made is not None:
         return made
-    twin = Twin(model, model, texts, tokens, folder, name)
-    for layer in twin.resume(None):
-        twin.refit_layer(layer, plan.kept[layer], epochs=epochs, change=change)
+    reconstruction = Reconstruction(model, model, texts, tokens, folder, name)
+    for layer in reconstruction.resume(None):
+        reconstruction.refit_layer(layer, plan.kept[layer], epochs=epochs, change=change)
     return save_overlay(model, folder, {})
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Model, Stats, Unit, is_planned, tensor_name
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.plan.pmq import allocate_bits
@@ -18,7 +19,6 @@ from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
 from edgemoe.targets.gguf.mixes import fall_back
 from edgemoe.targets.gguf.writer import fixed_size, list_units
 
-Array = NDArray[np.float64]
 Kept = tuple[tuple[int, ...], ...]
 PMQ_BITS = (1, 2, 3)
 PMQ_OVERHEAD = 0.25  # bits per weight: scale and zero point in F16 for each group of 128
@@ -52,7 +52,7 @@ def file_bytes(model: Model, types: Mapping[str, str], count: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------------- drops
-def keep_best(score: Array, count: int) -> tuple[int, ...]:
+def keep_best(score: F64, count: int) -> tuple[int, ...]:
     """The experts with the highest score, in order."""
     return tuple(sorted(int(e) for e in np.argsort(-score, kind="stable")[:count]))
 
@@ -73,9 +73,9 @@ def kept_sets(model: Model, stats: Stats, method: str, share: float) -> Kept:
     return tuple(keep_best(score_experts(stats, layer, method), count) for layer in layers)
 
 
-def collaborative_score(count: Array, gate: Array, tokens: float) -> Array:
+def collaborative_score(count: F64, gate: F64, tokens: float) -> F64:
     """0.5 f + 0.5 s: share of the tokens that pick an expert, and its mean raw routing score when picked (arXiv 2509.25689)."""
-    found: Array = 0.5 * count / tokens + 0.5 * gate / np.maximum(count, 1)
+    found: F64 = 0.5 * count / tokens + 0.5 * gate / np.maximum(count, 1)
     return found
 
 
@@ -87,13 +87,13 @@ def collaborative_sets(model: Model, stats: Stats, share: float, *, released: bo
     return tuple(keep_best(collaborative_score(*routing_sums(model, stats, layer)), count) for layer in range(model.n_layers))
 
 
-def routing_sums(model: Model, stats: Stats, layer: int) -> tuple[Array, Array, float]:
+def routing_sums(model: Model, stats: Stats, layer: int) -> tuple[F64, F64, float]:
     """Of the replay tokens: how many pick each expert, the sum of their raw softmax weights [E], and the number of tokens."""
     picked, probs = _routing(model, stats.arrays(layer)["replay_logits"])
     return picked.sum(axis=0).astype(np.float64), (picked * probs).sum(axis=0), float(len(probs))
 
 
-def _routing(model: Model, logits: NDArray[np.floating]) -> tuple[NDArray[np.bool_], Array]:
+def _routing(model: Model, logits: NDArray[np.floating]) -> tuple[NDArray[np.bool_], F64]:
     """Which experts each token picks, and the softmax over all [N, E]."""
     z = logits.astype(np.float64)
     probs = np.exp(z - z.max(axis=1, keepdims=True))

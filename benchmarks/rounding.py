@@ -2,12 +2,12 @@
 
     python benchmarks/rounding.py [--tokens 16384] [--experts 4] [--models examples/tiny-moe examples/tiny-moe-b] [--work DIR]
 
-Both get what their builds get: the stock quantizer the importance matrix; feedback the second moments of inputs and output gradients, from
-the same calibration tokens (of one stream, nothing rounded before), by the product's own `expert_metrics` and `pack_matrix`.  One window in
-seven is kept out and chooses between the two.  "Alone" is feedback on what the matrix receives, by gate^2, every output by itself; "stored"
-what a build stores, which minimises the loss and not the output error.  "Output error" is sum g^2 |(W' - W) x|^2 over the held-out tokens
-routed to the expert, "loss" what that does to second order: sum (gradient (W' - W) x)^2.  "Better in" counts matrices that err less than
-stock.  KL of whole files: see quality.py.
+Both get what their builds get: the stock quantizer the importance matrix; feedback the Hessian of inputs and output gradients, from the
+same calibration tokens (of one stream, nothing rounded before), by the product's own `expert_metrics` and `quantize_matrix`. One window in
+seven is kept out and chooses between the two. "Alone" is feedback on what the matrix receives, by gate^2, every output by itself; "stored"
+what a build stores, which minimises the loss and not the output error. "Output error" is sum g^2 |(W' - W) x|^2 over the held-out tokens
+routed to the expert, "loss" what that does to second order: sum (gradient (W' - W) x)^2. "Better in" counts matrices that err less than
+stock. KL of whole files: see quality.py.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.model.inspect import inspect_model
-from edgemoe.quantize.gptq import factor_moments, mix_moments
+from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.repair.experts import Experts, Tokens
-from edgemoe.repair.quantize_layer import Metric, expert_metrics, pack_matrix, sum_grams
+from edgemoe.repair.quantize_layer import ErrorMetric, expert_metrics, quantize_matrix, sum_grams
 from edgemoe.repair.reconstruct import GUARD_EVERY
 from edgemoe.stream.gradients import collect_gradients, open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, recording
@@ -69,7 +69,7 @@ def watch(model: Model, texts: Sequence[Text], tokens: int, work: Path) -> Itera
     )
     number = np.array(
         [np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)]
-    )  # of each window in its domain, as in twin.py
+    )  # of each window in its domain, as in reconstruction.py
     guard = np.repeat(number % GUARD_EVERY == GUARD_EVERY // 2, windows.lengths)
     states = [stream.embed(windows.tokens[index]) for index in windows.chunks()]
     for layer in range(model.n_layers):
@@ -142,12 +142,12 @@ def compare(model: Model, texts: tuple[Sequence[Text], Sequence[Text]], tokens: 
                     metric, errors = found[0 if hidden else PROJECTIONS.index(projection)], judge(held, weights, n, projection)
                     kept = torch.from_numpy(~seen.guard[rows])
                     gram, guard = ((inputs[hidden][side].T @ inputs[hidden][side]).double().numpy() for side in (kept, ~kept))
-                    plain = Metric(inputs=factor_moments(mix_moments(gram, int(kept.sum()), None if hidden else whole)), guard=guard)
+                    plain = ErrorMetric(inputs=factor_hessian(mix_hessians(gram, int(kept.sum()), None if hidden else whole)), guard=guard)
                     for kind in KINDS:
                         start = time.process_time()
-                        _, stored = pack_matrix(gguf, matrix, kind, importances[hidden], metric, pool)
+                        _, stored = quantize_matrix(gguf, matrix, kind, importances[hidden], metric, pool)
                         seconds = time.process_time() - start
-                        others = [pack_matrix(gguf, matrix, kind, importances[hidden], other, pool)[1] for other in (plain, None)]
+                        others = [quantize_matrix(gguf, matrix, kind, importances[hidden], other, pool)[1] for other in (plain, None)]
                         ours, alone, stock = (errors(values - matrix) for values in (stored, *others))
                         ratios = {"alone": tuple(np.divide(alone, stock)), "stored": tuple(np.divide(ours, stock))}
                         yield Trial(kind=kind, projection=projection, seconds=seconds, size=matrix.nbytes, **ratios)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from recipes import row_lengths, unit_bytes
 
+from edgemoe.base.types import F64
 from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.importance import importance_of
@@ -26,7 +27,6 @@ HALVINGS, DOUBLINGS = 40, 60  # of the price of a bit
 SAMPLE_ROWS, EXPERT_ROWS = 256, 64
 FLOOR_TIMES, FLOOR_MOST = 3.0, 6.5625  # bits per weight: small classes get min(3 times the target's, Q6_K's)
 SMALL_CLASS = 0.1  # of the largest class's size
-Array = NDArray[np.float64]
 Sizes = NDArray[np.int64]
 
 
@@ -71,7 +71,7 @@ def total(size: Sizes, picks: Sequence[int] | NDArray[np.intp]) -> int:
 
 
 # ------------------------------------------------------------------------------------- --target-size, llama.cpp pull request 15550
-def output_errors(model: Model, stats: Stats) -> dict[str, Array]:
+def output_errors(model: Model, stats: Stats) -> dict[str, F64]:
     """Error of each matrix of each unit in each type, by unit name: [experts or 1, F].
 
     llama.cpp pull request 15550 (EAddario): on sampled rows, sum_j v_j (y_j - x_j)^2 / sum_j v_j x_j^2 with v the importance matrix, the
@@ -104,20 +104,20 @@ def row_error(rows: NDArray[np.float32], kind: str, importance: NDArray[np.float
     return n_rows * trimmed_mean((delta**2 @ values) / np.maximum(rows.astype(np.float64) ** 2 @ values, 1e-30))
 
 
-def trimmed_mean(values: Array) -> float:
+def trimmed_mean(values: F64) -> float:
     """Mean without the outermost hundredth at each end."""
     cut = int(TRIM * len(values)) if len(values) >= 100 else 0
     return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
-def target_boosts(units: Sequence[Unit], bits: float) -> Array:
+def target_boosts(units: Sequence[Unit], bits: float) -> F64:
     """The search's factors on errors: output 3, attn_v 1.25, a tied embedding 2.5 from 2.2 bits per weight on."""
     tied = not any(u.role == "output" for u in units)
     boosts = {"output": 3.0, "attn_v": 1.25} | ({"token_embd": 2.5} if tied and bits >= 2.2 else {})
     return np.array([boosts.get(u.role, 1.0) for u in units])
 
 
-def search_target(shelf: Shelf, errors: Array, boosts: Array, room: int) -> dict[str, str] | None:
+def search_target(shelf: Shelf, errors: F64, boosts: F64, room: int) -> dict[str, str] | None:
     """Types for a file of at most `room` bytes as pull request 15550 finds them: the price of a bit by bisection, then greedy upgrades.
 
     choice = argmin error + price / boost * bits; of the prices that fit, the plan nearest below the size; what is left goes to the upgrades
@@ -149,7 +149,7 @@ def search_target(shelf: Shelf, errors: Array, boosts: Array, room: int) -> dict
     return shelf.name(_upgrade(shelf.size, boosts[:, None] * error, best, left))
 
 
-def pareto(errors: Array, size: Sizes) -> NDArray[np.bool_]:
+def pareto(errors: F64, size: Sizes) -> NDArray[np.bool_]:
     """Types of each unit that no smaller or equal type beats."""
     kept = np.zeros(errors.shape, bool)
     for u in range(len(errors)):
@@ -160,7 +160,7 @@ def pareto(errors: Array, size: Sizes) -> NDArray[np.bool_]:
     return kept
 
 
-def _upgrade(size: Sizes, value: Array, picks: NDArray[np.intp], left: int) -> NDArray[np.intp]:
+def _upgrade(size: Sizes, value: F64, picks: NDArray[np.intp], left: int) -> NDArray[np.intp]:
     """Spend what is left on single steps upward, the largest gain per byte first."""
     picks, left = picks.copy(), left - total(size, picks)
     heap: list[tuple[float, int, int]] = []
@@ -184,7 +184,7 @@ def _upgrade(size: Sizes, value: Array, picks: NDArray[np.intp], left: int) -> N
 
 # --------------------------------------------------------------------------------------------- greedy, Thireus/GGUF-Tool-Suite
 def search_greedy(
-    shelf: Shelf, sensitivity: Array, curve: dict[str, float], room: int, weights: int, *, pinned: bool
+    shelf: Shelf, sensitivity: F64, curve: dict[str, float], room: int, weights: int, *, pinned: bool
 ) -> dict[str, str] | None:
     """Types for a file of at most `room` bytes as `quant_assign.py --use-greedy-quant-assign` finds them.
 
@@ -221,7 +221,7 @@ def search_greedy(
     return shelf.name([int(f) for f in chosen])
 
 
-def _descend(size: Sizes, damage: Array, lowest: NDArray[np.intp], highest: NDArray[np.intp], left: int) -> NDArray[np.intp]:
+def _descend(size: Sizes, damage: F64, lowest: NDArray[np.intp], highest: NDArray[np.intp], left: int) -> NDArray[np.intp]:
     """Cheapest steps down from `highest` until it fits, then steps up, most damage undone per byte first."""
     picks, used = highest.copy(), total(size, highest)
 
@@ -268,7 +268,7 @@ def _floors(shelf: Shelf, groups: list[list[int]], ladder: list[int], bits: floa
 
 
 # ----------------------------------------------------------------------------------------- collaborative compression (2509.25689)
-def raise_most_sensitive(shelf: Shelf, gain: Array, room: int) -> dict[str, str] | None:
+def raise_most_sensitive(shelf: Shelf, gain: F64, room: int) -> dict[str, str] | None:
     """Types for a file of at most `room` bytes as arXiv 2509.25689 describes its search (the drop comes before it).
 
     Everything in one low type, the largest that fits; then the tensors that gained most when raised alone go one type up, while memory

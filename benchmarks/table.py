@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from peers import CLASSES, SEARCHES
-from yardstick import Array, Score, Yardstick, mean_and_error
+from yardstick import Score, Yardstick, mean_and_error
+
+from edgemoe.base.types import F64
 
 NEAR = 1.1  # times our bytes: the second count
 SURE = 2.0  # standard errors of the paired difference
@@ -46,7 +48,7 @@ class Ours:
     score: Score
 
 
-def kl_of(yard: Yardstick, score: Score, domains: Sequence[int]) -> list[Array]:
+def kl_of(yard: Yardstick, score: Score, domains: Sequence[int]) -> list[F64]:
     """KL of the windows, by domain."""
     parts = yard.split(score.kl)
     return [parts[d] for d in domains]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.storage import hash_json
+from edgemoe.base.types import F64
 from edgemoe.ir import Model
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.stream.texts import Text
@@ -22,7 +23,6 @@ from edgemoe.verify.logits import reference_states, tokenize_heldout
 
 EXACT = {"exact": True, "repack": False}  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
 ROWS_AT_ONCE = 128  # of logits in float64
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class Yardstick:
     def run(self, path: Path) -> Score:
         """Measure a file."""
         rows = [w[:n].tolist() for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)]
-        found: list[tuple[Array, Array, Array]] = []
+        found: list[tuple[F64, F64, F64]] = []
 
         def compare(number: int, logits: NDArray[np.float32]) -> None:
             found.append(compare_window(self.states[number, : len(rows[number])] @ self.head.T, logits, np.array(rows[number])))
@@ -87,7 +87,7 @@ class Yardstick:
         tokens = [np.concatenate([f[0] for f, d in zip(found, self.windows.domain, strict=True) if d == n]) for n in range(len(self.names))]
         return Score(size=path.stat().st_size, kl=kl, same=same, nll=nll, p99=tuple(float(np.quantile(t, 0.99)) for t in tokens))
 
-    def split(self, values: Sequence[float]) -> list[Array]:
+    def split(self, values: Sequence[float]) -> list[F64]:
         """Values of the windows by domain."""
         return [np.array(values)[self.windows.domain == d] for d in range(len(self.names))]
 
@@ -96,7 +96,7 @@ class Yardstick:
         return float(np.exp(np.mean([self.split(score.nll)[d].mean() for d in domains])))
 
 
-def compare_window(original: NDArray[np.float32], ours: NDArray[np.float32], tokens: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+def compare_window(original: NDArray[np.float32], ours: NDArray[np.float32], tokens: NDArray[np.int64]) -> tuple[F64, F64, F64]:
     """Of every token of a window: KL(original || ours) in nats, whether the first choice is the same, and its surprise (one less)."""
     kl, same, nll = [], [], []
     for start in range(0, len(tokens), ROWS_AT_ONCE):
@@ -108,14 +108,14 @@ def compare_window(original: NDArray[np.float32], ours: NDArray[np.float32], tok
     return np.concatenate(kl), np.concatenate(same).astype(np.float64), np.concatenate(nll)
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> Array:
+def _log_softmax(logits: NDArray[np.float32]) -> F64:
     x = logits.astype(np.float64)
     x -= x.max(axis=1, keepdims=True)
-    found: Array = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    found: F64 = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     return found
 
 
-def mean_and_error(parts: Sequence[Array]) -> tuple[float, float]:
+def mean_and_error(parts: Sequence[F64]) -> tuple[float, float]:
     """Mean over domains of the mean over their windows, and its standard error (domains are given, windows are a sample of each)."""
     mean = float(np.mean([p.mean() for p in parts]))
     return mean, float(np.sqrt(sum(p.var(ddof=1) / len(p) for p in parts))) / len(parts)

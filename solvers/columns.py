@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.solvers.engine import run
-from edgemoe.solvers.ilp import Items, Model, build, join, prices_of, solve_items, unit_items
+from edgemoe.solvers.ilp import Items, LinearModel, build, join, prices_of, solve_items, unit_items
 from edgemoe.solvers.lagrange import Relaxed, minimise
 from edgemoe.solvers.nearby import nearby_items
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
@@ -27,7 +27,7 @@ FIRST = (1e-3, 0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0, 10.0, 1e3)  # ... and at 
 TOGETHER = 8  # other units that are one set of columns in the linear master
 
 
-class Pool:
+class ColumnPool:
     """Plans of every layer, and of every handful of the other units, each once."""
 
     def __init__(self, program: Program) -> None:
@@ -77,7 +77,7 @@ def free_units(program: Program) -> NDArray[np.int64]:
     return np.arange(program.n_experts, program.cost.shape[1])
 
 
-def all_items(program: Program, pool: Pool | None, known: Relaxed | None = None) -> Items:
+def all_items(program: Program, pool: ColumnPool | None, known: Relaxed | None = None) -> Items:
     """Columns of the blocks and options of the other units; without a pool the options of every unit."""
     if pool is None:
         return unit_items(program, np.arange(program.cost.shape[1]), known)
@@ -85,14 +85,14 @@ def all_items(program: Program, pool: Pool | None, known: Relaxed | None = None)
     return join(layers, unit_items(program, free, known)) if len(free) else layers
 
 
-def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple[Relaxed, Pool | None, bool]:
+def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple[Relaxed, ColumnPool | None, bool]:
     """Bound and prices of the linear relaxation with all rows; the pool of columns; and False when budget and rules cannot hold together.
 
     A solver that fails leaves what is known as it is: only a proof says that there is no choice.
     """
     if program.blocks is None:
         return _relax_items(program, known, engine)
-    pool = Pool(program)
+    pool = ColumnPool(program)
     for factor in FIRST:
         start = Prices(byte=(known.prices.byte or 1e-18) * factor, rows=np.zeros(len(program.rows)), objectives=known.prices.objectives)
         pool.add(minimise(program, start)[1])
@@ -124,7 +124,7 @@ def _between(one: Prices, two: Prices) -> Prices:
     return Prices(byte=(one.byte + two.byte) / 2, rows=rows, objectives=(one.objectives + two.objectives) / 2)
 
 
-def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, Pool | None, bool]:
+def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, ColumnPool | None, bool]:
     """The same without blocks: all options are items, so one linear program says it all."""
     expected = known.cost if np.isfinite(known.cost) else known.bound
     model = build(program, all_items(program, None), expected)
@@ -138,12 +138,12 @@ def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed
     return Relaxed(bound=min(value, known.cost), cost=known.cost, picks=known.picks, prices=prices), None, True
 
 
-def _master_value(program: Program, model: Model) -> float:
+def _master_value(program: Program, model: LinearModel) -> float:
     constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
     return float(model.problem.objective.value()) / model.scale + constant
 
 
-def _reach_feasible(program: Program, pool: Pool, engine: str) -> bool:
+def _reach_feasible(program: Program, pool: ColumnPool, engine: str) -> bool:
     """Add layer plans until some mixture of them keeps budget and rules; False when none can.
 
     The same generation with no costs: what is minimised is by how much rows are exceeded.  Prices at which even the cheapest choice costs
@@ -173,7 +173,9 @@ def _reach_feasible(program: Program, pool: Pool, engine: str) -> bool:
     return True
 
 
-def solve_columns(program: Program, known: Relaxed, pool: Pool, engine: str, gap: float, seconds: float | None = None) -> Relaxed | None:
+def solve_columns(
+    program: Program, known: Relaxed, pool: ColumnPool, engine: str, gap: float, seconds: float | None = None
+) -> Relaxed | None:
     """The best choice among the generated layer plans and some around them; if none of these fit together, among all there are.
 
     None: proven that there is no choice.

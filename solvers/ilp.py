@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.solvers.engine import Outcome, run
 from edgemoe.solvers.lagrange import Relaxed, absorb, fill, minimise
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
@@ -27,7 +28,6 @@ SCALE = 1e4  # of the objective
 CLEAREST = 1e7  # scaled objectives further than this from 10^4 are scaled again: they were expected to be smaller
 TRIES = 4  # solves of one program: a choice that keeps a row only within the solver's tolerance is cut off, and the row solved again
 MARGIN = 2.0  # times that by which a row was exceeded: what it is then tightened by
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,21 +37,21 @@ class Items:
     owner: NDArray[np.int64]  # [I] set
     units: list[NDArray[np.int64]]  # [I] the units that the item decides
     picks: list[Picks]  # [I] their options
-    cost: Array  # [K, I]
-    size: Array  # [I]
-    rows: Array  # [R, I]
+    cost: F64  # [K, I]
+    size: F64  # [I]
+    rows: F64  # [R, I]
     n_sets: int
 
 
 @dataclass(slots=True)
-class Model:
+class LinearModel:
     """A PuLP problem and where its parts are."""
 
     problem: Any
     x: list[Any]
     scale: float
     room: float
-    row_scale: Array  # [R] of the rules' rows; the bytes are scaled by `room`
+    row_scale: F64  # [R] of the rules' rows; the bytes are scaled by `room`
     soft: list[Any] = field(default_factory=list)
     elastic: list[Any] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ def join(first: Items, second: Items) -> Items:
     )
 
 
-def build(program: Program, items: Items, best_cost: float, *, tighter: Array | None = None, elastic: bool = False) -> Model:
+def build(program: Program, items: Items, best_cost: float, *, tighter: F64 | None = None, elastic: bool = False) -> LinearModel:
     """The problem over some items.
 
     Args:
@@ -128,7 +128,7 @@ def build(program: Program, items: Items, best_cost: float, *, tighter: Array | 
     scale = _scale(program, items, best_cost)
     tighter = np.zeros(1 + len(program.rows)) if tighter is None else tighter
     x = [problem.add_variable(f"x{i:07d}", 0, 1, pulp.LpInteger) for i in range(len(items.owner))]
-    model = Model(problem, x, scale, room, np.ones(len(program.rows)))
+    model = LinearModel(problem, x, scale, room, np.ones(len(program.rows)))
     model.soft = [problem.add_variable(f"s{s:04d}", v.low, None if np.isinf(v.high) else v.high) for s, v in enumerate(program.soft)]
     priced = [(v, s.price * scale) for v, s in zip(model.soft, program.soft, strict=True)]
     if elastic:
@@ -164,7 +164,7 @@ def _scale(program: Program, items: Items, best_cost: float) -> float:
     return SCALE / max(abs(best_cost - constant), 1e-12 * largest, 1e-200)
 
 
-def _terms(variables: list[Any], coefficients: Array) -> list[tuple[Any, float]]:
+def _terms(variables: list[Any], coefficients: F64) -> list[tuple[Any, float]]:
     return [(v, float(c)) for v, c in zip(variables, coefficients, strict=True) if c]
 
 
@@ -178,7 +178,7 @@ def _row(terms: list[tuple[Any, float]], limit: float, sense: int = -1) -> Any:
     return pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, rhs=limit)
 
 
-def _limit_formats(program: Program, items: Items, model: Model) -> None:
+def _limit_formats(program: Program, items: Items, model: LinearModel) -> None:
     """At most so many formats: y[f] says that format f is used."""
     if not program.max_formats or program.format_of is None:
         return
@@ -196,7 +196,7 @@ def _limit_formats(program: Program, items: Items, model: Model) -> None:
     model.problem += _row([(y, 1.0) for y in used.values()], float(program.max_formats)), "formats"
 
 
-def add_block_rules(program: Program, items: Items, model: Model) -> None:
+def add_block_rules(program: Program, items: Items, model: LinearModel) -> None:
     """Kept counts, groups and the curve of blocks whose experts are sets of their own (the first sets)."""
     blocks, problem = program.blocks, model.problem
     if blocks is None:
@@ -216,7 +216,7 @@ def add_block_rules(program: Program, items: Items, model: Model) -> None:
         _add_curve(program, model, b, members)
 
 
-def _add_curve(program: Program, model: Model, b: int, gone: list[tuple[Any, float]]) -> None:
+def _add_curve(program: Program, model: LinearModel, b: int, gone: list[tuple[Any, float]]) -> None:
     """The curve of one block: steps z[j] in [0, 1] where it is convex, else one binary for each count."""
     import pulp
 
@@ -241,7 +241,7 @@ def _add_curve(program: Program, model: Model, b: int, gone: list[tuple[Any, flo
             model.problem.get_constraint_by_name(f"objective{k:03d}").addInPlace(pulp.LpAffineExpression(priced))
 
 
-def prices_of(program: Program, model: Model, scale: float | None = None) -> Prices:
+def prices_of(program: Program, model: LinearModel, scale: float | None = None) -> Prices:
     """Lagrange multipliers from the duals of a solved linear relaxation whose objective is scaled by the model, or by `scale`."""
     scale = model.scale if scale is None else scale
 
@@ -313,7 +313,7 @@ def solve_items(
     return Relaxed(bound=min(bound, cost), cost=cost, picks=best, prices=known.prices)
 
 
-def _exceeded(program: Program, model: Model, picks: Picks) -> Array:
+def _exceeded(program: Program, model: LinearModel, picks: Picks) -> F64:
     """By how much a choice exceeds the scaled rows [1 + R]."""
     every, soft = np.arange(len(picks)), program.soft_values(picks)
     over = [(program.evaluate(picks)[1] - program.room) / max(model.room, 1.0)]
@@ -322,13 +322,13 @@ def _exceeded(program: Program, model: Model, picks: Picks) -> Array:
     return np.maximum(over, 0.0)
 
 
-def _in_nats(program: Program, model: Model, outcome: Outcome) -> float:
+def _in_nats(program: Program, model: LinearModel, outcome: Outcome) -> float:
     """The solver's bound, less what its tolerance of 1e-6 on the objective of 10^4 could be worth."""
     constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
     return (outcome.bound - 1e-6) / model.scale + constant
 
 
-def _decode(program: Program, items: Items, model: Model) -> Picks:
+def _decode(program: Program, items: Items, model: LinearModel) -> Picks:
     picks = np.zeros(program.cost.shape[1], np.int64)
     values = np.array([v.varValue or 0.0 for v in model.x])
     for i in np.flatnonzero(values > 0.5):
@@ -336,7 +336,7 @@ def _decode(program: Program, items: Items, model: Model) -> Picks:
     return picks
 
 
-def _start(program: Program, items: Items, model: Model, picks: Picks) -> list[float] | None:
+def _start(program: Program, items: Items, model: LinearModel, picks: Picks) -> list[float] | None:
     """Values of all variables for a known choice, in PuLP's order; None when the items cannot express it."""
     taken = np.array([bool((picks[u] == p).all()) for u, p in zip(items.units, items.picks, strict=True)])
     if int(taken.sum()) < items.n_sets or len(program.cost) > 1 or program.soft or program.max_formats or program.blocks is not None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
 STEPS = 200
 NEAR = 4.0  # ratio of the ends of the price interval below which lines are crossed, above which it is halved (prices span 20 decades)
 CLOSE = 1e-13  # relative distance to the crossing of two lines that is rounding
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +34,10 @@ def plain_prices(program: Program, byte: float) -> Prices:
     return Prices(byte=byte, rows=np.zeros(len(program.rows)), objectives=np.full(len(program.cost), 1 / len(program.cost)))
 
 
-def mix_objectives(program: Program, weights: Array) -> Array:
+def mix_objectives(program: Program, weights: F64) -> F64:
     """Costs [U, O] under a weighted mean of the objectives; inf where an option is not offered, whatever the weights."""
     if len(program.cost) == 1:
-        only: Array = program.cost[0]
+        only: F64 = program.cost[0]
         return only
     offered = np.isfinite(program.cost[0])
     return np.where(offered, np.tensordot(weights, np.where(offered, program.cost, 0.0), axes=1), np.inf)
@@ -70,7 +69,7 @@ def absorb(program: Program, prices: Prices) -> Program:
     return replace(program, cost=cost[None], constant=constant, rows=(), soft=(), max_formats=0)
 
 
-def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
+def _minimise_blocks(blocks: Blocks, reduced: F64) -> tuple[float, Picks]:
     """Each block's cheapest choice, exactly: drop in the order of what dropping saves, as many as pays."""
     r = reduced.reshape(blocks.n, blocks.size, -1)
     best = 1 + r[:, :, 1:].argmin(axis=2)
@@ -96,7 +95,7 @@ def _minimise_blocks(blocks: Blocks, reduced: Array) -> tuple[float, Picks]:
     return value, np.where(rank < chosen[:, None], DROP, best).ravel()
 
 
-def _hold_groups(blocks: Blocks, saves: Array) -> Array:
+def _hold_groups(blocks: Blocks, saves: F64) -> F64:
     """Make undroppable what each routing group must keep: its members that are worth most (greedy is exact on a partition matroid)."""
     held = saves.copy()
     for g in np.unique(blocks.group):

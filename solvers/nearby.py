@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.solvers.ilp import Items, unit_items
 from edgemoe.solvers.lagrange import absorb, minimise
 from edgemoe.solvers.program import DROP, Prices, Program
@@ -26,14 +26,14 @@ def nearby_items(program: Program, prices: Prices, most: int) -> Items:
     return unit_items(replace(program, cost=cost), np.arange(cost.shape[1]))
 
 
-def _distances(program: Program, prices: Prices) -> NDArray[np.float64]:
+def _distances(program: Program, prices: Prices) -> F64:
     """By how much each option is dearer than the relaxation's own [U, O]; dropping and keeping are compared across an expert's layer."""
     plain = program if program.is_plain else absorb(program, prices)
     reduced = plain.cost[0] + prices.byte * program.size
     picks = minimise(program, prices)[1]
     n = program.n_experts
     least = np.where(np.isfinite(reduced), reduced, np.inf)
-    distance: NDArray[np.float64] = np.full(least.shape, np.inf)
+    distance: F64 = np.full(least.shape, np.inf)
     distance[n:] = least[n:] - least[n:].min(axis=1, keepdims=True)
     if program.blocks:
         b, size = program.blocks.n, program.blocks.size

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
+
 DROP = 0  # the option "drop it" of a unit in a block
 Picks = NDArray[np.int64]  # [U] options
 
@@ -28,9 +30,9 @@ class Row:
     """A linear rule: the sum of `coef` [U, O] over the picks, plus `soft` times the soft variables, is at most `limit`."""
 
     name: str
-    coef: NDArray[np.float64]
+    coef: F64
     limit: float
-    soft: NDArray[np.float64]  # [S]
+    soft: F64  # [S]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class Blocks:
     size: int
     least: NDArray[np.int64]  # [B] kept experts
     most: NDArray[np.int64]  # [B]
-    curve: NDArray[np.float64]  # [B, E + 1] nats when so many are gone, beside their own prices
+    curve: F64  # [B, E + 1] nats when so many are gone, beside their own prices
     group: NDArray[np.int64]  # [E] routing group of each expert
     group_least: int  # kept experts of each group
 
@@ -60,9 +62,9 @@ class Blocks:
 class Program:
     """The numbers of one program: K objectives, U units, O options; cost is inf where an option is not offered."""
 
-    cost: NDArray[np.float64]  # [K, U, O]
+    cost: F64  # [K, U, O]
     size: NDArray[np.int64]  # [U, O]
-    constant: NDArray[np.float64]  # [K]
+    constant: F64  # [K]
     fixed: int
     room: int
     blocks: Blocks | None = None
@@ -81,16 +83,16 @@ class Program:
         """Whether only the budget couples the units outside blocks."""
         return len(self.cost) == 1 and not self.rows and not self.max_formats
 
-    def evaluate(self, picks: Picks) -> tuple[NDArray[np.float64], int]:
+    def evaluate(self, picks: Picks) -> tuple[F64, int]:
         """Nats under each objective [K] (soft variables aside), and bytes, of a complete choice, added up afresh."""
         rows = np.arange(len(picks))
-        total: NDArray[np.float64] = self.constant + self.cost[:, rows, picks].sum(axis=1)
+        total: F64 = self.constant + self.cost[:, rows, picks].sum(axis=1)
         if self.blocks:
             gone = (picks[: self.n_experts].reshape(self.blocks.n, -1) == DROP).sum(axis=1)
             total = total + self.blocks.curve[np.arange(self.blocks.n), gone].sum()
         return total, self.fixed + int(self.size[rows, picks].sum())
 
-    def soft_values(self, picks: Picks) -> NDArray[np.float64]:
+    def soft_values(self, picks: Picks) -> F64:
         """Values [S] of the soft variables for a choice: row by row, the cheapest helper is raised first, until the row holds."""
         values = np.array([v.low for v in self.soft])
         every = np.arange(len(picks))
@@ -153,8 +155,8 @@ class Prices:
     """Multipliers: nats per byte, nats per unit of each row, weight of each objective."""
 
     byte: float
-    rows: NDArray[np.float64]  # [R]
-    objectives: NDArray[np.float64]  # [K]
+    rows: F64  # [R]
+    objectives: F64  # [K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

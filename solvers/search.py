@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgemoe.base.errors import EdgemoeError, UsageError
-from edgemoe.solvers.columns import Pool, all_items, generate, solve_columns
+from edgemoe.solvers.columns import ColumnPool, all_items, generate, solve_columns
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
 from edgemoe.solvers.lagrange import Relaxed, absorb, fill, relax
@@ -139,7 +139,9 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
             known[c] = found
 
 
-def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float) -> tuple[Relaxed, Pool | None, bool]:
+def _bound_with_rules(
+    programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float
+) -> tuple[Relaxed, ColumnPool | None, bool]:
     """Bound one kept count with all rules; its prices then bound the others."""
     program = programs(c)
     relaxed, pool, possible = generate(program, known[c], engine, gap)
@@ -167,7 +169,7 @@ def _round(program: Program, known: Relaxed) -> Relaxed:
 
 
 def solve_program(
-    program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: Pool | None = None
+    program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: ColumnPool | None = None
 ) -> Relaxed | None:
     """One program by PuLP, unit by unit or by columns; None when the rules cannot hold."""
     if program.is_plain and known.bound >= known.cost - gap * abs(known.cost):

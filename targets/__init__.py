@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import MachineError, UsageError
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import hash_file
+from edgemoe.base.types import F32
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Stats, Unit
 from edgemoe.ir.memory import Layout
-from edgemoe.quantize.gptq import Moments
+from edgemoe.quantize.gptq import Hessian
 
 TARGETS = ("gguf", "onnx", "browser")
 
@@ -74,7 +76,7 @@ class Target(Protocol):
         """What the process needs beside the weights (see memory.py); a layout is enough."""
         ...
 
-    def round_rows(self, rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    def round_rows(self, rows: F32, name: str, importance: F32 | None) -> F32:
         """What rows become when stored in a format."""
         ...
 
@@ -83,32 +85,26 @@ class Target(Protocol):
         ...
 
     def feeds_back(self, name: str) -> bool:
-        """Whether `pack_rows` uses second moments in this format."""
+        """Whether `pack_rows` uses Hessian in this format."""
         ...
 
-    def pack_rows(
-        self, rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None, moments: Moments | None
-    ) -> NDArray[np.uint8]:
-        """Rows as the artifact stores them [R, bytes], by the stock quantizer or, with second moments of the inputs, with feedback."""
+    def pack_rows(self, rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
+        """Rows as the artifact stores them [R, bytes], by the stock quantizer or, with Hessian of the inputs, with feedback."""
         ...
 
-    def descend_rows(
-        self, packed: NDArray[np.uint8], name: str, values: NDArray[np.float32], moments: Moments, gradient: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def descend_rows(self, packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
         """Packed rows with every code chosen again, given the gradient (W - Q) H; values [R, C] and gradient change in place."""
         ...
 
-    def unpack_rows(self, packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.float32]:
+    def unpack_rows(self, packed: NDArray[np.uint8], name: str, cols: int) -> F32:
         """What packed rows stand for [R, cols]."""
         ...
 
-    def write(
-        self, model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int, progress: Callable[[int, int], None] | None
-    ) -> Artifact:
+    def write(self, model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int, progress: Progress | None) -> Artifact:
         """Write the artifact into a folder."""
         ...
 
-    def run(self, path: Path, job: Mapping[str, Any], on_logits: Callable[[int, NDArray[np.float32]], None] | None) -> dict[str, Any]:
+    def run(self, path: Path, job: Mapping[str, Any], on_logits: Callable[[int, F32], None] | None) -> dict[str, Any]:
         """Run the artifact in a child process."""
         ...
 

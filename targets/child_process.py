@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemoe.base.errors import MachineError, VerifyError
+from edgemoe.base.types import F32
 
 FRAME = Path(__file__).with_name("child_main.py")
 LACKING = MachineError.exit_code  # of a child that misses something on this machine
 
-OnLogits = Callable[[int, NDArray[np.float32]], None]
+OnLogits = Callable[[int, F32], None]
 
 
 def run_job(

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from tiny import flat_plan
 
+from edgemoe.base.types import F32
 from edgemoe.ir import Artifact, Model, Plan, Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx import input_block, round_rows, write
-
-Floats = NDArray[np.float32]
-
 
 hand_plan = partial(flat_plan, target="onnx")
 
@@ -67,7 +65,7 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
 
 
 def _rounded(x: torch.Tensor, name: str, role: str) -> torch.Tensor:
-    flat: Floats = x.reshape(-1, x.shape[-1]).numpy()
+    flat: F32 = x.reshape(-1, x.shape[-1]).numpy()
     return torch.from_numpy(round_to_int8(flat, input_block(name, role))).reshape(x.shape)
 
 
@@ -91,9 +89,9 @@ def _experts_forward(module: Any, formats: Sequence[str]) -> Callable[..., torch
     return forward
 
 
-def reference_logits(module: Any, ids: NDArray[np.int64]) -> Floats:
+def reference_logits(module: Any, ids: NDArray[np.int64]) -> F32:
     with torch.no_grad():
-        logits: Floats = module(torch.from_numpy(ids)).logits.numpy()
+        logits: F32 = module(torch.from_numpy(ids)).logits.numpy()
     return logits
 
 
@@ -108,10 +106,10 @@ class Runner:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = [i.name for i in self.session.get_inputs()[2:]]
         self.empty = (model.n_kv_heads, 0, model.head_dim)
-        self.past: dict[str, Floats] = {}
+        self.past: dict[str, F32] = {}
         self.mask: NDArray[np.int64] | None = None
 
-    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> Floats:
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> F32:
         """Logits [batch, tokens, vocabulary] of the next tokens; `mask` is of these tokens alone."""
         if self.mask is None:
             self.past = {name: np.zeros((len(ids), *self.empty), np.float32) for name in self.names}
@@ -119,17 +117,17 @@ class Runner:
         self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
         logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": self.mask, **self.past})
         self.past = dict(zip(self.names, present, strict=True))
-        result: Floats = logits
+        result: F32 = logits
         return result
 
 
-def mean_kl(want: Floats, got: Floats) -> float:
+def mean_kl(want: F32, got: F32) -> float:
     """Mean over tokens of KL(want || got), nats."""
     p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (want, got))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def token_errors(want: Floats, got: Floats) -> Floats:
+def token_errors(want: F32, got: F32) -> F32:
     """Relative error of each token's logits."""
-    error: Floats = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    error: F32 = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     return error.ravel()

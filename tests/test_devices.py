@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.devices.detect import MARGIN, apple_pool, cgroup_limit, cpu_features, detect_device, measure_bandwidth, nvidia_pools
-from edgemoe.devices.profiles import SLOWER, Device, Pool, budget_of, estimate_speed, find_device, load_devices, raise_limits
+from edgemoe.devices.profiles import SLOWER, Device, MemoryPool, budget_of, estimate_speed, find_device, load_devices, raise_limits
 
 GIB = 2**30
 GOOD = """
@@ -299,7 +299,7 @@ def test_a_machine_without_a_limit_gives_what_is_free_less_the_margin(tmp_path: 
 
 
 def test_a_machine_with_less_than_the_margin_free_gives_no_budget() -> None:
-    pool = Pool(name="ram", total=2 * GIB, usable=GIB, reserve=MARGIN, why="so")
+    pool = MemoryPool(name="ram", total=2 * GIB, usable=GIB, reserve=MARGIN, why="so")
     with pytest.raises(UsageError, match="not more than the reserve") as caught:
         budget_of(replace(find_device("rpi5-16gb"), pools=(pool,)))
     assert "--memory" in caught.value.hint
@@ -331,7 +331,7 @@ def test_a_driver_that_fails_is_no_card_and_one_that_hangs_is_said(tmp_path: Pat
     [(32, 0, 31, 21845), (16, 0, 15, 10922), (96, 0, 95, 73728), (128, 114688, 127, 114688), (128, 0, 50, 50 * 1024)],
 )
 def test_a_mac_gives_its_working_set_or_what_is_free(total: int, wired: int, free: int, usable: int) -> None:
-    pool = apple_pool(Pool(name="ram", total=total * GIB, usable=free * GIB, reserve=MARGIN, why=""), wired)
+    pool = apple_pool(MemoryPool(name="ram", total=total * GIB, usable=free * GIB, reserve=MARGIN, why=""), wired)
     assert pool.usable // 2**20 == usable and pool.name == "unified"
 
 

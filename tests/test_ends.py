@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from edgemoe.ir import Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.quantize.gptq import factor_moments
-from edgemoe.repair.quantize_layer import Metric, Packing, pack_matrix
-from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.quantize.gptq import factor_hessian
+from edgemoe.repair.quantize_layer import ErrorMetric, QuantizePlan, quantize_matrix
+from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, quantize_rows_by_group
 from edgemoe.stream.passes import final_states, token_kl
 from edgemoe.stream.texts import choose_texts
 from edgemoe.stream.windows import tokenize
@@ -53,7 +53,7 @@ def test_gradients_are_summed_by_group_and_side() -> None:
     np.testing.assert_allclose(sums[1][1], gradients[(group == 1) & guard].T @ gradients[(group == 1) & guard], rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(np.sum(sums, axis=(0, 1)), gradients.T @ gradients, rtol=1e-3, atol=1e-1)
     metrics = group_metrics(sums, [1.0] * GROUPS)
-    whole = factor_moments(np.sum([fitted for fitted, _ in sums], axis=0))
+    whole = factor_hessian(np.sum([fitted for fitted, _ in sums], axis=0))
     np.testing.assert_allclose(metrics[7].inputs.h, whole.h)  # a group that nothing was seen of
 
 
@@ -76,15 +76,15 @@ def test_groups_take_a_tenth_off_the_kl_of_a_rounded_output_matrix(shipped_stats
     x, guard = seen.numpy(), np.arange(len(seen)) % 7 == 3
     sums = [tuple((x[side] * mass[side, i : i + 1]).T @ x[side] for side in (~guard, guard)) for i in range(GROUPS)]
     metrics = group_metrics(sums, (mass.sum(axis=0) / mass.sum() * len(seen)).tolist())  # type: ignore[arg-type]
-    packing = Packing(model=model, stats=shipped_stats, target=gguf, formats={("output", -1, -1): kind}, gradients=tmp_path)
+    quantize_plan = QuantizePlan(model=model, stats=shipped_stats, target=gguf, formats={("output", -1, -1): kind}, gradients=tmp_path)
 
     def kl(values: NDArray[np.float32]) -> float:
         logs = (fresh.double() @ torch.from_numpy(output).double().T).log_softmax(-1)
         return float(token_kl(logs, fresh @ torch.from_numpy(values).T).mean())
 
-    packed, grouped = pack_end(packing, "output", output, group, metrics)
+    packed, grouped = quantize_rows_by_group(quantize_plan, "output", output, group, metrics)
     np.testing.assert_array_equal(gguf.unpack_rows(packed, kind, output.shape[1]), grouped)
     with ThreadPoolExecutor(1) as pool:
-        together = Metric(inputs=factor_moments(x[~guard].T @ x[~guard]), guard=x[guard].T @ x[guard])
-        _, alike = pack_matrix(gguf, output, kind, None, together, pool)
+        together = ErrorMetric(inputs=factor_hessian(x[~guard].T @ x[~guard]), guard=x[guard].T @ x[guard])
+        _, alike = quantize_matrix(gguf, output, kind, None, together, pool)
     assert kl(grouped) < 0.9 * kl(alike)

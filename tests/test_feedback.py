@@ -1,4 +1,4 @@
-"""Rounding with error feedback: the published golden case, bit-exact packing of every format, and what feedback may never do."""
+"""Rounding with error feedback: the published golden case, bit-exact quantize_plan of every format, and what feedback may never do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
-from edgemoe.quantize.gptq import Moments, descend_outputs, factor_moments, mix_moments, objective, round_columns, shrink_moments
+from edgemoe.quantize.gptq import Hessian, descend_outputs, factor_hessian, mix_hessians, objective, round_columns, shrink_hessian
 from edgemoe.quantize.grids import Codebook, Scalar, sign_patterns
 from edgemoe.targets import find_target
-from edgemoe.targets.gguf.codes import layout_of, read_codes, write_codes
+from edgemoe.targets.gguf.codes import code_bits, read_codes, write_codes
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
 from edgemoe.targets.gguf.rounding import FED_BACK, grid_of, quantize_fed_back
 
@@ -24,7 +24,7 @@ COLS = 256
 
 
 def correlated(seed: int, cols: int = COLS, noise: float = 0.7) -> NDArray[np.float64]:
-    """Second moments of inputs that a quarter as many hidden causes drive."""
+    """Hessian of inputs that a quarter as many hidden causes drive."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2 * cols, cols // 4)) @ rng.normal(size=(cols // 4, cols)) + noise * rng.normal(size=(2 * cols, cols))
     return x.T @ x / len(x)
@@ -34,8 +34,8 @@ def weights(seed: int, rows: int = 16, cols: int = COLS) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_t(5, (rows, cols)).astype(np.float32)
 
 
-def total(rows: NDArray[np.float32], packed: NDArray[np.uint8], name: str, moments: Moments) -> float:
-    return float(objective(rows, dequantize(packed, name, rows.shape[1]), moments).sum())
+def total(rows: NDArray[np.float32], packed: NDArray[np.uint8], name: str, hessian: Hessian) -> float:
+    return float(objective(rows, dequantize(packed, name, rows.shape[1]), hessian).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------ the algorithm
@@ -44,11 +44,11 @@ def test_golden_case_of_gptq() -> None:
     x = np.array([[1, 0.8, 0.1, 0], [0.9, 1, 0, 0.2], [0.2, 0.1, 1, 0.7], [0, 0.3, 0.6, 1], [1, 0.7, 0.2, 0.1]])
     w = np.array([[0.9, -0.35, 0.6, 0.15]], np.float32)
     h = 2 / 5 * x.T @ x
-    moments = factor_moments(h)
+    hessian = factor_hessian(h)
     expected = np.array([5.062179, -5.789697, -3.104988, 3.639489])
-    np.testing.assert_allclose(moments.upper[0] / np.sqrt(h.diagonal().mean()), expected, rtol=1e-4)
+    np.testing.assert_allclose(hessian.upper[0] / np.sqrt(h.diagonal().mean()), expected, rtol=1e-4)
     grid = Scalar(np.full((1, 4), 0.5, np.float32), np.full((1, 4), -1, np.float32), np.arange(4, dtype=np.float32))
-    codes, values, rest = round_columns(w, grid, moments, slice(0, 4))
+    codes, values, rest = round_columns(w, grid, hessian, slice(0, 4))
     np.testing.assert_allclose(values, [[0.5, 0, 0.5, 0]])
     np.testing.assert_array_equal(codes, [[3, 2, 3, 2]])
     assert rest.shape == (1, 0)
@@ -58,14 +58,14 @@ def test_golden_case_of_gptq() -> None:
         np.testing.assert_allclose(((delta @ x.T) ** 2).sum(), summed, rtol=1e-5)
         np.testing.assert_allclose(delta @ h @ delta.T, exact, rtol=1e-5)
         np.testing.assert_allclose(delta**2 @ (x**2).sum(axis=0), diagonal, rtol=1e-5)  # which would prefer plain rounding
-    np.testing.assert_allclose(objective(w, values, moments) * h.diagonal().mean() / 2, 0.026890, rtol=1e-4)  # half the sum of e_j^2
+    np.testing.assert_allclose(objective(w, values, hessian) * h.diagonal().mean() / 2, 0.026890, rtol=1e-4)  # half the sum of e_j^2
 
 
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
     w = weights(0)
-    moments = factor_moments(np.diag(np.random.default_rng(0).uniform(0.1, 2, COLS)))
+    hessian = factor_hessian(np.diag(np.random.default_rng(0).uniform(0.1, 2, COLS)))
     grid = Scalar(np.full(w.shape, 0.3, np.float32), np.full(w.shape, -1.2, np.float32), np.arange(9, dtype=np.float32))
-    _, values, _ = round_columns(w, grid, moments, slice(0, COLS))
+    _, values, _ = round_columns(w, grid, hessian, slice(0, COLS))
     np.testing.assert_allclose(values, np.clip(np.rint((w + 1.2) / 0.3), 0, 8) * 0.3 - 1.2, atol=1e-5)
 
 
@@ -105,20 +105,20 @@ def test_signed_search_comes_close_to_the_best_code(parts: int, patterns: int) -
 
 def test_few_tokens_lean_on_the_layer() -> None:
     own, layer = correlated(3, 16), correlated(4, 16)
-    np.testing.assert_array_equal(mix_moments(own, 0, layer), layer)
-    near, far = mix_moments(own, 10, layer), mix_moments(own, 10_000, layer)
+    np.testing.assert_array_equal(mix_hessians(own, 0, layer), layer)
+    near, far = mix_hessians(own, 10, layer), mix_hessians(own, 10_000, layer)
     assert np.abs(far - own).max() < np.abs(near - own).max()
     np.testing.assert_allclose(np.trace(near), np.trace(own))
 
 
 def test_products_of_few_tokens_are_hardly_believed_and_squares_are() -> None:
     own = correlated(3, 16)
-    np.testing.assert_array_equal(shrink_moments(own, 0), np.diag(own.diagonal()))
-    sizes = [np.abs(np.triu(shrink_moments(own, n), 1)).sum() for n in (1, 16, 256, 10**9)]
+    np.testing.assert_array_equal(shrink_hessian(own, 0), np.diag(own.diagonal()))
+    sizes = [np.abs(np.triu(shrink_hessian(own, n), 1)).sum() for n in (1, 16, 256, 10**9)]
     assert sizes == sorted(sizes)
-    np.testing.assert_allclose(shrink_moments(own, 10**12), own, rtol=1e-4)
+    np.testing.assert_allclose(shrink_hessian(own, 10**12), own, rtol=1e-4)
     for n in (0, 5, 10**6):
-        np.testing.assert_array_equal(shrink_moments(own, n).diagonal(), own.diagonal())
+        np.testing.assert_array_equal(shrink_hessian(own, n).diagonal(), own.diagonal())
 
 
 @pytest.mark.parametrize("tokens", [64, 1024])
@@ -134,10 +134,10 @@ def test_shrunk_moments_of_few_hidden_activations_cost_fresh_tokens_less_than_th
     seen, fresh, rows = gram(tokens), gram(20_000), weights(9)
 
     def loss(h: NDArray[np.float64]) -> float:
-        delta = dequantize(quantize_fed_back(rows, "Q4_0", factor_moments(h)), "Q4_0", COLS) - rows
+        delta = dequantize(quantize_fed_back(rows, "Q4_0", factor_hessian(h)), "Q4_0", COLS) - rows
         return float(((delta @ fresh) * delta).sum())
 
-    assert loss(mix_moments(seen, tokens)) < loss(seen)
+    assert loss(mix_hessians(seen, tokens)) < loss(seen)
 
 
 # ------------------------------------------------------------------------------------------------------------- the formats
@@ -150,7 +150,7 @@ def test_codes_are_where_ggml_reads_them(name: str, seed: int, scale: float) -> 
     rows[1] = 0
     packed = quantize(rows, name, np.ones(COLS, np.float32))
     np.testing.assert_array_equal(write_codes(packed, name, read_codes(packed, name)), packed)
-    layout, rng = layout_of(name), np.random.default_rng(seed)
+    layout, rng = code_bits(name), np.random.default_rng(seed)
     codes = rng.integers(0, 2 ** layout.bits.shape[1], (3, COLS // layout.dim)).astype(np.int32)
     written = write_codes(packed, name, codes)
     np.testing.assert_array_equal(read_codes(written, name), codes)
@@ -169,16 +169,16 @@ def _book_values(grid: Codebook, codes: NDArray[np.int32]) -> NDArray[np.float32
 @pytest.mark.parametrize("name", FED_BACK)
 def test_feedback_beats_the_stock_quantizer_on_its_own_objective(name: str) -> None:
     for seed, cols in ((0, COLS), (1, 512)):
-        rows, moments = weights(seed, cols=cols), factor_moments(correlated(seed, cols))
-        stock, ours = quantize(rows, name, moments.importance), quantize_fed_back(rows, name, moments)
+        rows, hessian = weights(seed, cols=cols), factor_hessian(correlated(seed, cols))
+        stock, ours = quantize(rows, name, hessian.importance), quantize_fed_back(rows, name, hessian)
         assert ours.shape == stock.shape
-        assert total(rows, ours, name, moments) < 0.5 * total(rows, stock, name, moments)
+        assert total(rows, ours, name, hessian) < 0.5 * total(rows, stock, name, hessian)
 
 
-def together(rows: NDArray[np.float32], values: NDArray[np.float32], moments: Moments, outputs: NDArray[np.floating]) -> float:
+def together(rows: NDArray[np.float32], values: NDArray[np.float32], hessian: Hessian, outputs: NDArray[np.floating]) -> float:
     """tr G D H D'."""
     delta = rows - values
-    return float(((outputs @ delta) * (delta @ moments.h)).sum())
+    return float(((outputs @ delta) * (delta @ hessian.h)).sum())
 
 
 @pytest.mark.parametrize(
@@ -187,28 +187,28 @@ def together(rows: NDArray[np.float32], values: NDArray[np.float32], moments: Mo
 )
 def test_rows_whose_errors_matter_together_are_chosen_together(target: str, name: str) -> None:
     """Outputs that a few directions drive: KL has tr G D H D', and rounding rows by themselves brings only its diagonal down."""
-    find, rows, moments = find_target(target), weights(9, 64), factor_moments(correlated(9))
-    outputs = factor_moments(correlated(10, 64)).h
-    packed = find.pack_rows(rows, name, None, moments)
+    find, rows, hessian = find_target(target), weights(9, 64), factor_hessian(correlated(9))
+    outputs = factor_hessian(correlated(10, 64)).h
+    packed = find.pack_rows(rows, name, None, hessian)
     values = find.unpack_rows(packed, name, COLS)
-    alone = together(rows, values, moments, outputs)
-    descend_outputs(rows, packed, values, moments, outputs, lambda *group: find.descend_rows(group[0], name, group[1], moments, group[2]))
+    alone = together(rows, values, hessian, outputs)
+    descend_outputs(rows, packed, values, hessian, outputs, lambda *group: find.descend_rows(group[0], name, group[1], hessian, group[2]))
     np.testing.assert_allclose(values, find.unpack_rows(packed, name, COLS), atol=1e-5)
-    assert together(rows, values, moments, outputs) < 0.85 * alone
+    assert together(rows, values, hessian, outputs) < 0.85 * alone
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 3, 16, 40]), st.floats(0, 30))
 def test_taking_turns_never_makes_errors_worse(seed: int, n: int, shared: float) -> None:
     """However alike the outputs are: a group that overshoots is split, down to single rows."""
-    rows, moments, gguf = weights(seed, n), factor_moments(correlated(seed)), find_target("gguf")
+    rows, hessian, gguf = weights(seed, n), factor_hessian(correlated(seed)), find_target("gguf")
     common = np.random.default_rng(seed).normal(size=n)
-    outputs = factor_moments(np.eye(n) + shared * np.outer(common, common)).h
-    packed = gguf.pack_rows(rows, "Q3_K", None, moments)
+    outputs = factor_hessian(np.eye(n) + shared * np.outer(common, common)).h
+    packed = gguf.pack_rows(rows, "Q3_K", None, hessian)
     values = gguf.unpack_rows(packed, "Q3_K", COLS)
-    before = together(rows, values, moments, outputs)
-    descend_outputs(rows, packed, values, moments, outputs, lambda *group: gguf.descend_rows(group[0], "Q3_K", group[1], moments, group[2]))
-    assert together(rows, values, moments, outputs) <= before * (1 + 1e-5)
+    before = together(rows, values, hessian, outputs)
+    descend_outputs(rows, packed, values, hessian, outputs, lambda *group: gguf.descend_rows(group[0], "Q3_K", group[1], hessian, group[2]))
+    assert together(rows, values, hessian, outputs) <= before * (1 + 1e-5)
     np.testing.assert_allclose(values, gguf.unpack_rows(packed, "Q3_K", COLS), atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_odd_rows_stay_finite(name: str) -> None:
     rows = weights(5, 4)
     rows[0], rows[1, 32:64], rows[2] = 0, 0, 1e-30
     rows[3, 7] = 1e4
-    found = dequantize(quantize_fed_back(rows, name, factor_moments(correlated(5))), name, COLS)
+    found = dequantize(quantize_fed_back(rows, name, factor_hessian(correlated(5))), name, COLS)
     assert np.isfinite(found).all()
     assert not found[0].any()
 
@@ -226,34 +226,34 @@ def test_infinite_weights_are_refused() -> None:
     rows = weights(6, 2)
     rows[1, 3] = np.inf
     with pytest.raises(ModelError, match="infinite"):
-        quantize_fed_back(rows, "Q4_K", factor_moments(correlated(6)))
+        quantize_fed_back(rows, "Q4_K", factor_hessian(correlated(6)))
 
 
 def test_columns_that_saw_nothing_do_no_harm() -> None:
     h = correlated(7)
     h[:, 40:80] = h[40:80] = 0
-    rows, moments = weights(7), factor_moments(h)
-    found = quantize_fed_back(rows, "Q3_K", moments)
+    rows, hessian = weights(7), factor_hessian(h)
+    found = quantize_fed_back(rows, "Q3_K", hessian)
     assert np.isfinite(dequantize(found, "Q3_K", COLS)).all()
-    assert total(rows, found, "Q3_K", moments) <= total(rows, quantize(rows, "Q3_K", moments.importance), "Q3_K", moments)
+    assert total(rows, found, "Q3_K", hessian) <= total(rows, quantize(rows, "Q3_K", hessian.importance), "Q3_K", hessian)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_XS"])
 def test_rows_are_rounded_alike_alone_together_and_in_threads(name: str) -> None:
     """Rows are priced by samples and written in blocks, so they must not depend on their company."""
-    rows, moments = weights(8, 64), factor_moments(correlated(8))
-    whole = quantize_fed_back(rows, name, moments)
+    rows, hessian = weights(8, 64), factor_hessian(correlated(8))
+    whole = quantize_fed_back(rows, name, hessian)
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda i: quantize_fed_back(rows[i : i + 16], name, moments), range(0, 64, 16)))
+        parts = list(pool.map(lambda i: quantize_fed_back(rows[i : i + 16], name, hessian), range(0, 64, 16)))
     same = (np.concatenate(parts) == whole).all(axis=1)
     assert same.mean() > 0.9  # sums of another length round otherwise in the last bit, which tips a close call now and then
-    again = quantize_fed_back(rows, name, moments)
+    again = quantize_fed_back(rows, name, hessian)
     np.testing.assert_array_equal(again, whole)
 
 
 def test_every_format_that_feedback_knows_is_a_ggml_type() -> None:
     for name in FED_BACK:
-        layout = layout_of(name)
+        layout = code_bits(name)
         assert len(layout.bits) * layout.dim == FORMATS[name].block
         assert len(np.unique(layout.bits)) == layout.bits.size
         assert layout.bits.max() < 8 * FORMATS[name].block_bytes
@@ -264,7 +264,7 @@ def test_without_a_place_to_keep_compiled_code_rounding_still_works() -> None:
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []  # as where neither the package nor a home can be written
 import numpy as np
-from edgemoe.kernels import descend_columns
+from edgemoe.quantize.kernels import descend_columns
 ones = np.ones((1, 2), np.float32)
 codes = np.zeros((1, 2), np.int32)
 descend_columns(0 * ones, 3 * ones, ones, 0 * ones, np.arange(4, dtype=np.float32), np.eye(2, dtype=np.float32), codes)

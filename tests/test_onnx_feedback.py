@@ -18,7 +18,7 @@ from edgemoe.calibrate.collect import collect_stats
 from edgemoe.model.checkpoint import read_packed
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
-from edgemoe.quantize.gptq import factor_moments, objective
+from edgemoe.quantize.gptq import factor_hessian, objective
 from edgemoe.stream.texts import SHIPPED, read_text
 from edgemoe.targets.onnx import OFFERED, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.formats import dequantize, piece_bytes, quantize, round_rows
@@ -42,18 +42,18 @@ def test_packed_rows_stand_for_what_the_stock_search_gives(name: str) -> None:
 def test_feedback_beats_the_stock_search_on_its_own_objective(name: str) -> None:
     assert feeds_back(name)
     for seed, cols in ((0, 256), (1, 384)):  # a last chunk that is shorter
-        rows, moments = weights(seed, cols=cols), factor_moments(correlated(seed, cols))
-        stock = dequantize(quantize(rows, name, moments.importance), name, cols)
-        ours = unpack_rows(pack_rows(rows, name, None, moments), name, cols)
-        assert objective(rows, ours, moments).sum() < 0.6 * objective(rows, stock, moments).sum()
-        np.testing.assert_array_equal(dequantize(quantize_fed_back(rows, name, moments), name, cols), ours)
+        rows, hessian = weights(seed, cols=cols), factor_hessian(correlated(seed, cols))
+        stock = dequantize(quantize(rows, name, hessian.importance), name, cols)
+        ours = unpack_rows(pack_rows(rows, name, None, hessian), name, cols)
+        assert objective(rows, ours, hessian).sum() < 0.6 * objective(rows, stock, hessian).sum()
+        np.testing.assert_array_equal(dequantize(quantize_fed_back(rows, name, hessian), name, cols), ours)
 
 
 def test_floats_and_odd_weights() -> None:
     assert not feeds_back("F32")
     rows = weights(6, 3)
     rows[0] = 0
-    assert not unpack_rows(pack_rows(rows, "INT3_128", None, factor_moments(correlated(6))), "INT3_128", 256)[0].any()
+    assert not unpack_rows(pack_rows(rows, "INT3_128", None, factor_hessian(correlated(6))), "INT3_128", 256)[0].any()
     rows[1, 3] = np.nan
     with pytest.raises(ModelError, match="NaN"):
         pack_rows(rows, "INT4_32", None, None)

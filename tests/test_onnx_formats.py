@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgemoe.base.errors import ModelError
+from edgemoe.base.types import F32
 from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx.formats import (
     FORMATS,
@@ -28,18 +29,17 @@ from edgemoe.targets.onnx.formats import (
     unpack,
 )
 
-Floats = NDArray[np.float32]
 DENSE = [name for name in OFFERED if FORMATS[name].bits != 3]
 HIDDEN, WIDTH, EXPERTS, TOP_K, TOKENS = 256, 384, 4, 2, 24
 
 
-def random_rows(n: int, cols: int, seed: int = 0) -> Floats:
+def random_rows(n: int, cols: int, seed: int = 0) -> F32:
     generator = np.random.default_rng(seed)
     channel = np.exp(generator.standard_normal(cols) / 2)
     return (generator.standard_normal((n, cols)) * channel / np.sqrt(cols)).astype(np.float32)
 
 
-def run_node(node: list[Any], weights: dict[str, NDArray[Any]], feeds: dict[str, NDArray[Any]]) -> Floats:
+def run_node(node: list[Any], weights: dict[str, NDArray[Any]], feeds: dict[str, NDArray[Any]]) -> F32:
     inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()]
     output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
     graph = helper.make_graph(node, "one", inputs, [output], [onnx.numpy_helper.from_array(v, k) for k, v in weights.items()])
@@ -47,7 +47,7 @@ def run_node(node: list[Any], weights: dict[str, NDArray[Any]], feeds: dict[str,
     model = helper.make_model(graph, ir_version=11, opset_imports=opsets)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    result: Floats = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds)[0]
+    result: F32 = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds)[0]
     return result
 
 
@@ -57,22 +57,22 @@ def read_bits(packed: NDArray[np.uint8], bits: int, n: int) -> NDArray[np.int64]
     return (stream * 2 ** np.arange(bits)).sum(axis=-1)
 
 
-def read_packed(packed: Packed, name: str, cols: int) -> Floats:
+def read_packed(packed: Packed, name: str, cols: int) -> F32:
     kind = FORMATS[name]
     assert packed.scales is not None
     blocks = cols // kind.block
     codes = read_bits(packed.codes, kind.bits, cols).reshape(-1, blocks, kind.block)
     zeros = np.full((len(codes), blocks), 2 ** (kind.bits - 1)) if packed.zeros is None else read_bits(packed.zeros, kind.bits, blocks)
-    values: Floats = ((codes - zeros[:, :, None]) * packed.scales.astype(np.float32)[:, :, None]).astype(np.float32)
+    values: F32 = ((codes - zeros[:, :, None]) * packed.scales.astype(np.float32)[:, :, None]).astype(np.float32)
     return values.reshape(len(codes), cols)
 
 
-def relative(got: Floats, want: Floats) -> float:
+def relative(got: F32, want: F32) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def silu(x: Floats) -> Floats:
-    result: Floats = x / (1 + np.exp(-x))
+def silu(x: F32) -> F32:
+    result: F32 = x / (1 + np.exp(-x))
     return result
 
 
@@ -106,7 +106,7 @@ def test_expert_nodes_read_what_we_pack(name: str) -> None:
         nodes = [*casts[:2], *nodes, casts[2]]
     got = run_node(nodes, pieces, {"x": x, "g": gates})
 
-    def mixed(inputs_as: str) -> Floats:
+    def mixed(inputs_as: str) -> F32:
         total = np.zeros_like(x)
         for e in range(EXPERTS):
             both = round_to_int8(x, input_block(inputs_as)) @ read_packed(first[e], name, HIDDEN).T
@@ -171,7 +171,7 @@ def test_rounding_beats_the_plain_grid_without_shrinking_and_sizes_are_what_is_p
     zero = np.rint(-low / step) if kind.zeros else 2 ** (kind.bits - 1)
     plain = ((np.clip(np.rint(blocks / step) + zero, 0, 2**kind.bits - 1) - zero) * step).reshape(rows.shape)
 
-    def share(rounded: Floats) -> float:
+    def share(rounded: F32) -> float:
         """Of the original that the best multiple of what was rounded explains."""
         r, x = rounded.astype(np.float64).ravel(), rows.astype(np.float64).ravel()
         w = np.tile(importance.astype(np.float64), 6)

@@ -16,10 +16,11 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx_tiny import Floats, Runner, emit, hand_plan, mean_kl, reference, reference_logits, token_errors
+from onnx_tiny import Runner, emit, hand_plan, mean_kl, reference, reference_logits, token_errors
 from tiny import EXAMPLES, FAMILIES, VOCAB_SIZE, flat_stats, make_checkpoint
 
 from edgemoe.base.errors import MachineError, ModelError
+from edgemoe.base.types import F32
 from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets.onnx import fixed_size, list_units, offered_formats, unit_size, write
@@ -247,7 +248,7 @@ def run_router(
     feeds = {"x": x, "w": np.ascontiguousarray(weight.T)} | ({"b": bias} if bias is not None else {})
     inputs = [onnx.helper.make_tensor_value_info(k, 1, v.shape) for k, v in feeds.items()]
     model = make_model(sheet, inputs, [onnx.helper.make_tensor_value_info("r.gates", 1, None)], {})
-    gates: Floats = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
+    gates: F32 = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
     return gates
 
 

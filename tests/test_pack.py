@@ -1,4 +1,4 @@
-"""Packing in the stream: what the file holds is what the stream computed with, chosen by tokens set aside, the same on any machine."""
+"""QuantizePlan in the stream: what the file holds is what the stream computed with, chosen by tokens set aside, the same on any machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from edgemoe.ir import Model, Plan, Stats
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
-from edgemoe.quantize.gptq import factor_moments, objective
-from edgemoe.repair.quantize_layer import Metric, add_flips, pack_matrix, plan_packing, router_gram
+from edgemoe.quantize.gptq import factor_hessian, objective
+from edgemoe.repair.quantize_layer import ErrorMetric, add_flips, plan_quantization, quantize_matrix, router_gram
 from edgemoe.repair.survivors import repair_survivors
 from edgemoe.stream.gradients import collect_gradients
 from edgemoe.stream.texts import SHIPPED, Text, read_text
@@ -94,12 +94,12 @@ def test_guard_tokens_choose_between_stock_and_feedback() -> None:
     target, importance = find_target("gguf"), np.ones(256, np.float32)
     stock = quantize(rows, "Q2_K", importance)
     with ThreadPoolExecutor(1) as pool:
-        metric = Metric(inputs=factor_moments(gram), guard=gram)
-        packed, values = pack_matrix(target, rows, "Q2_K", importance, metric, pool)
-        misled, _ = pack_matrix(target, rows, "Q2_K", importance, replace(metric, guard=np.linalg.inv(gram)), pool)
-        plain, _ = pack_matrix(target, rows, "F16", importance, metric, pool)
-    moments = factor_moments(gram)
-    assert objective(rows, values, moments).sum() < 0.5 * objective(rows, dequantize(stock, "Q2_K", 256), moments).sum()
+        metric = ErrorMetric(inputs=factor_hessian(gram), guard=gram)
+        packed, values = quantize_matrix(target, rows, "Q2_K", importance, metric, pool)
+        misled, _ = quantize_matrix(target, rows, "Q2_K", importance, replace(metric, guard=np.linalg.inv(gram)), pool)
+        plain, _ = quantize_matrix(target, rows, "F16", importance, metric, pool)
+    hessian = factor_hessian(gram)
+    assert objective(rows, values, hessian).sum() < 0.5 * objective(rows, dequantize(stock, "Q2_K", 256), hessian).sum()
     np.testing.assert_array_equal(values, dequantize(packed, "Q2_K", 256))
     np.testing.assert_array_equal(misled, stock)
     np.testing.assert_array_equal(plain, quantize(rows, "F16"))
@@ -109,11 +109,11 @@ def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats
     """KL = q + kappa sqrt(q): the slope of its second term, for directions that part the logits of routers still to come."""
     q = 1e-4
     few = replace(plan, domain_q={d.name: q for d in stats.domains}, predicted_kl=q + 0.008 * q**0.5)
-    packing = plan_packing(model, stats, few, find_target("gguf"), tmp_path)
-    assert packing.flips == pytest.approx(0.4)
-    assert plan_packing(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
+    quantize_plan = plan_quantization(model, stats, few, find_target("gguf"), tmp_path)
+    assert quantize_plan.flips == pytest.approx(0.4)
+    assert plan_quantization(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
     gram = np.eye(model.hidden_size)
-    watched = [add_flips(packing, gram, router_gram(model, first)) for first in range(model.n_layers + 1)]
+    watched = [add_flips(quantize_plan, gram, router_gram(model, first)) for first in range(model.n_layers + 1)]
     np.testing.assert_array_equal(watched[-1], gram)
     assert np.trace(watched[0]) == pytest.approx(1.4 * np.trace(gram))
     assert np.trace(watched[1]) == pytest.approx(1.2 * np.trace(gram))  # one of two routers is behind
@@ -138,15 +138,15 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     model: Model, texts: list[Text], stats: Stats, plan: Plan, stored: Model, tmp_path: Path
 ) -> None:
     gradients = collect_gradients(model, texts, tmp_path, max_tokens=TOKENS)
-    packing = plan_packing(model, stats, plan, find_target("gguf"), gradients)
+    quantize_plan = plan_quantization(model, stats, plan, find_target("gguf"), gradients)
 
     def kill(done: int, _: int) -> None:
         if done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, packing=packing, progress=kill)
-    resumed = repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, packing=packing)
+        repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, quantize_plan=quantize_plan, progress=kill)
+    resumed = repair_survivors(model, texts, plan, tmp_path, max_tokens=TOKENS, quantize_plan=quantize_plan)
     for ours, theirs in zip(resumed.tensors, stored.tensors, strict=True):
         if ours.packed:
             size = row_bytes(ours.packed, ours.shape[1])
@@ -155,12 +155,12 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
 
 CHILD = """
 import hashlib, numpy as np
-from edgemoe.quantize.gptq import factor_moments
-from edgemoe.targets.gguf.feedback import quantize_fed_back
+from edgemoe.quantize.gptq import factor_hessian
+from edgemoe.targets.gguf.rounding import quantize_fed_back
 rng = np.random.default_rng(3)
 x = rng.normal(size=(600, 512)) @ rng.normal(size=(512, 512))
-rows, moments = rng.normal(size=(256, 512)).astype(np.float32), factor_moments(x.T @ x)
-print([hashlib.sha256(quantize_fed_back(rows, kind, moments).tobytes()).hexdigest() for kind in ("Q3_K", "IQ2_XXS")])
+rows, hessian = rng.normal(size=(256, 512)).astype(np.float32), factor_hessian(x.T @ x)
+print([hashlib.sha256(quantize_fed_back(rows, kind, hessian).tobytes()).hexdigest() for kind in ("Q3_K", "IQ2_XXS")])
 """
 
 

@@ -256,7 +256,7 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from strategies import budget_between, random_costs
 from edgemoe.base.storage import save_record
-from edgemoe.plan import solve_plan
+from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import Keep, MaxFormats, MeanBits
 for form in ("stacks", "experts"):
     costs = random_costs(5, form)

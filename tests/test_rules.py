@@ -32,7 +32,7 @@ from edgemoe.rules import (
     Vram,
     apply_rules,
 )
-from edgemoe.rules.constraints import Draft
+from edgemoe.rules.constraints import Constraints
 from edgemoe.rules.linear import ARRAYS
 from edgemoe.rules.recipe import expression_rule
 
@@ -48,7 +48,7 @@ def single() -> Costs:
     return random_costs(1, "experts")
 
 
-def same(one: Draft, two: Draft) -> bool:
+def same(one: Constraints, two: Constraints) -> bool:
     """Whether two drafts bound the same, whatever the rules are called."""
     pairs = list(zip(one.bounds, two.bounds, strict=True))
     return bool(pairs) and all(

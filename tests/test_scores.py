@@ -13,7 +13,7 @@ from strategies import random_costs
 
 from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, save_arrays
-from edgemoe.calibrate.observer import ChunkSums
+from edgemoe.calibrate.observer import LayerObserver
 from edgemoe.ir import Costs, Domain, Stats
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.saliency import SCORES, drops_by_score, output_spread, score_experts, top_logits
@@ -50,7 +50,7 @@ def watched(tmp_path: Path, *, renormalize: bool) -> Stats:
     gates = gates / gates.sum(axis=1, keepdims=True) if renormalize else gates
     windows = Windows(tokens=np.zeros((1, TOKENS), np.int64), lengths=np.array([TOKENS]), domain=np.zeros(1, np.int64))
     shape = cast(Any, SimpleNamespace(n_experts=EXPERTS, hidden_size=HIDDEN, expert_size=2))
-    sums = ChunkSums(shape, windows, 1, np.ones(1))
+    sums = LayerObserver(shape, windows, 1, np.ones(1))
     for e in range(EXPERTS):
         token, slot = np.nonzero(e == CHOSEN)
         f, g = torch.from_numpy(OUTPUTS[token, e]), torch.from_numpy(gates[token, slot]).float()

@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-moe"
-HELDOUT = ROOT / "edgemoe" / "data" / "heldout"
+HELDOUT = ROOT / "edgemoe" / "stream" / "data" / "heldout"
 SIZE = 2000
 SPM_SIZE = 600
 TEXTS = [

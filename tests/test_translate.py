@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgemoe.repair.align import Sums, refit_matrix, sum_pairs
-from edgemoe.repair.output_map import Ends, descend_map, kl_of_map
+from edgemoe.repair.align import PairSums, refit_matrix, sum_pairs
+from edgemoe.repair.output_map import HeadInputs, descend_map, kl_of_map
 
 
-def pairs(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> Sums:
+def pairs(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> PairSums:
     weights = np.ones(len(x)) if weights is None else weights
     return sum_pairs(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (x, y, weights)))
 
@@ -39,10 +39,10 @@ def test_nothing_seen_changes_nothing() -> None:
     assert refit_matrix(old, pairs(np.zeros((0, 3)), np.zeros((0, 3))), pairs(np.ones((2, 3)), np.zeros((2, 3)))) is old
 
 
-def ends(rng: np.random.Generator, shift: np.ndarray, n: int = 64, hidden: int = 8) -> Ends:
+def ends(rng: np.random.Generator, shift: np.ndarray, n: int = 64, hidden: int = 8) -> HeadInputs:
     original = rng.normal(size=(n, hidden)).astype(np.float32)
     changed = (original @ shift.T + 0.05 * rng.normal(size=(n, hidden))).astype(np.float32)
-    return Ends(torch.from_numpy(changed), torch.from_numpy(original), torch.from_numpy(rng.uniform(0.5, 1.5, n).astype(np.float32)))
+    return HeadInputs(torch.from_numpy(changed), torch.from_numpy(original), torch.from_numpy(rng.uniform(0.5, 1.5, n).astype(np.float32)))
 
 
 def test_gradient_of_the_kl_is_autograds() -> None:
@@ -79,5 +79,5 @@ def test_descent_from_equal_streams_stays_where_it_is() -> None:
     rng = np.random.default_rng(4)
     output = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     same = torch.from_numpy(rng.normal(size=(30, 8)).astype(np.float32))
-    window = Ends(same, same, torch.ones(30))
+    window = HeadInputs(same, same, torch.ones(30))
     torch.testing.assert_close(descend_map(torch.eye(8), output, lambda _: window, [0], [0]), torch.eye(8))

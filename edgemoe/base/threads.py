@@ -20,7 +20,7 @@ def count_cores() -> int:
 
 
 @contextmanager
-def open_pool() -> Iterator[ThreadPoolExecutor]:
+def open_threads() -> Iterator[ThreadPoolExecutor]:
     """A pool of threads, inside of which BLAS has one thread."""
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(count_cores()) as pool:
         yield pool

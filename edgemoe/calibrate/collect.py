@@ -9,7 +9,7 @@ run goes on with the next layer and gives the same numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import (
     FORMAT_VERSION,
     alone,
@@ -29,7 +30,8 @@ from edgemoe.base.storage import (
     save_record,
     write_text,
 )
-from edgemoe.calibrate.observer import Run, save_ends, watch_layer
+from edgemoe.base.types import F64
+from edgemoe.calibrate.observer import CalibrationRun, observe_layer, save_outer_sums
 from edgemoe.calibrate.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
@@ -43,7 +45,6 @@ WINDOW = 512
 REPLAY_TOKENS = 2048
 PROBE_TOKENS = 4096
 PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens
-Progress = Callable[[int, int], None]
 
 
 # ------------------------------------------------------------------------------------------------------------ entry point
@@ -79,10 +80,10 @@ def collect_stats(
     with alone(work):
         if (work / "stats.json").exists():
             return replace(load_record(work / "stats.json", Stats), folder=str(work))
-        return _watch_all(model, texts, windows, stream, work, key, settings, progress)
+        return _observe_all(model, texts, windows, stream, work, key, settings, progress)
 
 
-def _watch_all(
+def _observe_all(
     model: Model,
     texts: Sequence[Text],
     windows: Windows,
@@ -98,7 +99,7 @@ def _watch_all(
     domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
     weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
     probe_index = _choose_probe_windows(model, windows, weights)
-    run = Run(model, stream, windows, probe_index, _choose_replay(windows, weights), work, weights)
+    run = CalibrationRun(model, stream, windows, probe_index, _choose_replay(windows, weights), work, weights)
     probes = _run_layers(run, key, progress)
     stats = Stats(
         folder=str(work), model=model.fingerprint, key=key, settings=settings, domains=domains, probes=probes, cold=_find_cold(model, work)
@@ -109,7 +110,7 @@ def _watch_all(
     return stats
 
 
-def _choose_probe_windows(model: Model, windows: Windows, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArray[np.int64]:
     """Windows for the probes, all domains alike; their number keeps the probes' cost within PROBE_EFFORT main passes."""
     all_tokens = int(windows.lengths.sum())
     affordable = PROBE_EFFORT * all_tokens * 2 / (PER_LAYER * max(model.n_layers, 1))
@@ -122,7 +123,7 @@ def _choose_probe_windows(model: Model, windows: Windows, weights: NDArray[np.fl
     return np.sort(np.concatenate(chosen))
 
 
-def _choose_replay(windows: Windows, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+def _choose_replay(windows: Windows, weights: F64) -> NDArray[np.int64]:
     """(window, position) of the replay tokens [N, 2]: evenly spaced in each text, as many as its weight."""
     rows = []
     for d, weight in enumerate(weights):
@@ -142,7 +143,7 @@ def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
 
 
 # --------------------------------------------------------------------------------------------------------------- the pass
-def _run_layers(run: Run, key: str, progress: Progress | None) -> tuple[Probe, ...]:
+def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tuple[Probe, ...]:
     """All layers and the head; returns the probes with their KL."""
     model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
     probe_shape = (len(run.probe_index), *shape[1:])
@@ -157,7 +158,7 @@ def _run_layers(run: Run, key: str, progress: Progress | None) -> tuple[Probe, .
     for layer in range(start, model.n_layers):
         module = run.stream.load_layer(layer)
         following = States(run.work / f"main-{layer + 1}.bin", shape)
-        save_arrays(run.work / array_file(layer), watch_layer(run, module, main, following))
+        save_arrays(run.work / array_file(layer), observe_layer(run, module, main, following))
         for number, probe in enumerate(probes):
             if probe.kind != "all":
                 advance(run, module, number, layer, probe_shape)
@@ -171,12 +172,12 @@ def _run_layers(run: Run, key: str, progress: Progress | None) -> tuple[Probe, .
         if progress:
             progress(layer + 1, model.n_layers)
     measured = measure_probes(run, probes, main, probe_shape)
-    save_ends(run, main)
+    save_outer_sums(run, main)
     main.close()
     return measured
 
 
-def _resume(run: Run, key: str) -> tuple[list[Probe], int]:
+def _resume(run: CalibrationRun, key: str) -> tuple[list[Probe], int]:
     """Probes so far and the next layer, from a run that was killed; else a fresh start."""
     path = run.work / "progress.json"
     if path.exists():

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, hash_file, hash_json, save_arrays, save_record
+from edgemoe.base.types import F64
 from edgemoe.ir import Domain, Model, Stats, tensor_name
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 
 MAX_HEADER = 4 * 2**20  # bytes; two tensors for each of a thousand matrices take 0.2 MiB
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types (gguf.h)
 STRING, ARRAY = 8, 9
-F32 = 0  # ggml type
+GGML_F32 = 0  # ggml type
 MAX_DIMS = 4  # GGML_MAX_DIMS
 # Array of Stats -> roles of the matrices that read this input, any of which will do.
 INPUTS = {
@@ -36,7 +37,6 @@ INPUTS = {
     "expert_in_sq": ("ffn_gate_exps", "ffn_up_exps"),
     "expert_mid_sq": ("ffn_down_exps",),
 }
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Imatrix:
     datasets: tuple[str, ...]
     entries: Mapping[str, Entry]  # by name of the matrix, as llama.cpp spells it
 
-    def arrays(self, name: str) -> tuple[Floats, Floats]:
+    def arrays(self, name: str) -> tuple[F64, F64]:
         """Sums of x^2 [matrices, columns] and counts [matrices] of one matrix or stack.
 
         Raises:
@@ -69,7 +69,7 @@ class Imatrix:
             raise ModelError(f"{self.path}: {name}.counts holds {counts[counts != np.rint(counts)][0]}, which is not a count")
         return sums, counts
 
-    def _read(self, name: str, n: int, offset: int) -> Floats:
+    def _read(self, name: str, n: int, offset: int) -> F64:
         values = np.fromfile(self.path, "<f4", n, offset=offset).astype(np.float64)
         if len(values) < n:
             raise ModelError(f"{self.path}: file ends inside {name}")
@@ -220,7 +220,7 @@ def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, tuple[
             raise ValueError(f"{name!r} has {n_dims} dimensions")
         dims = [cursor.number("Q") for _ in range(n_dims)]
         kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind != F32 or any(n != 1 for n in dims[2:]):
+        if kind != GGML_F32 or any(n != 1 for n in dims[2:]):
             raise ValueError(f"{name!r} of type {kind} and dimensions {dims} is not an F32 matrix")
         yield name, (dims[1] if n_dims > 1 else 1, dims[0]), offset
 
@@ -277,7 +277,7 @@ def _layer_arrays(imatrix: Imatrix, layer: int) -> dict[str, NDArray[Any]]:
     if not tokens[0] > 0 or not count.any():
         raise ModelError(f"{imatrix.path}: layer {layer} saw no token", hint="make the file again, with more text")
 
-    def sums(key: str, weight: Floats) -> Floats:  # as if over the same tokens; files can be put together from runs that differ
+    def sums(key: str, weight: F64) -> F64:  # as if over the same tokens; files can be put together from runs that differ
         return found[key][0] * (weight / np.maximum(found[key][1], 1.0))[:, None]
 
     return {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, save_arrays
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
@@ -22,7 +23,7 @@ CANDIDATES = 64  # experts per replay token whose outputs are computed, so that 
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CalibrationRun:
     """What all steps of one calibration share."""
 
     model: Model
@@ -31,10 +32,10 @@ class Run:
     probe_index: NDArray[np.int64]  # which windows the probes use
     replay: NDArray[np.int64]  # [N, 2] window and position of the replay tokens
     work: Path
-    weights: NDArray[np.float64]
+    weights: F64
 
 
-def watch_layer(run: Run, module: Any, main: States, following: States) -> dict[str, NDArray[Any]]:
+def observe_layer(run: CalibrationRun, module: Any, main: States, following: States) -> dict[str, NDArray[Any]]:
     """Run the main stream through a layer and sum up what it saw (arrays of Stats)."""
     windows, domains = run.windows, len(run.weights)
     total: dict[str, NDArray[Any]] = {}
@@ -43,7 +44,7 @@ def watch_layer(run: Run, module: Any, main: States, following: States) -> dict[
     factor = factor / factor.max()  # importance: every domain counts by its weight, not its length
 
     def watch(index: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]:
-        seen = ChunkSums(run.model, windows.take(index), domains, factor)
+        seen = LayerObserver(run.model, windows.take(index), domains, factor)
         with recording(seen.recorder):
             out = run.stream.run_layer(module, main.read(index))
         if not bool(torch.isfinite(out).all()):
@@ -65,10 +66,10 @@ def watch_layer(run: Run, module: Any, main: States, following: States) -> dict[
     return total
 
 
-class ChunkSums:
+class LayerObserver:
     """Sums over the real tokens of one chunk of windows, filled while the layer runs."""
 
-    def __init__(self, model: Model, windows: Windows, domains: int, factor: NDArray[np.float64]) -> None:
+    def __init__(self, model: Model, windows: Windows, domains: int, factor: F64) -> None:
         length = windows.tokens.shape[1]
         self.real = torch.from_numpy((np.arange(length)[None] < windows.lengths[:, None]).ravel())
         self.domain = torch.from_numpy(np.repeat(windows.domain, length))
@@ -134,19 +135,19 @@ class ChunkSums:
         return x, self.recorder.logits.cpu()[picked].numpy(), self.domain[picked].numpy().astype(np.int32), stream.numpy()
 
 
-def gram_of_candidates(run: Run, module: Any, x: NDArray[np.float32], candidates: NDArray[np.int64]) -> NDArray[np.float32]:
+def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDArray[np.int64]) -> F32:
     """Upper triangle of the Gram matrix of each token's candidate outputs [N, K(K+1)/2]."""
     experts, device = module.mlp.experts, run.stream.device
     rows, cols = np.triu_indices(candidates.shape[1])
 
-    def block(index: NDArray[np.int64]) -> NDArray[np.float32]:
+    def block(index: NDArray[np.int64]) -> F32:
         part, chosen = torch.from_numpy(x[index]).to(device), candidates[index]
         outputs = torch.zeros(*chosen.shape, x.shape[1], device=device)
         for expert in np.unique(chosen):
             token, slot = np.nonzero(chosen == expert)
             h = experts._apply_gate(torch.nn.functional.linear(part[token], experts.gate_up_proj[int(expert)]))
             outputs[token, slot] = torch.nn.functional.linear(h, experts.down_proj[int(expert)])
-        result: NDArray[np.float32] = (outputs @ outputs.transpose(1, 2)).cpu().numpy()[:, rows, cols]
+        result: F32 = (outputs @ outputs.transpose(1, 2)).cpu().numpy()[:, rows, cols]
         return result
 
     with torch.inference_mode():
@@ -154,7 +155,7 @@ def gram_of_candidates(run: Run, module: Any, x: NDArray[np.float32], candidates
         return np.concatenate(list(map_ordered(block, blocks, device=device)))
 
 
-def save_ends(run: Run, main: States) -> None:
+def save_outer_sums(run: CalibrationRun, main: States) -> None:
     """Token counts, the output matrix's input statistics, and how much a change of the replay tokens' last states matters."""
     model, windows = run.model, run.windows
     norm, output, eps = run.stream.head()

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.storage import array_file, load_arrays
-from edgemoe.calibrate.observer import Run
+from edgemoe.base.types import F64
+from edgemoe.calibrate.observer import CalibrationRun
 from edgemoe.ir import Probe
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
@@ -34,15 +35,15 @@ def first_probes() -> list[Probe]:
     return [Probe(kind="round", role="token_embd", bits=OTHER_BITS), *(Probe(kind="all", bits=b) for b in WHOLE_BITS)]
 
 
-def _probe_states(run: Run, number: int, layer: int, shape: tuple[int, int, int]) -> States:
+def _probe_states(run: CalibrationRun, number: int, layer: int, shape: tuple[int, int, int]) -> States:
     return States(run.work / f"probe{number}-{layer}.bin", shape)
 
 
-def _probe_chunks(run: Run) -> list[NDArray[np.int64]]:
+def _probe_chunks(run: CalibrationRun) -> list[NDArray[np.int64]]:
     return run.windows.take(run.probe_index).chunks()
 
 
-def advance(run: Run, module: Any, number: int, layer: int, shape: tuple[int, int, int], source: States | None = None) -> None:
+def advance(run: CalibrationRun, module: Any, number: int, layer: int, shape: tuple[int, int, int], source: States | None = None) -> None:
     """Carry one probe through a layer as it now is; `source` (the main stream) for a probe that starts here."""
     before = source or _probe_states(run, number, layer, shape)
     after = _probe_states(run, number, layer + 1, shape)
@@ -58,7 +59,7 @@ def advance(run: Run, module: Any, number: int, layer: int, shape: tuple[int, in
         before.close()
 
 
-def add_first_states(run: Run, shape: tuple[int, int, int]) -> None:
+def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
     """Start the probe of a rounded embedding (number 0) and those of the whole model (the next ones)."""
     table = read_tensor(run.model.folder, run.model.of_layer(-1)["token_embd", -1])
     for number, bits in enumerate((OTHER_BITS, *WHOLE_BITS)):
@@ -69,7 +70,7 @@ def add_first_states(run: Run, shape: tuple[int, int, int]) -> None:
         states.close()
 
 
-def add_probes(run: Run, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
+def add_probes(run: CalibrationRun, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
     """Perturb this layer in one way after another, and let a copy of the stream start from each; carry the whole-model probes."""
     new: list[Probe] = []
     params = dict(module.named_parameters())
@@ -93,7 +94,7 @@ def add_probes(run: Run, module: Any, layer: int, main: States, probes: list[Pro
     return new
 
 
-def _probe_sets(run: Run, layer: int) -> list[NDArray[np.int64]]:
+def _probe_sets(run: CalibrationRun, layer: int) -> list[NDArray[np.int64]]:
     """Kept sets to probe in this layer: the menu's own at three kept counts."""
     model = run.model
     counts = sorted({max(model.top_k, round(model.n_experts * s)) for s in DROP_SHARES} - {model.n_experts}, reverse=True)
@@ -126,7 +127,7 @@ def _is_bf16(view: torch.Tensor) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- the head
-def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
+def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
     """KL of every probe by domain, one of a rounded output matrix added."""
     model, windows, last = run.model, run.windows, run.model.n_layers
     norm, output, eps = run.stream.head()
@@ -137,7 +138,7 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
     chosen = windows.take(run.probe_index)
     length = windows.tokens.shape[1]
 
-    def measure(index: NDArray[np.int64]) -> NDArray[np.float64]:
+    def measure(index: NDArray[np.int64]) -> F64:
         real = torch.from_numpy((np.arange(length)[None] < chosen.lengths[index][:, None]).ravel())
         domain = torch.from_numpy(np.repeat(chosen.domain[index], length))[real]
 
@@ -150,7 +151,7 @@ def measure_probes(run: Run, probes: list[Probe], main: States, shape: tuple[int
         kls.append(token_kl(reference, base @ rounded[OTHER_BITS].T))
         sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
         sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
-        totals: NDArray[np.float64] = sums.numpy()
+        totals: F64 = sums.numpy()
         return totals
 
     with torch.inference_mode():

@@ -38,10 +38,9 @@ from edgemoe.cli.options import (
 )
 from edgemoe.cli.plan import read_rules
 from edgemoe.cli.progress import print_rich, show_progress
-from edgemoe.pipeline.request import Job
 
 if TYPE_CHECKING:
-    pass
+    from edgemoe.pipeline.request import Job
 
 
 def build(

@@ -13,7 +13,7 @@ from edgemoe.base.errors import UsageError
 from edgemoe.base.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from edgemoe.devices.profiles import Device, Pool
+    from edgemoe.devices.profiles import Device, MemoryPool
 
 devices_app = typer.Typer(
     no_args_is_help=True,
@@ -129,7 +129,7 @@ def _show(device: Device, read: str | None, *, as_json: bool) -> None:
     print("\n".join(f"{name:18s} {text}" for name, text in rows.items()))
 
 
-def _pool_rows(pool: Pool, speed: dict[str, float]) -> dict[str, str]:
+def _pool_rows(pool: MemoryPool, speed: dict[str, float]) -> dict[str, str]:
     from edgemoe.devices.profiles import SLOWER
 
     rows = {"total": format_bytes(pool.total), "usable": format_bytes(pool.usable), "reserve": format_bytes(pool.reserve)}
@@ -144,7 +144,7 @@ def _pool_rows(pool: Pool, speed: dict[str, float]) -> dict[str, str]:
     return rows
 
 
-def _speeds(pool: Pool, read: int) -> dict[str, float]:
+def _speeds(pool: MemoryPool, read: int) -> dict[str, float]:
     """Ceilings of decode speed by kind of bandwidth, tokens per second."""
     from edgemoe.devices.profiles import estimate_speed
 

@@ -6,12 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edgemoe.base.progress import StageProgress
 from edgemoe.base.units import format_seconds
-
-if TYPE_CHECKING:
-    from edgemoe.pipeline.widths import Progress
 
 
 def print_rich(renderable: Any) -> None:
@@ -22,7 +20,7 @@ def print_rich(renderable: Any) -> None:
 
 
 @contextmanager
-def show_progress() -> Iterator[Progress]:
+def show_progress() -> Iterator[StageProgress]:
     """Progress on stderr: a bar with time left on a terminal, else a line every ten seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -49,7 +47,7 @@ def show_progress() -> Iterator[Progress]:
         yield update
 
 
-def _line_progress() -> Progress:
+def _line_progress() -> StageProgress:
     began: dict[str, float] = {}
     last = [0.0]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgemoe.base.errors import MachineError
 from edgemoe.base.threads import count_cores
-from edgemoe.devices.profiles import HERE, MAX_SIZE, Device, Pool
+from edgemoe.devices.profiles import HERE, MAX_SIZE, Device, MemoryPool
 
 MARGIN = 2**30  # what llama.cpp's --fit keeps free on every device (tools/fit-params/README.md: "margin of 1024 MiB")
 MARGIN_WHY = "1 GiB kept free, the margin of llama.cpp's --fit"
@@ -35,7 +35,7 @@ def detect_device(root: Path = Path("/"), nvidia_smi: str = "nvidia-smi") -> Dev
     why = f"free now (other programs hold the rest); {MARGIN_WHY}"
     if room < memory.available:
         why = f"what the memory limit of this container leaves; {MARGIN_WHY}"
-    pool = Pool(name="ram", total=min(memory.total, limit), usable=min(memory.available, room), reserve=MARGIN, why=why)
+    pool = MemoryPool(name="ram", total=min(memory.total, limit), usable=min(memory.available, room), reserve=MARGIN, why=why)
     if sys.platform == "darwin":
         pool = apple_pool(pool, int(_ask(["sysctl", "-n", "iogpu.wired_limit_mb"]) or 0))
     gpus = nvidia_pools(nvidia_smi)
@@ -104,18 +104,18 @@ def cpu_features(root: Path) -> list[str]:
     return [name for name in CPU_FEATURES if flags and name in flags[1].split()]
 
 
-def nvidia_pools(program: str, timeout: float = 10) -> tuple[Pool, ...]:
+def nvidia_pools(program: str, timeout: float = 10) -> tuple[MemoryPool, ...]:
     """Memory of NVIDIA GPUs, in the order of nvidia-smi; none for boxes that share it with the CPU, which answer "[N/A]"."""
-    pools: list[Pool] = []
+    pools: list[MemoryPool] = []
     for line in _ask([program, "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"], timeout).splitlines():
         sizes = re.fullmatch(r"(\d{1,9}), *(\d{1,9})", line.strip(), re.ASCII)
         if sizes:
             total, free = (int(size) * 2**20 for size in sizes.groups())
-            pools.append(Pool(name=f"vram{len(pools)}", total=total, usable=free, reserve=MARGIN, why=f"free now; {MARGIN_WHY}"))
+            pools.append(MemoryPool(name=f"vram{len(pools)}", total=total, usable=free, reserve=MARGIN, why=f"free now; {MARGIN_WHY}"))
     return tuple(pools)
 
 
-def apple_pool(pool: Pool, wired_limit_mb: int) -> Pool:
+def apple_pool(pool: MemoryPool, wired_limit_mb: int) -> MemoryPool:
     """A Mac's memory within what Metal lets a process wire down.
 
     Where `iogpu.wired_limit_mb` was not set, macOS gives two thirds up to 36 GB and three quarters or more above (seen: 21,845 of 32,768

@@ -25,7 +25,7 @@ SLOWER = (1.3, 3.3)  # how many times slower than the ceiling the published runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
+class MemoryPool:
     """Memory that the same processor reads at the same speed; bytes, and bytes per second."""
 
     name: str  # unified, ram, vram
@@ -52,7 +52,7 @@ class Device:
     name: str
     cpu: str
     backend: str
-    pools: tuple[Pool, ...]
+    pools: tuple[MemoryPool, ...]
     verified: bool
     source: str
     date: str
@@ -218,7 +218,7 @@ def _flag(where: str, value: Any) -> bool:
     return value
 
 
-def _pools(where: str, value: Any) -> tuple[Pool, ...]:
+def _pools(where: str, value: Any) -> tuple[MemoryPool, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= 8:
         raise ModelError(f"{where}: must be a list of one to eight pools")
     return tuple(_pool(f"{where}[{i}]", fields) for i, fields in enumerate(value))
@@ -244,8 +244,8 @@ def _device(where: str, key: str, body: Any) -> Device:
     return Device(id=key, **_fields(where, body, _DEVICE, {}))
 
 
-def _pool(where: str, body: Any) -> Pool:
-    pool = Pool(**_fields(where, body, _POOL, _POOL_MAY))
+def _pool(where: str, body: Any) -> MemoryPool:
+    pool = MemoryPool(**_fields(where, body, _POOL, _POOL_MAY))
     sizes = [pool.reserve + 1, pool.usable, pool.raised or pool.total, pool.total]
     if sizes != sorted(sizes):
         raise ModelError(f"{where}: must be reserve < usable <= raised <= total")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.ir.check_costs import check_costs
 
 # ---------------------------------------------------------------------------------------------------------------- Model
@@ -75,18 +76,18 @@ class Costs:
     repair: bool = False  # drops are priced as they are after the survivors' repair
     n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
-    cost: NDArray[np.float64] = field(compare=False)
-    input_cost: NDArray[np.float64] = field(compare=False)
+    cost: F64 = field(compare=False)
+    input_cost: F64 = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)
     extra: NDArray[np.int64] = field(compare=False)
     staging: NDArray[np.int64] = field(compare=False)
     fixed_size: NDArray[np.int64] = field(compare=False)
-    factor: NDArray[np.float64] = field(compare=False)
+    factor: F64 = field(compare=False)
     kept: NDArray[np.bool_] = field(compare=False)
-    drop_cost: NDArray[np.float64] = field(compare=False)
-    expert_drop: NDArray[np.float64] = field(compare=False)
-    drop_curve: NDArray[np.float64] = field(compare=False)
-    usage: NDArray[np.float64] = field(compare=False)
+    drop_cost: F64 = field(compare=False)
+    expert_drop: F64 = field(compare=False)
+    drop_curve: F64 = field(compare=False)
+    usage: F64 = field(compare=False)
 
     def __post_init__(self) -> None:
         check_costs(self)
@@ -102,12 +103,12 @@ class Costs:
         return sorted({u.layer for u in self.units if u.is_stack or u.expert >= 0})
 
     @property
-    def weights(self) -> NDArray[np.float64]:
+    def weights(self) -> F64:
         """Weight of each domain [D]."""
         return np.array(self.domain_weights)
 
     @property
-    def inherited(self) -> NDArray[np.float64]:
+    def inherited(self) -> F64:
         """Nats that rounding costs the tokens of an expert that goes, by domain [D, L, E]; zeros in the stacks form, where it is in `cost`.
 
         Others serve them then, rounded too: at what the expert itself would cost in its smallest format.  Without it a drop would seem to

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.storage import array_file, load_arrays
+from edgemoe.base.types import F64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,8 @@ class Stats:
         return load_arrays(Path(self.folder) / array_file(layer))
 
     @property
-    def weights(self) -> NDArray[np.float64]:
+    def weights(self) -> F64:
         """Weight of each domain [D], summing to 1."""
         weights = np.array([d.weight for d in self.domains], dtype=np.float64)
-        result: NDArray[np.float64] = weights / weights.sum()
+        result: F64 = weights / weights.sum()
         return result

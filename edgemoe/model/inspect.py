@@ -14,7 +14,7 @@ from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.base.storage import hash_json
 from edgemoe.ir import PROJECTIONS, Model, Tensor
 from edgemoe.model.checkpoint import list_shards, read_header, read_json
-from edgemoe.model.families import ENDS, MODULE_NAMES, Family, find_family
+from edgemoe.model.families import MODULE_NAMES, OUTER_NAMES, Family, find_family
 
 _SAMPLE = 2**20  # bytes read at the start, middle and end of each file for the fingerprint
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -120,7 +120,7 @@ def _find_tensors(model: Model, family: Family, header: Header) -> list[Tensor]:
     """Every tensor that the model needs, with its role; shapes are checked against the config."""
     left = dict(header)
     tensors = []
-    for role, name in ENDS.items():
+    for role, name in OUTER_NAMES.items():
         if role == "output" and name not in left and model.config.get("tie_word_embeddings", False):
             continue
         shape = (model.hidden_size,) if role == "output_norm" else (model.vocab_size, model.hidden_size)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import VerifyError
+from edgemoe.base.progress import StageProgress
 from edgemoe.base.storage import save_record
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Round
@@ -18,7 +19,7 @@ from edgemoe.pipeline.output_folder import finish_output, open_work, prepare_out
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
 from edgemoe.pipeline.request import BuildRequest, Job, check_budget, choose_context, prepare, warn_of_context
 from edgemoe.pipeline.store import store_weights
-from edgemoe.pipeline.widths import Offer, Progress, in_stage, plan_widths, price_cached, solve_request
+from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
 from edgemoe.price.choices import discount
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
@@ -28,7 +29,7 @@ from edgemoe.verify.artifact import broken_promises, verify_artifact
 CURVE_POINTS = 24
 
 
-def build_artifact(request: BuildRequest, progress: Progress = lambda stage, done, total: None) -> Report:
+def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage, done, total: None) -> Report:
     """Everything from checkpoint to report; goes on where a killed run stopped.
 
     Raises:
@@ -72,7 +73,7 @@ def build_artifact(request: BuildRequest, progress: Progress = lambda stage, don
     return report
 
 
-def refine(job: Job, offer: Offer, plan: Plan, work: Path, progress: Progress) -> tuple[Offer, Plan, tuple[Round, ...]]:
+def refine(job: Job, offer: Offer, plan: Plan, work: Path, progress: StageProgress) -> tuple[Offer, Plan, tuple[Round, ...]]:
     """The offer with prices scaled to what plans were measured to cost, the plan by these, and how it came about; as asked for."""
     request, priced = job.request, offer.costs
     if not request.refine:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from edgemoe.base.errors import EdgemoeError, MachineError, ModelError, UsageError
+from edgemoe.base.progress import Progress
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Artifact, Model, Plan, Stats
 from edgemoe.targets import Target
@@ -20,7 +20,7 @@ def emit_artifact(
     folder: Path,
     *,
     shard_max: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write what the plan says.
 

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import __version__
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import hash_json, write_text
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.pipeline.emit import emit_artifact
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 MEASURE_TOKENS = 16_384
 BEYOND = 7 * DEFAULT_TOKENS  # so far behind the calibrated tokens, of all texts together, the measuring text is looked for
-SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (twin.GUARD_EVERY, from its half on)
+SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (reconstruction.GUARD_EVERY, from its half on)
 # KL on held-out text over KL on windows among fitted ones, whose documents refits and feedback have learned; and how far predictions,
 # and texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
 UNSEEN = 1.4
@@ -161,7 +163,7 @@ def _note(plan: Plan, seen: Measured, before: Costs, after: Costs) -> Round:
     )
 
 
-def _ratio(after: NDArray[np.float64], before: NDArray[np.float64]) -> float:
+def _ratio(after: F64, before: F64) -> float:
     finite = np.isfinite(before) & (before > 0)
     return float(after[finite][0] / before[finite][0]) if finite.any() else 1.0
 
@@ -212,7 +214,7 @@ class Measurer:
         max_tokens: int,
         stored_as: Callable[..., Model],
         rounding: str,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Choose the text.
 
@@ -270,7 +272,7 @@ class Measurer:
             variance += weights[d] ** 2 * float(mine.var(ddof=1)) / len(mine) if len(mine) > 1 else 0.0
         return mean, math.sqrt(variance)
 
-    def _drops(self, plan: Plan, original: NDArray[np.float32], folder: Path) -> list[float]:
+    def _drops(self, plan: Plan, original: F32, folder: Path) -> list[float]:
         """KL in each window of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
         from edgemoe.stream.passes import final_states
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from edgemoe.base.progress import Progress
 from edgemoe.ir import Model, Plan, Stats
 from edgemoe.price.choices import check_rounding
-from edgemoe.repair.quantize_layer import plan_packing
+from edgemoe.repair.quantize_layer import plan_quantization
 from edgemoe.repair.survivors import repair_survivors
 from edgemoe.repair.width import Narrowed
 from edgemoe.stream.gradients import collect_gradients
@@ -25,7 +26,7 @@ def store_weights(
     narrowed: Narrowed | None = None,
     rounding: str = "feedback",
     max_tokens: int = DEFAULT_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """The model as `emit` stores it: survivors repaired if the plan was priced so, matrices packed if rounding is by feedback.
 
@@ -45,7 +46,7 @@ def store_weights(
         ModelError: as `repair_survivors`.
     """
     check_rounding(rounding)
-    packing, start = None, narrowed.model if narrowed else model
+    quantize_plan, start = None, narrowed.model if narrowed else model
     backward = 2 * model.n_layers  # steps, once for all plans
 
     def tell(done: int) -> None:
@@ -54,8 +55,8 @@ def store_weights(
 
     if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
         gradients = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
-        packing = plan_packing(start, stats, plan, find_target(plan.target), gradients)
-    if not packing and not plan.repair:
+        quantize_plan = plan_quantization(start, stats, plan, find_target(plan.target), gradients)
+    if not quantize_plan and not plan.repair:
         return start
     return repair_survivors(
         model,
@@ -64,6 +65,6 @@ def store_weights(
         narrowed.work if narrowed else work,
         start=start,
         max_tokens=max_tokens,
-        packing=packing,
+        quantize_plan=quantize_plan,
         progress=lambda done, _: tell(backward + done),
     )

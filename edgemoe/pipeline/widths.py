@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe import __version__
 from edgemoe.base.errors import BudgetError, ConflictError
+from edgemoe.base.progress import Progress, StageProgress
 from edgemoe.base.storage import alone, hash_file, hash_json, load_record, save_record
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Stats
@@ -17,8 +17,6 @@ from edgemoe.price.choices import REVISION, discount, price_choices
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import FEW_BITS, Narrowed, charge, narrow_experts
 from edgemoe.targets import Target
-
-Progress = Callable[[str, int, int], None]  # (stage, done, all)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +29,12 @@ class Offer:
     costs_hash: str
 
 
-def in_stage(progress: Progress, name: str) -> Callable[[int, int], None]:
-    """Progress of one stage."""
+def in_stage(progress: StageProgress, name: str) -> Progress:
+    """StageProgress of one stage."""
     return lambda done, total: progress(name, done, total)
 
 
-def plan_widths(job: Job, work: Path, progress: Progress) -> tuple[Offer, Plan]:
+def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, Plan]:
     """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
 
     A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it; unasked, none is tried
@@ -95,9 +93,7 @@ def promised_kl(offer: Offer, plan: Plan) -> float:
     return offer.costs.predict_kl(max(plan.domain_q.values())) if plan.objective == "worst" else plan.predicted_kl
 
 
-def price_cached(
-    model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Callable[[int, int], None] | None
-) -> tuple[Costs, str]:
+def price_cached(model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Progress | None) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
     path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
     with alone(path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Plan
 from edgemoe.ir.memory import peak
 
@@ -77,16 +78,14 @@ def describe_choice(
     )
 
 
-def price_choice(
-    costs: Costs, c: int, kept: NDArray[np.bool_], stored: NDArray[np.int64], formats: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def price_choice(costs: Costs, c: int, kept: NDArray[np.bool_], stored: NDArray[np.int64], formats: NDArray[np.int64]) -> tuple[F64, F64]:
     """Nats of a choice by domain [D], and of them what its drops cost [D]; `stored` units have these formats, both by number."""
     drop = drop_costs(costs, c, kept)
     inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
     return costs.factor[:, stored] @ costs.cost[c, stored, formats] + inherited + drop, drop
 
 
-def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> F64:
     """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by single experts where they differ."""
     if costs.form == "experts":
         gone = (~kept).sum(axis=1)

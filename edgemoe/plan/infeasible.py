@@ -20,13 +20,13 @@ from edgemoe.solvers.search import solve
 
 def least_budget(costs: Costs, rules: Sequence[Rule] = ()) -> int | None:
     """Bytes of the smallest process of any plan that keeps the rules; None when no plan keeps them."""
-    draft = apply_rules(costs, rules)
-    return least_of_task(make_task(costs, draft, "mean", None, "highs", 1e-6, None))
+    constraints = apply_rules(costs, rules)
+    return least_of_task(make_task(costs, constraints, "mean", None, "highs", 1e-6, None))
 
 
 def least_of_task(task: Task) -> int | None:
     """Least bytes: the same programs with bytes for costs and room without end; smaller staging copies may be worth larger weights."""
-    parts = memory_beside_weights(task.costs, task.draft)
+    parts = memory_beside_weights(task.costs, task.constraints)
 
     def least(limit: int | None) -> tuple[int, int] | None:
         """Weights and staging copy of the smallest weights whose copies are no larger than the limit."""

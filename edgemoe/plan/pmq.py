@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.types import F64
 from edgemoe.solvers.program import Program, Row
 from edgemoe.solvers.search import solve
 
 ALPHA, BETA = 1.0, 1.5  # exponents of phi and w; defaults of the released code
 SCALE = 1000.0  # of phi, as in the released code: only the objective's unit
-Array = NDArray[np.float64]
 
 
 def allocate_bits(
-    tokens: Array, weights: Array, errors: Array, total_bits: int, *, bits: tuple[int, ...] = (1, 2, 3)
+    tokens: F64, weights: F64, errors: F64, total_bits: int, *, bits: tuple[int, ...] = (1, 2, 3)
 ) -> tuple[NDArray[np.int64], float]:
     """Bits of every expert of a layer [E], and the objective.
 
@@ -55,7 +55,7 @@ def allocate_bits(
     return np.array(bits)[found.picks], found.cost
 
 
-def pmq_costs(tokens: Array, weights: Array, errors: Array) -> Array:
+def pmq_costs(tokens: F64, weights: F64, errors: F64) -> F64:
     """What each expert costs at each width [E, J]: 1000 phi w^1.5 eps.
 
     Raises:
@@ -66,7 +66,7 @@ def pmq_costs(tokens: Array, weights: Array, errors: Array) -> Array:
     if not all(np.isfinite(a).all() and (a >= 0).all() and a.any() for a in (tokens, weights, errors)):
         raise UsageError("pmq: statistics are finite, not negative and not all 0")
     phi, mass = tokens / tokens.sum(), weights / weights.sum()
-    found: Array = (SCALE * phi**ALPHA * mass**BETA)[:, None] * errors
+    found: F64 = (SCALE * phi**ALPHA * mass**BETA)[:, None] * errors
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.types import F64
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Costs, Plan
 from edgemoe.ir.memory import room_for_weights
@@ -21,11 +22,10 @@ from edgemoe.solvers.search import solve
 
 PMQ_WIDTHS = (2, 3, 4)  # bits; PMQ itself takes 1, 2 and 3, but onnxruntime has no 1
 GONE = -1
-Floats = NDArray[np.float64]
 Formats = NDArray[np.int64]
 
 
-def pmq_plan(costs: Costs, budget: int, tokens: Floats, gates: Floats, formats: Mapping[int, str], others: Mapping[str, str] | str) -> Plan:
+def pmq_plan(costs: Costs, budget: int, tokens: F64, gates: F64, formats: Mapping[int, str], others: Mapping[str, str] | str) -> Plan:
     """PMQ's allocation (solvers/pmq.py) with the most bits that fit: every expert stays, and every layer, alone, gets as many bits.
 
     An expert's error at a width, the norm of what changes in its layer's output, is the root of our price, which is a mean square.

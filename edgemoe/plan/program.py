@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Plan
-from edgemoe.rules.constraints import Bound, Draft, held_by_gpu, vram_room
+from edgemoe.rules.constraints import Bound, Constraints, held_by_gpu, vram_room
 from edgemoe.rules.linear import active_rates
 from edgemoe.solvers.lagrange import minimise, plain_prices
 from edgemoe.solvers.program import DROP, Blocks, Picks, Program, Row, Soft
 
 SELECT = 1  # option "keep" of an expert whose format is its stack's
 FOREVER_CPU = ("token_embd",)  # llama.cpp looks rows of the embedding up on the CPU, wherever the layers are
-Floats = NDArray[np.float64]
 Bytes = NDArray[np.int64]
 
 
@@ -60,32 +60,32 @@ class Compiled:
         return replace(self, program=replace(self.program, room=room, cost=cost))
 
 
-def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
+def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
     """The program of one kept count, without room yet: see `Compiled.within`.
 
     Args:
         costs: the price list.
-        draft: what rules made of it.
+        constraints: what rules made of it.
         c: index of the kept count.
         objective: "mean" over domains or the "worst" domain.
         near: an earlier plan, and the nats that every difference to it costs.
     """
-    chosen = costs.form == "experts" or draft.chooses_experts or objective == "worst"
+    chosen = costs.form == "experts" or constraints.chooses_experts or objective == "worst"
     weights = costs.weights[None] if objective == "mean" else np.eye(len(costs.domains))
     factor = weights @ costs.factor  # [K, U]
-    main = np.where(draft.offered, costs.cost[c], np.inf)
+    main = np.where(constraints.offered, costs.cost[c], np.inf)
     blocked = np.full((*main.shape[:1], 1), np.inf)
-    pools = [main] if draft.vram is None else _two_pools(costs, main)
+    pools = [main] if constraints.vram is None else _two_pools(costs, main)
     base = np.concatenate([blocked, *pools], axis=1)
     cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
     held = costs.size[c] + costs.extra[c]  # what the process holds is what the room is for
-    size = np.concatenate([np.zeros((len(main), 1), np.int64), held, *([np.zeros_like(held)] if draft.vram else [])], axis=1)
+    size = np.concatenate([np.zeros((len(main), 1), np.int64), held, *([np.zeros_like(held)] if constraints.vram else [])], axis=1)
     staging = np.concatenate(
         [np.zeros((len(main), 1), np.int64), costs.staging[c], np.zeros_like(size[:, : size.shape[1] - 1 - len(costs.formats)])], axis=1
     )
-    rows = [_row(costs, draft, bound, c) for bound in draft.bounds]
-    if draft.vram is not None:
-        rows.append(_vram_row(costs, draft, c))
+    rows = [_row(costs, constraints, bound, c) for bound in constraints.bounds]
+    if constraints.vram is not None:
+        rows.append(_vram_row(costs, constraints, c))
     constant = weights @ costs.drop_cost[:, c].sum(axis=1)
     drops = np.tensordot(weights, costs.expert_drop + costs.inherited, axes=1)  # [K, L, E]
     if costs.form == "stacks" and chosen:
@@ -95,18 +95,18 @@ def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mea
         cost = cost + near.of_formats(costs, cost.shape[2])
         constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
         drops = drops + np.where(gone, -near.nats, near.nats)
-    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, draft, c), costs.kept[c]
-    if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in draft.bounds):
+    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, constraints, c), costs.kept[c]
+    if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in constraints.bounds):
         chosen = False  # nothing else depends on which experts stay: the best sets are known beforehand
-        gain, kept = _best_sets(draft, blocks, drops)
+        gain, kept = _best_sets(constraints, blocks, drops)
         constant, cost = constant + (gain if np.isfinite(gain) else 0.0), cost if np.isfinite(gain) else np.full_like(cost, np.inf)
     if costs.form == "experts":
         units, cost, size, staging, rows = _experts_first(costs, cost, size, staging, rows, drops)
     elif chosen:
-        cost, size, staging, rows = _with_selection(costs, cost, size, staging, rows, drops, draft.bounds)
+        cost, size, staging, rows = _with_selection(costs, cost, size, staging, rows, drops, constraints.bounds)
         units = units + costs.n_layers * costs.n_experts
     if chosen:
-        _pin(cost, draft)
+        _pin(cost, constraints)
     program = Program(
         cost=cost,
         size=size,
@@ -115,26 +115,26 @@ def compile_program(costs: Costs, draft: Draft, c: int, *, objective: str = "mea
         room=0,
         blocks=blocks if chosen else None,
         rows=tuple(rows),
-        soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in draft.soft.values()),
+        soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in constraints.soft.values()),
         format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
-        max_formats=draft.max_formats,
+        max_formats=constraints.max_formats,
     )
-    program, units, staging = _tie(program, units, staging, draft)
+    program, units, staging = _tie(program, units, staging, constraints)
     return Compiled(program=program, c=c, staging=staging, kept_set=kept, units=units, n_formats=len(costs.formats), chosen=chosen)
 
 
-def _pin(cost: Floats, draft: Draft) -> None:
+def _pin(cost: F64, constraints: Constraints) -> None:
     """Take away the options that pins exclude, of the experts at the beginning of the costs [K, U, O]."""
-    pinned = draft.pinned.ravel()
+    pinned = constraints.pinned.ravel()
     cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
     cost[:, : pinned.size, SELECT:][:, pinned < 0] = np.inf
 
 
-def _best_sets(draft: Draft, blocks: Blocks, drops: Floats) -> tuple[float, NDArray[np.bool_]]:
+def _best_sets(constraints: Constraints, blocks: Blocks, drops: F64) -> tuple[float, NDArray[np.bool_]]:
     """Nats of what is dropped, and the kept sets [L, E] for which they are least under pins and groups; inf when there are none."""
     n = blocks.n * blocks.size
     cost = np.stack([drops.reshape(1, n), np.zeros((1, n))], axis=2)
-    _pin(cost, draft)
+    _pin(cost, constraints)
     size = np.zeros((n, 2), np.int64)
     program = Program(cost=cost, size=size, constant=np.zeros(1), fixed=0, room=0, blocks=blocks)
     value, picks = minimise(program, plain_prices(program, 0.0))
@@ -150,14 +150,14 @@ def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray
     return found
 
 
-def _two_pools(costs: Costs, main: Floats) -> list[Floats]:
+def _two_pools(costs: Costs, main: F64) -> list[F64]:
     """Costs in main memory and in GPU memory: expert stacks may be in either, the embedding is in the first, the rest in the second."""
     stack = np.array([u.is_stack for u in costs.units])
     cpu = np.array([u.role in FOREVER_CPU for u in costs.units])
     return [np.where((stack | cpu)[:, None], main, np.inf), np.where(cpu[:, None], np.inf, main)]
 
 
-def _row(costs: Costs, draft: Draft, bound: Bound, c: int) -> Row:
+def _row(costs: Costs, constraints: Constraints, bound: Bound, c: int) -> Row:
     """A rule's coefficients [U, O] at one kept count."""
     e = bound.expression
     size = costs.size[c]
@@ -168,22 +168,27 @@ def _row(costs: Costs, draft: Draft, bound: Bound, c: int) -> Row:
         layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
         kept = np.array([e.keep[layers[u.layer], u.expert] if u.expert >= 0 else 0.0 for u in costs.units])
         coef = coef + kept[:, None]
-    pools = 2 if draft.vram else 1
-    soft = np.array([e.soft.get(name, 0.0) for name in draft.soft])
+    pools = 2 if constraints.vram else 1
+    soft = np.array([e.soft.get(name, 0.0) for name in constraints.soft])
     return Row(name=bound.name, coef=np.concatenate([np.zeros((len(size), 1)), *[coef] * pools], axis=1), limit=-e.constant, soft=soft)
 
 
-def _vram_row(costs: Costs, draft: Draft, c: int) -> Row:
-    assert draft.vram is not None
+def _vram_row(costs: Costs, constraints: Constraints, c: int) -> Row:
+    assert constraints.vram is not None
     size = costs.size[c].astype(np.float64)
     in_ram = np.where(held_by_gpu(costs)[:, None], size, 0.0)
     coef = np.concatenate([np.zeros((len(size), 1)), in_ram, size], axis=1)
-    return Row(name=draft.vram.name or "vram", coef=coef, limit=float(vram_room(costs, draft.vram)), soft=np.zeros(len(draft.soft)))
+    return Row(
+        name=constraints.vram.name or "vram",
+        coef=coef,
+        limit=float(vram_room(costs, constraints.vram)),
+        soft=np.zeros(len(constraints.soft)),
+    )
 
 
 def _experts_first(
-    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats
-) -> tuple[NDArray[np.int64], Floats, Bytes, Bytes, list[Row]]:
+    costs: Costs, cost: F64, size: Bytes, staging: Bytes, rows: list[Row], drops: F64
+) -> tuple[NDArray[np.int64], F64, Bytes, Bytes, list[Row]]:
     """The experts form: units reordered so that experts come first, layer by layer, with their price of going."""
     layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
     place = [layers[u.layer] * costs.n_experts + u.expert if u.expert >= 0 else -1 for u in costs.units]
@@ -200,8 +205,8 @@ def _experts_first(
 
 
 def _with_selection(
-    costs: Costs, cost: Floats, size: Bytes, staging: Bytes, rows: list[Row], drops: Floats, bounds: list[Bound]
-) -> tuple[Floats, Bytes, Bytes, list[Row]]:
+    costs: Costs, cost: F64, size: Bytes, staging: Bytes, rows: list[Row], drops: F64, bounds: list[Bound]
+) -> tuple[F64, Bytes, Bytes, list[Row]]:
     """The stacks form with kept sets chosen: experts come first as units that are dropped or kept and hold no bytes."""
     n, options = costs.n_layers * costs.n_experts, size.shape[1]
     extra = np.full((len(cost), n, options), np.inf)
@@ -216,31 +221,31 @@ def _with_selection(
     return np.concatenate([extra, cost], axis=1), np.concatenate([none, size]), np.concatenate([none, staging]), found
 
 
-def _blocks(costs: Costs, draft: Draft, c: int) -> Blocks:
+def _blocks(costs: Costs, constraints: Constraints, c: int) -> Blocks:
     """The layers as blocks: how many experts stay, in all and of each routing group."""
     n_layers, n_experts, count = costs.n_layers, costs.n_experts, costs.counts[c]
-    groups, least = draft.groups
-    if draft.equal_groups:
+    groups, least = constraints.groups
+    if constraints.equal_groups:
         least = count // groups
     exact = np.full(n_layers, count)
     stacks = costs.form == "stacks"
     return Blocks(
         n=n_layers,
         size=n_experts,
-        least=exact if stacks else np.full(n_layers, draft.least_kept),
-        most=exact if stacks else np.full(n_layers, draft.most_kept),
+        least=exact if stacks else np.full(n_layers, constraints.least_kept),
+        most=exact if stacks else np.full(n_layers, constraints.most_kept),
         curve=np.zeros((n_layers, n_experts + 1)) if stacks else costs.drop_curve,
         group=np.arange(n_experts) // (n_experts // groups),
         group_least=least,
     )
 
 
-def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, draft: Draft) -> tuple[Program, NDArray[np.int64], Bytes]:
+def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, constraints: Constraints) -> tuple[Program, NDArray[np.int64], Bytes]:
     """Tied units become one whose costs, bytes and coefficients are their sums, its copy the largest; experts cannot be tied."""
-    if not draft.ties:
+    if not constraints.ties:
         return program, units, staging
     target = np.arange(program.cost.shape[1])
-    for tie in draft.ties:
+    for tie in constraints.ties:
         tied = units[tie]
         if (tied < program.n_experts).any():
             raise UsageError("single experts cannot share a format", hint="tie stacks and other tensors")
@@ -277,7 +282,7 @@ class Near:
     plan: Plan
     nats: float
 
-    def of_formats(self, costs: Costs, n_options: int) -> Floats:
+    def of_formats(self, costs: Costs, n_options: int) -> F64:
         """Nats for every option [U, O] of a unit that is stored in another format than before."""
         before = {name: f for f, name in enumerate(costs.formats)}
         chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])

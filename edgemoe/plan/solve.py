@@ -18,7 +18,7 @@ from edgemoe.plan.program import Compiled, Near
 from edgemoe.plan.staging import solve_with_staging
 from edgemoe.plan.task import Task, make_task, memory_beside_weights
 from edgemoe.rules import Rule, apply_rules, rule_name
-from edgemoe.rules.constraints import Draft, held_by_gpu, vram_room
+from edgemoe.rules.constraints import Constraints, held_by_gpu, vram_room
 from edgemoe.rules.linear import Linear
 from edgemoe.solvers.program import Solution
 from edgemoe.solvers.search import SOLVERS
@@ -60,8 +60,8 @@ def solve_plan(
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")
-    draft = apply_rules(costs, rules)
-    task = make_task(costs, draft, objective, _near(costs, near), solver, gap, seconds)
+    constraints = apply_rules(costs, rules)
+    task = make_task(costs, constraints, objective, _near(costs, near), solver, gap, seconds)
     found = solve_with_staging(task, budget)
     if found is None:
         raise explain_infeasible(task, budget, rules)
@@ -99,12 +99,12 @@ def _price_without_near(task: Task, budget: int, solution: Solution, compiled: C
 
 # ---------------------------------------------------------------------------------------------------------------- results
 def _as_plan(task: Task, budget: int, solution: Solution, compiled: Compiled, costs_hash: str, rules: Sequence[Rule]) -> Plan:
-    costs, draft = task.costs, task.draft
+    costs, constraints = task.costs, task.constraints
     formats, in_vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
-    kept, beside = compiled.kept(costs, solution.picks), memory_beside_weights(costs, draft)
+    kept, beside = compiled.kept(costs, solution.picks), memory_beside_weights(costs, constraints)
     plan = describe_choice(costs, budget, kept, formats, solver=task.solver, in_vram=in_vram, beside=beside)
     memory = dict(plan.memory)
-    if draft.vram is not None:
+    if constraints.vram is not None:
         memory["vram"] = _bytes_on_gpu(costs, plan) + costs.memory["kv"] + costs.memory["compute"]
     plan = replace(
         plan,
@@ -128,9 +128,9 @@ def _bytes_on_gpu(costs: Costs, plan: Plan) -> int:
 
 def _rule_uses(task: Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:
     """Every rule with the room that it leaves: how far its expression is from its limit (None: it is no limit)."""
-    left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.draft.bounds) if not b.expression.soft}
-    if task.draft.vram is not None:
-        left[task.draft.vram.name] = vram_room(task.costs, task.draft.vram) - _bytes_on_gpu(task.costs, plan)
+    left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.constraints.bounds) if not b.expression.soft}
+    if task.constraints.vram is not None:
+        left[task.constraints.vram.name] = vram_room(task.costs, task.constraints.vram) - _bytes_on_gpu(task.costs, plan)
     return tuple(RuleUse(name=rule_name(r), slack=left.get(rule_name(r))) for r in rules)
 
 
@@ -140,26 +140,26 @@ def _check(task: Task, plan: Plan, budget: int) -> None:
     Raises:
         EdgemoeError: the solver's answer breaks one; it is not returned.
     """
-    costs, draft = task.costs, task.draft
+    costs, constraints = task.costs, task.constraints
     problems = []
     if plan.memory["peak"] > budget:
         problems.append(f"peak {plan.memory['peak']} of {budget} bytes")
-    for bound in draft.bounds:
+    for bound in constraints.bounds:
         value, scale = bound.expression.value(costs, plan), _scale(bound.expression, plan)
         if not bound.expression.soft and value > 1e-8 * scale:
             problems.append(f"{bound.name} is exceeded by {value:.10g}")
-    kept = np.zeros(draft.pinned.shape, bool)
+    kept = np.zeros(constraints.pinned.shape, bool)
     for row, experts in enumerate(plan.kept):
         kept[row, list(experts)] = True
-    if (kept & (draft.pinned < 0)).any() or (~kept & (draft.pinned > 0)).any():
+    if (kept & (constraints.pinned < 0)).any() or (~kept & (constraints.pinned > 0)).any():
         problems.append("an expert that was pinned is not where it should be")
     for u, unit in enumerate(costs.units):
-        if unit.name in plan.formats and not draft.offered[u, costs.formats.index(plan.formats[unit.name])]:
+        if unit.name in plan.formats and not constraints.offered[u, costs.formats.index(plan.formats[unit.name])]:
             problems.append(f"{unit.name} is stored as {plan.formats[unit.name]}")
-    for tie in draft.ties:
+    for tie in constraints.ties:
         if len({plan.formats[costs.units[u].name] for u in tie}) > 1:
             problems.append(f"{costs.units[tie[0]].name} and others are not stored alike")
-    if draft.max_formats and len(set(plan.formats.values())) > draft.max_formats:
+    if constraints.max_formats and len(set(plan.formats.values())) > constraints.max_formats:
         problems.append(f"{len(set(plan.formats.values()))} formats")
     if problems:
         raise EdgemoeError(f"the plan does not hold: {'; '.join(problems)}", hint="please report this")
@@ -182,7 +182,7 @@ def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], .
     Lagrangian answers: within a fraction of a per cent.
     """
     found = []
-    task = make_task(costs, Draft(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
+    task = make_task(costs, Constraints(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
     for size in sizes:
         best = task.solve(size, DEFAULT_GAP)
         if best is not None:

@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs
 from edgemoe.ir.memory import room_for_weights
 from edgemoe.plan.program import Compiled
@@ -19,7 +19,7 @@ from edgemoe.solvers.program import Solution
 
 def solve_with_staging(task: Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
-    parts = memory_beside_weights(task.costs, task.draft)
+    parts = memory_beside_weights(task.costs, task.constraints)
     for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
         found = task.solve(room_for_weights(budget, parts, 0), gap)
         if found is None:
@@ -40,7 +40,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
     """
     limits, rooms = _staging_limits(task, budget)
 
-    def bound(low: int, high: int, outer: NDArray[np.float64]) -> NDArray[np.float64]:
+    def bound(low: int, high: int, outer: F64) -> F64:
         """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
         programs = task.programs(rooms[low], limits[high])
         inner = outer.copy()
@@ -82,7 +82,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
 
 def _staging_limits(task: Task, budget: int) -> tuple[list[int], list[int]]:
     """Sizes that the largest staging copy may have, rising, and the room for weights with it; of those with the same room the largest."""
-    parts = memory_beside_weights(task.costs, task.draft)
+    parts = memory_beside_weights(task.costs, task.constraints)
     largest = {room_for_weights(budget, parts, limit): limit for limit in np.unique(task.costs.staging).tolist()}
     return list(largest.values()), list(largest)
 

@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.progress import Progress
 from edgemoe.base.units import format_bytes, parse_bytes
 from edgemoe.ir import Costs, Plan, counts_text
 from edgemoe.plan.infeasible import least_budget
@@ -68,7 +69,7 @@ def sweep_budgets(
     solver: str = "highs",
     gap: float = DEFAULT_GAP,
     costs_hash: str = "",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Point, ...]:
     """A plan for each budget, least first; arguments as for `solve_plan`.
 

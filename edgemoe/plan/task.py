@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from edgemoe.ir import Costs
 from edgemoe.plan.program import Compiled, Near, compile_program
-from edgemoe.rules.constraints import Draft
+from edgemoe.rules.constraints import Constraints
 from edgemoe.solvers.program import Solution
 from edgemoe.solvers.search import search, solve
 
@@ -22,7 +22,7 @@ class Task:
     """Everything that stays the same while budgets and staging limits are tried."""
 
     costs: Costs
-    draft: Draft
+    constraints: Constraints
     allowed: tuple[int, ...]  # kept counts, by index
     objective: str
     near: Near | None
@@ -41,7 +41,7 @@ class Task:
 
         def program(i: int) -> Compiled:
             if i not in self.made:
-                made = compile_program(self.costs, self.draft, self.allowed[i], objective=self.objective, near=self.near)
+                made = compile_program(self.costs, self.constraints, self.allowed[i], objective=self.objective, near=self.near)
                 self.made[i] = made
                 while len(self.made) > 2 and len(self.made) * made.program.cost.nbytes > MOST_PROGRAMS:
                     del self.made[next(iter(self.made))]
@@ -64,13 +64,15 @@ class Task:
         return (None if found is None else (found, compiled(found.count_index))), bound
 
 
-def make_task(costs: Costs, draft: Draft, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None) -> Task:
+def make_task(
+    costs: Costs, constraints: Constraints, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None
+) -> Task:
     """A task whose kept counts are those that the rules allow, and whose time, if it is limited, runs from now."""
     until = None if seconds is None else time.monotonic() + seconds
-    allowed = tuple(c for c, yes in draft.counts.items() if yes)
-    return Task(costs=costs, draft=draft, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
+    allowed = tuple(c for c, yes in constraints.counts.items() if yes)
+    return Task(costs=costs, constraints=constraints, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
 
 
-def memory_beside_weights(costs: Costs, draft: Draft) -> dict[str, int]:
+def memory_beside_weights(costs: Costs, constraints: Constraints) -> dict[str, int]:
     """Memory parts of main memory: with a GPU the cache and the buffers are not there."""
-    return costs.memory if draft.vram is None else {**costs.memory, "kv": 0, "compute": 0}
+    return costs.memory if constraints.vram is None else {**costs.memory, "kv": 0, "compute": 0}

@@ -5,20 +5,22 @@ What a choice costs is measured in price_layer.py and price_matrix.py; here laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from edgemoe.base.errors import ModelError, UsageError
-from edgemoe.base.threads import open_pool
+from edgemoe.base.progress import Progress
+from edgemoe.base.threads import open_threads
+from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.ir.memory import peak
 from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind
 from edgemoe.model.routing.kept_sets import offered_counts
 from edgemoe.price.experts import Layer, price_layer
-from edgemoe.price.matrices import ByCause, Errors, Floats, price_matrix, probe_kl
+from edgemoe.price.matrices import ByCause, ErrorsByFormat, price_matrix, probe_kl
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import WHOLE_BITS
 from edgemoe.targets import Target, count_bytes
@@ -29,7 +31,6 @@ TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricin
 REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 FED_BACK = 0.55  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
 SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
-Progress = Callable[[int, int], None]
 Probes = Mapping[tuple[str, int], Probe]
 Parts = dict[tuple[str, int], float]  # by role and layer: what rounding a stack or matrix adds to a probe of the whole model, alone
 
@@ -63,7 +64,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
-        nats: ByCause[Errors] | ByCause[dict[str, Floats]]
+        nats: ByCause[ErrorsByFormat] | ByCause[dict[str, F64]]
         if u in matrices:
             scale, nats = share[unit.role, unit.layer], matrices[u]
         else:
@@ -100,18 +101,18 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
 
 def _price_probes(
     model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
-) -> tuple[dict[int, Layer], dict[int, ByCause[Errors]], dict[int, Parts]]:
+) -> tuple[dict[int, Layer], dict[int, ByCause[ErrorsByFormat]], dict[int, Parts]]:
     """Everything as if probes' KL grew with the error alone.
 
     Returns:
         The MoE layers; nats by format of every other unit, by number; and the parts of the whole-model probes, by bits.
     """
     layers: dict[int, Layer] = {}
-    matrices: dict[int, ByCause[Errors]] = {}
+    matrices: dict[int, ByCause[ErrorsByFormat]] = {}
     whole: dict[int, Parts] = {bits: {} for bits in WHOLE_BITS}
     if progress:
         progress(0, model.n_layers)
-    with open_pool() as pool:
+    with open_threads() as pool:
         for layer in range(-1, model.n_layers):
             experts = [unit for unit in units if unit.layer == layer and (unit.is_stack or unit.expert >= 0)]
             if experts:
@@ -196,7 +197,7 @@ def check_rounding(name: str) -> None:
         raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
 
 
-def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats | None) -> Floats:
+def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: F64 | None) -> F64:
     """How much more a unit's rounding costs in each domain than on average [D]: as its probe's KL; an expert's also as it is used there."""
     if unit.expert < 0 or use is None:
         return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
@@ -204,26 +205,26 @@ def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: Floats | None)
     return _over_mean(kl * use[:, unit.expert], stats)
 
 
-def _use(stats: Stats, layer: int) -> Floats:
+def _use(stats: Stats, layer: int) -> F64:
     """Mean squared gate of each expert in each domain, over its mean [D, E]."""
     arrays = stats.arrays(layer)
     use = arrays["gate_sq"] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
     use = use + SHRINK * use.mean(axis=1, keepdims=True)
-    relative: Floats = use / np.maximum(stats.weights @ use, 1e-300)
+    relative: F64 = use / np.maximum(stats.weights @ use, 1e-300)
     return relative
 
 
-def _over_mean(values: Floats, stats: Stats) -> Floats:
+def _over_mean(values: F64, stats: Stats) -> F64:
     """Values by domain over their mean by weight; ones where that is nothing."""
     mean = float(stats.weights @ values)
-    found: Floats = values / mean if mean > 0 else np.ones(len(values))
+    found: F64 = values / mean if mean > 0 else np.ones(len(values))
     return found
 
 
-def _shares(sums: Floats) -> Floats:
+def _shares(sums: F64) -> F64:
     """Rows scaled to sum to 1."""
     values = sums.astype(np.float64)
-    shares: Floats = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
+    shares: F64 = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-300)
     return shares
 
 

@@ -13,11 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.flips import additive_part
 from edgemoe.model.routing.kept_sets import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
-from edgemoe.price.matrices import LEAST_ROWS, SAMPLE_WEIGHTS, ByCause, Errors, Floats, Importance, probe_kl, round_sampled, sample_rows
+from edgemoe.price.matrices import (
+    LEAST_ROWS,
+    SAMPLE_WEIGHTS,
+    ByCause,
+    ErrorsByFormat,
+    Importance,
+    probe_kl,
+    round_sampled,
+    sample_rows,
+)
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import EXPERT_BITS, round_to_int8
 from edgemoe.targets import Target
@@ -32,10 +42,10 @@ class Layer:
     """One MoE layer, priced (D domains, C kept counts, E experts, G experts that went on the greedy path)."""
 
     menu: Menu
-    drops: list[tuple[float, Floats]]  # loss and KL [D] of each dropping probe, by rising loss
-    energy: Floats  # [E] sum of g^2 |f|^2 over the routed tokens
-    use: Floats  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
-    errors: ByCause[dict[str, dict[str, Floats]]]  # role -> format -> [E] mean squared output error per use
+    drops: list[tuple[float, F64]]  # loss and KL [D] of each dropping probe, by rising loss
+    energy: F64  # [E] sum of g^2 |f|^2 over the routed tokens
+    use: F64  # [E] mean g^2, by tokens' sensitivity where experts are priced one by one
+    errors: ByCause[dict[str, dict[str, F64]]]  # role -> format -> [E] mean squared output error per use
     slope: dict[str, float]  # role -> nats per error
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
@@ -43,7 +53,7 @@ class Layer:
         """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
         return self.slope[role] * float(self.use @ self.errors.weights[role][f"whole{bits}"])
 
-    def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, Floats]]:
+    def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, F64]]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
 
         `share`: of a probe's KL, by role, that adds up (flips.py).
@@ -51,7 +61,7 @@ class Layer:
         slope = {role: value * share[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
 
-        def nats(errors: dict[str, dict[str, Floats]]) -> dict[str, Floats]:
+        def nats(errors: dict[str, dict[str, F64]]) -> dict[str, F64]:
             if unit.expert < 0:
                 return {f: slope[unit.role] * (self.menu.gate_sq @ errors[unit.role][f]) for f in formats}
             use = float(self.use[unit.expert])
@@ -59,7 +69,7 @@ class Layer:
 
         return ByCause(weights=nats(self.errors.weights), inputs=nats(self.errors.inputs))
 
-    def price_drops(self, weights: Floats, kappa: float) -> Drops:
+    def price_drops(self, weights: F64, kappa: float) -> Drops:
         """Price the menu's sets, those of the greedy path, and single experts.
 
         An expert's own price is what its step on the greedy path adds, and no less than the dearest before it, a little rising so that
@@ -82,9 +92,9 @@ class Layer:
 class Drops:
     """What dropping experts of one layer costs, in nats by domain."""
 
-    menu: Floats  # [D, C] the menu's sets
-    experts: Floats  # [D, E] single experts, additive
-    curve: Floats  # [D, E + 1] what the greedy path costs beyond the sum of its experts' own prices when k are gone
+    menu: F64  # [D, C] the menu's sets
+    experts: F64  # [D, E] single experts, additive
+    curve: F64  # [D, E + 1] what the greedy path costs beyond the sum of its experts' own prices when k are gone
 
 
 def price_layer(
@@ -128,12 +138,12 @@ def price_layer(
     return Layer(menu=menu, drops=drops, energy=energy, use=use, errors=errors, slope=slope, stored=stored)
 
 
-def _by_role(experts: list[dict[str, Errors]]) -> dict[str, dict[str, Floats]]:
+def _by_role(experts: list[dict[str, ErrorsByFormat]]) -> dict[str, dict[str, F64]]:
     """Errors of experts one after the other -> role -> format -> [E]."""
     return {role: {f: np.array([e[role][f] for e in experts]) for f in by_format} for role, by_format in experts[0].items()}
 
 
-def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, Floats]]:
+def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> list[tuple[float, F64]]:
     """Loss, and KL by domain [D], of each probe that dropped experts in this layer, by rising loss."""
     points = []
     for probe in stats.probes:
@@ -144,7 +154,7 @@ def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> 
     return sorted((p for p in points if p[0] > 0), key=lambda p: p[0])
 
 
-def price_losses(points: list[tuple[float, Floats]], weights: Floats, losses: Floats, kappa: float) -> Floats:
+def price_losses(points: list[tuple[float, F64]], weights: F64, losses: F64, kappa: float) -> F64:
     """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
 
     `kappa` as in `additive_part`.  Zero where nothing was probed.
@@ -165,8 +175,8 @@ class _Sample:
 
     model: Model
     target: Target
-    x: NDArray[np.float32]  # [N, H] inputs of replay tokens
-    weights: Floats  # [N, E] how much each of them counts for each expert
+    x: F32  # [N, H] inputs of replay tokens
+    weights: F64  # [N, E] how much each of them counts for each expert
     importance: Importance
     stored: dict[tuple[str, int], tuple[str, ...]]
 
@@ -175,7 +185,7 @@ class _Sample:
         return self.stored[role, -1] if (role, -1) in self.stored else self.stored["ffn_exps", expert]
 
 
-def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], domains: Floats, sensitivity: Floats) -> tuple[Floats, Floats]:
+def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], domains: F64, sensitivity: F64) -> tuple[F64, F64]:
     """How much each expert's errors matter, and each replay token in them, by the tokens' sensitivity.
 
     Args:
@@ -200,7 +210,7 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
     return use, gates**2 * (replay.shares * relative)[:, None]
 
 
-def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, Errors]]:
+def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, ErrorsByFormat]]:
     """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
 
     With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
@@ -215,8 +225,8 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[
     h = _silu(a) * b
     column = (matrices["down"] ** 2).sum(axis=0)
     alone = ("ffn_exps", expert) in sample.stored
-    result: dict[str, Errors] = {}
-    from_inputs: dict[str, Errors] = {}
+    result: dict[str, ErrorsByFormat] = {}
+    from_inputs: dict[str, ErrorsByFormat] = {}
     for projection, matrix in matrices.items():
         role = f"ffn_{projection}_exps"
         wanted = max(LEAST_ROWS_ALONE if alone else LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1])
@@ -239,7 +249,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[
     return ByCause(weights=result, inputs=from_inputs)
 
 
-def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
+def _draw_tokens(weight: F64) -> tuple[NDArray[np.int64], F64]:
     """At most TOKENS_PER_EXPERT tokens and their weights, summing to 1: drawn evenly from the running sum, the heaviest first.
 
     Not the heaviest alone: the importance matrix was made for these, and rounding errs most on the others.
@@ -256,10 +266,10 @@ def _draw_tokens(weight: Floats) -> tuple[NDArray[np.int64], Floats]:
 def _input_squares(
     block: int,
     projection: str,
-    x: NDArray[np.float32],
-    hidden: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
-    matrices: Mapping[str, NDArray[np.float32]],
-) -> NDArray[np.float32]:
+    x: F32,
+    hidden: tuple[F32, F32, F32],
+    matrices: Mapping[str, F32],
+) -> F32:
     """Squared output error of each token [N] that comes from a projection's inputs, rounded to int8 by blocks of this size (0: not)."""
     if not block:
         return np.zeros(len(x), np.float32)
@@ -271,10 +281,10 @@ def _input_squares(
         delta = _silu(a) * (rounded @ matrices["up"].T - b)
     else:
         delta = rounded - h
-    squares: NDArray[np.float32] = ((delta @ matrices["down"].T) ** 2).sum(axis=1)
+    squares: F32 = ((delta @ matrices["down"].T) ** 2).sum(axis=1)
     return squares
 
 
-def _silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = x / (1 + np.exp(-np.clip(x, -80, 80)))
+def _silu(x: F32) -> F32:
+    result: F32 = x / (1 + np.exp(-np.clip(x, -80, 80)))
     return result

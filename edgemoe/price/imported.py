@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
-from edgemoe.base.threads import open_pool
+from edgemoe.base.progress import Progress
+from edgemoe.base.threads import open_threads
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Stats, Tensor, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import drop_floor
@@ -36,8 +36,6 @@ MAX_DOMAIN = 64  # characters; names are printed in tables
 COLUMNS = ("layer", "expert", "score")
 SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price_matrix.py's, met to 7 %
 REFERENCE_BITS = 4.5  # of Q4_K, in which `whole` of generic.py is known best; the offered format nearest to it is the reference
-Progress = Callable[[int, int], None]
-Floats = NDArray[np.float64]
 Key = tuple[str, int, int]  # domain, layer, expert
 
 
@@ -155,7 +153,7 @@ def price_imported(
     cost = np.full(base.cost.shape, np.inf)
     if progress:
         progress(0, model.n_layers)
-    with open_pool() as pool:
+    with open_threads() as pool:
         for layer in range(-1, model.n_layers):
             mine = [u for u, unit in enumerate(base.units) if unit.layer == layer]
             count = stats.arrays(layer)["count"].sum(axis=0) if layer >= 0 else np.ones(model.n_experts)
@@ -199,20 +197,18 @@ def _reference_format(target: Target, model: Model, unit: Unit) -> str:
     return min(bits, key=lambda name: abs(bits[name] - REFERENCE_BITS))
 
 
-def _reference_costs(model: Model, target: Target, base: Costs) -> Floats:
+def _reference_costs(model: Model, target: Target, base: Costs) -> F64:
     """Generic nats of each unit in its reference format [U]."""
     return np.array([base.cost[-1, u, base.formats.index(_reference_format(target, model, unit))] for u, unit in enumerate(base.units)])
 
 
-def _relative_errors(
-    model: Model, target: Target, units: list[Unit], errors: list[dict[str, Floats]], busy: Floats
-) -> list[dict[str, Floats]]:
+def _relative_errors(model: Model, target: Target, units: list[Unit], errors: list[dict[str, F64]], busy: F64) -> list[dict[str, F64]]:
     """Errors of each unit over those in its reference format, by format: for each kept count [C], or [1] where that does not matter.
 
     A stack's experts count by their tokens.  A single expert is compared with the mean expert, one projection after another, because errors
     of different projections are not in one unit.
     """
-    means: dict[int, Floats] = {}
+    means: dict[int, F64] = {}
     alone = [(unit, e) for unit, e in zip(units, errors, strict=True) if unit.expert >= 0]
     if alone:
         reference = np.stack([e[_reference_format(target, model, unit)] for unit, e in alone])  # [E, projections]
@@ -237,7 +233,7 @@ def _tensors(of_layer: dict[tuple[str, int], Tensor], unit: Unit) -> list[Tensor
 
 def _layer_errors(
     model: Model, stats: Stats, target: Target, layer: int, units: list[Unit], pool: ThreadPoolExecutor
-) -> list[dict[str, Floats]]:
+) -> list[dict[str, F64]]:
     """Errors of each unit of a layer, by format: [E] for a stack, [3] for an expert, [1] for a matrix."""
     importance, of_layer = importance_of(model, stats, layer), model.of_layer(layer)
     jobs: list[list[Future[dict[str, float]]]] = []
@@ -250,7 +246,7 @@ def _layer_errors(
 
 
 def _tensor_errors(
-    model: Model, target: Target, tensor: Tensor, formats: tuple[str, ...], importance: NDArray[np.float32] | None, wanted: int
+    model: Model, target: Target, tensor: Tensor, formats: tuple[str, ...], importance: F32 | None, wanted: int
 ) -> dict[str, float]:
     """Mean squared error of one output of a matrix per token, by format, on about `wanted` of its weights; inputs are taken as exact."""
     matrix = read_tensor(model.folder, tensor)

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F32
 from edgemoe.ir import Model, Probe, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.reference import WHOLE_BITS, round_to_int8, round_to_nearest
@@ -22,9 +23,8 @@ SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per f
 LEAST_ROWS = 4  # of a matrix, or of each expert in a stack
 INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
 SEED = 20261126  # of inputs of which only the second moments are known
-Floats = NDArray[np.float64]
-Importance = dict[tuple[str, int], NDArray[np.float32]]
-Errors = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
+Importance = dict[tuple[str, int], F32]
+ErrorsByFormat = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
 T = TypeVar("T")
 
 
@@ -38,7 +38,7 @@ class ByCause(Generic[T]):
 
 def price_matrix(
     model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
-) -> ByCause[Errors]:
+) -> ByCause[ErrorsByFormat]:
     """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe; and what rounded inputs add.
 
     Args:
@@ -64,12 +64,12 @@ def price_matrix(
     weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
     part, formats = matrix[rows], target.offered_formats(model, unit)
 
-    def rounded_errors(index: NDArray[np.int64]) -> Errors:
+    def rounded_errors(index: NDArray[np.int64]) -> ErrorsByFormat:
         found = round_sampled(target, part[index], formats, columns, probe.bits)
         return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
 
     blocks = [np.arange(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
-    errors: Errors = {}
+    errors: ErrorsByFormat = {}
     for found in pool.map(rounded_errors, blocks):
         errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
     slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
@@ -85,7 +85,7 @@ def price_matrix(
     return ByCause(weights={name: slope * error for name, error in errors.items()}, inputs=from_inputs)
 
 
-def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) -> NDArray[np.float32]:
+def _draw_inputs(stats: Stats, layer: int, second_moments: F32) -> F32:
     """Some inputs [64, cols] of a matrix of which calibration kept mean squares only.
 
     Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
@@ -97,7 +97,7 @@ def _draw_inputs(stats: Stats, layer: int, second_moments: NDArray[np.float32]) 
         x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
     else:
         x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
-    drawn: NDArray[np.float32] = x * np.sqrt(np.maximum(second_moments, 0.0))
+    drawn: F32 = x * np.sqrt(np.maximum(second_moments, 0.0))
     return drawn
 
 
@@ -111,9 +111,7 @@ def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
 
 
-def round_sampled(
-    target: Target, rows: NDArray[np.float32], formats: tuple[str, ...], importance: NDArray[np.float32] | None, probe_bits: int
-) -> list[tuple[str, NDArray[np.float32]]]:
+def round_sampled(target: Target, rows: F32, formats: tuple[str, ...], importance: F32 | None, probe_bits: int) -> list[tuple[str, F32]]:
     """These rows in every offered format, and in the probes' reference roundings."""
     found = [(name, target.round_rows(rows, name, importance)) for name in formats]
     whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.base.storage import hash_json
+from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
 from edgemoe.ir.memory import DEFAULT_CONTEXT
 from edgemoe.model.checkpoint import read_json
@@ -59,7 +60,6 @@ _MEASURED_LAYERS = 61  # median of the measured models
 _LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
 _ROUNDED = (64, 1024)  # normal numbers on which formats that nobody measured are compared
 _Q4_0_ERROR = 0.00741  # mean squared error of Q4_0 on them (llama.cpp 0c1e570)
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Saliency:
     """Shares of each expert in its layer's saliency [D, L, E], and published keep lists by name [L, E]."""
 
     domains: tuple[str, ...]
-    share: Floats
+    share: F64
     kept: Mapping[str, NDArray[np.bool_]]
 
 
@@ -180,25 +180,25 @@ def _origin(prior: str) -> str:
     return "generic: published single-tensor KLD, type curve and expert saliency of GLM-5.2; nothing was measured here"
 
 
-def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None) -> Floats:
+def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None) -> F64:
     unknown = sorted(set(chosen or ()) - set(domains))
     if unknown:
         raise UsageError(f"domain {unknown[0]!r} is not known", hint=f"known: {', '.join(domains)}")
     weights = np.array([1.0 if chosen is None else float(chosen.get(d, 0.0)) for d in domains])
     if not weights.sum() > 0 or (weights < 0).any():
         raise UsageError("domain_weights: no weight may be negative, and one must be positive")
-    shares: Floats = weights / weights.sum()
+    shares: F64 = weights / weights.sum()
     return shares
 
 
 # -------------------------------------------------------------------------------------------------------------- quantize
-def layer_nats(units: Sequence[Unit], nats: Floats, layers: Sequence[int]) -> Floats:
+def layer_nats(units: Sequence[Unit], nats: F64, layers: Sequence[int]) -> F64:
     """What rounding costs in the experts of each layer [L]."""
     experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.is_stack or unit.expert >= 0]
     return np.array([sum(nats[u] for u, at in experts if at == layer) for layer in layers])
 
 
-def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int, Floats]) -> Floats:
+def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int, F64]) -> F64:
     """Each unit's share of what rounding the whole model costs [U], summing to 1; a single expert's is its part `share` of its stacks'."""
     roles, own = _read_priors()["roles"], {} if prior == "pooled" else _read_priors()[prior]["nats"]
 
@@ -215,7 +215,7 @@ def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int
     found = np.array([find(u.role, u.layer) if u.expert < 0 else stacks[u.layer] * share[u.layer][u.expert] for u in units])
     if prior != "pooled":
         found = np.maximum(found, np.quantile(found[found > 0], _LEAST_SHARE))
-    shares: Floats = found / found.sum()
+    shares: F64 = found / found.sum()
     return shares
 
 
@@ -238,7 +238,7 @@ def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any])
     return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / _MEASURED_LAYERS)
 
 
-def _type_nats(target: Target, prior: str) -> Floats:
+def _type_nats(target: Target, prior: str) -> F64:
     """What storing the whole model in each format costs [F].
 
     Where a prior lacks a type the pooled models stand in; formats that nobody measured follow Q4_0 by their squared error, rounded inputs
@@ -260,7 +260,7 @@ def _type_nats(target: Target, prior: str) -> Floats:
 
 
 # ------------------------------------------------------------------------------------------------------------------ drop
-def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str) -> Floats:
+def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str) -> F64:
     """Saliency shares [D, L, E]: as measured, or drawn from the measured layers at the same relative depth."""
     measured = saliency.share
     if prior != "pooled" and measured.shape[1:] == (n_layers, n_experts):
@@ -272,12 +272,12 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
         source = measured[:, int(measured.shape[1] * (layer + 0.5) / n_layers)]
         draws = [rng.permutation(source.shape[1]) for _ in range(-(-n_experts // source.shape[1]))]
         result[:, layer] = source[:, np.concatenate(draws)[:n_experts]] ** spread
-    shares: Floats = result / result.sum(axis=2, keepdims=True)
+    shares: F64 = result / result.sum(axis=2, keepdims=True)
     return shares
 
 
 def price_drops(
-    domains: tuple[str, ...], weights: Floats, share: Floats, layer_weight: Floats, counts: tuple[int, ...], groups: int = 1
+    domains: tuple[str, ...], weights: F64, share: F64, layer_weight: F64, counts: tuple[int, ...], groups: int = 1
 ) -> dict[str, Any]:
     """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain.
 
@@ -328,7 +328,7 @@ def price_coverage(saliency: Saliency, count: int) -> Costs:
     best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
     price = share / best / n_layers
     kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
-    lost: Floats = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
+    lost: F64 = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
     stack = [
         Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
     ]

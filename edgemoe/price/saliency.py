@@ -1,4 +1,4 @@
-"""Statistics of one layer -> what the field makes of them: published expert scores, and the importance matrix.
+"""Statistics of one layer -> what the field makes of them: published expert scores.
 
 Scores are controls and options (`price --score`), no prices: they have no unit and are comparable within one layer only.  Sums run over
 the routed tokens of every domain, each domain counting by its weight.
@@ -13,19 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Stats
 
 SUMS = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy", "residual")
-Sums = dict[str, NDArray[np.float64]]  # [E] each: SUMS, top_logit and spread
+ScoreSums = dict[str, F64]  # [E] each: SUMS, top_logit and spread
 
 
-def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = total / np.maximum(count, 1e-30)
+def _mean(total: F64, count: F64) -> F64:
+    result: F64 = total / np.maximum(count, 1e-30)
     return result
 
 
 # Formulas: docs/pricing.md, 7, with papers.  n_e tokens routed to e, gate g, output f.
-SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
+SCORES: dict[str, Callable[[ScoreSums], F64]] = {
     "frequency": lambda s: s["count"],  # n_e
     "gate-sum": lambda s: s["gate"],  # sum g
     "ean": lambda s: s["norm"],  # sum |f|
@@ -41,7 +42,7 @@ SCORES: dict[str, Callable[[Sums], NDArray[np.float64]]] = {
 }
 
 
-def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
+def score_experts(stats: Stats, layer: int, score: str) -> F64:
     """A published saliency of each expert of a layer [E]; larger means keep."""
     arrays = stats.arrays(layer)
     share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
@@ -52,7 +53,7 @@ def score_experts(stats: Stats, layer: int, score: str) -> NDArray[np.float64]:
     return SCORES[score](sums)
 
 
-def output_spread(sums: Sums, count: NDArray[np.int64], output: NDArray[np.float64]) -> NDArray[np.float64]:
+def output_spread(sums: ScoreSums, count: NDArray[np.int64], output: F64) -> F64:
     """Standard deviation of each expert's output over its tokens, all channels together [E].
 
     Args:
@@ -62,13 +63,13 @@ def output_spread(sums: Sums, count: NDArray[np.int64], output: NDArray[np.float
     """
     mean = output / np.maximum(sums["count"], 1e-30)[:, None]
     variance = np.maximum(_mean(sums["norm_sq"], sums["count"]) - (mean**2).sum(axis=1), 0.0)
-    spread: NDArray[np.float64] = np.sqrt(variance * count / np.maximum(count - 1, 1))
+    spread: F64 = np.sqrt(variance * count / np.maximum(count - 1, 1))
     return spread
 
 
-def top_logits(logits: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def top_logits(logits: NDArray[np.floating], weights: F64) -> F64:
     """Mean over tokens (by weight) of an expert's router logit [E], counted where it is the token's largest."""
-    mean: NDArray[np.float64] = np.zeros(logits.shape[1])
+    mean: F64 = np.zeros(logits.shape[1])
     np.add.at(mean, logits.argmax(axis=1), weights * logits.max(axis=1) / weights.sum())
     return mean
 
@@ -93,7 +94,7 @@ def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
     return replace(costs, kept=kept, drop_cost=np.broadcast_to(factor * gone, shape[0]).copy(), expert_drop=experts)
 
 
-def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> F64:
     """How much of each domain's saliency the kept sets hold, of what its own best sets of that size would hold [D].
 
     Args:
@@ -103,5 +104,5 @@ def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> 
     share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-300)
     best = np.cumsum(-np.sort(-share, axis=2), axis=2)
     most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
-    coverage: NDArray[np.float64] = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
+    coverage: F64 = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
     return coverage

@@ -1,11 +1,11 @@
-"""Weights, second moments of their inputs, a grid -> codes: rounding that lets later columns take up the error of earlier ones.
+"""Weights, Hessian of their inputs, a grid -> codes: rounding that lets later columns take up the error of earlier ones.
 
 With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  One group of columns is rounded
 after another; each group's error is passed on to those still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
 LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays: stock formats store it per block of columns.
 Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  So far rows are independent.
 
-What the outputs' errors cost together is their own matter: with G the second moments of the loss's gradients with respect to them, KL grows
+What the outputs' errors cost together is their own matter: with G the Hessian of the loss's gradients with respect to them, KL grows
 with tr G (W - Q) H (W - Q)' (the Kronecker factors of YAQA, arXiv 2505.22988).  `descend_outputs` brings that down, some rows at a time.
 """
 
@@ -17,21 +17,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.quantize.grids import Floats, Grid
+from edgemoe.base.types import F32, F64
+from edgemoe.quantize.grids import Grid
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
-TRUST = 256.0  # routed tokens that count as much as the layer's own second moments
-BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_moments` and docs/decisions/0009-feedback-rounding.md
+TRUST = 256.0  # routed tokens that count as much as the layer's own Hessian
+BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_hessian` and docs/decisions/0009-feedback-rounding.md
 LAZY = 128  # columns after which the rest of a row is corrected in one product
 TURNS = 16  # groups of rows, chosen one after the other
 ROUNDS = 2  # of turns
 POWER = 8  # steps of the power iteration
-Descend = Callable[[NDArray[np.uint8], Floats, Floats], NDArray[np.uint8]]  # see `descend_outputs`
+Descend = Callable[[NDArray[np.uint8], F32, F32], NDArray[np.uint8]]  # see `descend_outputs`
 
 
-# ---------------------------------------------------------------------------------------------------------- second moments
-def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
-    """What feedback should believe of an expert's second moments [C, C], seen on n_own tokens.
+# ---------------------------------------------------------------------------------------------------------- Hessian
+def mix_hessians(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating] | None = None) -> F64:
+    """What feedback should believe of an expert's Hessian [C, C], seen on n_own tokens.
 
     Args:
         own: of the expert's tokens.
@@ -39,42 +40,42 @@ def mix_moments(own: NDArray[np.floating], n_own: float, layer: NDArray[np.float
         layer: of all experts' tokens together, where all receive the same columns: few tokens lean on it, scaled to the same trace.
             The neurons of different experts have nothing in common, so for W_down there is none.
     """
-    mixed: NDArray[np.float64] = np.asarray(own, np.float64)
+    mixed: F64 = np.asarray(own, np.float64)
     if layer is not None:
         whole = np.asarray(layer, np.float64)
         if not n_own > 0 or not np.trace(mixed) > 0:
             return whole
         scaled = whole * (np.trace(mixed) / max(np.trace(whole), 1e-300))
         mixed = (n_own * mixed + TRUST * scaled) / (n_own + TRUST)
-    return shrink_moments(mixed, n_own)
+    return shrink_hessian(mixed, n_own)
 
 
-def shrink_moments(h: NDArray[np.floating], n: float) -> NDArray[np.float64]:
-    """Second moments [C, C] of n tokens, what lies off the diagonal brought down by 1 / (1 + BELIEF sqrt(n / C)).
+def shrink_hessian(h: NDArray[np.floating], n: float) -> F64:
+    """Hessian [C, C] of n tokens, what lies off the diagonal brought down by 1 / (1 + BELIEF sqrt(n / C)).
 
     Products of two inputs are less certain than squares, and feedback trusts them where they are least so: in the directions that were
     hardly seen.  The square root and its factor are measured, not derived.
     """
     believed = 1 - 1 / (1 + BELIEF * float(np.sqrt(n / len(h))))
-    shrunk: NDArray[np.float64] = believed * np.asarray(h, np.float64)
+    shrunk: F64 = believed * np.asarray(h, np.float64)
     np.fill_diagonal(shrunk, h.diagonal())
     return shrunk
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    """Second moments [C, C] of a matrix's inputs, damped, and the upper factor U of their inverse: H^-1 = U'U (GPTQ's Cholesky form)."""
+class Hessian:
+    """Hessian [C, C] of a matrix's inputs, damped, and the upper factor U of their inverse: H^-1 = U'U (GPTQ's Cholesky form)."""
 
-    h: Floats
-    upper: Floats
+    h: F32
+    upper: F32
 
     @property
-    def importance(self) -> Floats:
+    def importance(self) -> F32:
         """Mean square of each column's input [C]: the diagonal."""
         return np.ascontiguousarray(self.h.diagonal())
 
 
-def factor_moments(h: NDArray[np.floating], damping: float = DAMPING) -> Moments:
+def factor_hessian(h: NDArray[np.floating], damping: float = DAMPING) -> Hessian:
     """Damp and factor; columns that never saw an input count as the damping alone."""
     h = np.asarray(h, np.float64)
     mean = float(h.diagonal().mean())
@@ -83,7 +84,7 @@ def factor_moments(h: NDArray[np.floating], damping: float = DAMPING) -> Moments
     h = (h + h.T) / (2 * mean) + damping * np.eye(len(h))
     # H = L L' read backwards gives H^-1 = U'U without an explicit inverse: with J the reversal, J H J = A A', U = J A^-1 J.
     upper = _invert_lower(np.linalg.cholesky(h[::-1, ::-1]))[::-1, ::-1]
-    return Moments(h.astype(np.float32), np.ascontiguousarray(upper, np.float32))
+    return Hessian(h.astype(np.float32), np.ascontiguousarray(upper, np.float32))
 
 
 def _invert_lower(lower: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -97,13 +98,13 @@ def _invert_lower(lower: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- rounding
-def round_columns(weights: Floats, grid: Grid, moments: Moments, columns: slice) -> tuple[NDArray[np.int32], Floats, Floats]:
+def round_columns(weights: F32, grid: Grid, hessian: Hessian, columns: slice) -> tuple[NDArray[np.int32], F32, F32]:
     """Round some columns [R, n] of a matrix, each group's error passed on to the later ones among them.
 
     Returns:
         Codes [R, n / dim], values [R, n], and the correction of all later columns [R, C - columns.stop], to be subtracted.
     """
-    start, stop, dim, upper = columns.start, columns.stop, grid.dim, moments.upper
+    start, stop, dim, upper = columns.start, columns.stop, grid.dim, hessian.upper
     work = np.array(weights[:, columns], np.float32, order="F")
     values, error = np.empty_like(work), np.empty_like(work)
     codes = np.empty((len(work), (stop - start) // dim), np.int32)
@@ -117,18 +118,18 @@ def round_columns(weights: Floats, grid: Grid, moments: Moments, columns: slice)
     return codes, values, error @ upper[columns, stop:]
 
 
-def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moments: Moments, gradient: Floats, columns: slice) -> None:
+def descend_columns(codes: NDArray[np.int32], values: F32, grid: Grid, hessian: Hessian, gradient: F32, columns: slice) -> None:
     """Choose every group of some columns again, all others given; codes, values and gradient [R, C] are changed in place.
 
     Args:
         codes: [R, n / dim] of these columns.
         values: [R, C] of all columns.
         grid: of these columns.
-        moments: of all.
+        hessian: of all.
         gradient: (weights - values) H [R, C].
         columns: which.
     """
-    dim, h = grid.dim, moments.h
+    dim, h = grid.dim, hessian.h
     for i in range(columns.start, columns.stop, LAZY):
         block = slice(i, min(i + LAZY, columns.stop))
         at = slice(block.start - columns.start, block.stop - columns.start)
@@ -138,10 +139,8 @@ def descend_columns(codes: NDArray[np.int32], values: Floats, grid: Grid, moment
         values[:, block] = found
 
 
-def descend_outputs(
-    weights: Floats, packed: NDArray[np.uint8], values: Floats, moments: Moments, outputs: Floats, descend: Descend
-) -> None:
-    """Bring tr G (W - Q) H (W - Q)' down, G the second moments of the outputs' gradients; `packed` and `values` are changed in place.
+def descend_outputs(weights: F32, packed: NDArray[np.uint8], values: F32, hessian: Hessian, outputs: F32, descend: Descend) -> None:
+    """Bring tr G (W - Q) H (W - Q)' down, G the Hessian of the outputs' gradients; `packed` and `values` are changed in place.
 
     Rows take turns.  Those of one group are chosen at the same time, each as if the others of its group stayed; where that overshoots, the
     group is split.
@@ -150,7 +149,7 @@ def descend_outputs(
         weights: W [R, C].
         packed: rows that decode to `values` [R, bytes].
         values: Q [R, C].
-        moments: of the inputs, H.
+        hessian: of the inputs, H.
         outputs: G [R, R], damped.
         descend: packed rows, their values, and the gradient (W - Q) H that each row should see -> rows packed anew; values follow.
     """
@@ -158,11 +157,11 @@ def descend_outputs(
     left = weights - values
 
     def turn(rows: NDArray[np.int64]) -> None:
-        gradient = np.asarray((outputs[rows] @ left / size[rows, None]) @ moments.h, np.float32)
+        gradient = np.asarray((outputs[rows] @ left / size[rows, None]) @ hessian.h, np.float32)
         found = values[rows]
         new = descend(packed[rows], found, gradient.copy())
         change = found - values[rows]
-        gain = 2 * (size[rows, None] * change * gradient).sum() - ((outputs[np.ix_(rows, rows)] @ change) * (change @ moments.h)).sum()
+        gain = 2 * (size[rows, None] * change * gradient).sum() - ((outputs[np.ix_(rows, rows)] @ change) * (change @ hessian.h)).sum()
         if gain >= 0:
             packed[rows], values[rows], left[rows] = new, found, left[rows] - change
         elif len(rows) > 1:
@@ -173,10 +172,10 @@ def descend_outputs(
         turn(group)
 
 
-def _turns(outputs: Floats) -> list[NDArray[np.int64]]:
+def _turns(outputs: F32) -> list[NDArray[np.int64]]:
     """Rows in groups for all rounds: those that share the strongest direction of errors are spread over the groups."""
     size = np.sqrt(outputs.diagonal())
-    strongest: Floats = np.ones(len(outputs), np.float32)
+    strongest: F32 = np.ones(len(outputs), np.float32)
     for _ in range(POWER):
         strongest = np.asarray(outputs @ (strongest / size) / size, np.float32)
         strongest /= np.float32(np.linalg.norm(strongest))
@@ -185,8 +184,8 @@ def _turns(outputs: Floats) -> list[NDArray[np.int64]]:
     return [np.sort(order[i::groups]) for i in range(groups)] * ROUNDS
 
 
-def objective(weights: Floats, values: Floats, moments: Moments) -> NDArray[np.float64]:
+def objective(weights: F32, values: F32, hessian: Hessian) -> F64:
     """(w - q) H (w - q)' of each row [R]."""
     delta = weights - values
-    result: NDArray[np.float64] = ((delta @ moments.h) * delta).sum(axis=1, dtype=np.float64)
+    result: F64 = ((delta @ hessian.h) * delta).sum(axis=1, dtype=np.float64)
     return result

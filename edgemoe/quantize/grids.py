@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from edgemoe.base.types import F32
+
 Codes = NDArray[np.int32]
 GROUP = 8  # columns that share a code
 
@@ -22,12 +23,12 @@ GROUP = 8  # columns that share a code
 class Scalar:
     """value = offset + scale * table[code]: a code for every column."""
 
-    scale: Floats  # [R, C], of either sign
-    offset: Floats  # [R, C]
-    table: Floats  # [K], rising
+    scale: F32  # [R, C], of either sign
+    offset: F32  # [R, C]
+    table: F32  # [K], rising
     dim: ClassVar[int] = 1
 
-    def round(self, at: slice, work: Floats, upper: Floats) -> tuple[Codes, Floats, Floats]:
+    def round(self, at: slice, work: F32, upper: F32) -> tuple[Codes, F32, F32]:
         """Round some columns, each one's error passed on to the later ones.
 
         Args:
@@ -44,7 +45,7 @@ class Scalar:
         round_columns(np.array(work, order="C"), *self._columns(at), np.ascontiguousarray(upper), codes, values, error)
         return codes, values, error
 
-    def descend(self, at: slice, codes: Codes, values: Floats, gradient: Floats, h: Floats) -> tuple[Codes, Floats]:
+    def descend(self, at: slice, codes: Codes, values: F32, gradient: F32, h: F32) -> tuple[Codes, F32]:
         """Choose the codes of some columns again, all others given.
 
         Args:
@@ -63,7 +64,7 @@ class Scalar:
         descend_columns(values, np.array(gradient, order="C"), *self._columns(at), np.ascontiguousarray(h), codes)
         return codes, values
 
-    def _columns(self, at: slice) -> tuple[Floats, Floats, Floats]:
+    def _columns(self, at: slice) -> tuple[F32, F32, F32]:
         return np.ascontiguousarray(self.scale[:, at]), np.ascontiguousarray(self.offset[:, at]), self.table
 
 
@@ -75,17 +76,17 @@ class Codebook:
     indices given the signs and signs given the indices are chosen in turn.
     """
 
-    scale: Floats  # [R, G], of either sign
-    offset: Floats  # [R, G]; with signs there is none
-    table: Floats  # [K, 8 / parts]
-    signs: Floats  # [P, 8]: see `sign_patterns`
-    products: Floats = field(init=False)
+    scale: F32  # [R, G], of either sign
+    offset: F32  # [R, G]; with signs there is none
+    table: F32  # [K, 8 / parts]
+    signs: F32  # [P, 8]: see `sign_patterns`
+    products: F32 = field(init=False)
     dim: ClassVar[int] = GROUP
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "products", pair_products(self.table))
 
-    def round(self, at: slice, work: Floats, upper: Floats) -> tuple[Codes, Floats, Floats]:
+    def round(self, at: slice, work: F32, upper: F32) -> tuple[Codes, F32, F32]:
         """Round some columns: see `Scalar.round`."""
         from edgemoe.quantize.kernels import round_groups
 
@@ -96,7 +97,7 @@ class Codebook:
         round_groups(np.array(work, order="C"), self._groups(at), corner, metric, np.ascontiguousarray(upper), codes, values, error)
         return codes, values, error
 
-    def descend(self, at: slice, codes: Codes, values: Floats, gradient: Floats, h: Floats) -> tuple[Codes, Floats]:
+    def descend(self, at: slice, codes: Codes, values: F32, gradient: F32, h: F32) -> tuple[Codes, F32]:
         """Choose the codes of some columns again: see `Scalar.descend`."""
         from edgemoe.quantize.kernels import descend_groups
 
@@ -106,7 +107,7 @@ class Codebook:
         descend_groups(values, gradient, self._groups(at), np.linalg.inv(metric), metric, np.ascontiguousarray(h), codes)
         return codes, values
 
-    def _groups(self, at: slice) -> tuple[Floats, ...]:
+    def _groups(self, at: slice) -> tuple[F32, ...]:
         groups = slice(at.start // GROUP, at.stop // GROUP)
         scale, offset = (np.ascontiguousarray(part[:, groups]) for part in (self.scale, self.offset))
         return scale, offset, self.table, self.products, self.signs, _sign_products(len(self.signs))
@@ -115,14 +116,14 @@ class Codebook:
 Grid = Scalar | Codebook
 
 
-def _diagonal(matrix: Floats) -> Floats:
+def _diagonal(matrix: F32) -> F32:
     """Blocks [G, 8, 8] on the diagonal of a matrix [n, n]."""
-    blocks: Floats = matrix.reshape(len(matrix) // GROUP, GROUP, -1, GROUP).diagonal(axis1=0, axis2=2).transpose(2, 0, 1)
+    blocks: F32 = matrix.reshape(len(matrix) // GROUP, GROUP, -1, GROUP).diagonal(axis1=0, axis2=2).transpose(2, 0, 1)
     return blocks
 
 
 @functools.cache
-def sign_patterns(n: int) -> Floats:
+def sign_patterns(n: int) -> F32:
     """Signs of eight columns [n, 8]: all (256), those with an even number of minuses (128; the last follows from the others), or plus (1).
 
     Bit i of a pattern's number says that column i has a minus.
@@ -134,11 +135,11 @@ def sign_patterns(n: int) -> Floats:
 
 
 @functools.cache
-def _sign_products(n: int) -> Floats:
+def _sign_products(n: int) -> F32:
     return pair_products(sign_patterns(n))
 
 
-def pair_products(table: Floats) -> Floats:
+def pair_products(table: F32) -> F32:
     """Products of all pairs of columns (of two different ones twice), then the columns: [n (n + 1) / 2 + n, K] of a table [K, n].
 
     With v = factors * a row, v M v' - 2 v t' is linear in these.  Rows of zeros are added up to a multiple of four.

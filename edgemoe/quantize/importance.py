@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model, Stats
 
 
-def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], NDArray[np.float32]]:
+def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], F32]:
     """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
     arrays = stats.arrays(layer)
     if layer < 0:
@@ -27,10 +28,10 @@ def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int
     return found
 
 
-def shrink(sums: NDArray[np.float64], weight: NDArray[np.float64], count: NDArray[np.int64], tokens: float = 64.0) -> NDArray[np.float32]:
+def shrink(sums: F64, weight: F64, count: NDArray[np.int64], tokens: float = 64.0) -> F32:
     """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
     overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
     own = sums / np.maximum(weight, 1e-30)[:, None]
     trust = (count / (count + tokens))[:, None]
-    mixed: NDArray[np.float32] = (trust * own + (1 - trust) * overall).astype(np.float32)
+    mixed: F32 = (trust * own + (1 - trust) * overall).astype(np.float32)
     return mixed

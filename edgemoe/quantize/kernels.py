@@ -12,7 +12,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from edgemoe.base.types import F32
+
 Codes = NDArray[np.int32]
 GROUP = 8
 
@@ -32,9 +33,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 # --------------------------------------------------------------------------------------------------------- a code for a column
 @compiled()
-def round_columns(
-    work: Floats, scale: Floats, offset: Floats, table: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
-) -> None:
+def round_columns(work: F32, scale: F32, offset: F32, table: F32, upper: F32, codes: Codes, values: F32, error: F32) -> None:
     """GPTQ's loop over some columns; `work`, `codes`, `values`, `error` [R, n] are changed in place.
 
     Args:
@@ -42,7 +41,7 @@ def round_columns(
         scale: of every weight [R, n].
         offset: likewise.
         table: what codes stand for [K], before scale and offset.
-        upper: these columns' corner of the inverse second moments' factor [n, n].
+        upper: these columns' corner of the inverse Hessian's factor [n, n].
         codes: chosen.
         values: of the codes.
         error: of each weight, in units of the factor's diagonal.
@@ -59,7 +58,7 @@ def round_columns(
 
 
 @compiled()
-def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Floats, table: Floats, h: Floats, codes: Codes) -> None:
+def descend_columns(values: F32, gradient: F32, scale: F32, offset: F32, table: F32, h: F32, codes: Codes) -> None:
     """Every code of some columns chosen again, all others given; `values`, `gradient` and `codes` [R, n] are changed in place.
 
     Args:
@@ -68,7 +67,7 @@ def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Flo
         scale: of every weight [R, n].
         offset: likewise.
         table: what codes stand for [K], before scale and offset.
-        h: these columns' corner of the second moments [n, n].
+        h: these columns' corner of the Hessian [n, n].
         codes: chosen.
     """
     rows, n = values.shape
@@ -85,7 +84,7 @@ def descend_columns(values: Floats, gradient: Floats, scale: Floats, offset: Flo
 
 
 @compiled(inline="always")
-def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats) -> int:
+def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: F32) -> int:
     """Code whose offset + scale * table[code] is nearest to w."""
     if scale == 0:
         return 0
@@ -102,9 +101,7 @@ def _nearest(w: np.float32, scale: np.float32, offset: np.float32, table: Floats
 
 # ---------------------------------------------------------------------------------------------------- a code for eight columns
 @compiled()
-def round_groups(
-    work: Floats, book: tuple[Floats, ...], corner: Floats, metric: Floats, upper: Floats, codes: Codes, values: Floats, error: Floats
-) -> None:
+def round_groups(work: F32, book: tuple[F32, ...], corner: F32, metric: F32, upper: F32, codes: Codes, values: F32, error: F32) -> None:
     """As `round_columns`, a group at a time.
 
     Args:
@@ -112,7 +109,7 @@ def round_groups(
         book: scale and offset [R, G], table and its products, signs and their products (`grids.Codebook`).
         corner: inverse of each group's block of the factor [G, 8, 8].
         metric: corner corner' [G, 8, 8].
-        upper: these columns' corner of the inverse second moments' factor [n, n].
+        upper: these columns' corner of the inverse Hessian's factor [n, n].
         codes: chosen [R, G].
         values: of the codes [R, n].
         error: [R, n], in units of the factor's blocks.
@@ -131,9 +128,7 @@ def round_groups(
 
 
 @compiled()
-def descend_groups(
-    values: Floats, gradient: Floats, book: tuple[Floats, ...], inverse: Floats, metric: Floats, h: Floats, codes: Codes
-) -> None:
+def descend_groups(values: F32, gradient: F32, book: tuple[F32, ...], inverse: F32, metric: F32, h: F32, codes: Codes) -> None:
     """As `descend_columns`, a group at a time; the search is not exact, so what is no better is not taken.
 
     Args:
@@ -165,14 +160,14 @@ def descend_groups(
 
 @compiled()
 def _search_group(
-    w: Floats,
+    w: F32,
     scale: np.float32,
     offset: np.float32,
-    metric: Floats,
-    book: tuple[Floats, ...],
-    cost: Floats,
-    sign_cost: Floats,
-    value: Floats,
+    metric: F32,
+    book: tuple[F32, ...],
+    cost: F32,
+    sign_cost: F32,
+    value: F32,
 ) -> int:
     """Code of a group that (nearly) minimises (w - v) metric (w - v)'; v goes to `value` [8], `cost` and `sign_cost` are scratch."""
     _, _, table, products, signs, sign_products = book
@@ -203,7 +198,7 @@ def _search_group(
 
 
 @compiled(fastmath={"contract"})
-def _search(factors: Floats, target: Floats, metric: Floats, products: Floats, cost: Floats) -> int:
+def _search(factors: F32, target: F32, metric: F32, products: F32, cost: F32) -> int:
     """Row t of a table that minimises v M v' - 2 v target', v = factors * t: linear in `grids.pair_products`; `cost` is scratch [K]."""
     n, f = len(factors), 0
     weights = np.zeros(len(products), np.float32)
@@ -227,7 +222,7 @@ def _search(factors: Floats, target: Floats, metric: Floats, products: Floats, c
 
 
 @compiled()
-def _times(row: Floats, matrix: Floats) -> Floats:
+def _times(row: F32, matrix: F32) -> F32:
     result = np.zeros(len(row), np.float32)
     for i in range(len(row)):
         for j in range(len(row)):

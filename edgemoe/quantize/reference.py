@@ -9,29 +9,30 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
+
+from edgemoe.base.types import F32
 
 GROUP = 32
 EXPERT_BITS, OTHER_BITS = 2, 3  # of a probe of one expert stack, and of any other matrix
 WHOLE_BITS = (6, 4)  # of the probes that round every matrix
 
 
-def round_to_nearest(weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+def round_to_nearest(weights: F32, bits: int) -> F32:
     """Weights [..., cols] on a grid of 2^bits values between the minimum and maximum of each group of 32 (or what divides cols)."""
     group = math.gcd(weights.shape[-1], GROUP)
     x = weights.reshape(-1, group)
     low = x.min(axis=1, keepdims=True)
     step = (x.max(axis=1, keepdims=True) - low) / (2**bits - 1)
     step[step == 0] = 1
-    rounded: NDArray[np.float32] = (np.rint((x - low) / step) * step + low).astype(np.float32)
+    rounded: F32 = (np.rint((x - low) / step) * step + low).astype(np.float32)
     return rounded.reshape(weights.shape)
 
 
-def round_to_int8(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+def round_to_int8(x: F32, block: int) -> F32:
     """Inputs [n, cols] as kernels round them before a product: by block, the largest magnitude at 127; `x` itself where block is 0."""
     if not block:
         return x
     blocks = x.reshape(len(x), -1, block)
     scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))
-    rounded: NDArray[np.float32] = (np.rint(blocks / scale) * scale).astype(np.float32)
+    rounded: F32 = (np.rint(blocks / scale) * scale).astype(np.float32)
     return rounded.reshape(x.shape)

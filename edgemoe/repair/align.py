@@ -13,29 +13,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F32, F64
+
 RIDGE = 0.01  # of the mean diagonal, towards the matrix as it was
-Gram = NDArray[np.float64]
+Gram = F64
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class PairSums:
     """Over some tokens, by weight: sum x x' [C, C] of what a matrix receives, and sum y x' [R, C] of what it should give."""
 
     gram: Gram
     cross: Gram
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: PairSums) -> PairSums:
         """Over the tokens of both."""
-        return Sums(self.gram + other.gram, self.cross + other.cross)
+        return PairSums(self.gram + other.gram, self.cross + other.cross)
 
 
-def sum_pairs(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> Sums:
+def sum_pairs(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> PairSums:
     """The sums of inputs x [N, C] and wanted outputs y [N, R] over tokens with these weights [N]."""
     weighted = (x.float() * weights[:, None]).T
-    return Sums((weighted @ x.float()).double().cpu().numpy(), (weighted @ y.float()).T.double().cpu().numpy())
+    return PairSums((weighted @ x.float()).double().cpu().numpy(), (weighted @ y.float()).T.double().cpu().numpy())
 
 
-def refit_matrix(weights: NDArray[np.float32], fitted: Sums, guard: Sums, ridge: float = RIDGE) -> NDArray[np.float32]:
+def refit_matrix(weights: F32, fitted: PairSums, guard: PairSums, ridge: float = RIDGE) -> F32:
     """The matrix [R, C] that brings sum |y - W x|^2 down most: ridge regression towards `weights`; these, if the guard tokens prefer them.
 
     W' = (sum y x' + r W) (sum x x' + r I)^-1,  r = ridge * mean(diag sum x x')
@@ -47,6 +49,6 @@ def refit_matrix(weights: NDArray[np.float32], fitted: Sums, guard: Sums, ridge:
     return new.astype(np.float32) if _loss(new, guard) < _loss(old, guard) else weights
 
 
-def _loss(weights: NDArray[np.floating], sums: Sums) -> float:
+def _loss(weights: NDArray[np.floating], sums: PairSums) -> float:
     """Sum |y - W x|^2, less sum |y|^2."""
     return float(((weights @ sums.gram) * weights).sum() - 2 * (weights * sums.cross).sum())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F32
 from edgemoe.stream.passes import map_ordered
 
 BLOCK = 4096  # tokens of one piece of work
@@ -32,13 +33,13 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Tokens:
     """N tokens in a pruned layer with n survivors; the large arrays may lie in files."""
 
-    x: NDArray[np.float32]  # [N, H] what the experts receive
-    target: NDArray[np.float32]  # [N, H] what their weighted outputs should add up to
+    x: F32  # [N, H] what the experts receive
+    target: F32  # [N, H] what their weighted outputs should add up to
     chosen: NDArray[np.int32]  # [N, k] survivors by position, 0..n-1
-    gates: NDArray[np.float32]  # [N, k]
-    weights: NDArray[np.float32]  # [N] how much each token counts, mean one
+    gates: F32  # [N, k]
+    weights: F32  # [N] how much each token counts, mean one
     guard: NDArray[np.bool_]  # [N] set aside: never fitted to
-    gradients: NDArray[np.float32] | None = None  # [N, H] of the loss with respect to what they give, times the root of the token's weight
+    gradients: F32 | None = None  # [N, H] of the loss with respect to what they give, times the root of the token's weight
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def solve_down(phi: torch.Tensor, residual: torch.Tensor, weights: torch.Tensor,
     return change
 
 
-def refit_down(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], *, ridge: float = RIDGE, sweeps: int = SWEEPS) -> None:
+def refit_down(tokens: Tokens, experts: Experts, residual: F32, *, ridge: float = RIDGE, sweeps: int = SWEEPS) -> None:
     """Refit W_down of one survivor after another (Gauss-Seidel), in place; a change that the guard tokens do not confirm is not made.
 
     Args:
@@ -119,7 +120,7 @@ def refit_down(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], 
             phis: list[torch.Tensor] = []
             a = b = torch.zeros((), dtype=torch.float64, device=device)
 
-            def sums(block: slice, expert: int = expert, rows: NDArray[np.int64] = rows, gates: NDArray[np.float32] = gates) -> Tensors:
+            def sums(block: slice, expert: int = expert, rows: NDArray[np.int64] = rows, gates: F32 = gates) -> Tensors:
                 mine = rows[block]
                 phi = experts.hidden(expert, _at(tokens.x, mine, device)) * _to(gates[block], device)[:, None]
                 weights = _to(tokens.weights[mine] * ~tokens.guard[mine], device)
@@ -138,7 +139,7 @@ def refit_down(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], 
 def _accept(
     tokens: Tokens,
     experts: Experts,
-    residual: NDArray[np.float32],
+    residual: F32,
     expert: int,
     parts: Sequence[tuple[NDArray[np.int64], torch.Tensor]],
     change: torch.Tensor,
@@ -162,7 +163,7 @@ def _accept(
 
 
 # --------------------------------------------------------------------------------------------------------------- residual
-def fill_residual(tokens: Tokens, experts: Experts, residual: NDArray[np.float32]) -> tuple[float, float]:
+def fill_residual(tokens: Tokens, experts: Experts, residual: F32) -> tuple[float, float]:
     """Write target minus output [N, H]; returns its weighted mean square over the tokens that are fitted, and over the guard tokens."""
     device = experts.down.device
 
@@ -253,7 +254,7 @@ def _step(tokens: Tokens, experts: Experts, adam: _Adam, rows: NDArray[np.int64]
 
 
 def refit_layer(
-    tokens: Tokens, experts: Experts, residual: NDArray[np.float32], *, epochs: int, ridge: float = RIDGE, store: Callable[[Experts], None]
+    tokens: Tokens, experts: Experts, residual: F32, *, epochs: int, ridge: float = RIDGE, store: Callable[[Experts], None]
 ) -> tuple[float, float, float]:
     """Closed form, then descent, each kept as far as the guard tokens' residual falls; then round as stored.
 
@@ -279,7 +280,7 @@ def refit_layer(
     return before, closed, fill_residual(tokens, experts, residual)[1]
 
 
-def _search_back(tokens: Tokens, experts: Experts, residual: NDArray[np.float32], start: Experts, closed: float) -> None:
+def _search_back(tokens: Tokens, experts: Experts, residual: F32, start: Experts, closed: float) -> None:
     """Go half the way back towards `start`, at most twice, while the guard tokens are no better off than there; then all the way."""
     for _ in range(3):
         if fill_residual(tokens, experts, residual)[1] < closed:
@@ -306,6 +307,6 @@ def _to(values: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(values).to(device)
 
 
-def _at(array: NDArray[np.float32], rows: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+def _at(array: F32, rows: NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Some rows of an array that may lie in a file."""
     return _to(np.asarray(array[rows]), device)

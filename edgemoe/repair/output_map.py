@@ -24,7 +24,7 @@ BLOCK = 2**24  # logits at once
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class HeadInputs:
     """What a window's tokens bring to the output matrix."""
 
     changed: torch.Tensor  # [N, H] normed states of the rounded stream
@@ -32,7 +32,7 @@ class Ends:
     weights: torch.Tensor  # [N]
 
 
-def kl_of_map(translation: torch.Tensor, output: torch.Tensor, ends: Ends) -> tuple[torch.Tensor, torch.Tensor]:
+def kl_of_map(translation: torch.Tensor, output: torch.Tensor, ends: HeadInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of KL(original || W M x) in nats, and its gradient with respect to M [H, H]: sum w (W'(q - p)) x'."""
     total, gradient = torch.zeros((), dtype=torch.float64, device=output.device), torch.zeros_like(translation)
     for rows in torch.arange(len(ends.changed)).split(max(1, BLOCK // len(output))):
@@ -47,7 +47,7 @@ def kl_of_map(translation: torch.Tensor, output: torch.Tensor, ends: Ends) -> tu
 def descend_map(
     start: torch.Tensor,
     output: torch.Tensor,
-    read: Callable[[int], Ends],
+    read: Callable[[int], HeadInputs],
     fitted: Sequence[int],
     guard: Sequence[int],
     *,

@@ -1,6 +1,6 @@
 """A layer of the pruned stream, the plan's formats -> its matrices packed, each rounded with the errors before it in view.
 
-Every matrix is rounded with feedback (`feedback.py`) on the second moments of what it receives once all before it are rounded, and of the
+Every matrix is rounded with feedback (`quantize/gptq.py`) on the Hessian of what it receives once all before it are rounded, and of the
 gradients of the loss with respect to what it gives: embedding, then in each layer attention, gate and up, and down, which is first refitted
 to what the rounding of the others left.  Tokens set aside decide for each matrix whether feedback is better than the target's stock
 quantizer (docs/pricing.md, 12).
@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round: without numba a build should end now, not after hours
-from edgemoe.base.threads import count_cores, open_pool
+from edgemoe.base.threads import count_cores, open_threads
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.quantize.gptq import Moments, descend_outputs, factor_moments, mix_moments, shrink_moments
+from edgemoe.quantize.gptq import Hessian, descend_outputs, factor_hessian, mix_hessians, shrink_hessian
 from edgemoe.quantize.importance import importance_of
-from edgemoe.repair.align import Sums
+from edgemoe.repair.align import PairSums
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, one_thread, refit_down
 from edgemoe.stream.gradients import load_gradients
 from edgemoe.stream.passes import map_ordered
@@ -32,17 +33,17 @@ from edgemoe.targets import Target
 
 BLOCK = 4096  # tokens of one piece of work
 QKV = ("attn_q", "attn_k", "attn_v")
-MOMENTS = 6  # square float64 matrices that packing an expert holds
+MOMENTS = 6  # square float64 matrices that quantize_plan an expert holds
 MOMENT_BYTES = 2**30  # for those of all experts that are packed at the same time
 FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
 ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
-Gram = NDArray[np.float64]  # [C, C]
-PackedRows = tuple[NDArray[np.uint8], NDArray[np.float32]]  # packed rows, and what they decode to
+Gram = F64  # [C, C]
+PackedRows = tuple[NDArray[np.uint8], F32]  # packed rows, and what they decode to
 Packed = dict[str, NDArray[np.generic]]  # "role.expert" -> packed rows [rows, bytes], or what stays unrounded [rows, cols]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
+class QuantizePlan:
     """What rounding needs beside the stream."""
 
     model: Model
@@ -57,7 +58,7 @@ class Packing:
         return self.formats[role, layer, expert if (role, layer, expert) in self.formats else -1]
 
 
-def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradients: Path) -> Packing:
+def plan_quantization(model: Model, stats: Stats, plan: Plan, target: Target, gradients: Path) -> QuantizePlan:
     """What to round with, from what was planned."""
     units = target.list_units(model)
     formats: dict[tuple[str, int, int], str] = {}
@@ -67,7 +68,7 @@ def plan_packing(model: Model, stats: Stats, plan: Plan, target: Target, gradien
                 formats[role, unit.layer, unit.expert] = plan.formats[unit.name]
     q = float(stats.weights @ np.array([plan.domain_q.get(d.name, 0.0) for d in stats.domains]))
     flips = min(max(plan.predicted_kl - q, 0.0) / (2 * q), FLIPS) if q > 0 else 0.0  # KL = q + kappa sqrt(q), its slope less one
-    return Packing(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
+    return QuantizePlan(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
 
 
 def router_gram(model: Model, first: int) -> Gram:
@@ -86,33 +87,33 @@ def router_gram(model: Model, first: int) -> Gram:
     return total
 
 
-def add_flips(packing: Packing, gram: Gram, routers: Gram) -> Gram:
-    """Second moments of gradients with respect to the stream [H, H], with what they do not see: `packing.flips` of them, to the routers."""
-    total: Gram = gram + packing.flips * np.trace(gram) * routers
+def add_flips(quantize_plan: QuantizePlan, gram: Gram, routers: Gram) -> Gram:
+    """Hessian of gradients with respect to the stream [H, H], with what they do not see: `quantize_plan.flips` of them, to the routers."""
+    total: Gram = gram + quantize_plan.flips * np.trace(gram) * routers
     return total
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
+class ErrorMetric:
     """What an error of a matrix costs: tr G D H D', with H of its inputs and G of the gradients with respect to its outputs."""
 
-    inputs: Moments  # H [C, C] over the tokens that are fitted to
+    inputs: Hessian  # H [C, C] over the tokens that are fitted to
     guard: Gram  # H over those that decide
     outputs: Gram | None = None  # G [R, R]; None: every output counts the same, by itself
 
-    def loss(self, delta: NDArray[np.float32]) -> float:
+    def loss(self, delta: F32) -> float:
         """The cost of an error [R, C] on the guard tokens, in some unit."""
         weighted = delta if self.outputs is None else self.outputs.astype(np.float32) @ delta
         return float(((weighted @ self.guard.astype(np.float32)) * delta).sum(dtype=np.float64))
 
 
-def pack_matrix(
+def quantize_matrix(
     target: Target,
-    weights: NDArray[np.float32],
+    weights: F32,
     kind: str,
-    importance: NDArray[np.float32] | None,
-    metric: Metric | None,
+    importance: F32 | None,
+    metric: ErrorMetric | None,
     pool: ThreadPoolExecutor,
 ) -> PackedRows:
     """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens have it.
@@ -130,8 +131,8 @@ def pack_matrix(
     """
     blocks = [np.ascontiguousarray(weights[i : i + ROWS]) for i in range(0, len(weights), ROWS)]
 
-    def pack(moments: Moments | None) -> PackedRows:
-        packed = np.concatenate(list(pool.map(lambda rows: target.pack_rows(rows, kind, importance, moments), blocks)))
+    def pack(hessian: Hessian | None) -> PackedRows:
+        packed = np.concatenate(list(pool.map(lambda rows: target.pack_rows(rows, kind, importance, hessian), blocks)))
         return packed, target.unpack_rows(packed, kind, weights.shape[1])
 
     stock = pack(None)
@@ -140,7 +141,7 @@ def pack_matrix(
     ours = pack(metric.inputs)
     if metric.outputs is not None:
         packed, values = ours
-        outputs = factor_moments(metric.outputs).h
+        outputs = factor_hessian(metric.outputs).h
         descend_outputs(
             weights, packed, values, metric.inputs, outputs, lambda rows, q, slope: target.descend_rows(rows, kind, q, metric.inputs, slope)
         )
@@ -149,8 +150,8 @@ def pack_matrix(
 
 
 # ---------------------------------------------------------------------------------------------------------------- the experts
-def pack_experts(
-    packing: Packing, layer: int, tokens: Tokens, experts: Experts, residual: NDArray[np.float32], kept: Sequence[int]
+def quantize_experts(
+    quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int]
 ) -> tuple[Packed, float]:
     """Pack a layer's survivors; their weights become what the packed ones decode to, the residual what that leaves.
 
@@ -159,23 +160,23 @@ def pack_experts(
     Returns:
         The packed matrices, and the guard tokens' weighted mean square residual at the end.
     """
-    importance = importance_of(packing.model, packing.stats, layer)
-    packed, routers = Packed(), router_gram(packing.model, layer + 1)
+    importance = importance_of(quantize_plan.model, quantize_plan.stats, layer)
+    packed, routers = Packed(), router_gram(quantize_plan.model, layer + 1)
 
     def store(n: int, projections: Sequence[str], layer_gram: Gram | None) -> Packed:
         metrics = expert_metrics(tokens, experts, n, hidden=len(projections) == 1, layer_gram=layer_gram)
         if layer_gram is None and metrics[0].outputs is not None:
-            metrics = [replace(metrics[0], outputs=add_flips(packing, metrics[0].outputs, routers))]
+            metrics = [replace(metrics[0], outputs=add_flips(quantize_plan, metrics[0].outputs, routers))]
         found = Packed()
         for projection, metric in zip(projections, metrics, strict=True):
             stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
-            kind = packing.format_of(role, layer, kept[n])
+            kind = quantize_plan.format_of(role, layer, kept[n])
             rows, columns = stack[n].cpu().numpy(), importance[role, kept[n]]
-            found[f"{role}.{kept[n]}"], values = pack_matrix(packing.target, rows, kind, columns, metric, pool)
+            found[f"{role}.{kept[n]}"], values = quantize_matrix(quantize_plan.target, rows, kind, columns, metric, pool)
             stack[n].copy_(torch.from_numpy(values))
         return found
 
-    with open_pool() as pool, one_thread(), ThreadPoolExecutor(_at_once(experts)) as outer:
+    with open_threads() as pool, one_thread(), ThreadPoolExecutor(_at_once(experts)) as outer:
         for found in outer.map(partial(store, projections=PROJECTIONS[:2], layer_gram=sum_grams(tokens, experts)), range(len(kept))):
             packed.update(found)
         fill_residual(tokens, experts, residual)
@@ -186,11 +187,11 @@ def pack_experts(
 
 
 def _at_once(experts: Experts) -> int:
-    """How many experts to pack at the same time: second moments of all would outgrow the layer."""
+    """How many experts to pack at the same time: Hessian of all would outgrow the layer."""
     return min(count_cores(), max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
 
 
-def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[Metric]:
+def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[ErrorMetric]:
     """Of a survivor's gate and up, or (`hidden`) down: inputs weighted by the squared gradient, outputs' gradients as they are.
 
     Args:
@@ -198,7 +199,7 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
         experts: the survivors.
         n: which.
         hidden: W_down, which receives the hidden activations.
-        layer_gram: second moments of all survivors' inputs, for those that few tokens choose.
+        layer_gram: Hessian of all survivors' inputs, for those that few tokens choose.
     """
     rows, slots = np.nonzero(tokens.chosen == n)
     _, outer, size = experts.down.shape if hidden else experts.up.shape
@@ -215,12 +216,12 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
     empty = [np.zeros((size, size))] * 2 + [np.zeros((outer, outer))] * (1 if hidden else 2)
     fitted, guard, *outputs = _add_blocks(sums, len(rows), experts, empty)
     seen = int((~tokens.guard[rows]).sum())
-    inputs = factor_moments(mix_moments(fitted, seen, layer_gram))
-    return [Metric(inputs=inputs, guard=guard, outputs=shrink_moments(one, seen)) for one in outputs]
+    inputs = factor_hessian(mix_hessians(fitted, seen, layer_gram))
+    return [ErrorMetric(inputs=inputs, guard=guard, outputs=shrink_hessian(one, seen)) for one in outputs]
 
 
 def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
-    """Second moments of what gate and up of all survivors receive, weighted as in `expert_metrics`, over the fitted tokens."""
+    """Hessian of what gate and up of all survivors receive, weighted as in `expert_metrics`, over the fitted tokens."""
     total = np.zeros((experts.down.shape[1],) * 2)
     for n in range(len(experts)):
         rows, slots = np.nonzero(tokens.chosen == n)
@@ -254,29 +255,29 @@ def _gram(x: torch.Tensor, weights: torch.Tensor) -> Gram:
 
 
 # ------------------------------------------------------------------------------------------------------------- other matrices
-def pack_attention(
-    packing: Packing, weights: Mapping[str, torch.Tensor], layer: int, roles: Sequence[str], sums: tuple[Sums, Sums]
+def quantize_attention(
+    quantize_plan: QuantizePlan, weights: Mapping[str, torch.Tensor], layer: int, roles: Sequence[str], sums: tuple[PairSums, PairSums]
 ) -> Packed:
     """Pack some of a loaded layer's matrices; the layer then computes with what the packed ones decode to.
 
     Args:
-        packing: what to pack as.
+        quantize_plan: what to pack as.
         weights: the layer's parameters by role.
         layer: its number.
         roles: of the matrices.
         sums: of their inputs, fitted and guard.
     """
-    importance, packed = importance_of(packing.model, packing.stats, layer), Packed()
-    gradients, guard = load_gradients(packing.gradients, layer), sums[1].gram
-    inputs = factor_moments(sums[0].gram)
-    with open_pool() as pool:
+    importance, packed = importance_of(quantize_plan.model, quantize_plan.stats, layer), Packed()
+    gradients, guard = load_gradients(quantize_plan.gradients, layer), sums[1].gram
+    inputs = factor_hessian(sums[0].gram)
+    with open_threads() as pool:
         for role in roles:
-            rows, kind = weights[role].cpu().numpy(), packing.format_of(role, layer)
+            rows, kind = weights[role].cpu().numpy(), quantize_plan.format_of(role, layer)
             outputs = gradients[role]
             if role == "attn_output":
-                outputs = add_flips(packing, outputs, router_gram(packing.model, layer))
-            metric = Metric(inputs=inputs, guard=guard, outputs=outputs)
-            found, values = pack_matrix(packing.target, rows, kind, importance[role, -1], metric, pool)
+                outputs = add_flips(quantize_plan, outputs, router_gram(quantize_plan.model, layer))
+            metric = ErrorMetric(inputs=inputs, guard=guard, outputs=outputs)
+            found, values = quantize_matrix(quantize_plan.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found
             weights[role].copy_(torch.from_numpy(values))
     return packed

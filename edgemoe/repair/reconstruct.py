@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.model.checkpoint import DTYPES, read_tensor
 from edgemoe.model.families import MODULE_NAMES
-from edgemoe.repair.align import Sums, refit_matrix, sum_pairs
+from edgemoe.repair.align import PairSums, refit_matrix, sum_pairs
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_layer
-from edgemoe.repair.output_map import Ends, descend_map
-from edgemoe.repair.quantize_layer import QKV, Packed, Packing, add_flips, pack_attention, pack_experts, router_gram
-from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, pack_end
+from edgemoe.repair.output_map import HeadInputs, descend_map
+from edgemoe.repair.quantize_layer import QKV, Packed, QuantizePlan, add_flips, quantize_attention, quantize_experts, router_gram
+from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, quantize_rows_by_group
 from edgemoe.stream.gradients import WINDOW, open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, only_experts, recording
 from edgemoe.stream.passes import map_ordered, token_kl
@@ -36,17 +38,23 @@ from edgemoe.stream.windows import tokenize
 
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
-Progress = Callable[[int, int], None]
 Pair = tuple[torch.Tensor, torch.Tensor]  # what matrices receive, and what they should give
 Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts see, its experts -> those to refit
 
 
 # ------------------------------------------------------------------------------------------------------------ two streams
-class Twin:
+class Reconstruction:
     """The original and a changed model, side by side over the calibration texts."""
 
     def __init__(
-        self, model: Model, start: Model, texts: Sequence[Text], max_tokens: int, work: Path, key: str, packing: Packing | None = None
+        self,
+        model: Model,
+        start: Model,
+        texts: Sequence[Text],
+        max_tokens: int,
+        work: Path,
+        key: str,
+        quantize_plan: QuantizePlan | None = None,
     ) -> None:
         """Open both models and the texts.
 
@@ -57,9 +65,9 @@ class Twin:
             max_tokens: of them together.
             work: folder for what is made.
             key: of what is made.
-            packing: round every matrix as the stream reaches it; None: weights stay unrounded.
+            quantize_plan: round every matrix as the stream reaches it; None: weights stay unrounded.
         """
-        self.model, self.work, self.key, self.packing = model, work, key, packing
+        self.model, self.work, self.key, self.quantize_plan = model, work, key, quantize_plan
         self.original = LayerStream(model)
         self.changed = self.original if start is model else LayerStream(start)
         self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
@@ -90,7 +98,7 @@ class Twin:
             start = int(saved["layer"]) if saved.get("key") == self.key else 0
         if start == 0:
             original, changed = self.states("original", 0), self.states("changed", 0)
-            table = self._pack_embedding() if self.packing else None
+            table = self._quantize_embedding() if self.quantize_plan else None
             for index in self.windows.chunks():
                 original.write(index, self.original.embed(self.windows.tokens[index]))
                 changed.write(index, self.original.embed(self.windows.tokens[index], table))
@@ -115,7 +123,7 @@ class Twin:
         if self.changed is not self.original:
             self.original.unload_layer(layer)
             module = self.changed.load_layer(layer)
-        arrays = self._pack_attention(module, layer, attended) if self.packing else {}
+        arrays = self._quantize_attention(module, layer, attended) if self.quantize_plan else {}
         attended.close(delete=True)
         tokens = self._run_changed(module, layer, np.array(kept), following)
         views = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
@@ -135,8 +143,8 @@ class Twin:
             refit_layer(tokens, experts, residual, epochs=epochs, store=lambda e: _round(e, dtype))
         else:
             fill_residual(tokens, experts, residual)
-        if self.packing:
-            arrays |= pack_experts(self.packing, layer, tokens, experts, residual, kept)[0]
+        if self.quantize_plan:
+            arrays |= quantize_experts(self.quantize_plan, layer, tokens, experts, residual, kept)[0]
         else:
             arrays |= {
                 f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
@@ -154,7 +162,7 @@ class Twin:
             with recording(Recorder()) as seen:
                 out = self.original.run_layer(module, before.read(index))
             following.write(index, out)
-            if self.packing:
+            if self.quantize_plan:
                 assert seen.moe_output is not None
                 attended.write(index, out - seen.moe_output.view_as(out))
 
@@ -170,7 +178,7 @@ class Twin:
         chosen, gates = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
         position = {int(expert): n for n, expert in enumerate(kept)}
 
-        def run(index: NDArray[np.int64]) -> NDArray[np.float64]:
+        def run(index: NDArray[np.int64]) -> F64:
             real = torch.from_numpy(self.real[index].ravel())
             slots = torch.zeros(len(real), dtype=torch.int64)
             who, how_much = torch.zeros(len(real), k, dtype=torch.int32), torch.zeros(len(real), k)
@@ -190,7 +198,7 @@ class Twin:
             target[rows] = wanted.flatten(0, 1).cpu()[real].numpy()
             chosen[rows], gates[rows] = who[real].numpy(), how_much[real].numpy()
             error = (wanted - seen.moe_output.view_as(out)).square().sum(-1).cpu().double().numpy() * self.real[index]
-            sums: NDArray[np.float64] = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
+            sums: F64 = np.bincount(self.windows.domain[index], error.sum(axis=1), len(self.weights)).astype(np.float64)
             return sums
 
         with only_experts(module, kept):
@@ -199,26 +207,26 @@ class Twin:
         weights = self._weigh(np.asarray(error))
         return Tokens(x=x, target=target, chosen=chosen, gates=gates, weights=weights, guard=self.guard, gradients=gradients)
 
-    def _read_gradients(self, layer: int) -> NDArray[np.float32] | None:
+    def _read_gradients(self, layer: int) -> F32 | None:
         """Gradients of the loss with respect to what leaves a layer, by the root of the token's weight [tokens, H]."""
-        if not self.packing:
+        if not self.quantize_plan:
             return None
         rows = self._array("gradients", self.model.hidden_size)
-        with open_gradients(self.packing.gradients, layer, self.windows, self.model.hidden_size) as kept:
+        with open_gradients(self.quantize_plan.gradients, layer, self.windows, self.model.hidden_size) as kept:
             for index in self.windows.chunks():
                 real, at = torch.from_numpy(self.real[index].ravel()), self.rows(index)
                 rows[at] = kept.read(index).flatten(0, 1)[real].numpy() * np.sqrt(self.each[at])[:, None]
         return rows
 
-    def _weigh(self, error: NDArray[np.float64]) -> NDArray[np.float32]:
+    def _weigh(self, error: F64) -> F32:
         """Weight of every token, mean one, from the summed squared residual of each domain [D]."""
         n = np.bincount(self.windows.domain, self.windows.lengths, len(error))
         each = self.weights / n / np.maximum(error / n, 1e-30) ** DOMAIN_POWER
         tokens = np.repeat(each[self.windows.domain], self.windows.lengths)
-        weights: NDArray[np.float32] = (tokens / tokens.mean()).astype(np.float32)
+        weights: F32 = (tokens / tokens.mean()).astype(np.float32)
         return weights
 
-    def _array(self, name: str, width: int) -> NDArray[np.float32]:
+    def _array(self, name: str, width: int) -> F32:
         """Scratch [tokens, width] in a file."""
         return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
 
@@ -227,26 +235,26 @@ class Twin:
         changed: States,
         original: States,
         pair: Callable[[torch.Tensor, torch.Tensor], Pair],
-        factors: NDArray[np.float32] | None = None,
-    ) -> tuple[Sums, Sums]:
+        factors: F32 | None = None,
+    ) -> tuple[PairSums, PairSums]:
         """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens.
 
         `factors` [tokens], if given, say how much more than by their weight tokens count.
         """
         each = self.each if factors is None else self.each * factors
 
-        def chunk(index: NDArray[np.int64]) -> tuple[Sums, Sums]:
+        def chunk(index: NDArray[np.int64]) -> tuple[PairSums, PairSums]:
             rows, real = self.rows(index), torch.from_numpy(self.real[index].ravel())
             x, y = (side.flatten(0, 1).cpu()[real] for side in pair(changed.read(index), original.read(index)))
             weights, guard = torch.from_numpy(each[rows]), torch.from_numpy(self.guard[rows])
             return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
-        parts: Iterator[tuple[Sums, Sums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
+        parts: Iterator[tuple[PairSums, PairSums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
         return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # as they come: each is as large as the matrix
 
-    def _pack_attention(self, module: Any, layer: int, attended: States) -> Packed:
+    def _quantize_attention(self, module: Any, layer: int, attended: States) -> Packed:
         """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
-        assert self.packing is not None
+        assert self.quantize_plan is not None
         before, original = self.states("changed", layer), self.states("original", layer)
         params, eps = dict(module.named_parameters()), self.original.eps
         weights = {role: params[name].data for role, name in MODULE_NAMES.items() if name in params}
@@ -257,22 +265,22 @@ class Twin:
             return out, seen.inputs["attn_output"].view(*out.shape[:2], -1)
 
         sums = self._sums(before, original, lambda x, y: normed(x, y, weights["attn_norm"], eps))
-        fold(translation(sums), *(weights[role] for role in QKV))
-        packed = pack_attention(self.packing, weights, layer, QKV, sums)
+        fold_map(read_map(sums), *(weights[role] for role in QKV))
+        packed = quantize_attention(self.quantize_plan, weights, layer, QKV, sums)
         sums = self._sums(before, attended, lambda x, y: (attend(x)[1], y.to(self.changed.device) - x.to(self.changed.device)))
         output = weights["attn_output"]
         output.copy_(torch.from_numpy(refit_matrix(output.cpu().numpy(), *sums)))
-        packed |= pack_attention(self.packing, weights, layer, ("attn_output",), sums)
+        packed |= quantize_attention(self.quantize_plan, weights, layer, ("attn_output",), sums)
         sums = self._sums(before, attended, lambda x, y: normed(attend(x)[0], y, weights["ffn_norm"], eps))
         readers = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in ("gate", "up")]
-        fold(translation(sums), weights["ffn_gate_inp"], *readers)
+        fold_map(read_map(sums), weights["ffn_gate_inp"], *readers)
         before.close()
         original.close()
         return {**packed, "ffn_gate_inp.-1": weights["ffn_gate_inp"].cpu().numpy().copy()}
 
-    def _pack_embedding(self) -> NDArray[np.float32]:
+    def _quantize_embedding(self) -> F32:
         """Pack the embedding and leave it on disk; what it decodes to: the changed stream starts from that."""
-        assert self.packing is not None
+        assert self.quantize_plan is not None
         weights = self._read("token_embd")
         group, gradients = group_rows(weights), self._read_gradients(-1)
         assert gradients is not None
@@ -280,45 +288,45 @@ class Twin:
         if self.model.find("output"):
             of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
             seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
-            sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.packing.model, 0)
-            fitted, guard = ([add_flips(self.packing, one[side], routers) for one in sums] for side in (0, 1))
+            sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.quantize_plan.model, 0)
+            fitted, guard = ([add_flips(self.quantize_plan, one[side], routers) for one in sums] for side in (0, 1))
             metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
-        packed, values = pack_end(self.packing, "token_embd", weights, group, metrics)
+        packed, values = quantize_rows_by_group(self.quantize_plan, "token_embd", weights, group, metrics)
         save_arrays(self.work / array_file(-1), {"token_embd.-1": packed})
         return values
 
-    def pack_ends(self) -> None:
+    def quantize_output(self) -> None:
         """Pack the output matrix, if there is one, on what the changed stream brings it; the embedding was packed first of all."""
-        if self.packing and self.model.find("output"):
+        if self.quantize_plan and self.model.find("output"):
             before, original = (self.states(name, self.model.n_layers) for name in ("changed", "original"))
             norm, output, eps = self.original.head()
             sums = self._sums(before, original, lambda x, y: normed(x, y, norm, eps))
 
-            def read(window: int) -> Ends:
+            def read(window: int) -> HeadInputs:
                 index, n = np.array([window]), int(self.windows.lengths[window])
                 x, y = normed(before.read(index)[0, :n], original.read(index)[0, :n], norm, eps)
-                return Ends(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
+                return HeadInputs(x, y, torch.from_numpy(self.each[self.rows(index)]).to(output.device))
 
             fitted, guard = np.flatnonzero(~self.guard_windows).tolist(), np.flatnonzero(self.guard_windows).tolist()
             group = group_rows(output.cpu().numpy())
             windows = range(len(self.windows.lengths))
             mass = np.concatenate(list(map_ordered(lambda w: masses(read(w).original, output, group), windows, device=output.device)))
-            fold(descend_map(translation(sums).to(output.device), output, read, fitted, guard), output)
+            fold_map(descend_map(read_map(sums).to(output.device), output, read, fitted, guard), output)
             own = [self._sums(before, original, lambda x, y: normed(x, y, norm, eps), mass[:, i]) for i in range(GROUPS)]
             share = mass[~self.guard].sum(axis=0) / max(mass[~self.guard].sum(), 1e-30)
             seen = share * int((~self.guard).sum())
             metrics = group_metrics([(fitted.gram, guard.gram) for fitted, guard in own], seen.tolist())
-            packed = pack_end(self.packing, "output", output.cpu().numpy(), group, metrics)[0]
+            packed = quantize_rows_by_group(self.quantize_plan, "output", output.cpu().numpy(), group, metrics)[0]
             save_arrays(self.work / array_file(-1), {**load_arrays(self.work / array_file(-1)), "output.-1": packed})
             before.close()
             original.close()
 
-    def _read(self, role: str) -> NDArray[np.float32]:
+    def _read(self, role: str) -> F32:
         tensor = self.model.find(role)
         assert tensor is not None
         return read_tensor(self.model.folder, tensor)
 
-    def _leave(self, layer: int, following: States, residual: NDArray[np.float32]) -> None:
+    def _leave(self, layer: int, following: States, residual: F32) -> None:
         """Write the changed stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""
         changed = self.states("changed", layer + 1)
         for index in self.windows.chunks():
@@ -360,15 +368,15 @@ def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, ep
     return apply_norm(changed, norm, eps), apply_norm(original, norm, eps)
 
 
-def translation(sums: tuple[Sums, Sums]) -> torch.Tensor:
+def read_map(sums: tuple[PairSums, PairSums]) -> torch.Tensor:
     """The map [H, H] from what the changed stream brings to what the original reads."""
     return torch.from_numpy(refit_matrix(np.eye(len(sums[0].gram), dtype=np.float32), *sums))
 
 
-def fold(translation: torch.Tensor, *matrices: torch.Tensor) -> None:
+def fold_map(read_map: torch.Tensor, *matrices: torch.Tensor) -> None:
     """Let matrices [.., H] read through a map, in place."""
     for matrix in matrices:
-        matrix.copy_(matrix @ translation.to(matrix.device))
+        matrix.copy_(matrix @ read_map.to(matrix.device))
 
 
 def _round(experts: Experts, dtype: Any) -> None:

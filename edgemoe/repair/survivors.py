@@ -7,12 +7,13 @@ from pathlib import Path
 
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import alone, hash_json
 from edgemoe.ir import Model, Plan
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.repair.experts import RATE, RIDGE
-from edgemoe.repair.quantize_layer import Packing
-from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
+from edgemoe.repair.quantize_layer import QuantizePlan
+from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
 from edgemoe.stream.gradients import WINDOW
 from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text
@@ -30,20 +31,20 @@ def repair_survivors(
     start: Model | None = None,
     max_tokens: int = DEFAULT_TOKENS,
     epochs: int = EPOCHS,
-    packing: Packing | None = None,
+    quantize_plan: QuantizePlan | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and packing, the model as it is.
+    """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and quantize_plan, the model as it is.
 
     Args:
         model: the original, from `inspect_model`: what the survivors are fitted to.
         texts: calibration texts with weights.
-        plan: says who survives; its formats matter for packing only.
+        plan: says who survives; its formats matter for quantize_plan only.
         work: folder for the new weights (in a subfolder named by what they are made from) and for what a killed run goes on from.
         start: the model whose experts are refitted, if it is another: a narrowed one, in a work folder of its own.
         max_tokens: of all texts together; every text gives the same number.
         epochs: of descent after the closed form; 0 refits W_down alone.
-        packing: round every matrix to the plan's formats as the stream reaches it (see `pack.py`); None: weights stay unrounded.
+        quantize_plan: round every matrix to the plan's formats as the stream reaches it (see `pack.py`); None: weights stay unrounded.
         progress: called with (layers done, all layers).
 
     Returns:
@@ -56,24 +57,24 @@ def repair_survivors(
     if plan.model != model.fingerprint:
         raise ModelError(f"the plan was made for another checkpoint than {model.folder}", hint="make a new plan, or give the right folder")
     plan.check_experts(base)
-    if not packing and all(len(kept) == model.n_experts for kept in plan.kept):
+    if not quantize_plan and all(len(kept) == model.n_experts for kept in plan.kept):
         return base
-    if packing and not plan.repair:
+    if quantize_plan and not plan.repair:
         epochs = -1
     fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
     settings = (__version__, REVISION, *fit, plan.width, plan.top_k)
-    made_for = (packing.stats.key, plan.formats, f"{packing.flips:.6g}") if packing else None
+    made_for = (quantize_plan.stats.key, plan.formats, f"{quantize_plan.flips:.6g}") if quantize_plan else None
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
     work = work.absolute() / f"repair-{key[:16]}"
-    formats = packing.formats if packing else {}
+    formats = quantize_plan.formats if quantize_plan else {}
     with alone(work):
         repaired = open_overlay(base, work, formats)
         if repaired is not None:
             return repaired
-        twin = Twin(model, base, texts, max_tokens, work, key, packing)
-        for layer in twin.resume(progress):
-            twin.refit_layer(layer, plan.kept[layer], epochs=epochs)
+        reconstruction = Reconstruction(model, base, texts, max_tokens, work, key, quantize_plan)
+        for layer in reconstruction.resume(progress):
+            reconstruction.refit_layer(layer, plan.kept[layer], epochs=epochs)
             if progress:
                 progress(layer + 1, model.n_layers)
-        twin.pack_ends()
+        reconstruction.quantize_output()
         return save_overlay(base, work, formats)

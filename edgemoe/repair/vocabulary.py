@@ -2,8 +2,8 @@
 
 Both matrices have a row for every token of the vocabulary, and no two rows care for the same inputs.  The output matrix's row v costs
 p_v (1 - p_v) (error x)^2 for a token whose distribution is p, so it matters where v is a likely and not a certain word; an embedding's row
-matters where its own token stands, by the gradient there.  Rows in alike directions are of alike words, so each group has second
-moments of its own.
+matters where its own token stands, by the gradient there.  Rows in alike directions are of alike words, so each group has a
+Hessian of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.base.threads import open_pool
-from edgemoe.quantize.gptq import factor_moments, mix_moments
+from edgemoe.base.threads import open_threads
+from edgemoe.base.types import F32
+from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.quantize.importance import importance_of
-from edgemoe.repair.quantize_layer import Gram, Metric, PackedRows, Packing, pack_matrix
+from edgemoe.repair.quantize_layer import ErrorMetric, Gram, PackedRows, QuantizePlan, quantize_matrix
 
 GROUPS = 16  # four times as many gain 2 % more (docs/decisions/0012-outputs.md)
 STEPS = 8  # of k-means
@@ -25,7 +26,7 @@ SAMPLE = 8192  # rows that the centres are found from
 BLOCK = 4096  # rows at once
 
 
-def group_rows(weights: NDArray[np.float32], groups: int = GROUPS) -> NDArray[np.int64]:
+def group_rows(weights: F32, groups: int = GROUPS) -> NDArray[np.int64]:
     """Group of every row [R]: k-means of their directions."""
     rng = np.random.default_rng(0)
     sample = _directions(weights[np.sort(rng.permutation(len(weights))[:SAMPLE])])
@@ -38,23 +39,23 @@ def group_rows(weights: NDArray[np.float32], groups: int = GROUPS) -> NDArray[np
     return np.concatenate(parts)
 
 
-def _directions(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-20))
+def _directions(rows: F32) -> F32:
+    unit: F32 = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-20))
     return unit
 
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
-def masses(original: torch.Tensor, output: torch.Tensor, group: NDArray[np.int64]) -> NDArray[np.float32]:
+def masses(original: torch.Tensor, output: torch.Tensor, group: NDArray[np.int64]) -> F32:
     """How much each group's logits matter to each token [n, groups]: sum of p (1 - p) over its rows; states [n, H], output [V, H]."""
     p = (original @ output.T).softmax(-1)
     sums = torch.zeros(len(p), GROUPS, device=p.device)
     sums.index_add_(1, torch.from_numpy(group).to(p.device), p * (1 - p))
-    found: NDArray[np.float32] = sums.cpu().numpy()
+    found: F32 = sums.cpu().numpy()
     return found
 
 
-def gradient_sums(group: NDArray[np.int64], gradients: NDArray[np.float32], guard: NDArray[np.bool_]) -> list[tuple[Gram, Gram]]:
-    """Second moments [H, H] of an embedding's gradients [N, H] by the group of each token [N], over fitted and over guard tokens."""
+def gradient_sums(group: NDArray[np.int64], gradients: F32, guard: NDArray[np.bool_]) -> list[tuple[Gram, Gram]]:
+    """Hessian [H, H] of an embedding's gradients [N, H] by the group of each token [N], over fitted and over guard tokens."""
 
     def gram(chosen: NDArray[np.bool_]) -> Gram:
         index, total = np.flatnonzero(chosen), np.zeros((gradients.shape[1],) * 2)
@@ -66,28 +67,28 @@ def gradient_sums(group: NDArray[np.int64], gradients: NDArray[np.float32], guar
     return [(gram((group == i) & ~guard), gram((group == i) & guard)) for i in range(GROUPS)]
 
 
-def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> list[Metric]:
-    """What errors cost in each group: its own second moments, with those of all groups where few tokens were seen."""
+def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> list[ErrorMetric]:
+    """What errors cost in each group: its own Hessian, with those of all groups where few tokens were seen."""
     fitted, guard = (np.sum([one[side] for one in sums], axis=0) for side in (0, 1))
     return [
-        Metric(inputs=factor_moments(mix_moments(own, n, fitted)), guard=kept if kept.any() else guard)
+        ErrorMetric(inputs=factor_hessian(mix_hessians(own, n, fitted)), guard=kept if kept.any() else guard)
         for (own, kept), n in zip(sums, seen, strict=True)
     ]
 
 
 # ----------------------------------------------------------------------------------------------------------------- rounding
-def pack_end(
-    packing: Packing, role: str, weights: NDArray[np.float32], group: NDArray[np.int64], metrics: Sequence[Metric] | None
+def quantize_rows_by_group(
+    quantize_plan: QuantizePlan, role: str, weights: F32, group: NDArray[np.int64], metrics: Sequence[ErrorMetric] | None
 ) -> PackedRows:
     """Pack a matrix [V, H] group by group of its rows, by the stock quantizer without metrics; also what it decodes to."""
-    importance = importance_of(packing.model, packing.stats, -1).get((role, -1))
+    importance = importance_of(quantize_plan.model, quantize_plan.stats, -1).get((role, -1))
     packed: list[NDArray[np.uint8]] = []
     values, order = np.empty_like(weights), [np.flatnonzero(group == i) for i in range(GROUPS)]
-    with open_pool() as pool:
+    with open_threads() as pool:
         for i, rows in enumerate(order):
             if len(rows):
-                metric, kind = metrics[i] if metrics else None, packing.format_of(role, -1)
-                found, values[rows] = pack_matrix(packing.target, weights[rows], kind, importance, metric, pool)
+                metric, kind = metrics[i] if metrics else None, quantize_plan.format_of(role, -1)
+                found, values[rows] = quantize_matrix(quantize_plan.target, weights[rows], kind, importance, metric, pool)
                 packed.append(found)
     whole = np.concatenate(packed)
     whole[np.concatenate(order)] = whole.copy()

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.base.errors import UsageError
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import alone, hash_json, write_text
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Model
 from edgemoe.model.families import resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
-from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Progress, Twin
+from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
 from edgemoe.stream.gradients import WINDOW, Arrays, collect_gradients, load_gradients
 from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import Text
@@ -99,7 +101,7 @@ def choose_top_k(model: Model, asked: int | None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
-def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> NDArray[np.float64]:
+def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> F64:
     """What each neuron is worth [E, M] by one of SCORES; comparable within an expert.  The last two are controls."""
     if name == "heapr":
         return np.asarray(arrays["heapr"], np.float64)
@@ -110,13 +112,13 @@ def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> NDArray
     return np.random.default_rng(layer).random(tuple(experts.gate.shape[:2]))
 
 
-def magnitude(experts: Experts) -> NDArray[np.float64]:
+def magnitude(experts: Experts) -> F64:
     """Product of the norms of a neuron's gate row, up row and down column [E, M]."""
     norms = experts.gate.norm(dim=2) * experts.up.norm(dim=2) * experts.down.norm(dim=1)
     return np.asarray(norms.double().cpu().numpy())
 
 
-def best_neurons(score: NDArray[np.float64], ties: NDArray[np.float64], width: int) -> NDArray[np.int64]:
+def best_neurons(score: F64, ties: F64, width: int) -> NDArray[np.int64]:
     """The `width` best neurons of each expert [E, width], in order; where scores are equal (an expert that saw nothing) by `ties`."""
     order = np.stack([np.lexsort((t, s))[::-1] for s, t in zip(score, ties, strict=True)])
     return np.sort(order[:, :width], axis=1)
@@ -181,7 +183,7 @@ def narrow_experts(
             scores = None
             if steps > layers:
                 scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
-            twin = Twin(model, start, texts, max_tokens, folder, key)
+            reconstruction = Reconstruction(model, start, texts, max_tokens, folder, key)
 
             def change(layer: int, _: Tokens, experts: Experts) -> Experts:
                 if whole:
@@ -189,10 +191,10 @@ def narrow_experts(
                 arrays = load_gradients(scores, layer) if scores else {}
                 return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
 
-            for layer in twin.resume(lambda done, _: tell(steps - layers + done)):
-                twin.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+            for layer in reconstruction.resume(lambda done, _: tell(steps - layers + done)):
+                reconstruction.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
                 tell(steps - layers + layer + 1)
-            write_text(folder / "kl.json", json.dumps(twin.measure()))
+            write_text(folder / "kl.json", json.dumps(reconstruction.measure()))
             made = save_overlay(base, folder, {})
     kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
     return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
@@ -217,7 +219,7 @@ def charge(costs: Costs, narrowed: Narrowed) -> Costs:
 CAMERA_MAX = 0.9  # share of the largest token in CAMERA's energy: its published script (xuyuzhuang11/CAMERA)
 
 
-def camera_energy(phi_sq: NDArray[Any], phi_sq_max: NDArray[Any], down_sq: NDArray[Any], share: float = CAMERA_MAX) -> NDArray[np.float64]:
+def camera_energy(phi_sq: NDArray[Any], phi_sq_max: NDArray[Any], down_sq: NDArray[Any], share: float = CAMERA_MAX) -> F64:
     """|w_j|^2 ((1 - a) sum_t (g_t h_tj)^2 + a max_t (g_t h_tj)^2) of each neuron: CAMERA, arXiv 2508.02322.
 
     Args:
@@ -226,5 +228,5 @@ def camera_energy(phi_sq: NDArray[Any], phi_sq_max: NDArray[Any], down_sq: NDArr
         down_sq: |w_j|^2.
         share: a; 0 is HEAPr's score with the identity in place of the gradients.
     """
-    energy: NDArray[np.float64] = down_sq * ((1 - share) * phi_sq + share * phi_sq_max)
+    energy: F64 = down_sq * ((1 - share) * phi_sq + share * phi_sq_max)
     return energy

@@ -33,7 +33,7 @@ class SoftVariable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
+class GpuMemory:
     """A second memory: GPU memory of `size` bytes, of which `reserve` are not for weights, cache or buffers."""
 
     name: str
@@ -41,7 +41,7 @@ class Pool:
     reserve: int
 
 
-class Draft:
+class Constraints:
     """What rules make of a price list, collected rule by rule; the planner reads it."""
 
     def __init__(self, costs: Costs) -> None:
@@ -56,7 +56,7 @@ class Draft:
         self.bounds: list[Bound] = []
         self.soft: dict[str, SoftVariable] = {}
         self.max_formats = 0
-        self.vram: Pool | None = None
+        self.vram: GpuMemory | None = None
 
     @property
     def chooses_experts(self) -> bool:
@@ -109,7 +109,7 @@ def held_by_gpu(costs: Costs) -> NDArray[np.bool_]:
     return np.array([tied and unit.role == "token_embd" for unit in costs.units])
 
 
-def vram_room(costs: Costs, pool: Pool) -> int:
+def vram_room(costs: Costs, pool: GpuMemory) -> int:
     """Bytes of GPU memory for weights.
 
     Raises:

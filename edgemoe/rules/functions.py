@@ -30,7 +30,7 @@ import numpy as np
 
 from edgemoe.base.errors import EdgemoeError, UsageError
 from edgemoe.ir import Costs
-from edgemoe.rules.constraints import Draft, SoftVariable
+from edgemoe.rules.constraints import Constraints, SoftVariable
 from edgemoe.rules.linear import ARRAYS, Layers, Linear, find_domain, parse_layers, select_experts, select_units, zero
 
 REFUSED = ("__bool__", "__ne__")  # what Python calls where a comparison is taken for a truth value
@@ -214,24 +214,24 @@ class Problem:
         return Linear(**arrays, soft=soft, constant=float(constraint.constant))
 
 
-def apply_function(draft: Draft, function: Callable[..., Any]) -> None:
+def apply_function(constraints: Constraints, function: Callable[..., Any]) -> None:
     """Run a user's function on the problem and take what it returns or yields.
 
     Raises:
         UsageError: what came out is no rule; names the function and the rule.
     """
     name = function_name(function)
-    once, again = (_call(draft.costs, function, name) for _ in range(2))
+    once, again = (_call(constraints.costs, function, name) for _ in range(2))
     if [(label, sense) for label, _, sense in once[1]] != [(label, sense) for label, _, sense in again[1]] or not all(
         _same(a, b) for (_, a, _), (_, b, _) in zip(once[1], again[1], strict=True)
     ):
         raise UsageError(f"rule {name!r}: gives other rules when called again", hint="a rule must not be random")
     for variable in once[0].soft_variables():
-        if variable.name in draft.soft:
+        if variable.name in constraints.soft:
             raise UsageError(f"rule {name!r}: another function has this name and a variable {variable.name!r}", hint="rename one of them")
-        draft.soft[variable.name] = variable
+        constraints.soft[variable.name] = variable
     for label, expression, sense in once[1]:
-        draft.bound(label, expression, sense, 0.0)
+        constraints.bound(label, expression, sense, 0.0)
 
 
 def _call(costs: Costs, function: Callable[..., Any], name: str) -> tuple[Problem, list[tuple[str, Linear, str]]]:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
+from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Plan, Unit
 
-Floats = NDArray[np.float64]
 ALIASES = {"experts": "ffn_*exps", "attention": "attn_*", "embedding": "token_embd", "shared": "ffn_*_shexp"}
 ARRAYS = ("keep", "use", "size", "weights", "active")
 
@@ -27,11 +27,11 @@ ARRAYS = ("keep", "use", "size", "weights", "active")
 class Linear:
     """constant + sum of coefficients times what a plan decides (L layers, E experts, U units, F formats)."""
 
-    keep: Floats  # [L, E] 1 if the expert stays
-    use: Floats  # [U, F] 1 if the unit is stored in the format
-    size: Floats  # [U] the unit's bytes
-    weights: Floats  # [U] the unit's weights that are left
-    active: Floats  # [U] the unit's bytes read for a token
+    keep: F64  # [L, E] 1 if the expert stays
+    use: F64  # [U, F] 1 if the unit is stored in the format
+    size: F64  # [U] the unit's bytes
+    weights: F64  # [U] the unit's weights that are left
+    active: F64  # [U] the unit's bytes read for a token
     soft: dict[str, float] = field(default_factory=dict)  # variables of soft rules
     constant: float = 0.0
 
@@ -90,7 +90,7 @@ def zero(costs: Costs) -> Linear:
     return Linear(keep=np.zeros(costs.expert_drop.shape[1:]), use=np.zeros((n_units, len(costs.formats))), **vectors)
 
 
-def active_rates(costs: Costs, count: int) -> Floats:
+def active_rates(costs: Costs, count: int) -> F64:
     """Share of each unit's bytes that is read for a token [U]: top-k of the kept experts, everything else but the embedding whole.
 
     In the experts form top-k times the expert's share of its layer's output, which says how often it is picked.
@@ -216,7 +216,7 @@ def find_domain(costs: Costs, domain: str, name: str) -> int:
     return costs.domains.index(domain)
 
 
-def sum_kept(costs: Costs, mask: NDArray[np.bool_] | Floats) -> Linear:
+def sum_kept(costs: Costs, mask: NDArray[np.bool_] | F64) -> Linear:
     """Experts kept, of those in the mask [L, E] (or their weights)."""
     return replace(zero(costs), keep=mask.astype(np.float64))
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Costs
-from edgemoe.rules.constraints import Draft
+from edgemoe.rules.constraints import Constraints
 from edgemoe.rules.linear import Linear, find_domain, select_experts, select_units, sum_kept, sum_units
 from edgemoe.rules.records import RECORDS, Rule
 
@@ -167,16 +167,16 @@ class TextRule:
     tree: ast.expr
     name: str
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Bound what it compares."""
-        reader = _Reader(draft.costs, self.text)
+        reader = _Reader(constraints.costs, self.text)
         try:
             compared = reader.compare(self.tree)
         except RecursionError as error:
             raise UsageError(f"rule {self.text[:40]!r}...: is nested too deeply") from error
         for number, (left, sense, right) in enumerate(compared):
             label = self.name if number == 0 else f"{self.name} ({number + 1})"
-            draft.bound(label, reader.difference(left, right, self.tree), sense, 0.0)
+            constraints.bound(label, reader.difference(left, right, self.tree), sense, 0.0)
 
 
 class _Reader:

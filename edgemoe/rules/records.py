@@ -1,4 +1,4 @@
-"""Users' rules: records, each of which writes itself into a `Draft` that the planner turns into programs.
+"""Users' rules: records, each of which writes itself into a `Constraints` that the planner turns into programs.
 
 Pin, Keep, Drop, Protect, KeptCount, GroupKept, DomainKept, SameFormat, MaxFormats, MeanBits, ByteLimit, ActiveBytes, Speed, Vram
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgemoe.base.errors import UsageError
 from edgemoe.base.units import parse_bytes
 from edgemoe.ir import Costs
-from edgemoe.rules.constraints import Draft, Pool
+from edgemoe.rules.constraints import Constraints, GpuMemory
 from edgemoe.rules.functions import apply_function
 from edgemoe.rules.linear import Layers, find_domain, select_experts, select_units, sum_kept, sum_units
 
@@ -33,10 +33,10 @@ class Pin:
     layers: Layers = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Mask what is not wanted."""
         _need(self.name, format=self.format, at_least=self.at_least, at_most=self.at_most)
-        costs = draft.costs
+        costs = constraints.costs
         for wanted in filter(None, (self.format, self.at_least, self.at_most)):
             if wanted.upper() not in costs.formats:
                 raise UsageError(f"rule {self.name!r}: format {wanted!r} is not known", hint=f"known: {', '.join(costs.formats)}")
@@ -52,8 +52,8 @@ class Pin:
                     if reference == 0:  # not offered for rows of this length: what it falls back to is larger
                         continue
                     allowed &= sign * size >= sign * reference
-            draft.offered[u] &= allowed
-            if not (draft.offered[u] & known).any():
+            constraints.offered[u] &= allowed
+            if not (constraints.offered[u] & known).any():
                 raise UsageError(f"rule {self.name!r}: leaves no format for {costs.units[u].name}")
 
 
@@ -65,9 +65,9 @@ class Keep:
     experts: tuple[int, ...] | None = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Pin them."""
-        draft.pin(select_experts(draft.costs, self.layers, self.experts, self.name), 1, self.name)
+        constraints.pin(select_experts(constraints.costs, self.layers, self.experts, self.name), 1, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +78,9 @@ class Drop:
     layers: Layers = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Pin them."""
-        draft.pin(select_experts(draft.costs, self.layers, self.experts, self.name), -1, self.name)
+        constraints.pin(select_experts(constraints.costs, self.layers, self.experts, self.name), -1, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +91,11 @@ class Protect:
     at_least: str = ""
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Pin formats and experts."""
-        draft.pin(select_experts(draft.costs, self.layers, None, self.name), 1, self.name)
+        constraints.pin(select_experts(constraints.costs, self.layers, None, self.name), 1, self.name)
         if self.at_least:
-            Pin(tensors=("*",), at_least=self.at_least, layers=self.layers, name=self.name).apply(draft)
+            Pin(tensors=("*",), at_least=self.at_least, layers=self.layers, name=self.name).apply(constraints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,19 +107,19 @@ class KeptCount:
     multiple_of: int = 1
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Rule counts out; in the experts form a bound on each layer."""
-        costs, most = draft.costs, self.at_most or draft.costs.n_experts
+        costs, most = constraints.costs, self.at_most or constraints.costs.n_experts
         if self.multiple_of < 1 or self.at_least < 0 or self.at_most < 0 or self.at_least > most:
             raise UsageError(f"rule {self.name!r}: no multiple of {self.multiple_of} is at least {self.at_least} and at most {most}")
         if costs.form == "experts":
             if self.multiple_of > 1:
                 raise UsageError(f"rule {self.name!r}: multiple_of needs one kept count for all layers", hint="use at_least and at_most")
-            draft.least_kept, draft.most_kept = max(draft.least_kept, self.at_least), min(draft.most_kept, most)
+            constraints.least_kept, constraints.most_kept = max(constraints.least_kept, self.at_least), min(constraints.most_kept, most)
             return
         for c, count in enumerate(costs.counts):
             if not self.at_least <= count <= most or count % self.multiple_of:
-                draft.counts[c] = False
+                constraints.counts[c] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,18 +131,18 @@ class GroupKept:
     equal: bool = False
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Set the groups, and rule out counts that they do not divide."""
-        costs = draft.costs
+        costs = constraints.costs
         if self.groups < 1 or costs.n_experts % self.groups:
             raise UsageError(f"rule {self.name!r}: {costs.n_experts} experts are not {self.groups} equal groups")
         if self.equal and costs.form == "experts":
             raise UsageError(f"rule {self.name!r}: equal groups need one kept count for all layers", hint="use at_least")
         if not 0 <= self.at_least <= costs.n_experts // self.groups:
             raise UsageError(f"rule {self.name!r}: a group has {costs.n_experts // self.groups} experts, not {self.at_least}")
-        draft.group(self.groups, self.at_least, self.name, equal=self.equal)
+        constraints.group(self.groups, self.at_least, self.name, equal=self.equal)
         if self.equal:
-            KeptCount(at_least=self.groups * self.at_least, multiple_of=self.groups, name=self.name).apply(draft)
+            KeptCount(at_least=self.groups * self.at_least, multiple_of=self.groups, name=self.name).apply(constraints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +155,9 @@ class DomainKept:
     layers: Layers = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Pin the most used, or bound the share."""
-        costs, d = draft.costs, find_domain(draft.costs, self.domain, self.name)
+        costs, d = constraints.costs, find_domain(constraints.costs, self.domain, self.name)
         if not 0 <= self.top <= costs.n_experts or not 0 <= self.share <= 1 or not (self.top or self.share):
             raise UsageError(f"rule {self.name!r}: needs top (1 to {costs.n_experts}) or a share (0 to 1)")
         chosen: NDArray[np.bool_] = np.asarray(select_experts(costs, self.layers, None, self.name).any(axis=1))
@@ -165,11 +165,11 @@ class DomainKept:
             best = np.argsort(-costs.usage[d], axis=1, kind="stable")[:, : self.top]
             mask = np.zeros(costs.expert_drop.shape[1:], bool)
             np.put_along_axis(mask, best, values=True, axis=1)
-            draft.pin(mask & chosen[:, None], 1, self.name)
+            constraints.pin(mask & chosen[:, None], 1, self.name)
         for layer in np.flatnonzero(chosen) if self.share else ():
             weights = np.zeros(costs.expert_drop.shape[1:])
             weights[layer] = costs.usage[d, layer]
-            draft.bound(self.name, sum_kept(costs, weights), ">=", self.share)
+            constraints.bound(self.name, sum_kept(costs, weights), ">=", self.share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +181,15 @@ class SameFormat:
     across_layers: bool = False
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Tie the units."""
-        costs = draft.costs
+        costs = constraints.costs
         found = select_units(costs, self.tensors, self.layers, self.name)
         by_layer: dict[tuple[int, int], list[int]] = {}
         for u in found:
             unit = costs.units[u]
             by_layer.setdefault((0, 0) if self.across_layers else (unit.layer, unit.expert), []).append(u)
-        draft.ties += [units for units in by_layer.values() if len(units) > 1]
+        constraints.ties += [units for units in by_layer.values() if len(units) > 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +199,11 @@ class MaxFormats:
     at_most: int
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Set the limit."""
         if self.at_most < 1:
             raise UsageError(f"rule {self.name!r}: at_most {self.at_most} leaves no format")
-        draft.max_formats = min(self.at_most, draft.max_formats or self.at_most)
+        constraints.max_formats = min(self.at_most, constraints.max_formats or self.at_most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,17 +216,17 @@ class MeanBits:
     layers: Layers = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """8 bytes - bits * weights is bounded."""
         _need(self.name, at_least=self.at_least, at_most=self.at_most)
         if not math.isfinite(self.at_least) or not math.isfinite(self.at_most):
             raise UsageError(f"rule {self.name!r}: bits are a finite number")
-        units = select_units(draft.costs, self.tensors, self.layers, self.name)
-        bits, weights = sum_units(draft.costs, "size", units) * 8, sum_units(draft.costs, "weights", units)
+        units = select_units(constraints.costs, self.tensors, self.layers, self.name)
+        bits, weights = sum_units(constraints.costs, "size", units) * 8, sum_units(constraints.costs, "weights", units)
         if self.at_least:
-            draft.bound(self.name, bits - weights * self.at_least, ">=", 0)
+            constraints.bound(self.name, bits - weights * self.at_least, ">=", 0)
         if self.at_most:
-            draft.bound(self.name, bits - weights * self.at_most, "<=", 0)
+            constraints.bound(self.name, bits - weights * self.at_most, "<=", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,14 +239,14 @@ class ByteLimit:
     layers: Layers = None
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Bound them."""
         _need(self.name, at_least=self.at_least, at_most=self.at_most)
-        size = sum_units(draft.costs, "size", select_units(draft.costs, self.tensors, self.layers, self.name))
+        size = sum_units(constraints.costs, "size", select_units(constraints.costs, self.tensors, self.layers, self.name))
         if self.at_least:
-            draft.bound(self.name, size, ">=", parse_bytes(self.at_least))
+            constraints.bound(self.name, size, ">=", parse_bytes(self.at_least))
         if self.at_most:
-            draft.bound(self.name, size, "<=", parse_bytes(self.at_most))
+            constraints.bound(self.name, size, "<=", parse_bytes(self.at_most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +256,11 @@ class ActiveBytes:
     at_most: str
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Bound them."""
-        draft.bound(self.name, sum_units(draft.costs, "active", range(len(draft.costs.units))), "<=", parse_bytes(self.at_most))
+        constraints.bound(
+            self.name, sum_units(constraints.costs, "active", range(len(constraints.costs.units))), "<=", parse_bytes(self.at_most)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,14 +274,14 @@ class Speed:
     bandwidth: str
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Bound active bytes."""
         if not 0 < self.tokens_per_second < math.inf:
             raise UsageError(f"rule {self.name!r}: {self.tokens_per_second} tokens per second are no speed")
-        room = parse_bytes(self.bandwidth.removesuffix("/s")) / self.tokens_per_second - draft.costs.memory.get("kv", 0)
+        room = parse_bytes(self.bandwidth.removesuffix("/s")) / self.tokens_per_second - constraints.costs.memory.get("kv", 0)
         if room <= 0:
             raise UsageError(f"rule {self.name!r}: reading the KV cache alone takes longer than that", hint="a smaller --context")
-        draft.bound(self.name, sum_units(draft.costs, "active", range(len(draft.costs.units))), "<=", room)
+        constraints.bound(self.name, sum_units(constraints.costs, "active", range(len(constraints.costs.units))), "<=", room)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,13 +295,13 @@ class Vram:
     reserve: str = "512MiB"
     name: str = ""
 
-    def apply(self, draft: Draft) -> None:
+    def apply(self, constraints: Constraints) -> None:
         """Note the pool."""
-        if draft.costs.form != "stacks":
+        if constraints.costs.form != "stacks":
             raise UsageError(f"rule {self.name!r}: a second pool is planned for llama.cpp only")
-        if draft.vram is not None:
+        if constraints.vram is not None:
             raise UsageError(f"rule {self.name!r}: there is one GPU memory already", hint="give one vram rule")
-        draft.vram = Pool(name=self.name, size=parse_bytes(self.size), reserve=parse_bytes(self.reserve))
+        constraints.vram = GpuMemory(name=self.name, size=parse_bytes(self.size), reserve=parse_bytes(self.reserve))
 
 
 def _need(name: str, **values: object) -> None:
@@ -309,15 +311,15 @@ def _need(name: str, **values: object) -> None:
 
 
 class Record(Protocol):
-    """A rule that writes itself into a draft: those above, and the expressions of recipe.py."""
+    """A rule that writes itself into a constraints: those above, and the expressions of recipe.py."""
 
     @property
     def name(self) -> str:
         """How messages call it; empty: by its kind."""
         ...
 
-    def apply(self, draft: Draft) -> None:
-        """Write it into the draft."""
+    def apply(self, constraints: Constraints) -> None:
+        """Write it into the constraints."""
         ...
 
 
@@ -355,23 +357,23 @@ def describe_rule(rule: Rule) -> str:
     return f"{rule_name(rule)}: {type(rule).__name__}({', '.join(given)})"
 
 
-def apply_rules(costs: Costs, rules: Sequence[Rule]) -> Draft:
+def apply_rules(costs: Costs, rules: Sequence[Rule]) -> Constraints:
     """What all rules together make of a price list.
 
     Raises:
         UsageError: a rule names what is not there, cannot hold, or contradicts another.
     """
-    draft = Draft(costs)
+    constraints = Constraints(costs)
     for rule in rules:
         if type(rule) in RECORDS.values():
             named: Any = rule
-            replace(named, name=rule_name(rule)).apply(draft)
+            replace(named, name=rule_name(rule)).apply(constraints)
         elif hasattr(rule, "apply"):
-            rule.apply(draft)
+            rule.apply(constraints)
         else:
-            apply_function(draft, rule)
-    if not any(draft.counts.values()):
+            apply_function(constraints, rule)
+    if not any(constraints.counts.values()):
         raise UsageError(
             f"the rules leave no kept count of {', '.join(map(str, costs.counts))}", hint="see the rules on kept counts and groups"
         )
-    return draft
+    return constraints

@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe import __version__
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import alone, array_file, hash_json, load_arrays, save_arrays, write_text
+from edgemoe.base.types import F64
 from edgemoe.ir import Model
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
@@ -28,7 +30,6 @@ from edgemoe.stream.windows import Windows, tokenize
 
 WINDOW = 512
 REVISION = 1  # raised when the folder holds other things, so that no older one is taken for it
-Progress = Callable[[int, int], None]
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -79,7 +80,7 @@ def open_gradients(folder: Path, layer: int, windows: Windows, hidden: int) -> S
 class _Pass:
     """One forward and one backward pass under way; step s is a layer forward (s < L) or backward."""
 
-    def __init__(self, model: Model, windows: Windows, weights: NDArray[np.float64], work: Path, key: str) -> None:
+    def __init__(self, model: Model, windows: Windows, weights: F64, work: Path, key: str) -> None:
         self.model, self.windows, self.work, self.key = model, windows, work, key
         self.stream = LayerStream(model)
         share = weights / np.bincount(windows.domain, windows.lengths, len(weights))

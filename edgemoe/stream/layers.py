@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edgemoe.base.types import F32
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES, find_family
@@ -96,7 +97,7 @@ class LayerStream:
         self._skeleton.set_experts_implementation("edgemoe")
         self._skeleton.eval().requires_grad_(requires_grad=False)
         self._rotary: Any = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
-        self._ends = model.of_layer(-1)
+        self._outer = model.of_layer(-1)
         self.eps = float(model.config.get("rms_norm_eps", 1e-6))  # of all norms
 
     def read(self, tensor: Tensor) -> torch.Tensor:
@@ -145,16 +146,16 @@ class LayerStream:
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    def embed(self, tokens: NDArray[np.int64], table: NDArray[np.float32] | None = None) -> torch.Tensor:
+    def embed(self, tokens: NDArray[np.int64], table: F32 | None = None) -> torch.Tensor:
         """First states [windows, length, hidden], from the checkpoint's embedding or another table."""
         if table is None:
-            table = read_tensor(self.model.folder, self._ends["token_embd", -1])
+            table = read_tensor(self.model.folder, self._outer["token_embd", -1])
         return torch.from_numpy(table[tokens])
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
-        output = self._ends.get(("output", -1)) or self._ends["token_embd", -1]
-        norm = self.read(self._ends["output_norm", -1])
+        output = self._outer.get(("output", -1)) or self._outer["token_embd", -1]
+        norm = self.read(self._outer["output_norm", -1])
         return norm, self.read(output), self.eps
 
 

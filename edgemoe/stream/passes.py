@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.threads import count_cores
+from edgemoe.base.types import F32
 from edgemoe.ir import Model
 from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
 from edgemoe.stream.states import States
@@ -45,7 +46,7 @@ def final_states(
     windows: Windows,
     work: Path,
     kept: Sequence[Sequence[int]] | None = None,
-) -> NDArray[np.float32]:
+) -> F32:
     """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
     stream = LayerStream(model)
     states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))
@@ -67,7 +68,7 @@ def final_states(
         rows = [apply_norm(states.read(index), norm, eps).cpu().numpy() for index in chunks]
     finally:
         states.close(delete=True)
-    result: NDArray[np.float32] = np.concatenate(rows)
+    result: F32 = np.concatenate(rows)
     if not np.isfinite(result).all():
         raise ModelError(f"{model.folder}: the original model gives NaN or infinite states on the held-out text")
     return result

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemoe.base.errors import VerifyError
+from edgemoe.base.progress import Progress
+from edgemoe.base.types import F32
 from edgemoe.base.units import format_bytes
 from edgemoe.devices.detect import measure_bandwidth
 from edgemoe.devices.profiles import estimate_speed
@@ -43,7 +44,7 @@ def verify_artifact(
     work: Path,
     *,
     max_tokens: int = DEFAULT_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Run the artifact and measure everything that the report shows.
 
@@ -88,9 +89,7 @@ def verify_artifact(
     )
 
 
-def _ratio_beside(
-    path: Path, model: Model, windows: Any, states: NDArray[np.float32], target: Target, settings: Mapping[str, bool]
-) -> float:
+def _ratio_beside(path: Path, model: Model, windows: Any, states: F32, target: Target, settings: Mapping[str, bool]) -> float:
     """KL under other settings over that under those of the prediction, on the same few windows: what differs is the settings alone."""
     some = np.unique(np.linspace(0, len(windows.tokens) - 1, BESIDE_WINDOWS).round().astype(int))
     few, names = windows.take(some), [str(number) for number in range(int(windows.domain.max()) + 1)]

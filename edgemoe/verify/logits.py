@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import VerifyError
+from edgemoe.base.progress import Progress
 from edgemoe.base.storage import alone, hash_json, load_arrays, save_arrays
+from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model, TextScore
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.stream.texts import Text
@@ -25,22 +27,22 @@ ROWS_AT_ONCE = 64  # of logits in float64
 class _Scores:
     """Per-token figures of one text, filled window by window."""
 
-    kl: list[NDArray[np.float64]] = field(default_factory=list)
+    kl: list[F64] = field(default_factory=list)
     same: list[NDArray[np.bool_]] = field(default_factory=list)
-    nll: list[NDArray[np.float64]] = field(default_factory=list)
-    original_nll: list[NDArray[np.float64]] = field(default_factory=list)
+    nll: list[F64] = field(default_factory=list)
+    original_nll: list[F64] = field(default_factory=list)
 
 
 def compare_logits(
     path: Path,
     model: Model,
     windows: Any,
-    states: NDArray[np.float32],
+    states: F32,
     names: Sequence[str],
     target: Target,
     *,
     settings: Mapping[str, bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[TextScore, ...]:
     """KL, perplexity and agreement of a file on windows whose original last states [windows, length, hidden] are known, by text.
 
@@ -53,7 +55,7 @@ def compare_logits(
     head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))  # type: ignore[arg-type]
     rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
 
-    def compare(number: int, logits: NDArray[np.float32]) -> None:
+    def compare(number: int, logits: F32) -> None:
         tokens = np.array(rows[number])
         _score_window(states[number, : len(tokens)] @ head.T, logits, tokens, scores[int(windows.domain[number])])
         if progress:
@@ -65,7 +67,7 @@ def compare_logits(
     return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
 
 
-def _score_window(original: NDArray[np.float32], ours: NDArray[np.float32], tokens: NDArray[np.int64], into: _Scores) -> None:
+def _score_window(original: F32, ours: F32, tokens: NDArray[np.int64], into: _Scores) -> None:
     """Compare two sets of logits [n, vocab] for one window of n tokens."""
     if not np.isfinite(ours).all():
         raise VerifyError("the artifact gives NaN or infinite logits")
@@ -78,21 +80,21 @@ def _score_window(original: NDArray[np.float32], ours: NDArray[np.float32], toke
         into.original_nll.append(-p[np.arange(len(following)), following])
 
 
-def kl_of_rows(original: NDArray[np.float32], ours: NDArray[np.float32]) -> NDArray[np.float64]:
+def kl_of_rows(original: F32, ours: F32) -> F64:
     """KL(original || ours) of each row of logits [n, vocab], nats."""
     steps = range(0, len(original), ROWS_AT_ONCE)
     return np.concatenate([_kl(*(_log_softmax(x[i : i + ROWS_AT_ONCE]) for x in (original, ours))) for i in steps])
 
 
-def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+def _kl(p: F64, q: F64) -> F64:
+    result: F64 = (np.exp(p) * (p - q)).sum(axis=1)
     return result
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def _log_softmax(logits: F32) -> F64:
     x = logits.astype(np.float64)
     x -= x.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    result: F64 = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     return result
 
 
@@ -118,7 +120,7 @@ def tokenize_heldout(model: Model, heldout: Sequence[Text], max_tokens: int) -> 
     return tokenize(model, heldout, max_tokens, WINDOW)
 
 
-def reference_states(model: Model, windows: Any, work: Path) -> NDArray[np.float32]:
+def reference_states(model: Model, windows: Any, work: Path) -> F32:
     """Last hidden states of the original on these windows, kept in `work` for the next budget."""
     from edgemoe.stream.passes import final_states
 
@@ -133,7 +135,7 @@ def reference_states(model: Model, windows: Any, work: Path) -> NDArray[np.float
                 save_arrays(path, {"states": final_states(model, windows, scratch)})
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-    states: NDArray[np.float32] = load_arrays(path)["states"]
+    states: F32 = load_arrays(path)["states"]
     return states
 
 

@@ -16,7 +16,7 @@ from edgemoe.targets.gguf.formats import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CodeBits:
     """`bits` [groups, code bits]: place of each code bit in the block, counted from the low bit of byte 0."""
 
     dim: int  # columns of a group
@@ -43,7 +43,7 @@ def _bit(byte: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 @functools.cache
-def layout_of(name: str) -> Layout:
+def code_bits(name: str) -> CodeBits:
     """Where a format keeps its codes.
 
     Raises:
@@ -52,26 +52,26 @@ def layout_of(name: str) -> Layout:
     i, g = np.arange(256), np.arange(32)
     eight = np.arange(8)
     layouts = {
-        "Q2_K": lambda: Layout(1, _pairs(16), (80, 82)),
-        "Q3_K": lambda: Layout(1, np.hstack([_pairs(32), _bit(i % 32, i // 32)]), (108,)),
-        "Q4_K": lambda: Layout(1, _nibbles(16, 32, 256), (0, 2)),
-        "Q5_K": lambda: Layout(1, np.hstack([_nibbles(48, 32, 256), _bit(16 + i % 32, i // 32)]), (0, 2)),
-        "Q6_K": lambda: Layout(1, np.hstack([_q6_low(), _q6_high()]), (208,)),
-        "IQ4_XS": lambda: Layout(1, _nibbles(8, 16, 256), (0,)),
-        "IQ4_NL": lambda: Layout(1, _nibbles(2, 16, 32), (0,)),
-        "Q4_0": lambda: Layout(1, _nibbles(2, 16, 32), (0,)),
-        "Q4_1": lambda: Layout(1, _nibbles(4, 16, 32), (0, 2)),
-        "Q5_0": lambda: Layout(1, np.hstack([_nibbles(6, 16, 32), (16 + g)[:, None]]), (0,)),
-        "Q5_1": lambda: Layout(1, np.hstack([_nibbles(8, 16, 32), (32 + g)[:, None]]), (0, 2)),
-        "Q8_0": lambda: Layout(1, 8 * (2 + g)[:, None] + eight, (0,), flip=128),
-        "MXFP4": lambda: Layout(1, _nibbles(1, 16, 32)),
-        "IQ2_XXS": lambda: Layout(8, np.hstack([8 * (2 + g // 4 * 8 + g % 4)[:, None] + eight, _sign_bits(6, 8)]), (0,)),
-        "IQ2_XS": lambda: Layout(8, 8 * (2 + 2 * g)[:, None] + np.arange(16), (0,)),
-        "IQ2_S": lambda: Layout(8, np.hstack([_bytes(2), (8 * (66 + g // 4) + 2 * (g % 4))[:, None] + np.arange(2), _bytes(34)]), (0,)),
-        "IQ3_XXS": lambda: Layout(8, np.hstack([8 * (2 + 2 * g)[:, None] + np.arange(16), _sign_bits(66, 4)]), (0,)),
-        "IQ3_S": lambda: Layout(8, np.hstack([_iq3s_index(0), _iq3s_index(1), _bytes(74)]), (0,)),
-        "IQ1_S": lambda: Layout(8, np.hstack([_bytes(2), (8 * (34 + g // 4 * 2) + 3 * (g % 4))[:, None] + np.arange(3)]), (0,)),
-        "IQ1_M": lambda: Layout(8, np.hstack([_bytes(0), (8 * (32 + g // 2) + 4 * (g % 2))[:, None] + np.arange(4)])),
+        "Q2_K": lambda: CodeBits(1, _pairs(16), (80, 82)),
+        "Q3_K": lambda: CodeBits(1, np.hstack([_pairs(32), _bit(i % 32, i // 32)]), (108,)),
+        "Q4_K": lambda: CodeBits(1, _nibbles(16, 32, 256), (0, 2)),
+        "Q5_K": lambda: CodeBits(1, np.hstack([_nibbles(48, 32, 256), _bit(16 + i % 32, i // 32)]), (0, 2)),
+        "Q6_K": lambda: CodeBits(1, np.hstack([_q6_low(), _q6_high()]), (208,)),
+        "IQ4_XS": lambda: CodeBits(1, _nibbles(8, 16, 256), (0,)),
+        "IQ4_NL": lambda: CodeBits(1, _nibbles(2, 16, 32), (0,)),
+        "Q4_0": lambda: CodeBits(1, _nibbles(2, 16, 32), (0,)),
+        "Q4_1": lambda: CodeBits(1, _nibbles(4, 16, 32), (0, 2)),
+        "Q5_0": lambda: CodeBits(1, np.hstack([_nibbles(6, 16, 32), (16 + g)[:, None]]), (0,)),
+        "Q5_1": lambda: CodeBits(1, np.hstack([_nibbles(8, 16, 32), (32 + g)[:, None]]), (0, 2)),
+        "Q8_0": lambda: CodeBits(1, 8 * (2 + g)[:, None] + eight, (0,), flip=128),
+        "MXFP4": lambda: CodeBits(1, _nibbles(1, 16, 32)),
+        "IQ2_XXS": lambda: CodeBits(8, np.hstack([8 * (2 + g // 4 * 8 + g % 4)[:, None] + eight, _sign_bits(6, 8)]), (0,)),
+        "IQ2_XS": lambda: CodeBits(8, 8 * (2 + 2 * g)[:, None] + np.arange(16), (0,)),
+        "IQ2_S": lambda: CodeBits(8, np.hstack([_bytes(2), (8 * (66 + g // 4) + 2 * (g % 4))[:, None] + np.arange(2), _bytes(34)]), (0,)),
+        "IQ3_XXS": lambda: CodeBits(8, np.hstack([8 * (2 + 2 * g)[:, None] + np.arange(16), _sign_bits(66, 4)]), (0,)),
+        "IQ3_S": lambda: CodeBits(8, np.hstack([_iq3s_index(0), _iq3s_index(1), _bytes(74)]), (0,)),
+        "IQ1_S": lambda: CodeBits(8, np.hstack([_bytes(2), (8 * (34 + g // 4 * 2) + 3 * (g % 4))[:, None] + np.arange(3)]), (0,)),
+        "IQ1_M": lambda: CodeBits(8, np.hstack([_bytes(0), (8 * (32 + g // 2) + 4 * (g % 2))[:, None] + np.arange(4)])),
     }
     return layouts[name]()
 
@@ -109,16 +109,16 @@ def _as_bits(packed: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 def read_codes(packed: NDArray[np.uint8], name: str) -> NDArray[np.int32]:
     """Codes [R, groups] of packed rows [R, bytes]."""
-    where = layout_of(name).bits
+    where = code_bits(name).bits
     bits = _as_bits(packed, name)[:, where].astype(np.int32)
     codes: NDArray[np.int32] = (bits << np.arange(where.shape[1], dtype=np.int32)).sum(axis=2, dtype=np.int32)
-    return codes.reshape(len(packed), -1) ^ layout_of(name).flip
+    return codes.reshape(len(packed), -1) ^ code_bits(name).flip
 
 
 def write_codes(packed: NDArray[np.uint8], name: str, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
     """The same rows with other codes."""
-    where = layout_of(name).bits
+    where = code_bits(name).bits
     bits = _as_bits(packed, name)
-    values = (codes ^ layout_of(name).flip).reshape(len(bits), len(where), 1) >> np.arange(where.shape[1], dtype=np.int32)
+    values = (codes ^ code_bits(name).flip).reshape(len(bits), len(where), 1) >> np.arange(where.shape[1], dtype=np.int32)
     bits[:, where] = values & 1
     return np.packbits(bits, axis=1, bitorder="little").reshape(packed.shape)

@@ -1,4 +1,4 @@
-"""Rows, a ggml type, second moments of the inputs -> packed rows: ggml's own scales, codes chosen with feedback (edgemoe/feedback.py).
+"""Rows, a ggml type, Hessian of the inputs -> packed rows: ggml's own scales, codes chosen with feedback (quantize/gptq.py).
 
 A row is done in chunks of 256 columns: the stock quantizer packs what earlier chunks' errors left of the chunk, its scales stay, its codes
 are chosen again.  Then the block scales (float16) are refitted to the codes and the codes to the scales, in turn.
@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
-from edgemoe.quantize.gptq import Moments, descend_columns, round_columns
-from edgemoe.quantize.grids import Codebook, Floats, Grid, Scalar, sign_patterns
-from edgemoe.targets.gguf.codes import layout_of, read_codes, write_codes
+from edgemoe.base.types import F32, F64
+from edgemoe.quantize.gptq import Hessian, descend_columns, round_columns
+from edgemoe.quantize.grids import Codebook, Grid, Scalar, sign_patterns
+from edgemoe.targets.gguf.codes import code_bits, read_codes, write_codes
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
 
 CHUNK = 256  # columns: the largest block of any type
@@ -26,13 +27,13 @@ FED_BACK = (*UNIFORM, *TABLES, *SIGNED)
 ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)
 
 
-def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = SWEEPS) -> NDArray[np.uint8]:
+def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> NDArray[np.uint8]:
     """Rows [R, C] in a format of FED_BACK: bytes [R, row_bytes] that bring (w - q) H (w - q)' of each row down.
 
     Args:
         rows: weights, finite.
         name: the ggml type.
-        moments: of the matrix's inputs, [C, C].
+        hessian: of the matrix's inputs, [C, C].
         sweeps: of refitted scales and codes after the feedback.
 
     Raises:
@@ -45,35 +46,35 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
     chunks = [slice(i, min(i + CHUNK, cols)) for i in range(0, cols, CHUNK)]
     packed: list[NDArray[np.uint8]] = []
     for chunk in chunks:
-        stock = quantize(left[:, chunk], name, moments.importance[chunk])
-        codes, values[:, chunk], correction = round_columns(left, grid_of(stock, name), moments, chunk)
+        stock = quantize(left[:, chunk], name, hessian.importance[chunk])
+        codes, values[:, chunk], correction = round_columns(left, grid_of(stock, name), hessian, chunk)
         left[:, chunk.stop :] -= correction
         packed.append(write_codes(stock, name, codes))
     whole = np.concatenate(packed, axis=1)
     if sweeps:
-        gradient = np.asarray((rows - values) @ moments.h, np.float32)
+        gradient = np.asarray((rows - values) @ hessian.h, np.float32)
     for _ in range(sweeps):
-        whole = descend_rows(whole, name, values, moments, gradient)
+        whole = descend_rows(whole, name, values, hessian, gradient)
     return whole
 
 
-def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
     """Scales refitted and every code chosen again, all others given: packed rows anew; values and gradient change in place.
 
     Args:
         packed: rows [R, bytes].
         name: the ggml type.
         values: what they decode to [R, C].
-        moments: of the inputs, H.
+        hessian: of the inputs, H.
         gradient: (weights - values) H [R, C].
     """
     cols, parts, start = values.shape[1], [], 0
     for i in range(0, cols, CHUNK):
         chunk = slice(i, min(i + CHUNK, cols))
         stop = start + row_bytes(name, chunk.stop - chunk.start)
-        part = _refit_scales(np.ascontiguousarray(packed[:, start:stop]), name, values, moments, gradient, chunk)
+        part = _refit_scales(np.ascontiguousarray(packed[:, start:stop]), name, values, hessian, gradient, chunk)
         codes = read_codes(part, name)
-        descend_columns(codes, values, grid_of(part, name), moments, gradient, chunk)
+        descend_columns(codes, values, grid_of(part, name), hessian, gradient, chunk)
         parts.append(write_codes(part, name, codes))
         start = stop
     return np.concatenate(parts, axis=1)
@@ -84,16 +85,16 @@ def feeds_back(name: str) -> bool:
     return name in FED_BACK
 
 
-def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Moments | None) -> NDArray[np.uint8]:
-    """Rows in a format, by the stock quantizer with this importance, or with feedback where there are second moments."""
-    return quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments)
+def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
+    """Rows in a format, by the stock quantizer with this importance, or with feedback where there is a Hessian."""
+    return quantize(rows, name, importance) if hessian is None else quantize_fed_back(rows, name, hessian)
 
 
 # -------------------------------------------------------------------------------------------------------------------- grids
 def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
     """What each code of packed rows [R, bytes] would stand for, the scales being as they are."""
     if name in UNIFORM:
-        last = 2 ** layout_of(name).bits.shape[1] - 1
+        last = 2 ** code_bits(name).bits.shape[1] - 1
         low, high = _decode_all(packed, name, 0), _decode_all(packed, name, last)
         return Scalar((high - low) / np.float32(last), low, np.arange(last + 1, dtype=np.float32))
     table = _table_of(name)
@@ -108,17 +109,17 @@ def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
     return Codebook(scale, np.zeros_like(scale), table, sign_patterns(128 if SIGNED[name][2] else 256))
 
 
-def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> Floats:
+def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> F32:
     """Values [R, C] if every code were this one."""
-    groups = packed.shape[1] // FORMATS[name].block_bytes * len(layout_of(name).bits)
+    groups = packed.shape[1] // FORMATS[name].block_bytes * len(code_bits(name).bits)
     codes = np.full((len(packed), groups), code, np.int32)
-    return dequantize(write_codes(packed, name, codes), name, groups * layout_of(name).dim)
+    return dequantize(write_codes(packed, name, codes), name, groups * code_bits(name).dim)
 
 
 @functools.cache
-def _table_of(name: str) -> Floats:
+def _table_of(name: str) -> F32:
     """Values [codes, columns] that the codes of a format stand for, up to a factor: read from ggml by decoding one block for each."""
-    layout, kind = layout_of(name), FORMATS[name]
+    layout, kind = code_bits(name), FORMATS[name]
     block = np.zeros(kind.block_bytes, np.uint8)
     for offset in layout.halves:
         block[offset : offset + 2] = ONE
@@ -137,14 +138,12 @@ def _table_of(name: str) -> Floats:
 
 
 # ------------------------------------------------------------------------------------------------------------------- scales
-def _refit_scales(
-    packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats, columns: slice
-) -> NDArray[np.uint8]:
+def _refit_scales(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32, columns: slice) -> NDArray[np.uint8]:
     """Least squares for d (and dmin) of every block, one block after another, the codes being as they are; kept where it helps.
 
     `values` and `gradient` [R, C] are changed in place.
     """
-    halves, kind = layout_of(name).halves, FORMATS[name]
+    halves, kind = code_bits(name).halves, FORMATS[name]
     if not halves:
         return packed
     packed = packed.copy()
@@ -152,7 +151,7 @@ def _refit_scales(
         at = slice(columns.start + start, columns.start + start + kind.block)
         block = packed[:, start // kind.block * kind.block_bytes :][:, : kind.block_bytes]
         parts = np.stack([_part(block, name, offset) for offset in halves], axis=1)  # [R, halves, block]
-        inner = moments.h[at, at]
+        inner = hessian.h[at, at]
         normal = np.einsum("rib,rjb->rij", parts @ inner, parts).astype(np.float64)
         wanted = np.einsum("rib,rb->ri", parts, gradient[:, at]).astype(np.float64)
         lift = 1e-9 * np.trace(normal, axis1=1, axis2=2) + 1e-300
@@ -168,17 +167,17 @@ def _refit_scales(
         change *= better[:, None]
         block[better] = fresh[better]
         values[:, at] += change
-        gradient -= change @ moments.h[at]
+        gradient -= change @ hessian.h[at]
     return packed
 
 
-def _half(block: NDArray[np.uint8], offset: int) -> NDArray[np.float64]:
+def _half(block: NDArray[np.uint8], offset: int) -> F64:
     return np.ascontiguousarray(block[:, offset : offset + 2]).view(np.float16)[:, 0].astype(np.float64)
 
 
-def _part(block: NDArray[np.uint8], name: str, offset: int) -> Floats:
+def _part(block: NDArray[np.uint8], name: str, offset: int) -> F32:
     """Values [R, block] if this float16 were one and the others zero."""
     alone = block.copy()
-    for other in layout_of(name).halves:
+    for other in code_bits(name).halves:
         alone[:, other : other + 2] = ONE if other == offset else 0
     return dequantize(alone, name, FORMATS[name].block)

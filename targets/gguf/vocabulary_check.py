@@ -14,7 +14,7 @@ from edgemoe.model.checkpoint import read_json
 from edgemoe.targets.gguf.formats import library_folder
 from edgemoe.targets.tokenizer.tokens import MAX_TOKENIZER, load_package
 
-CHILD = Path(__file__).with_name("vocab_child.py")
+CHILD = Path(__file__).with_name("vocabulary_child.py")
 
 
 def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> list[str]:

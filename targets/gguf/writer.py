@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
+from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
 from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit, is_planned, tensor_name
 from edgemoe.model.checkpoint import read_packed, read_tensor
@@ -87,9 +88,7 @@ def write_hollow(model: Model, count: int, path: Path) -> Path:
     return write_sparse_header(writer, list(infos.values()), path)
 
 
-def write(
-    model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Callable[[int, int], None] | None = None
-) -> Artifact:
+def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Progress | None = None) -> Artifact:
     """Write the plan's GGUF into `folder`; it appears under its own name only when complete.
 
     Args:

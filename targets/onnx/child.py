@@ -87,11 +87,11 @@ class Decoder:
         *_, last = (logits[0, -1] for logits in self.every(tokens, start))
         return int(last.argmax())
 
-    def greedy(self, prompt: Sequence[int], n: int, ends: Sequence[int]) -> list[int]:
+    def greedy(self, prompt: Sequence[int], n: int, eos_ids: Sequence[int]) -> list[int]:
         """The most likely continuation, until its end or `n` tokens."""
         out: list[int] = []
         token = self.last(prompt) if n else -1
-        while len(out) < n and token not in ends:
+        while len(out) < n and token not in eos_ids:
             out.append(token)
             if len(out) < n:
                 token = self.last([token], len(prompt) + len(out) - 1)

@@ -1,4 +1,4 @@
-"""Rows, a format, second moments of the inputs -> packed rows: the stock search's scales, codes chosen with feedback (edgemoe/feedback.py).
+"""Rows, a format, Hessian of the inputs -> packed rows: the stock search's scales, codes chosen with feedback (quantize/gptq.py).
 
 A packed row is its codes, scales and zero points one after the other, as `Packed.pieces` lists them.
 """
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
-from edgemoe.quantize.gptq import Moments, descend_columns, round_columns
-from edgemoe.quantize.grids import Floats, Scalar
+from edgemoe.base.types import F32
+from edgemoe.quantize.gptq import Hessian, descend_columns, round_columns
+from edgemoe.quantize.grids import Scalar
 from edgemoe.targets.onnx.formats import FORMATS, Packed, dequantize, pack, piece_bytes, quantize, unpack
 
 CHUNK = 256  # columns: two of the largest blocks
@@ -24,31 +25,31 @@ def feeds_back(name: str) -> bool:
     return FORMATS[name].block > 0
 
 
-def pack_rows(rows: Floats, name: str, importance: Floats | None, moments: Moments | None) -> NDArray[np.uint8]:
-    """Rows [R, C] in a format [R, bytes], by the stock search with this importance, or with feedback where there are second moments.
+def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
+    """Rows [R, C] in a format [R, bytes], by the stock search with this importance, or with feedback where there is a Hessian.
 
     Raises:
         ModelError: a weight is NaN or infinite.
     """
     if not np.isfinite(rows).all():
         raise ModelError(f"{name}: a row holds NaN or infinite weights")
-    return _side_by_side(quantize(rows, name, importance) if moments is None else quantize_fed_back(rows, name, moments))
+    return _side_by_side(quantize(rows, name, importance) if hessian is None else quantize_fed_back(rows, name, hessian))
 
 
-def descend_rows(packed: NDArray[np.uint8], name: str, values: Floats, moments: Moments, gradient: Floats) -> NDArray[np.uint8]:
+def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
     """Every code chosen again, all others given: packed rows anew; values and gradient change in place.
 
     Args:
         packed: rows [R, bytes].
         name: the format.
         values: what they decode to [R, C].
-        moments: of the inputs, H.
+        hessian: of the inputs, H.
         gradient: (weights - values) H [R, C].
     """
     cols, bits = values.shape[1], FORMATS[name].bits
     parts = split_rows(packed, name, cols)
     codes = unpack(parts.codes, bits, cols).astype(np.int32)
-    descend_columns(codes, values, _grid_of(parts, name), moments, gradient, slice(0, cols))
+    descend_columns(codes, values, _grid_of(parts, name), hessian, gradient, slice(0, cols))
     return _side_by_side(replace(parts, codes=pack(codes.astype(np.uint8), bits)))
 
 
@@ -67,12 +68,12 @@ def split_rows(packed: NDArray[np.uint8], name: str, cols: int) -> Packed:
     return Packed(codes=np.ascontiguousarray(codes), scales=scales, zeros=others[1] if len(others) > 1 else None)
 
 
-def unpack_rows(packed: NDArray[np.uint8], name: str, cols: int) -> Floats:
+def unpack_rows(packed: NDArray[np.uint8], name: str, cols: int) -> F32:
     """What packed rows stand for [R, cols]."""
     return dequantize(split_rows(packed, name, cols), name, cols)
 
 
-def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = SWEEPS) -> Packed:
+def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> Packed:
     """Rows [R, C] in a format that brings (w - q) H (w - q)' of each row down.
 
     Chunk after chunk, the stock search finds scales and zero points for what the errors of earlier chunks left of it; they stay.
@@ -80,7 +81,7 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
     Args:
         rows: weights, finite.
         name: the format.
-        moments: of the matrix's inputs, [C, C].
+        hessian: of the matrix's inputs, [C, C].
         sweeps: of choosing every code again, all others given.
     """
     cols = rows.shape[1]
@@ -89,17 +90,17 @@ def quantize_fed_back(rows: Floats, name: str, moments: Moments, sweeps: int = S
     codes = np.empty(rows.shape, np.int32)
     for start in range(0, cols, CHUNK):
         chunk = slice(start, min(start + CHUNK, cols))
-        stock = quantize(left[:, chunk], name, moments.importance[chunk])
+        stock = quantize(left[:, chunk], name, hessian.importance[chunk])
         grid = _grid_of(stock, name)
-        codes[:, chunk], values[:, chunk], correction = round_columns(left, grid, moments, chunk)
+        codes[:, chunk], values[:, chunk], correction = round_columns(left, grid, hessian, chunk)
         left[:, chunk.stop :] -= correction
         grids.append((chunk, stock, grid))
     if sweeps:
-        gradient = np.asarray((rows - values) @ moments.h, np.float32)
+        gradient = np.asarray((rows - values) @ hessian.h, np.float32)
     for _ in range(sweeps):
         for chunk, _, grid in grids:
             part = codes[:, chunk].copy()
-            descend_columns(part, values, grid, moments, gradient, chunk)
+            descend_columns(part, values, grid, hessian, gradient, chunk)
             codes[:, chunk] = part
     return _join(codes.astype(np.uint8), [stock for _, stock, _ in grids], name)
 

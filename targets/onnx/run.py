@@ -42,7 +42,7 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     prompts = list(job.get("prompts", ()))
     encode, decode = _open_tokenizer(path) if prompts else (None, None)
     ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
-    full = {**job, "prompts": list(ids.values()), "ends": _ends(path), "needs": list(_needs(path))}
+    full = {**job, "prompts": list(ids.values()), "ends": _eos_ids(path), "needs": list(_needs(path))}
     result = run_job(CHILD, path, full, on_logits, runtime="onnxruntime", hint=INSTALL, environment={})
     if decode:
         answers = zip(ids, result["samples"], strict=True)
@@ -99,15 +99,15 @@ def _open_tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[l
     return lambda text: list(processor.encode(text, add_bos=True)), lambda ids: str(processor.decode(ids))
 
 
-def _ends(path: Path) -> list[int]:
+def _eos_ids(path: Path) -> list[int]:
     """Tokens that end a text, from the configuration beside the model."""
     for name in ("generation_config.json", "config.json"):
         try:
-            ends = json.loads((_folder(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
+            eos_ids = json.loads((_folder(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
-        if ends is not None:
-            return [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+        if eos_ids is not None:
+            return [int(end) for end in (eos_ids if isinstance(eos_ids, list) else [eos_ids])]
     return []
 
 

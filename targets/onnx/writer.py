@@ -7,7 +7,7 @@ layer).  So the planner knows both files to the byte before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgemoe import __version__
 from edgemoe.base.errors import ModelError
+from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
 from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit, is_planned
 from edgemoe.model.checkpoint import read_packed, read_tensor
@@ -151,7 +152,7 @@ def write(
     plan: Plan,
     folder: Path,
     shard_max: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     layout: str = "onnx",
 ) -> Artifact:
@@ -197,9 +198,7 @@ def _layer_groups(plan: Plan) -> dict[int, list[tuple[str, tuple[int, ...]]]]:
     }
 
 
-def _fill(
-    path: Path, sheet: Sheet, size: int, contents: Iterator[tuple[str, int, NDArray[Any]]], progress: Callable[[int, int], None] | None
-) -> None:
+def _fill(path: Path, sheet: Sheet, size: int, contents: Iterator[tuple[str, int, NDArray[Any]]], progress: Progress | None) -> None:
     """Write every piece at its place; holes and the end are zero."""
     total, written = sum(place.size for place in sheet.places.values()), 0
     with path.open("wb") as file:

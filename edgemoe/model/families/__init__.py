@@ -44,7 +44,7 @@ class Family:
     gguf_keys: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # arch keys beyond the common ones
 
 
-ENDS = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
+OUTER_NAMES = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
 ATTENTION = {role: name for role, name in MODULE_NAMES.items() if role not in ("ffn_gate_inp", "attn_q_norm", "attn_k_norm")}
 QK_NORMS = {role: MODULE_NAMES[role] for role in ("attn_q_norm", "attn_k_norm")}
 

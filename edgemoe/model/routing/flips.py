@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
 from edgemoe.ir import Probe
 
 TYPICAL = 0.01  # nats: Q of plans of 3 to 5 bits a weight; chosen on the bundled models, .03 does as well (docs/pricing.md, 5)
 KAPPAS = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 400)])  # square roots of nats; the best of these (2.3 % apart) is taken
 
 
-def routers_behind(role: str, layer: int, n_layers: int) -> NDArray[np.float64]:
+def routers_behind(role: str, layer: int, n_layers: int) -> F64:
     """Which routers a change in a tensor can move [layers]: 1 or 0."""
     if role == "token_embd":
         first = 0
@@ -32,25 +32,23 @@ def routers_behind(role: str, layer: int, n_layers: int) -> NDArray[np.float64]:
         first = n_layers
     else:
         first = layer if role.startswith("attn") else layer + 1
-    behind: NDArray[np.float64] = (np.arange(n_layers) >= first).astype(np.float64)
+    behind: F64 = (np.arange(n_layers) >= first).astype(np.float64)
     return behind
 
 
-def without_flips(kl: NDArray[np.float64] | float, kappa: NDArray[np.float64] | float) -> NDArray[np.float64]:
+def without_flips(kl: F64 | float, kappa: F64 | float) -> F64:
     """The q of KL = q + kappa sqrt(q)."""
     root = (np.sqrt(np.square(kappa) + 4 * np.maximum(kl, 0.0)) - kappa) / 2
     return np.asarray(root**2)
 
 
-def additive_part(kl: NDArray[np.float64] | float, kappa: NDArray[np.float64] | float) -> NDArray[np.float64]:
+def additive_part(kl: F64 | float, kappa: F64 | float) -> F64:
     """The price that stands for a probe of this KL, `kappa` being that of the formula times the share of routers behind it."""
-    part: NDArray[np.float64] = without_flips(kl, kappa) * (1 + np.asarray(kappa) / (2 * np.sqrt(TYPICAL)))
+    part: F64 = without_flips(kl, kappa) * (1 + np.asarray(kappa) / (2 * np.sqrt(TYPICAL)))
     return part
 
 
-def fit_flips(
-    tensors: Sequence[Probe], n_layers: int, probed: NDArray[np.float64], whole: Sequence[tuple[NDArray[np.float64], float]]
-) -> tuple[float, float]:
+def fit_flips(tensors: Sequence[Probe], n_layers: int, probed: F64, whole: Sequence[tuple[F64, float]]) -> tuple[float, float]:
     """Kappa of the formula above, and kappa of KL = C + kappa sqrt(C), where C is a sum of prices.
 
     Args:
@@ -66,12 +64,12 @@ def fit_flips(
     reach, measured = behind.mean(axis=0), np.array([kl for _, kl in whole])
     parts = np.stack([part for part, _ in whole]) / np.maximum(probed, 1e-300)  # [probes, U]
 
-    def misfit(predicted: NDArray[np.float64]) -> float:
+    def misfit(predicted: F64) -> float:
         return float(np.square(np.log(np.maximum(predicted, 1e-300) / measured)).sum())
 
-    def with_flips(kappa: float) -> NDArray[np.float64]:
+    def with_flips(kappa: float) -> F64:
         q = parts * without_flips(probed, kappa * reach)
-        total: NDArray[np.float64] = q.sum(axis=1) + kappa * np.sqrt(q @ behind.T).mean(axis=1)
+        total: F64 = q.sum(axis=1) + kappa * np.sqrt(q @ behind.T).mean(axis=1)
         return total
 
     kappa = float(min(KAPPAS, key=lambda k: misfit(with_flips(k))))

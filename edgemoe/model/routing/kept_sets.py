@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.types import F64
+
 MAX_COUNTS = 64  # kept counts offered
 SWAP_UP_TO = 16  # experts; above, swaps cost minutes a layer and win little
 COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to be believed alone
@@ -31,9 +33,9 @@ def offered_counts(n_experts: int, top_k: int, groups: int = 1) -> tuple[int, ..
     return tuple(int(n) * groups for n in np.unique(np.rint(counts)))
 
 
-def drop_floor(count: NDArray[np.int64], energy: NDArray[np.float64]) -> NDArray[np.float64]:
+def drop_floor(count: NDArray[np.int64], energy: F64) -> F64:
     """The least that dropping each expert costs [E], for want of evidence: the layer's mean energy, shrunk away by the tokens seen."""
-    floor: NDArray[np.float64] = SHRINK_TOKENS / (SHRINK_TOKENS + count) * energy.mean()
+    floor: F64 = SHRINK_TOKENS / (SHRINK_TOKENS + count) * energy.mean()
     return np.where(count < COLD_TOKENS, floor, 0.0)
 
 
@@ -41,12 +43,12 @@ def drop_floor(count: NDArray[np.int64], energy: NDArray[np.float64]) -> NDArray
 class Replay:
     """What one layer's replay tokens need for pricing any kept set (N tokens, E experts, K candidates in falling order)."""
 
-    probs: NDArray[np.float64]  # [N, E] softmax of the router logits over all experts
+    probs: F64  # [N, E] softmax of the router logits over all experts
     candidates: NDArray[np.int64]  # [N, K]
-    gram: NDArray[np.float64]  # [N, K, K] of the candidates' outputs
-    weights: NDArray[np.float64]  # [N] in the loss: the token's share over the square of its stream
-    shares: NDArray[np.float64]  # [N] in means over tokens, summing to 1
-    floor: NDArray[np.float64]  # [E] least cost of dropping each expert, same unit as the loss
+    gram: F64  # [N, K, K] of the candidates' outputs
+    weights: F64  # [N] in the loss: the token's share over the square of its stream
+    shares: F64  # [N] in means over tokens, summing to 1
+    floor: F64  # [E] least cost of dropping each expert, same unit as the loss
     top_k: int
     renormalize: bool
 
@@ -57,13 +59,13 @@ class Menu:
 
     counts: tuple[int, ...]
     kept: NDArray[np.bool_]  # [C, E]
-    loss: NDArray[np.float64]  # [C]
-    gate_sq: NDArray[np.float64]  # [C, E] mean over tokens of g(S)^2
+    loss: F64  # [C]
+    gate_sq: F64  # [C, E] mean over tokens of g(S)^2
     order: NDArray[np.int64]  # [G] experts in the order in which they went
-    path: NDArray[np.float64]  # [G + 1] loss when 0, 1, .. of them are gone
+    path: F64  # [G + 1] loss when 0, 1, .. of them are gone
 
 
-def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: NDArray[np.float64], top_k: int, *, renormalize: bool) -> Replay:
+def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, top_k: int, *, renormalize: bool) -> Replay:
     """A layer's arrays of Stats as a Replay; tokens of each domain share the domain's weight."""
     logits = arrays["replay_logits"].astype(np.float64)
     probs = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -101,21 +103,19 @@ class _Selection:
     candidates: NDArray[np.int64]  # [N, W]
     chosen: NDArray[np.bool_]  # [N, W] the top-k of the kept set
     runner_up: NDArray[np.bool_]  # [N, W] who would follow
-    original: NDArray[np.float64]  # [N, W] gates with every expert kept
-    p: NDArray[np.float64]  # [N, W]
-    gram: NDArray[np.float64]  # [N, W, W]
-    mass: NDArray[np.float64]  # [N] probability of the rows that are left
+    original: F64  # [N, W] gates with every expert kept
+    p: F64  # [N, W]
+    gram: F64  # [N, W, W]
+    mass: F64  # [N] probability of the rows that are left
 
-    def loss(
-        self, chosen: NDArray[np.bool_], mass: NDArray[np.float64], tokens: NDArray[np.bool_] | slice = slice(None)
-    ) -> NDArray[np.float64]:
+    def loss(self, chosen: NDArray[np.bool_], mass: F64, tokens: NDArray[np.bool_] | slice = slice(None)) -> F64:
         """|y(choice) - y|^2 of some tokens, gates as the runtime computes them from the rows that are left."""
         raw = self.p[tokens] * chosen[tokens]
         total = raw.sum(axis=1) if self.renormalize else mass[tokens]
         return _quadratic(self.gram[tokens], raw / np.maximum(total, 1e-30)[:, None] - self.original[tokens])
 
 
-def _select(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> _Selection:
+def _select(replay: Replay, kept: NDArray[np.bool_], original: F64) -> _Selection:
     """The selection from a kept set, cut down to the 2k + 1 columns whose gates can be other than zero."""
     alive = kept[replay.candidates]
     rank = alive.cumsum(axis=1)
@@ -136,14 +136,14 @@ def _select(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float6
     )
 
 
-def original_gates(replay: Replay) -> NDArray[np.float64]:
+def original_gates(replay: Replay) -> F64:
     """Gates of the candidates [N, K] with every expert kept: the first top-k of each token."""
     p = np.take_along_axis(replay.probs, replay.candidates, axis=1)
     p[:, replay.top_k :] = 0
     return p / p.sum(axis=1, keepdims=True) if replay.renormalize else p
 
 
-def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
+def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, F64]:
     """Loss of one kept set, and mean squared gate of each expert under it [E]."""
     selection = _select(replay, kept, original_gates(replay))
     loss = float(replay.weights @ selection.loss(selection.chosen, selection.mass)) + float(replay.floor[~kept].sum())
@@ -154,12 +154,12 @@ def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, NDArray[np
     return loss, gate_sq
 
 
-def _quadratic(gram: NDArray[np.float64], delta: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = ((gram @ delta[:, :, None])[:, :, 0] * delta).sum(axis=1)
+def _quadratic(gram: F64, delta: F64) -> F64:
+    result: F64 = ((gram @ delta[:, :, None])[:, :, 0] * delta).sum(axis=1)
     return result
 
 
-def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> NDArray[np.float64]:
+def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: F64) -> F64:
     """Loss of the kept set without each of its experts [E] (inf for experts not in it): all removals from one pass over the tokens."""
     selection = _select(replay, kept, original)
     base = selection.loss(selection.chosen, selection.mass)
@@ -183,14 +183,14 @@ def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np
     return np.where(kept, total, np.inf)
 
 
-def _scaled_losses(replay: Replay, selection: _Selection) -> NDArray[np.float64]:
+def _scaled_losses(replay: Replay, selection: _Selection) -> F64:
     """Loss of each token [N, E] when a row that it has not chosen leaves the softmax: its gates grow by one factor."""
     raw = selection.p * selection.chosen
     weighted = (selection.gram @ raw[:, :, None])[:, :, 0]
     aa, ab = (weighted * raw).sum(axis=1), (weighted * selection.original).sum(axis=1)
     cc = _quadratic(selection.gram, selection.original)
     scale = 1 / np.maximum(selection.mass[:, None] - replay.probs, 1e-30)
-    result: NDArray[np.float64] = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None]
+    result: F64 = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None]
     return result
 
 
@@ -220,7 +220,7 @@ def build_menu(replay: Replay, counts: tuple[int, ...]) -> Menu:
     )
 
 
-def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: F64) -> NDArray[np.bool_]:
     """Take back one dropped expert and drop the cheapest instead, while that lowers the loss."""
     loss = set_loss(replay, kept)[0]
     improved = True

@@ -1,0 +1,8 @@
+"""How a stage says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]  # (steps done, all steps) of one stage
+StageProgress = Callable[[str, int, int], None]  # (stage, steps done, all steps)
