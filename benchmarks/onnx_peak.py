@@ -25,8 +25,9 @@ import numpy as np
 from edgemoe.ir import Model
 from edgemoe.ir.memory import peak
 from edgemoe.targets.child_process import run_job
-from edgemoe.targets.onnx import list_units, memory_parts, run, unit_extra
-from edgemoe.targets.onnx.memory import RUNTIME
+from edgemoe.targets.onnx.memory import RUNTIME, memory_parts, unit_extra
+from edgemoe.targets.onnx.run import run
+from edgemoe.targets.onnx.writer import list_units
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from onnx_random import random_model, spread_formats, write_random  # real graphs with random weights

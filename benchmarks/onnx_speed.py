@@ -91,8 +91,8 @@ def example_files(folder: Path) -> dict[str, tuple[Any, Path]]:
         found[f"tiny-moe, {name}: ONNX"] = (onnx, artifact.path)
         out = folder / f"gguf-{kind}"
         out.mkdir()
-        plan = flat_plan(model, {u.name: kind if u.role.endswith("_exps") else "Q8_0" for u in gguf.list_units(model)})
-        written = gguf.write(model, flat_stats(model, out / "stats"), plan, out, 2**40, None)
+        plan = flat_plan(model, {u.name: kind if u.role.endswith("_exps") else "Q8_0" for u in gguf.TARGET.list_units(model)})
+        written = gguf.TARGET.write(model, flat_stats(model, out / "stats"), plan, out, 2**40, None)
         found[f"tiny-moe, {name}: GGUF"] = (gguf, written.path)
     return found
 

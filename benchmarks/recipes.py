@@ -17,7 +17,7 @@ from edgemoe.plan.pmq import allocate_bits
 from edgemoe.price.saliency import score_experts
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
 from edgemoe.targets.gguf.mixes import fall_back
-from edgemoe.targets.gguf.writer import fixed_size, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes, list_units
 
 Kept = tuple[tuple[int, ...], ...]
 PMQ_BITS = (1, 2, 3)
@@ -48,7 +48,7 @@ def unit_bytes(model: Model, unit: Unit, kind: str, count: int) -> int:
 
 def file_bytes(model: Model, types: Mapping[str, str], count: int) -> int:
     """Bytes of the whole file."""
-    return fixed_size(model, count) + sum(unit_bytes(model, u, types[u.name], count) for u in list_units(model))
+    return fixed_sizes(model, [count])[0] + sum(unit_bytes(model, u, types[u.name], count) for u in list_units(model))
 
 
 # ------------------------------------------------------------------------------------------------------------------- drops

@@ -20,7 +20,7 @@ from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets.gguf.formats import FORMATS, NARROW, OFFERED, WIDE, round_rows
-from edgemoe.targets.gguf.writer import fixed_size, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes, list_units
 
 TRIM = 0.01  # of the rows with the least and the largest error, where there are 100 or more
 HALVINGS, DOUBLINGS = 40, 60  # of the price of a bit
@@ -52,7 +52,7 @@ def make_shelf(model: Model, count: int) -> Shelf:
     size = np.full(offered.shape, 2**60, np.int64)
     for u, f in np.argwhere(offered):
         size[u, f] = unit_bytes(model, units[u], OFFERED[f], count)
-    return Shelf(units=units, types=OFFERED, size=size, offered=offered, fixed=fixed_size(model, count))
+    return Shelf(units=units, types=OFFERED, size=size, offered=offered, fixed=fixed_sizes(model, [count])[0])
 
 
 def offered_types(cols: int) -> tuple[str, ...]:

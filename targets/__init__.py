@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from edgemoe.base.progress import Progress
 from edgemoe.base.storage import hash_file
 from edgemoe.base.types import F32
 from edgemoe.devices.profiles import Device
-from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Stats, Unit
+from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Report, Stats, Unit
 from edgemoe.ir.memory import Layout
 from edgemoe.quantize.gptq import Hessian
 
@@ -35,86 +35,65 @@ class Runs:
     fallback_note: str = ""  # what to tell then
 
 
-class Target(Protocol):
-    """What the stages need of a target; a module with these names is one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What reports and cards say differently of a target."""
 
-    FORM: str  # "stacks" or "experts": see Costs
-    OFFERED: tuple[str, ...]
-    RUNS: Runs
-    SPLITS: bool  # whether `write` can split its file
-    FIXED_NAMES: tuple[str, ...]  # of files that every artifact has, whatever the model: a folder of other files may have them too
+    library: str  # the front matter's library_name
+    beside: str  # the second figure of KL
+    beside_in_summary: bool  # the terminal shows it too
+    beside_note: str
+    launch_note: str
+    language: str  # of the launch lines
+    launch_lines: Callable[[Report], list[str]]  # how to run what the plan is for
+    modelfile: Callable[[Report], list[str]] | None = None  # Ollama's, where it loads such files
 
-    def list_units(self, model: Model) -> list[Unit]:
-        """Everything that gets a format, in file order; in the experts form one unit for each expert, all three matrices."""
-        ...
 
-    def offered_formats(self, model: Model, unit: Unit) -> tuple[str, ...]:
-        """Formats that can store a unit."""
-        ...
+OnLogits = Callable[[int, F32], None]  # (window number, logits [tokens, vocab])
 
-    def unit_size(self, model: Model, unit: Unit, name: str, count: int) -> int:
-        """Bytes of a unit in the artifact, padding included; of a stack with `count` kept experts."""
-        ...
 
-    def unit_extra(self, model: Model, unit: Unit, name: str, count: int) -> int:
-        """Bytes that the process holds for a unit beyond those of the file."""
-        ...
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A kind of file that a plan can be written as: its formats, exact bytes and rules, and how to write and run it.
 
-    def unit_staging(self, model: Model, unit: Unit, name: str, size: int) -> int:
-        """Bytes of the temporary copy that loading a unit of this size needs."""
-        ...
+    The stages know a target by this record alone, so a new target is a folder that makes one.
+    """
 
-    def on_device(self, costs: Costs, device: Device) -> Costs:
-        """A price list of this target with the bytes that a box holds beyond the file's."""
-        ...
+    name: str
+    form: str  # "stacks" or "experts": see Costs
+    offered: tuple[str, ...]  # formats
+    runs: Runs
+    words: Words
+    splits: bool  # whether `write` can split its file
+    fixed_names: tuple[str, ...]  # of files that every artifact has, whatever the model: a folder of other files may have them too
 
-    def fixed_size(self, model: Model, count: int) -> int:
-        """Bytes of everything that gets no format: header, metadata, norms, routers."""
-        ...
+    # -------------------------------------------------------------------------------------------------------- what it holds
+    list_units: Callable[[Model], list[Unit]]  # all that gets a format, in file order; in the experts form one unit for each expert
+    offered_formats: Callable[[Model, Unit], tuple[str, ...]]  # that can store a unit
+    unit_size: Callable[
+        [Model, Unit, str, int], int
+    ]  # bytes of a unit in the artifact in a format, padded; of a stack with so many experts
+    unit_extra: Callable[[Model, Unit, str, int], int]  # bytes that the process holds for it beyond those of the file
+    unit_staging: Callable[[Model, Unit, str, int], int]  # bytes of the copy that loading a unit of this size needs
+    fixed_sizes: Callable[[Model, Sequence[int]], list[int]]  # bytes of all that gets no format, for each kept count
+    memory_parts: Callable[[Model | Layout, int], dict[str, int]]  # what the process needs beside the weights at a context (ir/memory.py)
+    on_device: Callable[[Costs, Device], Costs]  # a price list with the bytes that a box holds beyond the file's
 
-    def memory_parts(self, model: Model | Layout, context: int) -> dict[str, int]:
-        """What the process needs beside the weights (see memory.py); a layout is enough."""
-        ...
+    # ------------------------------------------------------------------------------------------------------------- rounding
+    round_rows: Callable[[F32, str, F32 | None], F32]  # rows, format, importance of the columns -> what they become
+    input_block: Callable[[str, str], int]  # format, role -> inputs of a product that kernels round to int8 together; 0: none
+    feeds_back: Callable[[str], bool]  # whether `pack_rows` uses a Hessian in this format
+    # rows, format, importance, Hessian of the inputs or None -> packed rows [R, bytes]: stock quantizer, or with feedback
+    pack_rows: Callable[[F32, str, F32 | None, Hessian | None], NDArray[np.uint8]]
+    # packed rows, format, values [R, C], Hessian, gradient (W - Q) H -> packed rows, every code chosen again; both arrays change in place
+    descend_rows: Callable[[NDArray[np.uint8], str, F32, Hessian, F32], NDArray[np.uint8]]
+    unpack_rows: Callable[[NDArray[np.uint8], str, int], F32]  # packed rows, format, columns -> what they stand for
 
-    def round_rows(self, rows: F32, name: str, importance: F32 | None) -> F32:
-        """What rows become when stored in a format."""
-        ...
-
-    def input_block(self, name: str, role: str) -> int:
-        """How many inputs of a product with a matrix of this role and format kernels round to int8 together; 0: none (`round_to_int8`)."""
-        ...
-
-    def feeds_back(self, name: str) -> bool:
-        """Whether `pack_rows` uses Hessian in this format."""
-        ...
-
-    def pack_rows(self, rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
-        """Rows as the artifact stores them [R, bytes], by the stock quantizer or, with Hessian of the inputs, with feedback."""
-        ...
-
-    def descend_rows(self, packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
-        """Packed rows with every code chosen again, given the gradient (W - Q) H; values [R, C] and gradient change in place."""
-        ...
-
-    def unpack_rows(self, packed: NDArray[np.uint8], name: str, cols: int) -> F32:
-        """What packed rows stand for [R, cols]."""
-        ...
-
-    def write(self, model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int, progress: Progress | None) -> Artifact:
-        """Write the artifact into a folder."""
-        ...
-
-    def run(self, path: Path, job: Mapping[str, Any], on_logits: Callable[[int, F32], None] | None) -> dict[str, Any]:
-        """Run the artifact in a child process."""
-        ...
-
-    def check_tokenizer(self, path: Path, model: Model, lines: Sequence[str]) -> list[str]:
-        """Lines that the artifact tokenizes otherwise than the original."""
-        ...
-
-    def runtime(self) -> str:
-        """Name and version of what runs the artifact."""
-        ...
+    # ------------------------------------------------------------------------------------------------------------------ files
+    write: Callable[[Model, Stats, Plan, Path, int, Progress | None], Artifact]  # model, stats, plan, folder, most bytes of a file or 0
+    run: Callable[[Path, Mapping[str, Any], OnLogits | None], dict[str, Any]]  # a job in a child process (see child.py)
+    check_tokenizer: Callable[[Path, Model, Sequence[str]], list[str]]  # lines that the artifact tokenizes otherwise than the original
+    runtime: Callable[[], str]  # name and version of what runs the artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +108,11 @@ class Sizes:
 
 def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Sequence[int]) -> Sizes:
     """What every unit takes in every format, for each kept count; 0 where a format is not offered."""
-    size = np.zeros((len(counts), len(units), len(target.OFFERED)), np.int64)
+    size = np.zeros((len(counts), len(units), len(target.offered)), np.int64)
     extra, staging, offered = np.zeros_like(size), np.zeros_like(size), np.zeros(size.shape[1:], bool)
     for u, unit in enumerate(units):
         for name in target.offered_formats(model, unit):
-            f = target.OFFERED.index(name)
+            f = target.offered.index(name)
             offered[u, f] = True
             for c, count in enumerate(counts if unit.is_stack else counts[:1]):
                 where = c if unit.is_stack else slice(None)
@@ -173,4 +152,5 @@ def find_target(name: str) -> Target:
     """
     if name not in TARGETS:
         raise UsageError(f"target {name!r} is not known", hint=f"known: {', '.join(TARGETS)}")
-    return cast(Target, importlib.import_module(f"edgemoe.targets.{name}"))
+    target: Target = importlib.import_module(f"edgemoe.targets.{name}").TARGET
+    return target

@@ -18,7 +18,8 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_int8
-from edgemoe.targets.onnx import input_block, round_rows, write
+from edgemoe.targets.onnx.formats import input_block, round_rows
+from edgemoe.targets.onnx.writer import write
 
 hand_plan = partial(flat_plan, target="onnx")
 

@@ -45,7 +45,7 @@ from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.run import run
-from edgemoe.targets.gguf.writer import fixed_size, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes, list_units
 
 WIDTH = 96  # of 160: no multiple of 64, nor half
 
@@ -193,7 +193,7 @@ def test_a_narrowed_file_gives_the_logits_of_the_sliced_original(family: str, so
     job = {"windows": tokens.tolist(), "vocab_size": model.vocab_size, "exact": True, "repack": False}
     run(artifact.path, job, lambda _, logits: found.append(logits))
     assert np.median(np.abs(found[0] - expected).max(axis=1)) < 1e-3
-    assert artifact.size == plan.file_size == fixed_size(inspect_model(by_hand), 4) + sum(plan.sizes.values())
+    assert artifact.size == plan.file_size == fixed_sizes(inspect_model(by_hand), [4])[0] + sum(plan.sizes.values())
     assert [u.n_weights for u in list_units(narrow)] == [u.n_weights for u in list_units(inspect_model(by_hand))]
     assert f"-W{WIDTH}-" in artifact.path.name
 

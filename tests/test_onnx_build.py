@@ -69,7 +69,7 @@ def test_the_folder_holds_what_the_report_lists(built: Built) -> None:
     listed = {f.name: f.size for f in report.artifact.files}
     assert list(listed)[:2] == ["model.onnx", "model.onnx.data"] and "tokenizer.json" in listed
     assert {p.name: p.stat().st_size for p in built.out.iterdir() if p.name not in PAPERS} == listed
-    assert set(listed) <= set(TARGET.FIXED_NAMES)
+    assert set(listed) <= set(TARGET.fixed_names)
 
 
 def test_bytes_are_the_plans_and_the_process_stays_within_the_budget(built: Built) -> None:

@@ -20,9 +20,8 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
 from edgemoe.quantize.gptq import factor_hessian, objective
 from edgemoe.stream.texts import SHIPPED, read_text
-from edgemoe.targets.onnx import OFFERED, feeds_back, pack_rows, unpack_rows
-from edgemoe.targets.onnx.formats import dequantize, piece_bytes, quantize, round_rows
-from edgemoe.targets.onnx.rounding import quantize_fed_back, split_rows
+from edgemoe.targets.onnx.formats import OFFERED, dequantize, piece_bytes, quantize, round_rows
+from edgemoe.targets.onnx.rounding import feeds_back, pack_rows, quantize_fed_back, split_rows, unpack_rows
 
 TOKENS = 2048
 

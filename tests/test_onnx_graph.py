@@ -23,10 +23,10 @@ from edgemoe.base.errors import MachineError, ModelError
 from edgemoe.base.types import F32
 from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.onnx import fixed_size, list_units, offered_formats, unit_size, write
 from edgemoe.targets.onnx.decoder import build_decoder
 from edgemoe.targets.onnx.graph_builder import Sheet, make_model
 from edgemoe.targets.onnx.router import Router, add_router
+from edgemoe.targets.onnx.writer import fixed_sizes, list_units, offered_formats, unit_size, write
 
 KEPT = ((0, 1, 3, 4, 6, 7), (2, 5))  # other experts and another number in each layer
 MIX = ("INT2_128", "INT3_128", "INT4_32", "INT8_128", "F32", "INT4_64", "INT8_32", "INT3_64")
@@ -328,7 +328,7 @@ def test_every_unit_is_offered_formats_that_it_can_be_written_in(cases: dict[str
         sizes = [unit_size(model, unit, name, 8) for name in names]
         assert sizes == sorted(sizes, reverse=True)
         assert any(name.startswith("INT3") for name in names) == (unit.expert >= 0)
-    assert fixed_size(model, 2) == fixed_size(model, 8)
+    assert fixed_sizes(model, [2])[0] == fixed_sizes(model, [8])[0]
 
 
 NARROW = {"INT8_32", "INT4_32", "INT4_64", "INT3_64", "INT3_32"}

@@ -17,7 +17,7 @@ from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model, Plan
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import find_target
-from edgemoe.targets.onnx import FIXED_NAMES
+from edgemoe.targets.onnx import TARGET
 from edgemoe.targets.onnx.files import allowed, write_sidecars
 
 TINY = EXAMPLES / "tiny-moe"
@@ -44,7 +44,7 @@ def written(model: Model, folder: Path, **options: Any) -> dict[str, Any]:
     folder.mkdir()
     names = write_sidecars(model, plan_for(model), folder, **options)
     assert names == sorted(p.name for p in folder.iterdir())
-    assert set(names) <= set(FIXED_NAMES)
+    assert set(names) <= set(TARGET.fixed_names)
     return {name: json.loads((folder / name).read_text()) for name in names if name.endswith(".json")}
 
 
@@ -197,7 +197,7 @@ def test_the_browser_target_offers_what_onnx_offers_but_three_bits() -> None:
     for unit in plain.list_units(model):
         offered = plain.offered_formats(model, unit)
         assert browser.offered_formats(model, unit) == tuple(name for name in offered if not name.startswith("INT3"))
-    assert set(browser.OFFERED) == {name for name in plain.OFFERED if not name.startswith("INT3")} < set(plain.OFFERED)
+    assert set(browser.offered) == {name for name in plain.offered if not name.startswith("INT3")} < set(plain.offered)
 
 
 @pytest.mark.parametrize("target", ["onnx", "browser"])

@@ -20,7 +20,9 @@ from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.ir import Model, Unit
 from edgemoe.ir.memory import peak
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.onnx import check_tokenizer, list_units, memory_parts, run, unit_extra
+from edgemoe.targets.onnx.memory import memory_parts, unit_extra
+from edgemoe.targets.onnx.run import check_tokenizer, run
+from edgemoe.targets.onnx.writer import list_units
 
 LONG = 150  # tokens: more than two chunks, and a rest
 PROMPTS = ["The old river ", "def main("]

@@ -58,7 +58,7 @@ def stored(model: Model, texts: list[Text], stats: Stats, plan: Plan, tmp_path_f
 
 
 def test_every_matrix_of_the_plan_is_packed_in_its_format(stored: Model, plan: Plan) -> None:
-    formats = {(u.role, u.layer): plan.formats[u.name] for u in gguf.list_units(stored)}
+    formats = {(u.role, u.layer): plan.formats[u.name] for u in gguf.TARGET.list_units(stored)}
     for tensor in stored.tensors:
         survives = tensor.expert < 0 or tensor.expert in plan.kept[tensor.layer]
         assert tensor.packed == (formats.get((tensor.role, tensor.layer), "") if survives else ""), tensor
@@ -67,12 +67,12 @@ def test_every_matrix_of_the_plan_is_packed_in_its_format(stored: Model, plan: P
 def test_the_file_holds_the_packed_rows(stored: Model, stats: Stats, plan: Plan, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
-    path = gguf.write(stored, stats, plan, tmp_path, 0, None).path
+    path = gguf.TARGET.write(stored, stats, plan, tmp_path, 0, None).path
     found = {t.name: t.data for t in GGUFReader(path).tensors}
     for tensor in stored.tensors:
         if tensor.packed and tensor.role in ("ffn_down_exps", "attn_v", "output"):
             rows = read_packed(stored.folder, tensor, row_bytes(tensor.packed, tensor.shape[1]))
-            name = next(u.name for u in gguf.list_units(stored) if (u.role, u.layer) == (tensor.role, tensor.layer))
+            name = next(u.name for u in gguf.TARGET.list_units(stored) if (u.role, u.layer) == (tensor.role, tensor.layer))
             data = found[name]
             mine = data[plan.kept[tensor.layer].index(tensor.expert)] if tensor.expert >= 0 else data
             np.testing.assert_array_equal(np.asarray(mine).reshape(rows.shape), rows)
@@ -84,7 +84,7 @@ def test_packed_weights_are_not_taken_for_plain_ones(stored: Model, stats: Stats
         read_tensor(stored.folder, tensor)
     other = replace(plan, formats=dict.fromkeys(plan.formats, "Q8_0"))
     with pytest.raises(ModelError, match="packed as"):
-        gguf.write(stored, stats, other, tmp_path, 0, None)
+        gguf.TARGET.write(stored, stats, other, tmp_path, 0, None)
 
 
 def test_guard_tokens_choose_between_stock_and_feedback() -> None:

@@ -123,7 +123,7 @@ def extra_bytes(model: Model, box: Device | None) -> dict[str, int]:
     costs = dataclasses.replace(
         random_costs(0, "stacks", layers=2, experts=model.n_experts),
         units=tuple(units),
-        formats=target.OFFERED,
+        formats=target.offered,
         counts=(model.n_experts,),
         fixed_size=np.zeros(1, np.int64),
         kept=np.ones((1, 2, model.n_experts), bool),

@@ -174,7 +174,7 @@ def flat_plan(
         kept=sets,
         formats=formats,
         sizes=sizes,
-        file_size=to.fixed_size(model, count) + sum(sizes.values()),
+        file_size=to.fixed_sizes(model, [count])[0] + sum(sizes.values()),
         memory={"peak": 2**30},
         q=0.0,
         drop_q=0.0,

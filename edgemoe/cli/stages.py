@@ -103,7 +103,7 @@ def emit(
     check_split(target, most)
     asked = collected.probes and (chosen.repair or rounding != "stock")  # an importance matrix does not say which texts it comes from
     texts = recall_texts(collected, calibration or []) if asked else choose_texts(calibration or [], [])[0]
-    prepare_output(output, force=force, names=target.FIXED_NAMES)
+    prepare_output(output, force=force, names=target.fixed_names)
     with show_progress() as progress:
         stored = store_weights(
             found,

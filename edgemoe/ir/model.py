@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Tensor:
         return self.n_weights * _DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: what it is asked for by role is indexed once
 class Model:
     """What the headers of a checkpoint say.  `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
 
@@ -75,11 +76,19 @@ class Model:
 
     def find(self, role: str, layer: int = -1, expert: int = -1) -> Tensor | None:
         """The tensor with this role, or None."""
-        return next((t for t in self.tensors if (t.role, t.layer, t.expert) == (role, layer, expert)), None)
+        return self._layers.get(layer, {}).get((role, expert))
 
     def of_layer(self, layer: int) -> dict[tuple[str, int], Tensor]:
         """The tensors of one layer by (role, expert); layer -1 holds embedding, output and the last norm."""
-        return {(t.role, t.expert): t for t in self.tensors if t.layer == layer}
+        return self._layers.get(layer, {})
+
+    @functools.cached_property
+    def _layers(self) -> dict[int, dict[tuple[str, int], Tensor]]:
+        """All tensors by layer, role and expert."""
+        found: dict[int, dict[tuple[str, int], Tensor]] = {}
+        for tensor in self.tensors:
+            found.setdefault(tensor.layer, {})[tensor.role, tensor.expert] = tensor
+        return found
 
 
 def tensor_name(role: str, layer: int) -> str:

@@ -37,7 +37,7 @@ def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage
     """
     job = prepare(request)
     check_budget(job)
-    prepare_output(request.out, force=request.force, names=job.target.FIXED_NAMES)
+    prepare_output(request.out, force=request.force, names=job.target.fixed_names)
     work = open_work(request.out, request.work)
     offer, plan = plan_widths(job, work, progress)
     offer, plan, rounds = refine(job, offer, plan, work, progress)

@@ -64,5 +64,5 @@ def check_split(target: Target, shard_max: int) -> None:
     Raises:
         UsageError: names the option.
     """
-    if shard_max and not target.SPLITS:
+    if shard_max and not target.splits:
         raise UsageError("--shard-max: only a GGUF can be split; ONNX is a graph and one data file", hint="leave --shard-max out")

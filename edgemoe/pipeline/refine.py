@@ -254,7 +254,7 @@ class Measurer:
         try:
             artifact = emit_artifact(stored, self.stats, plan, self.target, folder)
             alone = replace(self.windows, domain=np.arange(n))  # a text for each window: their scatter says how far to believe the mean
-            names, settings = [str(i) for i in range(n)], self.target.RUNS.compared
+            names, settings = [str(i) for i in range(n)], self.target.runs.compared
             scores = compare_logits(artifact.path, self.model, alone, original, names, self.target, settings=settings)
             kl, error = self._mean([s.kl_mean for s in scores])
             drop_kl, _ = self._mean(self._drops(plan, original, folder))

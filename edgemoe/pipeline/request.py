@@ -81,7 +81,7 @@ def prepare(request: BuildRequest) -> Job:
     """
     target = find_target(request.target)
     check_split(target, request.shard_max)
-    check_output(request.out, force=request.force, names=target.FIXED_NAMES)
+    check_output(request.out, force=request.force, names=target.fixed_names)
     check_solver(request.solver)
     check_rounding(request.rounding)
     model = inspect_model(request.model)
@@ -91,7 +91,7 @@ def prepare(request: BuildRequest) -> Job:
         model=model,
         target=target,
         context=choose_context(model, request.context),
-        widths=choose_widths(model, request.width, target.FORM),
+        widths=choose_widths(model, request.width, target.form),
         top_k=choose_top_k(model, request.top_k),
         calibration=calibration,
         heldout=heldout,

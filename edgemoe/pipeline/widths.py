@@ -95,7 +95,7 @@ def promised_kl(offer: Offer, plan: Plan) -> float:
 
 def price_cached(model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Progress | None) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
-    path = work / f"costs-{hash_json(stats.key, target.OFFERED, context, __version__, REVISION)[:16]}.json"
+    path = work / f"costs-{hash_json(stats.key, target.offered, context, __version__, REVISION)[:16]}.json"
     with alone(path):
         if not path.exists():
             save_record(path, price_choices(model, stats, target, context, progress))

@@ -51,7 +51,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
     units = target.list_units(model)
-    counts = (model.n_experts,) if target.FORM == "experts" else offered_counts(model.n_experts, model.top_k)
+    counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.top_k)
     sizes = count_bytes(model, target, units, counts)
     cost, input_cost = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape)
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
@@ -70,15 +70,15 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         else:
             scale, nats = 1.0, layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
         for f in np.flatnonzero(sizes.offered[u]):
-            input_cost[:, u, f] = nats.inputs[target.OFFERED[f]] * scale
-            cost[:, u, f] = nats.weights[target.OFFERED[f]] * scale + input_cost[:, u, f]
+            input_cost[:, u, f] = nats.inputs[target.offered[f]] * scale
+            cost[:, u, f] = nats.weights[target.offered[f]] * scale + input_cost[:, u, f]
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
         stats=stats.key,
-        form=target.FORM,
-        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
-        formats=target.OFFERED,
+        form=target.form,
+        target=target.name,
+        formats=target.offered,
         units=tuple(units),
         counts=counts,
         n_experts=model.n_experts,
@@ -93,7 +93,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         size=sizes.size,
         extra=sizes.extra,
         staging=sizes.staging,
-        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        fixed_size=np.array(target.fixed_sizes(model, counts)),
         factor=factor,
         **drops,
     )
@@ -147,7 +147,7 @@ def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats,
     found = priced.price_drops(stats.weights, kappa)
     drops["expert_drop"][:, layer] = found.experts
     drops["usage"][:, layer] = _shares(stats.arrays(layer)["gate_norm"])
-    if target.FORM == "experts":
+    if target.form == "experts":
         drops["drop_curve"][layer] = stats.weights @ found.curve
     else:
         drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = found.menu, priced.menu.kept
@@ -246,7 +246,7 @@ def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int,
 
 def least_process(model: Model, target: Target, context: int) -> int:
     """Bytes that no plan's process is smaller than, from shapes alone: top-k experts kept, every unit in its smallest format."""
-    count = model.n_experts if target.FORM == "experts" else model.top_k
+    count = model.n_experts if target.form == "experts" else model.top_k
     units = target.list_units(model)
     sizes = count_bytes(model, target, units, (count,))
     least = np.where(sizes.offered, (sizes.size + sizes.extra)[0], np.iinfo(np.int64).max).min(axis=1)
@@ -258,4 +258,4 @@ def least_process(model: Model, target: Target, context: int) -> int:
     total += sum(sum(sorted(one)[: model.top_k]) for one in experts.values())
     others = np.array([unit.expert < 0 for unit in units])  # stored in any plan, and copied one at a time where all formats are
     copied = np.where(sizes.offered, sizes.staging[0], np.iinfo(np.int64).max).min(axis=1)[others].max(initial=0)
-    return peak({**target.memory_parts(model, context), "weights": target.fixed_size(model, count) + total, "staging": int(copied)})
+    return peak({**target.memory_parts(model, context), "weights": target.fixed_sizes(model, (count,))[0] + total, "staging": int(copied)})

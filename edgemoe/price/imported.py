@@ -161,7 +161,7 @@ def price_imported(
             busy = busy / busy.sum(axis=1, keepdims=True)
             errors = _layer_errors(model, stats, target, layer, [base.units[u] for u in mine], pool)
             nats = {u: reference[u] for u in mine}
-            if target.FORM == "experts" and layer >= 0:  # a layer's nats go to its experts by the tokens of the file
+            if target.form == "experts" and layer >= 0:  # a layer's nats go to its experts by the tokens of the file
                 nats |= {u: of_layer[layer] * busy[-1, base.units[u].expert] for u in mine if base.units[u].expert >= 0}
             for u, ratios in zip(mine, _relative_errors(model, target, [base.units[u] for u in mine], errors, busy), strict=True):
                 for name, ratio in ratios.items():

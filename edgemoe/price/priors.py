@@ -136,7 +136,7 @@ def price_generic(
     layers = sorted({unit.layer for unit in units if unit.is_stack or unit.expert >= 0})
     groups = int(model.config.get("n_group") or 1)
     offered = offered_counts(model.n_experts, model.top_k, groups)
-    counts = (model.n_experts,) if target.FORM == "experts" else tuple(sorted({*offered, *also}))
+    counts = (model.n_experts,) if target.form == "experts" else tuple(sorted({*offered, *also}))
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
     nats = _tensor_nats(model, units, prior, dict(zip(layers, np.tensordot(weights, share, axes=1), strict=True)))
     of_layer = layer_nats(units, nats, layers)
@@ -148,9 +148,9 @@ def price_generic(
         model=model.fingerprint,
         model_name=model.name,
         stats=key,
-        target=target.__name__.rpartition(".")[2],  # type: ignore[attr-defined]
-        form=target.FORM,
-        formats=target.OFFERED,
+        target=target.name,
+        form=target.form,
+        formats=target.offered,
         units=tuple(units),
         counts=counts,
         n_experts=model.n_experts,
@@ -167,7 +167,7 @@ def price_generic(
         size=sizes.size,
         extra=sizes.extra,
         staging=sizes.staging,
-        fixed_size=np.array([target.fixed_size(model, n) for n in counts]),
+        fixed_size=np.array(target.fixed_sizes(model, counts)),
         factor=np.ones((len(saliency.domains), len(units))),
         usage=share,
         **drops,
@@ -256,7 +256,7 @@ def _type_nats(target: Target, prior: str) -> F64:
         error = ((target.round_rows(x, name, None) - x) ** 2).mean() + ((inputs - x) ** 2).mean()
         return float(known["Q4_0"] * error / _Q4_0_ERROR)
 
-    return np.array([own["q4_k_nats"] * ratio(name) for name in target.OFFERED], dtype=np.float64)
+    return np.array([own["q4_k_nats"] * ratio(name) for name in target.offered], dtype=np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------------ drop

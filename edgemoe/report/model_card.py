@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator
 from edgemoe.base.units import format_bytes, plain
 from edgemoe.ir import Report, counts_text
 from edgemoe.report.words import mean_bits, nats, perplexities, picks, shares_by_format, shares_by_group
-from edgemoe.targets.words import WORDS, launch_lines
-
-_OLLAMA = "PARAMETER num_ctx {context}\nPARAMETER num_batch 512\nPARAMETER use_mmap false"
+from edgemoe.targets import find_target
 
 
 def _markdown(text: object) -> str:
@@ -33,7 +31,7 @@ def render_card(report: Report) -> str:
     """The model card, README.md beside the artifact: front matter, files, what was done, measured quality, launch lines, limits."""
     import yaml
 
-    plan, model = report.plan, report.model
+    plan, model, words = report.plan, report.model, find_target(report.plan.target).words
     counts = counts_text(plan)
     whole = min(map(len, plan.kept)) == plan.n_experts
     drop = "keeps all its experts" if whole else f"keeps {counts} of its {plan.n_experts} experts, chosen layer by layer"
@@ -43,7 +41,7 @@ def render_card(report: Report) -> str:
     front = {
         **known,
         "base_model_relation": "quantized",
-        "library_name": WORDS[plan.target].library,
+        "library_name": words.library,
         "pipeline_tag": "text-generation",
         "tags": tags,
     }
@@ -60,12 +58,12 @@ def render_card(report: Report) -> str:
         "## Measured against the original\n",
         *_quality(report),
     ]
-    launch = _fence("\n".join(launch_lines(report)), WORDS[plan.target].language)
-    if plan.target == "gguf":
-        ollama = [f"FROM ./{report.artifact.files[0].name}", *_OLLAMA.format(context=plan.context).splitlines()]
-        parts += ["## Run it\n", launch, "Ollama, as a `Modelfile` (its memory was not measured):\n", _fence("\n".join(ollama))]
+    launch = _fence("\n".join(words.launch_lines(report)), words.language)
+    if words.modelfile is not None:
+        ollama = _fence("\n".join(words.modelfile(report)))
+        parts += ["## Run it\n", launch, "Ollama, as a `Modelfile` (its memory was not measured):\n", ollama]
     else:
-        parts += ["## Run it\n", f"{WORDS[plan.target].launch_note}\n", launch]
+        parts += ["## Run it\n", f"{words.launch_note}\n", launch]
     if model.get("command"):
         parts += ["## How it was made\n", _fence(plain(model["command"]), "sh")]
     parts += ["## Limits\n", "\n".join(f"- {limit}" for limit in _limits(report)) + "\n"]
@@ -79,7 +77,7 @@ def _quality(report: Report) -> Iterator[str]:
         pairs = zip(report.scores, losses, strict=True)
         yield _table(heads, [(s.name, s.tokens, *loss, f"{s.top1_agreement:.1%}", *perplexities(s)) for s, loss in pairs])
     loss = f"{nats(report.measured_kl)} on average" if report.scores else "not measured"
-    words = WORDS[report.plan.target]
+    words = find_target(report.plan.target).words
     beside = f"; {words.beside} {nats(report.beside_kl)}" if report.scores else ""
     yield f"KL in nats per token: {loss}, {nats(report.plan.predicted_kl)} predicted{beside}. {words.beside_note}\n"
     peak = format_bytes(report.measured_peak) if report.measured_peak else "not measured"

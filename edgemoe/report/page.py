@@ -34,7 +34,7 @@ from edgemoe.report.words import (
     shares_by_format,
     shares_by_group,
 )
-from edgemoe.targets.words import WORDS, launch_lines
+from edgemoe.targets import find_target
 
 # Bits per weight -> colour, logarithmic, from the fewest in use to the most (but 16-bit formats must not squeeze the others together);
 # few bits are closest to the paper, in light and in dark.
@@ -216,8 +216,8 @@ def render_html(report: Report) -> str:
         agreement=agreement(report),
         proof=proof(plan),
         dropping=dropping(plan, int(report.model["top_k"])),
-        launch=launch_lines(report),
-        words=WORDS[plan.target],
+        launch=find_target(plan.target).words.launch_lines(report),
+        words=find_target(plan.target).words,
         kept=kept_words(plan),
         counts=counts_text(plan),
         whole=min(map(len, plan.kept)) == plan.n_experts,

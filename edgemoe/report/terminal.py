@@ -24,7 +24,7 @@ from edgemoe.report.words import (
     shares_by_format,
     shares_by_group,
 )
-from edgemoe.targets.words import WORDS
+from edgemoe.targets import find_target
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -111,7 +111,7 @@ def summarize_report(report: Report) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    plan, model = report.plan, report.model
+    plan, model, words = report.plan, report.model, find_target(report.plan.target).words
     size = "as predicted" if report.artifact.model_size == plan.file_size else f"{plan.file_size} predicted"
     peak = f"{format_bytes(report.measured_peak)} measured" if report.measured_peak else "not measured"
     loss = f"{nats(report.measured_kl)} measured" if report.scores else "not measured"
@@ -124,7 +124,7 @@ def summarize_report(report: Report) -> Group:
         ("file", f"{format_bytes(report.artifact.model_size)}, {report.artifact.model_size} bytes, {size}"),
         ("peak memory", f"{peak}, {format_bytes(plan.memory['peak'])} predicted"),
         ("KL", f"{loss}, {nats(plan.predicted_kl)} predicted (mean, nats per token)"),
-        *([(f"KL {WORDS[plan.target].beside}", nats(report.beside_kl))] if report.scores and plan.target != "gguf" else []),
+        *([(f"KL {words.beside}", nats(report.beside_kl))] if report.scores and words.beside_in_summary else []),
         ("speed", speed if report.decode_tokens_per_second else "not measured"),
         ("plan", f"{proof(plan)}, gap {plan.gap:.3%}"),
         ("artifact", str(report.artifact.path)),

@@ -67,7 +67,7 @@ def verify_artifact(
     names = [t.name for t in heldout]
     texts = compare_logits(artifact.path, model, windows, states, names, target, progress=progress)
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
-    settings = {**target.RUNS.beside, **((target.RUNS.fallback or {}) if notes else {})}
+    settings = {**target.runs.beside, **((target.runs.fallback or {}) if notes else {})}
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
         model=_describe(model),
@@ -103,10 +103,10 @@ def _measure(target: Target, artifact: Artifact, job: dict[str, Any]) -> tuple[d
     try:
         return target.run(artifact.path, job, None), []
     except VerifyError as error:
-        if target.RUNS.fallback is None:
+        if target.runs.fallback is None:
             raise
-        measured = target.run(artifact.path, {**job, **target.RUNS.fallback}, None)
-        return measured, [f"note: {target.RUNS.fallback_note.format(error=error)}"]
+        measured = target.run(artifact.path, {**job, **target.runs.fallback}, None)
+        return measured, [f"note: {target.runs.fallback_note.format(error=error)}"]
 
 
 def _measure_job(plan: Plan, heldout: Sequence[Text], windows: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def compare_logits(
 
     if progress:
         progress(0, len(rows))
-    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.RUNS.compared)}, compare)
+    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.runs.compared)}, compare)
     return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
 
 

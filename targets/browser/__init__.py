@@ -5,37 +5,17 @@ Prices, sizes, memory and the measuring run are those of onnxruntime's CPU build
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-from edgemoe.ir import Model, Unit
+from edgemoe.ir import Model, Report, Unit
 from edgemoe.targets import onnx
-from edgemoe.targets.onnx import (
-    FIXED_NAMES,
-    FORM,
-    RUNS,
-    SPLITS,
-    check_tokenizer,
-    descend_rows,
-    feeds_back,
-    fixed_size,
-    input_block,
-    list_units,
-    memory_parts,
-    on_device,
-    pack_rows,
-    round_rows,
-    run,
-    runtime,
-    unit_extra,
-    unit_size,
-    unit_staging,
-    unpack_rows,
-)
 from edgemoe.targets.onnx.files import allowed
+from edgemoe.targets.onnx.writer import write
+
+__all__ = ["TARGET"]
 
 LAYOUT = "transformers.js"
-OFFERED = tuple(name for name in onnx.OFFERED if allowed(name, LAYOUT))
-write = partial(onnx.write, layout=LAYOUT)
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -44,4 +24,32 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
     Raises:
         ModelError: no format fits.
     """
-    return tuple(name for name in onnx.offered_formats(model, unit) if allowed(name, LAYOUT))
+    return tuple(name for name in onnx.TARGET.offered_formats(model, unit) if allowed(name, LAYOUT))
+
+
+def launch_lines(report: Report) -> list[str]:
+    """JavaScript that runs what the plan is for."""
+    return [
+        'import path from "node:path";',
+        'import { pipeline, env } from "@huggingface/transformers"; // npm install @huggingface/transformers@4',
+        "",
+        "env.localModelPath = path.dirname(import.meta.dirname);",
+        'const generator = await pipeline("text-generation", path.basename(import.meta.dirname));',
+        f'console.log(await generator("Once upon a time", {{ max_new_tokens: {min(report.plan.context, 512) - 8} }}));',
+    ]
+
+
+TARGET = replace(
+    onnx.TARGET,
+    name="browser",
+    offered=tuple(name for name in onnx.TARGET.offered if allowed(name, LAYOUT)),
+    offered_formats=offered_formats,
+    write=partial(write, layout=LAYOUT),
+    words=replace(
+        onnx.TARGET.words,
+        library="transformers.js",
+        language="js",
+        launch_note="As a module in the folder of this file:",
+        launch_lines=launch_lines,
+    ),
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,33 +52,27 @@ def list_units(model: Model) -> list[Unit]:
     return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n, cols=c) for (role, layer, c), n in sizes.items()]
 
 
-def fixed_size(model: Model, count: int) -> int:
-    """Bytes of header, metadata, norms and routers when every MoE layer keeps `count` experts."""
-    fixed = (
-        t.n_weights * 4 * (count if t.role in PER_EXPERT else model.n_experts) // model.n_experts
-        for t in model.tensors
-        if not is_planned(t)
-    )
-    return header_size(model) + sum(map(pad, fixed))
+def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
+    """Bytes of header, metadata, norms and routers when every MoE layer keeps so many experts, for each count."""
+    header, fixed = header_size(model), [t for t in model.tensors if not is_planned(t)]
+
+    def size(tensor: Tensor, count: int) -> int:
+        return pad(4 * tensor.n_weights * (count if tensor.role in PER_EXPERT else model.n_experts) // model.n_experts)
+
+    return [header + sum(size(tensor, count) for tensor in fixed) for count in counts]
 
 
 def header_size(model: Model) -> int:
     """Bytes before the first tensor, from really writing them; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return pad(HEADER_PER_ENTRY * model.vocab_size)
-    key = model.fingerprint, model.name, model.top_k
-    if key not in _header_sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "header.gguf"
-            writer = _open_writer(path, model, None, None, 0)
-            _add_infos(writer, model, lambda unit: "F16", model.n_experts)
-            _write_header(writer)
-            writer.close()
-            _header_sizes[key] = pad(path.stat().st_size)
-    return _header_sizes[key]
-
-
-_header_sizes: dict[tuple[str, str, int], int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = _open_writer(path, model, None, None, 0)
+        _add_infos(writer, model, lambda unit: "F16", model.n_experts)
+        _write_header(writer)
+        writer.close()
+        return pad(path.stat().st_size)
 
 
 def write_hollow(model: Model, count: int, path: Path) -> Path:

@@ -1,17 +1,43 @@
 """ONNX for onnxruntime: every expert is dropped or has a format of its own; each layer keeps as many experts as it likes."""
 
-from edgemoe.targets import Runs
+from edgemoe.targets import Runs, Target
 from edgemoe.targets.onnx.files import COPIED, PLACES
 from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.onnx.memory import memory_parts, on_device, unit_extra, unit_staging
 from edgemoe.targets.onnx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.onnx.run import check_tokenizer, run, runtime
-from edgemoe.targets.onnx.writer import fixed_size, list_units, offered_formats, unit_size, write
+from edgemoe.targets.onnx.words import WORDS
+from edgemoe.targets.onnx.writer import fixed_sizes, list_units, offered_formats, unit_size, write
 
-FORM = "experts"
-SPLITS = False  # the graph is a file of its own, and the data lie in one
-FIXED_NAMES = (*(name for names in PLACES.values() for name in names), "config.json", "genai_config.json", *COPIED)
-RUNS = Runs(
-    compared={"exact": False},  # as it runs: what kernels round of their inputs is in our prices
-    beside={"exact": True},
+__all__ = ["TARGET"]
+
+TARGET = Target(
+    name="onnx",
+    form="experts",
+    offered=OFFERED,
+    runs=Runs(
+        compared={"exact": False},  # as it runs: what kernels round of their inputs is in our prices
+        beside={"exact": True},
+    ),
+    words=WORDS,
+    splits=False,  # the graph is a file of its own, and the data lie in one
+    fixed_names=(*(name for names in PLACES.values() for name in names), "config.json", "genai_config.json", *COPIED),
+    list_units=list_units,
+    offered_formats=offered_formats,
+    unit_size=unit_size,
+    unit_extra=unit_extra,
+    unit_staging=unit_staging,
+    fixed_sizes=fixed_sizes,
+    memory_parts=memory_parts,
+    on_device=on_device,
+    round_rows=round_rows,
+    input_block=input_block,
+    feeds_back=feeds_back,
+    pack_rows=pack_rows,
+    descend_rows=descend_rows,
+    unpack_rows=unpack_rows,
+    write=write,
+    run=run,
+    check_tokenizer=check_tokenizer,
+    runtime=runtime,
 )

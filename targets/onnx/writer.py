@@ -59,14 +59,9 @@ def unit_name(role: str, layer: int, expert: int = -1) -> str:
 
 def _shape(model: Model, unit: Unit) -> tuple[int, int]:
     """Rows and columns of a matrix that is no expert's."""
-    key = model.fingerprint, model.name
-    if key not in _columns:
-        _columns[key] = {(t.role, t.layer): t.shape[-1] for t in model.tensors if t.expert < 0}
-    cols = _columns[key][unit.role, unit.layer]
-    return unit.n_weights // cols, cols
-
-
-_columns: dict[tuple[str, str], dict[tuple[str, int], int]] = {}
+    tensor = model.find(unit.role, unit.layer)
+    assert tensor is not None  # units are made of the model's tensors
+    return unit.n_weights // tensor.shape[-1], tensor.shape[-1]
 
 
 def _expert_shapes(model: Model) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -99,28 +94,23 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
     return sum(matrix_size(name, rows, cols) for rows, cols in _expert_shapes(model)) + pad(4 * model.hidden_size)
 
 
-def fixed_size(model: Model, count: int) -> int:
-    """Bytes of everything that gets no format: the graph and the norms.  `count` does not matter here."""
-    return graph_size(model) + sum(pad(4 * t.n_weights) for t in model.tensors if not is_planned(t) and t.role != "ffn_gate_inp")
+def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
+    """Bytes of everything that gets no format, the graph and the norms, for each kept count: as many for all."""
+    norms = sum(pad(4 * t.n_weights) for t in model.tensors if not is_planned(t) and t.role != "ffn_gate_inp")
+    return [graph_size(model) + norms] * len(counts)
 
 
 def graph_size(model: Model) -> int:
     """Bytes of the graph's file, from really building the largest one; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return GRAPH_PER_LAYER * model.n_layers
-    key = model.fingerprint, model.name, model.expert_size, model.top_k
-    if key not in _graph_sizes:
-        sheet = Sheet(hollow=True)
-        units = list_units(model)
-        widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in units if unit.expert < 0}
-        menu = offered_formats(model, next(unit for unit in units if unit.expert >= 0))
-        every = [(name, model.n_experts) for name in ("F32", *menu)]
-        interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
-        _graph_sizes[key] = make_model(sheet, *interface, _metadata(model, None, None)).ByteSize() + _SPARE
-    return _graph_sizes[key]
-
-
-_graph_sizes: dict[tuple[str, str, int, int], int] = {}
+    sheet = Sheet(hollow=True)
+    units = list_units(model)
+    widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in units if unit.expert < 0}
+    menu = offered_formats(model, next(unit for unit in units if unit.expert >= 0))
+    every = [(name, model.n_experts) for name in ("F32", *menu)]
+    interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
+    return int(make_model(sheet, *interface, _metadata(model, None, None)).ByteSize()) + _SPARE
 
 
 def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str, str]:
@@ -178,13 +168,14 @@ def write(
     sheet = Sheet(data_file=PurePath(data_file).name)
     counts = [[(name, len(experts)) for name, experts in groups[layer]] for layer in range(model.n_layers)]
     interface = build_decoder(sheet, model, counts, plan.formats)
-    graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), graph_size(model))
+    size = graph_size(model)
+    graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), size)
 
     def fill(scratch: Path) -> list[str]:
         (scratch / model_file).parent.mkdir(exist_ok=True)
         names = [model_file, data_file, *write_sidecars(model, plan, scratch, layout)]
         (scratch / model_file).write_bytes(graph.SerializeToString(deterministic=True))
-        _fill(scratch / data_file, sheet, plan.file_size - graph_size(model), _contents(model, stats, plan), progress)
+        _fill(scratch / data_file, sheet, plan.file_size - size, _contents(model, stats, plan), progress)
         return names
 
     return write_whole(folder, plan, fill)

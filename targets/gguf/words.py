@@ -1,0 +1,33 @@
+"""What reports and cards say of a GGUF: how llama.cpp and Ollama run it."""
+
+from __future__ import annotations
+
+import shlex
+
+from edgemoe.base.units import plain
+from edgemoe.ir import Report
+from edgemoe.targets import Words
+
+
+def launch_lines(report: Report) -> list[str]:
+    """Commands of llama.cpp that run what the plan is for."""
+    name, context = plain(report.artifact.files[0].name), report.plan.context
+    return [f"{tool} -m {shlex.quote(name)} -c {context} --no-mmap -ub 512" for tool in ("llama-server", "llama-cli")]
+
+
+def modelfile(report: Report) -> list[str]:
+    """Lines of Ollama's Modelfile."""
+    settings = (f"num_ctx {report.plan.context}", "num_batch 512", "use_mmap false")
+    return [f"FROM ./{report.artifact.files[0].name}", *(f"PARAMETER {setting}" for setting in settings)]
+
+
+WORDS = Words(
+    library="gguf",
+    beside="as deployed",
+    beside_in_summary=False,
+    beside_note='"As deployed" includes the runtime\'s own half-precision KV cache and flash attention.',
+    launch_note="The lines that this plan is for: one sequence, F16 KV cache, micro-batch of 512, no memory mapping.",
+    language="sh",
+    launch_lines=launch_lines,
+    modelfile=modelfile,
+)
