@@ -8,7 +8,6 @@ run goes on with the next layer and gives the same numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,16 +20,14 @@ from edgemoe import __version__
 from edgemoe.base.progress import Progress
 from edgemoe.base.storage import (
     FORMAT_VERSION,
-    alone,
     array_file,
-    hash_json,
     load_arrays,
     load_record,
     save_arrays,
     save_record,
-    write_text,
 )
 from edgemoe.base.types import F64
+from edgemoe.base.work import Steps, key_of, open_or_make, path_of
 from edgemoe.calibrate.observer import CalibrationRun, observe_layer, save_outer_sums
 from edgemoe.calibrate.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
 from edgemoe.ir import Domain, Model, Probe, Stats
@@ -38,10 +35,9 @@ from edgemoe.model.routing.kept_sets import COLD_TOKENS
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
 from edgemoe.stream.layers import LayerStream
 from edgemoe.stream.states import States
-from edgemoe.stream.texts import DEFAULT_TOKENS, Text
-from edgemoe.stream.windows import Windows, tokenize
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights, texts_key
+from edgemoe.stream.windows import WINDOW, Windows, tokenize
 
-WINDOW = 512
 REPLAY_TOKENS = 2048
 PROBE_TOKENS = 4096
 PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens
@@ -75,12 +71,13 @@ def collect_stats(
     }
     if model.top_k != model.own_top_k:  # said only then: keys of what was calibrated as it came stay as they are
         settings["top_k"] = model.top_k
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
-    work = work / f"stats-{key[:16]}"
-    with alone(work):
-        if (work / "stats.json").exists():
-            return replace(load_record(work / "stats.json", Stats), folder=str(work))
-        return _observe_all(model, texts, windows, stream, work, key, settings, progress)
+    key = key_of("stats", model.fingerprint, texts_key(texts), settings)
+    folder = path_of(work, "stats", key)
+
+    def read() -> Stats | None:
+        return replace(load_record(folder / "stats.json", Stats), folder=str(folder)) if (folder / "stats.json").exists() else None
+
+    return open_or_make(folder, read, lambda: _observe_all(model, texts, windows, stream, folder, key, settings, progress))
 
 
 def _observe_all(
@@ -97,7 +94,7 @@ def _observe_all(
     work.mkdir(parents=True, exist_ok=True)
     tokens = [int(windows.lengths[windows.domain == d].sum()) for d in range(len(texts))]
     domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
-    weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+    weights = text_weights(texts)
     probe_index = _choose_probe_windows(model, windows, weights)
     run = CalibrationRun(model, stream, windows, probe_index, _choose_replay(windows, weights), work, weights)
     probes = _run_layers(run, key, progress)
@@ -147,7 +144,8 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
     """All layers and the head; returns the probes with their KL."""
     model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
     probe_shape = (len(run.probe_index), *shape[1:])
-    probes, start = _resume(run, key)
+    steps = Steps(run.work, key)
+    probes, start = _resume(run, steps)
     main = States(run.work / f"main-{start}.bin", shape)
     if start == 0:
         for index in run.windows.chunks():
@@ -166,7 +164,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
         run.stream.unload_layer(layer)
         main.close()
         main = following
-        write_text(run.work / "progress.json", json.dumps({"key": key, "layer": layer + 1, "probes": [asdict(p) for p in probes]}))
+        steps.note(layer + 1, probes=[asdict(p) for p in probes])
         for old in run.work.glob(f"*-{layer}.bin"):
             old.unlink()
         if progress:
@@ -177,13 +175,11 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
     return measured
 
 
-def _resume(run: CalibrationRun, key: str) -> tuple[list[Probe], int]:
+def _resume(run: CalibrationRun, steps: Steps) -> tuple[list[Probe], int]:
     """Probes so far and the next layer, from a run that was killed; else a fresh start."""
-    path = run.work / "progress.json"
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved.get("key") == key:
-            return [Probe(**{**p, "kept": tuple(p["kept"]), "kl": ()}) for p in saved["probes"]], int(saved["layer"])
+    saved = steps.read()
+    if saved["done"]:
+        return [Probe(**{**p, "kept": tuple(p["kept"]), "kl": ()}) for p in saved["probes"]], int(saved["done"])
     for old in run.work.glob("*.bin"):
         old.unlink()
     return first_probes(), 0

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import __version__
 from edgemoe.base.errors import ModelError
-from edgemoe.base.storage import array_file, hash_file, hash_json, save_arrays, save_record
+from edgemoe.base.storage import array_file, hash_file, save_arrays, save_record
 from edgemoe.base.types import F64
+from edgemoe.base.work import key_of, path_of
 from edgemoe.ir import Domain, Model, Stats, tensor_name
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 
@@ -241,8 +241,8 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
         ModelError: a value that cannot be.
     """
     digest = hash_file(imatrix.path)
-    key = hash_json("imatrix", model.fingerprint, digest, __version__)
-    folder = work / f"stats-{key[:16]}"
+    key = key_of("imatrix", model.fingerprint, digest)
+    folder = path_of(work, "stats", key)
     folder.mkdir(parents=True, exist_ok=True)
     cold: list[tuple[int, int]] = []
     tokens = 0

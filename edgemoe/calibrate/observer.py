@@ -40,7 +40,7 @@ def observe_layer(run: CalibrationRun, module: Any, main: States, following: Sta
     windows, domains = run.windows, len(run.weights)
     total: dict[str, NDArray[Any]] = {}
     replayed: list[tuple[NDArray[Any], ...]] = []
-    factor = run.weights / np.maximum(np.bincount(windows.domain, windows.lengths, domains), 1)
+    factor = run.weights / np.maximum(windows.count_tokens(domains), 1)
     factor = factor / factor.max()  # importance: every domain counts by its weight, not its length
 
     def watch(index: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], tuple[NDArray[Any], ...]]:
@@ -62,7 +62,7 @@ def observe_layer(run: CalibrationRun, module: Any, main: States, following: Sta
     total |= {"replay_x": x, "replay_logits": logits, "replay_domain": domain, "replay_stream": stream}
     total["candidates"] = candidates.astype(np.int32)
     total["gram"] = gram_of_candidates(run, module, x, candidates)
-    total["tokens"] = np.bincount(windows.domain, windows.lengths, domains).astype(np.int64)
+    total["tokens"] = windows.count_tokens(domains)
     return total
 
 
@@ -71,7 +71,7 @@ class LayerObserver:
 
     def __init__(self, model: Model, windows: Windows, domains: int, factor: F64) -> None:
         length = windows.tokens.shape[1]
-        self.real = torch.from_numpy((np.arange(length)[None] < windows.lengths[:, None]).ravel())
+        self.real = torch.from_numpy(windows.real.ravel())
         self.domain = torch.from_numpy(np.repeat(windows.domain, length))
         self.factor = torch.from_numpy(factor.astype(np.float32))
         self.domains = domains
@@ -159,11 +159,11 @@ def save_outer_sums(run: CalibrationRun, main: States) -> None:
     """Token counts, the output matrix's input statistics, and how much a change of the replay tokens' last states matters."""
     model, windows = run.model, run.windows
     norm, output, eps = run.stream.head()
-    domains, length = len(run.weights), windows.tokens.shape[1]
+    domains = len(run.weights)
     counts, squares = np.zeros((domains, model.vocab_size), np.int64), np.zeros((domains, model.hidden_size))
     fisher = []
     for index in windows.chunks():
-        real = np.arange(length)[None] < windows.lengths[index][:, None]
+        real = windows.take(index).real
         last = main.read(index)
         states = apply_norm(last, norm, eps).double().cpu().numpy()
         for row, i in enumerate(index):

@@ -139,7 +139,7 @@ def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape
     length = windows.tokens.shape[1]
 
     def measure(index: NDArray[np.int64]) -> F64:
-        real = torch.from_numpy((np.arange(length)[None] < chosen.lengths[index][:, None]).ravel())
+        real = torch.from_numpy(chosen.take(index).real.ravel())
         domain = torch.from_numpy(np.repeat(chosen.domain[index], length))[real]
 
         def flat(states: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape
 
     with torch.inference_mode():
         total = sum(map_ordered(measure, chosen.chunks(), device=run.stream.device))
-    per_domain = np.maximum(np.bincount(chosen.domain, chosen.lengths, len(run.weights)), 1)
+    per_domain = np.maximum(chosen.count_tokens(len(run.weights)), 1)
     kl = np.asarray(total) / per_domain[:, None]
     for state in states:
         state.close()

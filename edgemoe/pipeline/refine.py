@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import __version__
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import hash_json, write_text
+from edgemoe.base.storage import write_text
 from edgemoe.base.types import F32, F64
+from edgemoe.base.work import key_of, path_of
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.pipeline.emit import emit_artifact
 from edgemoe.plan.evaluate import price_choice
-from edgemoe.repair.survivors import REVISION
-from edgemoe.stream.texts import DEFAULT_TOKENS, Text
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights
+from edgemoe.stream.windows import WINDOW
 from edgemoe.targets import Target
-from edgemoe.verify.logits import WINDOW, compare_logits, kl_of_rows, reference_states
+from edgemoe.verify.logits import compare_logits, kl_of_rows, reference_states
 
 if TYPE_CHECKING:
     from edgemoe.stream.windows import Windows
@@ -230,17 +230,16 @@ class Measurer:
             progress: called with (plans measured, plans measured).
         """
         self.model, self.stats, self.texts, self.target, self.work, self.stored_as = model, stats, texts, target, work, stored_as
-        self.how = (rounding, REVISION)
+        self.rounding = rounding
         self.windows, among = measuring_windows(model, texts, max_tokens)
-        weights = np.array([t.weight for t in texts])
-        self.among = float(weights[among].sum() / weights.sum())
+        self.among = float(text_weights(texts)[among].sum())
         self.progress = progress
         self.done = 0
 
     def __call__(self, plan: Plan) -> Measured:
         """KL of the plan and of its drops on the measuring text."""
-        made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, __version__)
-        path = self.work / f"measured-{hash_json(made_from, self.how, plan.kept, plan.formats, plan.repair)[:16]}.json"
+        made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, self.rounding)
+        path = path_of(self.work, "measured", key_of("measured", made_from, plan.kept, plan.formats, plan.repair), ".json")
         if not path.exists():
             write_text(path, json.dumps(asdict(self._measure(plan, path.with_suffix("")))) + "\n")
         self.done += 1
@@ -264,7 +263,7 @@ class Measurer:
 
     def _mean(self, windows: Sequence[float]) -> tuple[float, float]:
         """Mean over texts by weight of windows' KL, and its standard error."""
-        kl, weights = np.array(windows), np.array([t.weight for t in self.texts]) / sum(t.weight for t in self.texts)
+        kl, weights = np.array(windows), text_weights(self.texts)
         mean, variance = 0.0, 0.0
         for d in np.unique(self.windows.domain):
             mine = kl[self.windows.domain == d]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemoe import __version__
 from edgemoe.base.errors import BudgetError, ConflictError
 from edgemoe.base.progress import Progress, StageProgress
-from edgemoe.base.storage import alone, hash_file, hash_json, load_record, save_record
+from edgemoe.base.storage import hash_file, load_record, save_record
+from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Stats
 from edgemoe.pipeline.request import BuildRequest, Job
 from edgemoe.plan.solve import solve_plan
-from edgemoe.price.choices import REVISION, discount, price_choices
+from edgemoe.price.choices import discount, price_choices
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import FEW_BITS, Narrowed, charge, narrow_experts
 from edgemoe.targets import Target
@@ -95,8 +95,10 @@ def promised_kl(offer: Offer, plan: Plan) -> float:
 
 def price_cached(model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Progress | None) -> tuple[Costs, str]:
     """Costs from the work folder if they are there, else priced now; and their hash."""
-    path = work / f"costs-{hash_json(stats.key, target.offered, context, __version__, REVISION)[:16]}.json"
-    with alone(path):
-        if not path.exists():
-            save_record(path, price_choices(model, stats, target, context, progress))
-    return load_record(path, Costs), hash_file(path)
+    path = path_of(work, "costs", key_of("costs", stats.key, target.name, target.offered, context), ".json")
+
+    def make() -> Costs:
+        save_record(path, price_choices(model, stats, target, context, progress))
+        return load_record(path, Costs)
+
+    return open_or_make(path, lambda: load_record(path, Costs) if path.exists() else None, make), hash_file(path)

@@ -26,7 +26,6 @@ from edgemoe.quantize.reference import WHOLE_BITS
 from edgemoe.targets import Target, count_bytes
 
 ROUNDINGS = ("feedback", "stock")
-REVISION = 7  # raised when the same statistics give other prices, so that no older ones are opened
 TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
 REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
 FED_BACK = 0.55  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)

@@ -7,7 +7,6 @@ Work is split by experts and by fixed blocks of tokens, each with one-thread ari
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.types import F32
+from edgemoe.repair.adam import Adam, rate_at
 from edgemoe.stream.passes import map_ordered
 
 BLOCK = 4096  # tokens of one piece of work
@@ -24,8 +24,6 @@ RIDGE = 0.2  # of the mean diagonal
 SWEEPS = 2  # over the experts
 BATCH = 1024  # tokens of one step of descent
 RATE = 0.05  # of descent, in root-mean-squares of the matrix that is changed
-DECAY = (0.9, 0.98)  # of Adam's means
-WARM_UP = 5  # steps
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -188,42 +186,29 @@ def fill_residual(tokens: Tokens, experts: Experts, residual: F32) -> tuple[floa
 
 
 # ---------------------------------------------------------------------------------------------------------------- descent
-class _Adam:
-    """Adam (Kingma and Ba, 2015) on the three matrices of each survivor; steps are in root-mean-squares of the matrix."""
-
-    def __init__(self, experts: Experts) -> None:
-        self.stacks = experts.stacks
-        self.mean = [torch.zeros_like(s) for s in self.stacks]
-        self.square = [torch.zeros_like(s) for s in self.stacks]
-        self.scale = [s.square().mean(dim=(1, 2)).sqrt() for s in self.stacks]
-        self.steps = [0] * len(experts)
-
-    def step(self, expert: int, gradients: Tensors, rate: float) -> None:
-        self.steps[expert] += 1
-        n, (first, second) = self.steps[expert], DECAY
-        for stack, mean, square, scale, g in zip(self.stacks, self.mean, self.square, self.scale, gradients, strict=True):
-            m, v = mean[expert].mul_(first).add_(g, alpha=1 - first), square[expert].mul_(second).addcmul_(g, g, value=1 - second)
-            size = rate * float(scale[expert]) * math.sqrt(1 - second**n) / (1 - first**n)
-            stack[expert].addcdiv_(m, v.sqrt().add_(1e-20), value=-size)
-
-
 def descend(tokens: Tokens, experts: Experts, *, epochs: int, rate: float = RATE, seed: int = 0) -> None:
     """Bring sum_t lambda_t |target - output|^2 down by gradient steps on all three matrices of every survivor, in place.
 
     Routing and gates stay as they are.  The step size rises for some steps, then falls to zero along a half cosine.
     """
-    adam, device = _Adam(experts), experts.down.device
+    adams, device = [[Adam(stack[n]) for stack in experts.stacks] for n in range(len(experts))], experts.down.device
+    scales = [stack.square().mean(dim=(1, 2)).sqrt() for stack in experts.stacks]  # steps are in root-mean-squares of the matrix
     fitted = np.flatnonzero(~tokens.guard)
     per_epoch = max(1, len(fitted) // BATCH)
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(fitted)
         for number, rows in enumerate(np.array_split(order, per_epoch)):
-            done = epoch * per_epoch + number
-            now = rate * min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / (epochs * per_epoch)))
-            _step(tokens, experts, adam, np.sort(rows), now, device)
+            now = rate * rate_at(epoch * per_epoch + number, epochs * per_epoch)
+
+            def change(expert: int, gradients: Tensors, now: float = now) -> None:
+                for adam, scale, gradient in zip(adams[expert], scales, gradients, strict=True):
+                    adam.step(gradient, now * float(scale[expert]))
+
+            _step(tokens, experts, change, np.sort(rows), device)
 
 
-def _step(tokens: Tokens, experts: Experts, adam: _Adam, rows: NDArray[np.int64], rate: float, device: torch.device) -> None:
+def _step(tokens: Tokens, experts: Experts, change: Callable[[int, Tensors], None], rows: NDArray[np.int64], device: torch.device) -> None:
+    """One step on some tokens: `change` gets each expert that they chose and the gradients of its three matrices."""
     x, chosen, gates = _at(tokens.x, rows, device), tokens.chosen[rows], tokens.gates[rows]
     error = -_at(tokens.target, rows, device)
 
@@ -247,7 +232,7 @@ def _step(tokens: Tokens, experts: Experts, adam: _Adam, rows: NDArray[np.int64]
         to_hidden = to_output @ experts.down[expert]
         to_up = to_hidden * a * s
         to_gate = to_hidden * b * s * (1 + a * (1 - s))  # silu'(a) = s (1 + a (1 - s))
-        adam.step(expert, (to_gate.T @ mine, to_up.T @ mine, to_output.T @ h), rate)
+        change(expert, (to_gate.T @ mine, to_up.T @ mine, to_output.T @ h))
 
     for _ in map_ordered(backward, seen, device=device):
         pass

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from edgemoe.stream.passes import map_ordered
+from edgemoe.repair.adam import Adam, rate_at
+from edgemoe.stream.passes import kl_of_log_probs, map_ordered
 
 EPOCHS = 3
 RATE = 0.1  # of the first steps, in root-mean-squares of M - I at the start: how far the streams are apart
-WARM_UP = 5  # steps
 STEP_WINDOWS = 2
-DECAY = (0.9, 0.98)  # of Adam's means (Kingma and Ba, 2015)
 BLOCK = 2**24  # logits at once
 
 
@@ -39,7 +38,7 @@ def kl_of_map(translation: torch.Tensor, output: torch.Tensor, ends: HeadInputs)
         x, w = ends.changed[rows], ends.weights[rows]
         p = (ends.original[rows] @ output.T).log_softmax(-1)
         q = (x @ translation.T @ output.T).log_softmax(-1)
-        total += (w * (p.exp() * (p - q)).sum(-1)).sum().double()
+        total += (w * kl_of_log_probs(p, q)).sum().double()
         gradient += ((q.exp() - p.exp()) @ output * w[:, None]).T @ x
     return total, gradient
 
@@ -65,23 +64,18 @@ def descend_map(
         epochs: times over the fitted windows.
         rate: of the first steps.
     """
-    moved, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    moved = start.clone()
+    adam = Adam(moved)
     size = float((start - torch.eye(len(start), device=start.device)).square().mean().sqrt())
     steps = epochs * math.ceil(len(fitted) / STEP_WINDOWS)
 
     def each(windows: Sequence[int], at: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(map_ordered(lambda window: kl_of_map(at, output, read(window)), windows, device=output.device))
 
-    done = 0
     for epoch in range(epochs):
         order = np.random.default_rng(epoch).permutation(fitted)
         for windows in np.array_split(order, max(1, math.ceil(len(order) / STEP_WINDOWS))):
             gradient = torch.stack([found[1] for found in each(windows.tolist(), moved)]).sum(0)
-            done += 1
-            mean.mul_(DECAY[0]).add_(gradient, alpha=1 - DECAY[0])
-            square.mul_(DECAY[1]).addcmul_(gradient, gradient, value=1 - DECAY[1])
-            now = rate * size * min(1.0, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * (done - 1) / steps))
-            bias = math.sqrt(1 - DECAY[1] ** done) / (1 - DECAY[0] ** done)
-            moved.addcdiv_(mean, square.sqrt().add_(1e-20), value=-now * bias)
+            adam.step(gradient, rate * rate_at(adam.steps, steps) * size)
     before, after = (float(sum(found[0] for found in each(guard, at))) for at in (start, moved))
     return moved if after < before else start

@@ -7,7 +7,6 @@ folder, one file per layer; after each layer everything is on disk, so a killed 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -19,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
+from edgemoe.base.storage import array_file, load_arrays, save_arrays
 from edgemoe.base.types import F32, F64
+from edgemoe.base.work import Steps
 from edgemoe.ir import PROJECTIONS, Model
 from edgemoe.model.checkpoint import DTYPES, read_tensor
 from edgemoe.model.families import MODULE_NAMES
@@ -29,12 +29,12 @@ from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.repair.output_map import HeadInputs, descend_map
 from edgemoe.repair.quantize_layer import QKV, Packed, QuantizePlan, add_flips, quantize_attention, quantize_experts, router_gram
 from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, quantize_rows_by_group
-from edgemoe.stream.gradients import WINDOW, open_gradients
+from edgemoe.stream.gradients import open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, only_experts, recording
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
-from edgemoe.stream.texts import Text
-from edgemoe.stream.windows import tokenize
+from edgemoe.stream.texts import Text, text_weights
+from edgemoe.stream.windows import WINDOW, tokenize
 
 GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
 DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
@@ -67,20 +67,18 @@ class Reconstruction:
             key: of what is made.
             quantize_plan: round every matrix as the stream reaches it; None: weights stay unrounded.
         """
-        self.model, self.work, self.key, self.quantize_plan = model, work, key, quantize_plan
+        self.model, self.work, self.steps, self.quantize_plan = model, work, Steps(work, key), quantize_plan
         self.original = LayerStream(model)
         self.changed = self.original if start is model else LayerStream(start)
         self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
-        self.weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+        self.weights = text_weights(texts)
         work.mkdir(parents=True, exist_ok=True)
-        length = windows.tokens.shape[1]
-        self.real = np.arange(length)[None] < windows.lengths[:, None]  # [windows, length]
+        self.real = windows.real
         self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
         number = np.array([np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)])  # of each window in its domain
         self.guard_windows = number % GUARD_EVERY == GUARD_EVERY // 2
         self.guard = np.repeat(self.guard_windows, windows.lengths)
-        share = self.weights / np.bincount(windows.domain, windows.lengths, len(self.weights))
-        self.each = np.repeat(share[windows.domain], windows.lengths).astype(np.float32)  # weight of every token, domains by weight
+        self.each = np.repeat(windows.token_weights(self.weights), windows.lengths).astype(np.float32)  # weight of every token
 
     def states(self, name: str, layer: int) -> States:
         """Hidden states before a layer: "original" or "changed"."""
@@ -92,10 +90,7 @@ class Reconstruction:
 
     def resume(self, progress: Progress | None) -> range:
         """The layers still to do, after a fresh start or a killed run."""
-        path, start = self.work / "progress.json", 0
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            start = int(saved["layer"]) if saved.get("key") == self.key else 0
+        start = int(self.steps.read()["done"])
         if start == 0:
             original, changed = self.states("original", 0), self.states("changed", 0)
             table = self._quantize_embedding() if self.quantize_plan else None
@@ -220,7 +215,7 @@ class Reconstruction:
 
     def _weigh(self, error: F64) -> F32:
         """Weight of every token, mean one, from the summed squared residual of each domain [D]."""
-        n = np.bincount(self.windows.domain, self.windows.lengths, len(error))
+        n = self.windows.count_tokens(len(error))
         each = self.weights / n / np.maximum(error / n, 1e-30) ** DOMAIN_POWER
         tokens = np.repeat(each[self.windows.domain], self.windows.lengths)
         weights: F32 = (tokens / tokens.mean()).astype(np.float32)
@@ -335,7 +330,7 @@ class Reconstruction:
             changed.write(index, out)
         changed.close()
         following.close()
-        write_text(self.work / "progress.json", json.dumps({"key": self.key, "layer": layer + 1}))
+        self.steps.note(layer + 1)
         for old in self.work.glob(f"*-{layer}.bin"):
             old.unlink()
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import alone, hash_json
+from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Model, Plan
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.repair.experts import RATE, RIDGE
 from edgemoe.repair.quantize_layer import QuantizePlan
 from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
-from edgemoe.stream.gradients import WINDOW
 from edgemoe.stream.layers import default_device
-from edgemoe.stream.texts import DEFAULT_TOKENS, Text
+from edgemoe.stream.texts import DEFAULT_TOKENS, Text, texts_key
+from edgemoe.stream.windows import WINDOW
 
-REVISION = 5  # raised when the same plan and texts give other weights, so that no older ones are opened
 EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
 
 
@@ -61,20 +59,19 @@ def repair_survivors(
         return base
     if quantize_plan and not plan.repair:
         epochs = -1
-    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
-    settings = (__version__, REVISION, *fit, plan.width, plan.top_k)
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
     made_for = (quantize_plan.stats.key, plan.formats, f"{quantize_plan.flips:.6g}") if quantize_plan else None
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], plan.kept, settings, made_for)
-    work = work.absolute() / f"repair-{key[:16]}"
+    key = key_of("repair", model.fingerprint, texts_key(texts), plan.kept, fit, made_for)
+    folder = path_of(work.absolute(), "repair", key)
     formats = quantize_plan.formats if quantize_plan else {}
-    with alone(work):
-        repaired = open_overlay(base, work, formats)
-        if repaired is not None:
-            return repaired
-        reconstruction = Reconstruction(model, base, texts, max_tokens, work, key, quantize_plan)
+
+    def make() -> Model:
+        reconstruction = Reconstruction(model, base, texts, max_tokens, folder, key, quantize_plan)
         for layer in reconstruction.resume(progress):
             reconstruction.refit_layer(layer, plan.kept[layer], epochs=epochs)
             if progress:
                 progress(layer + 1, model.n_layers)
         reconstruction.quantize_output()
-        return save_overlay(base, work, formats)
+        return save_overlay(base, folder, formats)
+
+    return open_or_make(folder, lambda: open_overlay(base, folder, formats), make)

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe import __version__
 from edgemoe.base.errors import UsageError
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import alone, hash_json, write_text
+from edgemoe.base.storage import write_text
 from edgemoe.base.types import F64
+from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model
 from edgemoe.model.families import resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
 from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
-from edgemoe.stream.gradients import WINDOW, Arrays, collect_gradients, load_gradients
+from edgemoe.stream.gradients import Arrays, collect_gradients, load_gradients
 from edgemoe.stream.layers import default_device
-from edgemoe.stream.texts import Text
+from edgemoe.stream.texts import Text, texts_key
+from edgemoe.stream.windows import WINDOW
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
@@ -37,7 +38,6 @@ FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narro
 # Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
 # (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
 UNSEEN = 1.5
-REVISION = 1  # raised when the same neurons asked for are others, so that no older ones are opened
 SCORES = ("heapr", "camera", "magnitude", "random")
 
 
@@ -173,29 +173,29 @@ def narrow_experts(
         if progress:
             progress(done, steps)
 
-    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device())
-    settings = (__version__, REVISION, *fit, score, width, start.top_k)
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], settings)
-    folder = work.absolute() / f"narrow-{width}-{start.top_k}-{key[:16]}"
-    with alone(folder):
-        made = open_overlay(base, folder, {})
-        if made is None:
-            scores = None
-            if steps > layers:
-                scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
-            reconstruction = Reconstruction(model, start, texts, max_tokens, folder, key)
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), score, width, start.top_k)
+    key = key_of("narrow", model.fingerprint, texts_key(texts), fit)
+    folder = path_of(work.absolute(), f"narrow-{width}-{start.top_k}", key)
 
-            def change(layer: int, _: Tokens, experts: Experts) -> Experts:
-                if whole:
-                    return experts
-                arrays = load_gradients(scores, layer) if scores else {}
-                return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+    def make() -> Model:
+        scores = None
+        if steps > layers:
+            scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
+        reconstruction = Reconstruction(model, start, texts, max_tokens, folder, key)
 
-            for layer in reconstruction.resume(lambda done, _: tell(steps - layers + done)):
-                reconstruction.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
-                tell(steps - layers + layer + 1)
-            write_text(folder / "kl.json", json.dumps(reconstruction.measure()))
-            made = save_overlay(base, folder, {})
+        def change(layer: int, _: Tokens, experts: Experts) -> Experts:
+            if whole:
+                return experts
+            arrays = load_gradients(scores, layer) if scores else {}
+            return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+
+        for layer in reconstruction.resume(lambda done, _: tell(steps - layers + done)):
+            reconstruction.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+            tell(steps - layers + layer + 1)
+        write_text(folder / "kl.json", json.dumps(reconstruction.measure()))
+        return save_overlay(base, folder, {})
+
+    made = open_or_make(folder, lambda: open_overlay(base, folder, {}), make)
     kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
     return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
 

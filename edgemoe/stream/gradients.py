@@ -8,7 +8,6 @@ What is left on disk serves rounding (pack.py: which errors of a matrix's rows m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe import __version__
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import alone, array_file, hash_json, load_arrays, save_arrays, write_text
+from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
 from edgemoe.base.types import F64
+from edgemoe.base.work import Steps, key_of, open_or_make, path_of
 from edgemoe.ir import Model
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
-from edgemoe.stream.texts import Text
-from edgemoe.stream.windows import Windows, tokenize
+from edgemoe.stream.texts import Text, text_weights, texts_key
+from edgemoe.stream.windows import WINDOW, Windows, tokenize
 
-WINDOW = 512
-REVISION = 1  # raised when the folder holds other things, so that no older one is taken for it
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -48,16 +45,16 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
         "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
         and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect to what the matrix gives.
     """
-    key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, REVISION, WINDOW, max_tokens)
-    work = work.absolute() / f"gradients-{key[:16]}"
-    with alone(work):
-        if (work / "done").exists():
-            return work
-        work.mkdir(parents=True, exist_ok=True)
-        weights = np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
-        _Pass(model, tokenize(model, texts, max_tokens, WINDOW), weights, work, key).run(progress)
-        write_text(work / "done", "")
-    return work
+    key = key_of("gradients", model.fingerprint, texts_key(texts), WINDOW, max_tokens)
+    folder = path_of(work.absolute(), "gradients", key)
+
+    def make() -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        _Pass(model, tokenize(model, texts, max_tokens, WINDOW), text_weights(texts), folder, key).run(progress)
+        write_text(folder / "done", "")
+        return folder
+
+    return open_or_make(folder, lambda: folder if (folder / "done").exists() else None, make)
 
 
 def load_gradients(folder: Path, layer: int) -> Arrays:
@@ -81,11 +78,10 @@ class _Pass:
     """One forward and one backward pass under way; step s is a layer forward (s < L) or backward."""
 
     def __init__(self, model: Model, windows: Windows, weights: F64, work: Path, key: str) -> None:
-        self.model, self.windows, self.work, self.key = model, windows, work, key
+        self.model, self.windows, self.work, self.steps = model, windows, work, Steps(work, key)
         self.stream = LayerStream(model)
-        share = weights / np.bincount(windows.domain, windows.lengths, len(weights))
-        real = np.arange(windows.tokens.shape[1])[None] < windows.lengths[:, None]
-        self.weights = torch.from_numpy((share[windows.domain][:, None] * real).astype(np.float32))  # lambda [windows, length]
+        shared = windows.token_weights(weights)[:, None] * windows.real
+        self.weights = torch.from_numpy(shared.astype(np.float32))  # lambda [windows, length]
 
     def states(self, layer: int) -> States:
         """What a layer receives."""
@@ -97,9 +93,7 @@ class _Pass:
 
     def run(self, progress: Progress | None) -> None:
         """All steps that are still to do."""
-        path, n = self.work / "progress.json", self.model.n_layers
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        first = int(saved["step"]) if saved.get("key") == self.key else 0
+        n, first = self.model.n_layers, int(self.steps.read()["done"])
         if first == 0:
             states = self.states(0)
             for index in self.windows.chunks():
@@ -115,7 +109,7 @@ class _Pass:
                 self._backward(layer)
             if step == n - 1:
                 self._start_backward()
-            write_text(path, json.dumps({"key": self.key, "step": step + 1}))
+            self.steps.note(step + 1)
             if step >= n:
                 (self.work / f"state-{layer}.bin").unlink(missing_ok=True)
         (self.work / f"state-{n}.bin").unlink(missing_ok=True)

@@ -76,5 +76,9 @@ def final_states(
 
 def token_kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(reference || softmax(logits)) of each token, nats."""
-    changed = logits.double().log_softmax(-1)
-    return (reference.exp() * (reference - changed)).sum(-1)
+    return kl_of_log_probs(reference, logits.double().log_softmax(-1))
+
+
+def kl_of_log_probs(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of distributions given by their logarithms [.., V], nats."""
+    return (p.exp() * (p - q)).sum(-1)

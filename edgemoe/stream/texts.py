@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.base.types import F64
 from edgemoe.ir import Stats
 
 SHIPPED = Path(__file__).parent / "data"
@@ -34,6 +37,16 @@ class Text:
     def sha256(self) -> str:
         """Of the documents as used."""
         return hashlib.sha256("\x00".join(self.documents).encode()).hexdigest()
+
+
+def text_weights(texts: Sequence[Text]) -> F64:
+    """Weight of each text among all [D], summing to 1."""
+    return np.array([t.weight for t in texts]) / sum(t.weight for t in texts)
+
+
+def texts_key(texts: Sequence[Text]) -> list[tuple[str, float, str]]:
+    """What of texts decides a result that is made from them."""
+    return [(t.name, t.weight, t.sha256) for t in texts]
 
 
 def choose_texts(calibration: Sequence[str], heldout: Sequence[str]) -> tuple[tuple[Text, ...], tuple[Text, ...]]:

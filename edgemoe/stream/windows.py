@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
+from edgemoe.base.types import F64
 from edgemoe.ir import Model
 from edgemoe.stream.texts import Text
 
 CHUNK_TOKENS = 2048
+WINDOW = 512  # tokens of one window of calibration or held-out text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,21 @@ class Windows:
     tokens: NDArray[np.int64]
     lengths: NDArray[np.int64]
     domain: NDArray[np.int64]  # [n]
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """Which positions hold tokens [n, length]; the others are padding."""
+        mask: NDArray[np.bool_] = np.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+        return mask
+
+    def count_tokens(self, domains: int) -> NDArray[np.int64]:
+        """Tokens of each domain [D]."""
+        return np.bincount(self.domain, self.lengths, domains).astype(np.int64)
+
+    def token_weights(self, weights: F64) -> F64:
+        """Weight of each token of a window [n], where the tokens of a domain share its weight [D]."""
+        shared: F64 = (weights / self.count_tokens(len(weights)))[self.domain]
+        return shared
 
     def take(self, index: Sequence[int] | NDArray[np.int64]) -> Windows:
         """Some of the windows."""

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import VerifyError
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import alone, hash_json, load_arrays, save_arrays
+from edgemoe.base.storage import load_arrays, save_arrays
 from edgemoe.base.types import F32, F64
+from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Model, TextScore
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.stream.texts import Text
+from edgemoe.stream.windows import WINDOW
 from edgemoe.targets import Target
 
 ROWS_AT_ONCE = 64  # of logits in float64
@@ -125,18 +127,19 @@ def reference_states(model: Model, windows: Any, work: Path) -> F32:
     from edgemoe.stream.passes import final_states
 
     work.mkdir(parents=True, exist_ok=True)
-    key = hash_json(model.fingerprint, windows.tokens.tolist(), windows.lengths.tolist())
-    path = work / f"reference-{key[:16]}.safetensors"
-    with alone(path):
-        if not path.exists():
-            scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
-            scratch.mkdir(exist_ok=True)
-            try:
-                save_arrays(path, {"states": final_states(model, windows, scratch)})
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    states: F32 = load_arrays(path)["states"]
+    path = path_of(
+        work, "reference", key_of("reference", model.fingerprint, windows.tokens.tolist(), windows.lengths.tolist()), ".safetensors"
+    )
+
+    def make() -> F32:
+        scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
+        scratch.mkdir(exist_ok=True)
+        try:
+            states = final_states(model, windows, scratch)
+            save_arrays(path, {"states": states})
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return states
+
+    states: F32 = open_or_make(path, lambda: load_arrays(path)["states"] if path.exists() else None, make)
     return states
-
-
-WINDOW = 512
