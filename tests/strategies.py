@@ -314,7 +314,7 @@ def active(costs: Costs, p: Choice) -> float:
     """Bytes that a token reads: of a stack top-k of the kept experts, of single experts by how often they are picked."""
     total = 0.0
     for u, unit in enumerate(costs.units):
-        rate = 1.0 if unit.role != "token_embd" else 0.0
+        rate = 0.0 if unit.role == "token_embd" and any(other.role == "output" for other in costs.units) else 1.0
         if unit.expert >= 0:
             share = sum(w * float(costs.usage[d, unit.layer, unit.expert]) for d, w in enumerate(costs.domain_weights))
             rate = min(1.0, costs.top_k * share)

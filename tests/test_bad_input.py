@@ -228,7 +228,7 @@ def test_what_cannot_be_split_is_not_asked_to_be(run: Run, out: Path, target: st
 # ------------------------------------------------------------------------------------------------------------------ records
 def make_plan() -> Plan:
     found = inspect_model(MODEL)
-    everything = {"n_experts": 7, "top_k": 2, "kept": (tuple(range(7)),) * 2, "formats": {}, "sizes": {}, "counts": ()}
+    everything = {"n_experts": 7, "top_k": 2, "kept": (tuple(range(7)),) * 2, "units": (), "formats": {}, "sizes": {}, "counts": ()}
     everything |= {"objective": "mean", "vram": (), "domain_q": {}, "rules": (), "repair": False, "origin": ""}
     numbers = {name: 0.0 for name in ("q", "drop_q", "predicted_kl", "bound", "gap", "price")}
     return Plan(

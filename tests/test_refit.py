@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgemoe.repair.adam import WARM_UP
 from edgemoe.repair.experts import (
     RATE,
-    WARM_UP,
     Experts,
     Tokens,
     descend,

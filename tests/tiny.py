@@ -172,6 +172,7 @@ def flat_plan(
         n_experts=model.n_experts,
         top_k=model.top_k,
         kept=sets,
+        units=tuple(units),
         formats=formats,
         sizes=sizes,
         file_size=to.fixed_sizes(model, [count])[0] + sum(sizes.values()),

@@ -22,7 +22,7 @@ from edgemoe.base.errors import MachineError, ModelError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 R = TypeVar("R", bound="DataclassInstance")
 
 

@@ -38,6 +38,11 @@ class Unit:
         """Whether the unit's size depends on how many experts stay."""
         return self.expert < 0 and self.role.endswith("_exps")
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether it holds routed experts: a stack of them, or one."""
+        return self.is_stack or self.expert >= 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
@@ -100,7 +105,7 @@ class Costs:
     @property
     def expert_layers(self) -> list[int]:
         """Which layers these are, as tensor names count them (leading dense layers have none)."""
-        return sorted({u.layer for u in self.units if u.is_stack or u.expert >= 0})
+        return sorted({u.layer for u in self.units if u.of_experts})
 
     @property
     def weights(self) -> F64:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from edgemoe.base.errors import ModelError
+from edgemoe.ir.costs import Unit
 from edgemoe.ir.model import Model
 
 
@@ -41,6 +42,7 @@ class Plan:
     n_experts: int
     top_k: int
     kept: tuple[tuple[int, ...], ...]  # [layers with experts], original indices in order
+    units: tuple[Unit, ...]  # those that are stored
     formats: dict[str, str]  # unit name -> format
     sizes: dict[str, int]  # unit name -> bytes
     vram: tuple[str, ...]  # units that live in the second pool, GPU memory
@@ -92,19 +94,26 @@ class Plan:
     @property
     def layers(self) -> list[int]:
         """Which layers the rows of `kept` are, as tensor names count them (leading dense layers have no experts)."""
-        found = {int(name.split(".")[1]) for name in self.formats if name.startswith("blk.") and "_exps" in name}
-        return sorted(found) if len(found) == len(self.kept) else list(range(len(self.kept)))
+        return sorted({unit.layer for unit in self.units if unit.of_experts})
+
+    @property
+    def kept_of(self) -> dict[int, tuple[int, ...]]:
+        """Kept experts by layer number, of layers that have experts."""
+        return dict(zip(self.layers, self.kept, strict=True))
 
     @property
     def active_bytes(self) -> int:
-        """Bytes of weights that a token reads: top-k experts of each layer, all other tensors but the embedding."""
-        kept = dict(zip(self.layers, map(len, self.kept), strict=True))
+        """Bytes of weights that a token reads: top-k experts of each layer, and all other tensors.
+
+        Of an embedding only a row is read, unless it is the output matrix too.
+        """
+        kept, tied = self.kept_of, all(unit.role != "output" for unit in self.units)
         total = Fraction(0)
-        for name, size in self.sizes.items():
-            if "_exps" in name:
-                total += Fraction(size * self.top_k, kept.get(int(name.split(".")[1]), max(self.count, 1)))
-            elif not name.startswith("token_embd"):
-                total += size
+        for unit in self.units:
+            if unit.of_experts:
+                total += Fraction(self.sizes[unit.name] * self.top_k, len(kept[unit.layer]))
+            elif unit.role != "token_embd" or tied:
+                total += self.sizes[unit.name]
         return int(total)
 
     @property

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemoe.ir.costs import Unit
 from edgemoe.ir.plan import Plan
 
 MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
@@ -86,7 +85,6 @@ class Report:
     model: dict[str, Any]
     plan: Plan
     artifact: Artifact
-    units: tuple[Unit, ...]  # those that the plan stores
     scores: tuple[TextScore, ...]
     measured_kl: float
     measured_peak: int

@@ -56,6 +56,7 @@ def describe_choice(
         objective="mean",
         n_experts=costs.n_experts,
         top_k=costs.top_k,
+        units=tuple(costs.units[u] for u in stored),
         kept=tuple(tuple(int(e) for e in np.flatnonzero(row)) for row in kept),
         formats={costs.units[u].name: costs.formats[formats[u]] for u in stored},
         sizes={costs.units[u].name: int(s) for u, s in zip(stored, sizes, strict=True)},

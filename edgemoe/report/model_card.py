@@ -48,7 +48,7 @@ def render_card(report: Report) -> str:
     largest = next(iter(shares_by_format(plan)), "")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, width=10**6)}---\n",
-        f"# {_markdown(model['name'])}, {counts} of {plan.n_experts} experts, {mean_bits(report.units, plan):.2f} bits per weight\n",
+        f"# {_markdown(model['name'])}, {counts} of {plan.n_experts} experts, {mean_bits(report.plan.units, plan):.2f} bits per weight\n",
         f"Made by edgemoe to run within {format_bytes(plan.budget)} at a context of {plan.context} tokens.\n",
         _table(("file", "mostly", "bytes", "size"), [(f.name, largest, f.size, format_bytes(f.size)) for f in report.artifact.files]),
         "## What was dropped, and how the rest is stored\n",

@@ -56,12 +56,12 @@ def _mix(stops: tuple[str, ...], t: float) -> str:
 def _format_keys(report: Report) -> dict[str, dict[str, Any]]:
     """Every format in use, fewest bits first: its class in the page, bits per weight, bytes, and its colour on light and dark paper."""
     plan, totals = report.plan, shares_by_format(report.plan)
-    bits = {name: max(mean_bits([u for u in report.units if plan.formats[u.name] == name], plan), 0.1) for name in totals}
+    bits = {name: max(mean_bits([u for u in report.plan.units if plan.formats[u.name] == name], plan), 0.1) for name in totals}
     low, high = min(bits.values(), default=1.0), min(max(bits.values(), default=1.0), _TOP_BITS)
     keys = {}
     for index, name in enumerate(sorted(totals, key=lambda n: (bits[n], n))):
         t = math.log(bits[name] / low) / math.log(max(high / low, 2.0))
-        stacked = any(plan.formats[u.name] == name for u in report.units if u.role.endswith("_exps"))
+        stacked = any(plan.formats[u.name] == name for u in report.plan.units if u.role.endswith("_exps"))
         key = {"css": f"f{index}", "bpw": bits[name], "size": totals[name], "stacked": stacked}
         keys[name] = {**key, "light": _mix(_LIGHT, t), "dark": _mix(_DARK, t)}
     return keys
@@ -112,7 +112,7 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
     plan, n_layers, n_experts = report.plan, len(report.plan.kept), report.plan.n_experts
     step, band = min(max(1152 // n_experts, 2), 36), min(max(640 // (3 * n_layers), 2), 10)
     pitch = 3 * band + (4 if band > 6 else 1)
-    alone = any(unit.expert >= 0 for unit in report.units)  # then colours say more than a row of words could
+    alone = any(unit.expert >= 0 for unit in report.plan.units)  # then colours say more than a row of words could
     beside = pitch >= 13 and n_experts * step <= 760 and not alone
     box = {
         "step": step,
@@ -127,7 +127,7 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
         "labelled": next(s for s in (1, 2, 5, 10, 20, n_layers) if s * pitch >= 13 or s >= n_layers),
     }
     stacks: dict[int, list[Unit]] = {}
-    for unit in report.units:
+    for unit in report.plan.units:
         if unit.role.endswith("_exps"):
             stacks.setdefault(unit.layer, []).append(unit)
     layers = sorted(stacks) if len(stacks) == n_layers else range(n_layers)
@@ -211,8 +211,8 @@ def render_html(report: Report) -> str:
         chart=_kl_chart(report),
         allowed=allowed_size(plan),
         memory=[(word, plan.memory[part]) for part, word in MEMORY_PARTS.items() if plan.memory.get(part)],
-        tensors=[(u, plan.formats[u.name], plan.sizes[u.name], mean_bits([u], plan)) for u in report.units],
-        bpw=mean_bits(report.units, plan),
+        tensors=[(u, plan.formats[u.name], plan.sizes[u.name], mean_bits([u], plan)) for u in report.plan.units],
+        bpw=mean_bits(report.plan.units, plan),
         agreement=agreement(report),
         proof=proof(plan),
         dropping=dropping(plan, int(report.model["top_k"])),

@@ -120,7 +120,7 @@ def summarize_report(report: Report) -> Group:
     facts = [
         ("model", f"{model['name']} ({model['model_type']}, {billions(model['n_weights'])} weights)"),
         *_common_facts(plan, int(model["top_k"])),
-        ("bits per weight", f"{mean_bits(report.units, plan):.3f}"),
+        ("bits per weight", f"{mean_bits(report.plan.units, plan):.3f}"),
         ("file", f"{format_bytes(report.artifact.model_size)}, {report.artifact.model_size} bytes, {size}"),
         ("peak memory", f"{peak}, {format_bytes(plan.memory['peak'])} predicted"),
         ("KL", f"{loss}, {nats(plan.predicted_kl)} predicted (mean, nats per token)"),

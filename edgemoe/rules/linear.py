@@ -91,11 +91,14 @@ def zero(costs: Costs) -> Linear:
 
 
 def active_rates(costs: Costs, count: int) -> F64:
-    """Share of each unit's bytes that is read for a token [U]: top-k of the kept experts, everything else but the embedding whole.
+    """Share of each unit's bytes that is read for a token [U]: top-k of the kept experts, everything else whole.
+
+    Of an embedding only a row is read, unless it is the output matrix too.
 
     In the experts form top-k times the expert's share of its layer's output, which says how often it is picked.
     """
     rows = {layer: row for row, layer in enumerate(costs.expert_layers)}
+    tied = all(unit.role != "output" for unit in costs.units)
     share = np.minimum(1.0, costs.top_k * np.tensordot(costs.weights, costs.usage, axes=1))
 
     def rate(unit: Unit) -> float:
@@ -103,7 +106,7 @@ def active_rates(costs: Costs, count: int) -> F64:
             return float(share[rows[unit.layer], unit.expert])
         if unit.is_stack:
             return costs.top_k / count
-        return 0.0 if unit.role == "token_embd" else 1.0
+        return 0.0 if unit.role == "token_embd" and not tied else 1.0
 
     return np.array([rate(unit) for unit in costs.units])
 

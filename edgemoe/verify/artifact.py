@@ -22,7 +22,6 @@ from edgemoe.base.units import format_bytes
 from edgemoe.devices.detect import measure_bandwidth
 from edgemoe.devices.profiles import estimate_speed
 from edgemoe.ir import Artifact, Model, Plan, Report
-from edgemoe.model.families import resize_experts
 from edgemoe.stream.texts import Text
 from edgemoe.targets import Target
 from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
@@ -73,7 +72,6 @@ def verify_artifact(
         model=_describe(model),
         plan=plan,
         artifact=artifact,
-        units=tuple(u for u in target.list_units(resize_experts(model, plan.width or model.expert_size)) if u.name in plan.formats),
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),

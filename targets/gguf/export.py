@@ -52,13 +52,12 @@ def gpu_flags(plan: Plan) -> list[str]:
     """llama.cpp flags that put a plan with a second pool where it was planned."""
     if not plan.vram:
         return []
-    stacks = {name for name in plan.formats if re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight", name)}
-    in_ram = sorted((int(n.split(".")[1]), n.split(".")[2]) for n in stacks - set(plan.vram))
     by_role: dict[str, list[int]] = {}
-    for layer, role in in_ram:
-        by_role.setdefault(role, []).append(layer)
+    for unit in plan.units:
+        if unit.is_stack and unit.name not in plan.vram:
+            by_role.setdefault(unit.role, []).append(unit.layer)
     flags = ["-ngl 999", "--no-mmap"]
     for role, layers in sorted(by_role.items()):
-        numbers = "|".join(map(str, layers))
+        numbers = "|".join(map(str, sorted(layers)))
         flags.append(f'-ot "blk\\.({numbers})\\.{role}\\.weight=CPU"')
     return flags

@@ -122,7 +122,8 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
 
 def _bits_per_weight(model: Model, plan: Plan) -> float:
     """Of the file, over the weights that are left."""
-    gone = sum(t.n_weights for t in model.tensors if t.expert >= 0 and t.expert not in plan.kept[t.layer])
+    kept = plan.kept_of
+    gone = sum(t.n_weights for t in model.tensors if t.expert >= 0 and t.expert not in kept[t.layer])
     return 8 * plan.file_size / (model.n_weights - gone)
 
 
@@ -169,7 +170,7 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
 def _add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan | None) -> None:
     """What it was made from, and the expert map: one flag per (layer, expert), so the length never changes."""
     kept = np.zeros((model.n_layers, model.n_experts), bool)
-    for layer, experts in enumerate(plan.kept if plan else ()):
+    for layer, experts in (plan.kept_of if plan else {}).items():
         kept[layer, list(experts)] = True
     writer.add_string("edgemoe.version", __version__)
     writer.add_string("edgemoe.model", model.fingerprint)
@@ -228,16 +229,16 @@ def group_tensors(model: Model) -> list[tuple[str, list[Tensor]]]:
 
 def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecutor) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor's bytes, in file order."""
-    layer, importance = -2, {}
+    layer, importance, kept_of = -2, {}, plan.kept_of
     for name, group in group_tensors(model):
         first = group[0]
         if first.layer != layer:
             layer, importance = first.layer, importance_of(model, stats, first.layer)
         if not is_planned(first):
             values = read_tensor(model.folder, first)
-            yield name, values[list(plan.kept[first.layer])] if first.role == "ffn_gate_inp" else values
+            yield name, values[list(kept_of[first.layer])] if first.role == "ffn_gate_inp" else values
             continue
-        kept = [group[e] for e in plan.kept[first.layer]] if first.expert >= 0 else group
+        kept = [group[e] for e in kept_of[first.layer]] if first.expert >= 0 else group
         kind = plan.formats[name]
         rows: list[NDArray[np.uint8]] = []
         for tensor in kept:  # one expert's float32 at a time; only the packed stack grows

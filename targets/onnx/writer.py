@@ -115,7 +115,7 @@ def graph_size(model: Model) -> int:
 
 def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str, str]:
     """What it was made from and what runs it; without a plan, placeholders at least as long."""
-    kept = dict(zip(plan.layers, plan.kept, strict=True)) if plan else {}
+    kept = plan.kept_of if plan else {}
     flags = [["1" if e in kept.get(layer, ()) else "0" for e in range(model.n_experts)] for layer in range(model.n_layers)]
     three_bits = plan is not None and any(FORMATS[name].bits == 3 for name in plan.formats.values())
     none = "0" * 64
@@ -184,8 +184,7 @@ def write(
 def _layer_groups(plan: Plan) -> dict[int, list[tuple[str, tuple[int, ...]]]]:
     """Kept experts of each layer by format."""
     return {
-        layer: group_experts(kept, {e: plan.formats[unit_name("ffn_exps", layer, e)] for e in kept})
-        for layer, kept in zip(plan.layers, plan.kept, strict=True)
+        layer: group_experts(kept, {e: plan.formats[unit_name("ffn_exps", layer, e)] for e in kept}) for layer, kept in plan.kept_of.items()
     }
 
 
