@@ -26,6 +26,7 @@ from yardstick import mean_and_error
 from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
 from edgemoe.ir.memory import peak
+from edgemoe.plan.presets import Settings, plan_preset
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import price_config
 from edgemoe.rules import ByteLimit, KeptCount, Pin, Rule
@@ -34,17 +35,14 @@ GAP, SECONDS = 1e-3, 20.0  # of every solve
 SHARES = (0.75, 0.5, 0.25)
 SIZES = (0.45, 0.33, 0.24, 0.17, 0.12)  # of the checkpoint's bytes
 BITS = (4.0, 2.5, 1.5)  # bytes of the file over all weights, for shapes
+PRESETS = {"bits only": "types-only", "drops only": "drops-only"}  # as `edgemoe plan --preset` knows them
 WAYS = ("joint", "bits only", "drops only", "round ratio", "one type", "equal layers")
 
 
 def tries(costs: Costs, way: str, joint: Plan) -> Iterator[list[Rule]]:
-    """The limits of one way; the best of several tries counts."""
+    """The limits of one way that is no preset; the best of several tries counts."""
     if way == "joint":
         yield []
-    elif way == "bits only":
-        yield [KeptCount(at_least=costs.n_experts)]
-    elif way == "drops only":
-        yield [Pin(tensors=("*",), format="Q8_0")]
     elif way == "round ratio":
         for share in SHARES:
             count = min(costs.counts, key=lambda n: abs(n - share * costs.n_experts))
@@ -60,6 +58,11 @@ def tries(costs: Costs, way: str, joint: Plan) -> Iterator[list[Rule]]:
 
 def best_of(costs: Costs, budget: int, way: str, joint: Plan) -> Plan | None:
     """The best plan of one way; None when it cannot get into these bytes."""
+    if way in PRESETS:
+        try:
+            return plan_preset(PRESETS[way], costs, budget, Settings(gap=GAP, seconds=SECONDS))
+        except BudgetError:
+            return None
     found = []
     for rules in tries(costs, way, joint):
         try:

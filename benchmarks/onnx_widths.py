@@ -12,7 +12,6 @@ file is that of everything at 8 bits.  What was measured is kept in the work fol
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError
 from edgemoe.base.storage import hash_json, write_text
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Plan, counts_text
@@ -32,7 +31,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.infeasible import least_budget
-from edgemoe.plan.presets import PMQ_WIDTHS, layer_uniform_plan, pmq_plan
+from edgemoe.plan.presets import Settings, plan_preset
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import ROUNDINGS, discount
 from edgemoe.stream.texts import choose_texts
@@ -41,7 +40,8 @@ from edgemoe.verify.logits import compare_logits, reference_states, tokenize_hel
 
 BUDGETS = 6
 AS_LARGE = 0.97  # of our file: smaller ones, of rules that have no use for more bytes, are shown and not compared
-METHODS = ("expert", "layer", "PMQ")
+PRESETS = {"layer": "layer-uniform", "PMQ": "pmq"}  # as `edgemoe plan --preset` knows them
+METHODS = ("expert", *PRESETS)
 
 
 class Bench:
@@ -59,8 +59,6 @@ class Bench:
         self.names = [t.name for t in heldout]
         self.windows = tokenize_heldout(self.model, heldout, tokens)
         self.states = reference_states(self.model, self.windows, work)
-        arrays = [self.stats.arrays(layer) for layer in range(self.model.n_layers)]
-        self.tokens, self.gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
         self.cache = work / "onnx-widths.json"
         self.known: dict[str, Any] = json.loads(self.cache.read_text()) if self.cache.exists() else {}
 
@@ -68,17 +66,10 @@ class Bench:
         """The plan of a method for a file of at most `size` bytes; None: it has none."""
         if method == "expert":
             return solve_plan(self.costs, size)
-        if method == "layer":
-            return layer_uniform_plan(self.costs, size)
-        found = []
-        for rest in (name for name in self.costs.formats if name.startswith(("INT4", "INT8"))):  # MC keeps 4 bits for all else
-            for blocks in itertools.product((32, 64, 128), repeat=len(PMQ_WIDTHS)):
-                try:
-                    widths = {bits: f"INT{bits}_{block}" for bits, block in zip(PMQ_WIDTHS, blocks, strict=True)}
-                    found.append(pmq_plan(self.costs, size, self.tokens, self.gates, widths, rest))
-                except (BudgetError, UsageError):  # too large, or a format that is not offered
-                    continue
-        return min(found, key=lambda plan: plan.q, default=None)
+        try:
+            return plan_preset(PRESETS[method], self.costs, size, Settings(stats=self.stats))
+        except BudgetError:
+            return None
 
     def measure(self, plan: Plan) -> float:
         """Mean KL over the held-out texts."""

@@ -82,3 +82,20 @@ TopKOpt = Annotated[
     int | None,
     typer.Option("--top-k", metavar="N", help="Experts that compute a token: fewer are faster and cost KL. [default: as in MODEL]"),
 ]
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Decide as another method does, from the same prices and for the same bytes, to compare its plan with ours. "
+        "types-only: every expert stays, formats are chosen. drops-only: experts go, every matrix has 8 bits. "
+        "layer-uniform: the experts of a layer share one format (COSTS of `price --target onnx`). "
+        "pmq: PMQ's bits for each expert, no drops (COSTS of `price --target onnx`, and --stats).",
+    ),
+]
+StatsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats", metavar="DIR", help="With --preset pmq: the folder that calibrate made; PMQ weighs experts by how they are used."
+    ),
+]

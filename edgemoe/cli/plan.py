@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,12 @@ from edgemoe.cli.options import (
     JsonOpt,
     MemoryOpt,
     ObjectiveOpt,
+    PresetOpt,
     RecipeOpt,
     RoundingOpt,
     RuleOpt,
     SolverOpt,
+    StatsOpt,
     TargetOpt,
     TimeOpt,
 )
@@ -30,6 +33,8 @@ from edgemoe.cli.progress import print_rich, show_progress
 if TYPE_CHECKING:
     from edgemoe.ir import Costs, Plan
     from edgemoe.rules import Rule
+
+DEFAULT_GAP = 1e-4  # of plan/solve.py, which --help does not import
 
 
 def plan(
@@ -43,13 +48,15 @@ def plan(
     rule: RuleOpt = None,
     objective: ObjectiveOpt = None,
     solver: SolverOpt = "highs",
-    gap: GapOpt = 1e-4,
+    gap: GapOpt = DEFAULT_GAP,
     time_limit: TimeOpt = None,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="Price drops as they are without the survivors' repair, which emit then leaves out.")
     ] = False,
     rounding: RoundingOpt = "feedback",
     near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
+    preset: PresetOpt = None,
+    stats: StatsOpt = None,
     generic: Annotated[
         str | None,
         typer.Option(metavar="NAME|CONFIG", help="Plan a model that nobody measured: a known shape (deepseek-v3 ...) or a config.json."),
@@ -71,10 +78,24 @@ def plan(
     """Solve for the best plan within a budget: which experts stay, and the format of every tensor.
 
     Rules come from a recipe (--recipe) or one by one (--rule).  --sweep solves for many budgets and shows them on a page with a slider.
+    --preset decides as another method does, from the same prices and for the same bytes, so that the two plans can be compared.
     """
     if diff is not None:
         _print_lines(_diff(*diff), as_json=as_json)
         return
+    if preset is not None:
+        asked: dict[str, object] = {
+            "--recipe": recipe,
+            "--rule": rule,
+            "--objective": objective,
+            "--solver": solver != "highs",
+            "--near": near,
+        }
+        asked |= {"--explain": explain, "--why": why, "--sweep": sweep}
+        asked |= {"--time-limit": time_limit, "--gap": gap != DEFAULT_GAP, "--generic": generic} if preset == "pmq" else {"--stats": stats}
+        _check_preset(preset, asked)
+    elif stats is not None:
+        raise UsageError("--stats goes with --preset pmq", hint="every other plan takes all that it needs from COSTS")
     rules, aim = read_rules(recipe, rule, objective)
     budget, box = (0, None) if sweep is not None else choose_budget(memory, device)
     prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
@@ -94,12 +115,15 @@ def plan(
             raise UsageError(f"--sweep names the budgets and solves for each; leave {others} out")
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
-    from edgemoe.plan.solve import solve_plan
+    if preset is not None:
+        solved = _plan_preset(preset, prices, budget, stats, gap, time_limit, origin)
+    else:
+        from edgemoe.plan.solve import solve_plan
 
-    before = load_record(near, Plan) if near else None
-    solved = solve_plan(
-        prices, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=time_limit, near=before, costs_hash=origin
-    )
+        before = load_record(near, Plan) if near else None
+        solved = solve_plan(
+            prices, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=time_limit, near=before, costs_hash=origin
+        )
     if output:
         save_record(output, solved)
     _show(prices, solved, rules, why or [], gap if explain else None, as_json=as_json)
@@ -107,6 +131,30 @@ def plan(
         from edgemoe.targets.gguf.export import export_plan
 
         export_plan(solved, export)
+
+
+def _check_preset(name: str, asked: Mapping[str, object]) -> None:
+    """Refuse a preset that is not known, and options that have no meaning beside it.
+
+    Raises:
+        UsageError: names the presets that there are, or the options.
+    """
+    from edgemoe.plan.presets import find_preset
+
+    find_preset(name)
+    given = [option for option, value in asked.items() if value]
+    if given:
+        hint = "a preset says itself what is decided, and nothing is proven of its plan; rules and reasons are for plans without --preset"
+        raise UsageError(f"--preset {name} does not go with {', '.join(given)}", hint=hint)
+
+
+def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap: float, seconds: float | None, costs_hash: str) -> Plan:
+    from edgemoe.base.storage import load_record
+    from edgemoe.ir import Stats
+    from edgemoe.plan.presets import Settings, plan_preset
+
+    stats = replace(load_record(folder / "stats.json", Stats), folder=str(folder)) if folder else None
+    return plan_preset(name, costs, budget, Settings(stats=stats, gap=gap, seconds=seconds), costs_hash=costs_hash)
 
 
 def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) -> None:

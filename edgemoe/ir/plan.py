@@ -37,7 +37,7 @@ class Plan:
     target: str
     budget: int
     context: int
-    solver: str
+    solver: str  # or the preset that made it (plan/presets.py)
     objective: str  # "mean" over domains, or the "worst" domain
     n_experts: int
     top_k: int

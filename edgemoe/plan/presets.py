@@ -1,99 +1,172 @@
-"""Price list in the experts form, a budget -> plans under narrower rules, as peers: PMQ's widths, and one width for all experts of a layer.
+"""Price list, a budget, the name of a preset -> the plan of a narrower way to decide: what our plans are compared with.
 
-Both take the same formats, bytes and prices as our own plans, so they differ only in what may be decided.
+Every preset takes the formats, bytes and prices that our own plans take, so a preset's plan and ours differ only in what was decided.  A
+preset says itself what is decided; it takes no rules, and nothing is proven of its plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError, EdgemoeError, UsageError
 from edgemoe.base.types import F64
 from edgemoe.base.units import format_bytes
-from edgemoe.ir import Costs, Plan
+from edgemoe.ir import Costs, Plan, Stats
 from edgemoe.ir.memory import room_for_weights
 from edgemoe.plan.evaluate import describe_choice
+from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.pmq import allocate_bits
+from edgemoe.plan.solve import DEFAULT_GAP, solve_plan
+from edgemoe.rules import KeptCount, Rule
+from edgemoe.rules.constraints import Constraints
 from edgemoe.solvers.program import Program
 from edgemoe.solvers.search import solve
 
 PMQ_WIDTHS = (2, 3, 4)  # bits; PMQ itself takes 1, 2 and 3, but onnxruntime has no 1
+PMQ_REST = (4, 8)  # bits of everything outside the experts; MC keeps 4
 GONE = -1
 Formats = NDArray[np.int64]
 
 
-def pmq_plan(costs: Costs, budget: int, tokens: F64, gates: F64, formats: Mapping[int, str], others: Mapping[str, str] | str) -> Plan:
-    """PMQ's allocation (solvers/pmq.py) with the most bits that fit: every expert stays, and every layer, alone, gets as many bits.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What presets may use beside price list and budget."""
 
-    An expert's error at a width, the norm of what changes in its layer's output, is the root of our price, which is a mean square.
+    stats: Stats | None = None  # what calibration saw of the experts; PMQ alone asks for it
+    gap: float = DEFAULT_GAP  # relative distance to the preset's own optimum that is good enough; PMQ's small programs are solved exactly
+    seconds: float | None = None  # wall-clock limit of the solver, which PMQ has no use for
+
+
+DEFAULTS = Settings()
+
+
+def plan_preset(name: str, costs: Costs, budget: int, settings: Settings = DEFAULTS, *, costs_hash: str = "") -> Plan:
+    """The plan of a preset.
 
     Args:
+        name: one of PRESETS.
         costs: the price list.
-        budget: bytes of the process.
-        tokens: that each expert got [L, E].
-        gates: sums of its routing weights [L, E].
-        formats: of each of PMQ_WIDTHS.
-        others: format of every other unit, or of each by its role; PMQ does not decide it.
+        budget: bytes of the process at its peak.
+        settings: statistics for PMQ, when to stop for the others.
+        costs_hash: what to record as the plan's origin.
 
     Raises:
-        UsageError: the price list is not in the experts form, or a format is not offered.
-        BudgetError: the fewest bits are too many.
+        UsageError: no such preset, or it cannot work with this price list or without statistics.
+        BudgetError: the preset has no plan of so few bytes; names the least.
+        EdgemoeError: the plan takes more than the budget.
     """
-    place = _expert_units(costs)
-    numbers = [_number(costs, formats[bits]) for bits in PMQ_WIDTHS]
-    chosen = np.array(
-        [GONE if u.expert >= 0 else _number(costs, others if isinstance(others, str) else others[u.role]) for u in costs.units]
-    )
-    errors = np.sqrt(costs.cost[0][place][:, :, numbers])  # [L, E, J]
-    if not np.isfinite(errors).all() or not np.isfinite(costs.cost[0, np.arange(len(chosen)), chosen][chosen != GONE]).all():
-        raise UsageError(f"pmq: not every unit can be stored as {', '.join(formats.values())} and {others}")
-    room = room_for_weights(budget, costs.memory, 0)
-
-    def allocate(total_bits: int) -> Formats:
-        found = chosen.copy()
-        for row, units in enumerate(place):
-            bits = allocate_bits(tokens[row], gates[row], errors[row], total_bits, bits=PMQ_WIDTHS)[0]
-            found[units] = [numbers[PMQ_WIDTHS.index(int(b))] for b in bits]
-        return found
-
-    low = PMQ_WIDTHS[0] * costs.n_experts + 3  # one expert has 3 bits and one 4
-    high = PMQ_WIDTHS[-1] * costs.n_experts - 1
-    best = allocate(low)
-    if _held(costs, best) > room:
-        raise BudgetError(f"pmq: the fewest bits take {format_bytes(_held(costs, best) + budget - room)}, more than the budget")
-    while low < high:  # more bits never take fewer bytes
-        middle = (low + high + 1) // 2
-        found = allocate(middle)
-        if _held(costs, found) <= room:
-            best, low = found, middle
-        else:
-            high = middle - 1
-    return describe_choice(costs, budget, np.ones((costs.n_layers, costs.n_experts), bool), best, solver="pmq")
+    made = find_preset(name)(costs, budget, settings)
+    if made.memory["peak"] > budget:
+        raise EdgemoeError(f"the plan of {name} takes {made.memory['peak']} of {budget} bytes", hint="please report this")
+    return replace(made, costs=costs_hash or made.costs)
 
 
-def layer_uniform_plan(costs: Costs, budget: int, gap: float = 1e-4) -> Plan:
-    """The best plan that stores all experts of a layer alike; which of them go is decided too, and the format of every other unit.
+def find_preset(name: str) -> Preset:
+    """The function of a preset.
 
+    Raises:
+        UsageError: no such preset; names those that there are.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} is not known", hint=f"known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# ------------------------------------------------------------------------------------------------------ drops or formats alone
+def plan_types_only(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
+    """Formats alone: every expert stays; each stack, expert and other matrix gets the format that serves the whole best.
+
+    Mixed precision as one integer program over all matrices: HAWQ-V3 (Yao et al., arXiv 2011.10680); formats have our prices here.
+    """
+    return _solve_with(costs, budget, settings, "types-only", KeptCount(at_least=costs.n_experts, name="types-only"))
+
+
+def plan_drops_only(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
+    """Drops alone: every matrix has 8 bits, and which experts stay is decided.
+
+    Expert pruning of a model that is stored plainly: Lu et al., arXiv 2402.14800, and REAP, arXiv 2510.13999; drops have our prices here.
+    The format is Q8_0, for onnxruntime the best one of INT8_32, INT8_64 and INT8_128; a matrix whose rows do not take it has the largest
+    format that they take (F16 in a GGUF).
+
+    Raises:
+        UsageError: the price list has no format of 8 bits.
+        BudgetError: the fewest experts are too many.
+    """
+    eight = [f for f, name in enumerate(costs.formats) if _bits(name) == 8 and np.isfinite(costs.cost[-1, :, f]).any()]
+    if not eight:
+        raise UsageError(f"preset drops-only: no format of 8 bits is among {', '.join(costs.formats)}")
+    found, failed = [], []
+    for number in eight:
+        try:
+            found.append(_solve_with(costs, budget, settings, "drops-only", _OneFormat(number)))
+        except BudgetError as error:
+            failed.append(error)
+    if not found:
+        raise failed[-1]  # of the smallest format: they are listed by falling size
+    return min(found, key=lambda plan: plan.q)
+
+
+@dataclass(frozen=True, slots=True)
+class _OneFormat:
+    """The rule that every matrix is stored in one format or, where its rows do not take that, in the largest that they take."""
+
+    number: int
+    name: str = "drops-only"
+
+    def apply(self, constraints: Constraints) -> None:
+        """Mask all other formats."""
+        costs = constraints.costs
+        offered = np.isfinite(costs.cost[-1])
+        largest = np.where(offered, costs.size[-1], -1).argmax(axis=1)
+        chosen = np.where(offered[:, self.number], self.number, largest)
+        constraints.offered &= chosen[:, None] == np.arange(len(costs.formats))
+
+
+def _solve_with(costs: Costs, budget: int, settings: Settings, name: str, rule: Rule) -> Plan:
+    """The best plan under one rule, as a preset's: its bound holds under the rule alone, so the plan does not carry it.
+
+    Raises:
+        BudgetError: nothing fits; the message speaks of the preset, as the user gave no rule.
+    """
+    try:
+        plan = solve_plan(costs, budget, rules=[rule], gap=settings.gap, seconds=settings.seconds)
+    except BudgetError as error:
+        least = least_budget(costs, [rule])
+        raise error if least is None else _too_few_bytes(name, budget, least) from error
+    return replace(plan, solver=name, bound=0.0, gap=1.0, proven=False, price=0.0, counts=(), rules=())
+
+
+# ------------------------------------------------------------------------------------------------------ one format for a layer
+def plan_layer_uniform(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
+    """The best plan that stores all experts of a layer alike; which of them go is decided too, and the format of every other matrix.
+
+    What a width by layer can do, the unit in which mixed precision is usually decided (HAWQ-V3, Yao et al., arXiv 2011.10680), with drops.
     A layer has one option for each format and number of experts that go: at a given format those go whose drop costs least beyond what
     storing them does, so no other set of that size is cheaper (experts of a layer are equally large).
 
     Raises:
-        UsageError: the price list is not in the experts form.
-        BudgetError: nothing fits.
+        UsageError: the price list is not in the experts form, or the experts of a layer have no format in common.
+        BudgetError: nothing fits; names the least bytes.
     """
-    place = _expert_units(costs)
+    place = _expert_units(costs, "layer-uniform")
     drop = np.tensordot(costs.weights, costs.expert_drop + costs.inherited, axes=1)  # [L, E]
     held = costs.size[0] + costs.extra[0]
-    most = costs.n_experts - costs.top_k
+    most = costs.n_experts - costs.top_k if costs.n_groups == 1 else 0  # layers choose on their own, so groups would not stay equal
     n_formats = len(costs.formats)
     order = np.zeros((*drop.shape, n_formats), np.int64)  # [L, E, F] who goes first
     cost = np.full((costs.n_layers + len(costs.units), n_formats * (most + 1)), np.inf)
     size = np.zeros(cost.shape, np.int64)
     for row, units in enumerate(place):
-        for f in np.flatnonzero(np.isfinite(costs.cost[0, units]).all(axis=0)).tolist():
+        common = np.flatnonzero(np.isfinite(costs.cost[0, units]).all(axis=0)).tolist()
+        if not common:
+            raise UsageError(f"preset layer-uniform: the experts of layer {costs.expert_layers[row]} have no format in common")
+        for f in common:
             own = costs.cost[0, units, f]
             order[row, :, f] = gone = np.argsort(drop[row] - own, kind="stable")
             saved = np.concatenate([[0.0], np.cumsum((drop[row] - own)[gone])])[: most + 1]
@@ -106,9 +179,10 @@ def layer_uniform_plan(costs: Costs, budget: int, gap: float = 1e-4) -> Plan:
     used = [*range(costs.n_layers), *rest.tolist()]
     room = room_for_weights(budget, costs.memory, 0)
     program = Program(cost=cost[None, used], size=size[used], constant=np.zeros(1), fixed=int(costs.fixed_size[0]), room=room)
-    solution = solve(lambda _: program, 1, gap)
+    solution = solve(lambda _: program, 1, settings.gap, seconds=settings.seconds)
     if solution is None:
-        raise BudgetError(f"no plan with one format for the experts of a layer fits {format_bytes(budget)}")
+        smallest = np.where(np.isfinite(program.cost[0]), program.size, np.iinfo(np.int64).max).min(axis=1)
+        raise _too_few_bytes("layer-uniform", budget, budget - room + program.fixed + int(smallest.sum()))
     kept, formats = np.ones(drop.shape, bool), np.full(len(costs.units), GONE)
     formats[free] = solution.picks[costs.n_layers :]
     for row, units in enumerate(place):
@@ -118,21 +192,137 @@ def layer_uniform_plan(costs: Costs, budget: int, gap: float = 1e-4) -> Plan:
     return describe_choice(costs, budget, kept, formats, solver="layer-uniform")
 
 
-def _expert_units(costs: Costs) -> NDArray[np.int64]:
-    """Number of the unit of each expert [L, E]."""
+# --------------------------------------------------------------------------------------------------------------------- PMQ
+def plan_pmq(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
+    """PMQ's allocation with the most bits that fit: every expert stays, every layer, alone, gets as many bits, all else one format.
+
+    Huang et al., arXiv 2410.06270 (MC), with 2, 3 and 4 bits for its 1, 2 and 3; the program is in pmq.py.  PMQ decides neither block sizes
+    nor the format of what is no expert (4 or 8 bits): of all that the price list has, the plan that our prices like best.  An expert's
+    error at a width, the norm of what changes in its layer's output, is the root of our price, which is a mean square.
+
+    Raises:
+        UsageError: the price list is not in the experts form or lacks a width, or there are no statistics of the experts.
+        BudgetError: the fewest bits are too many; names the least bytes.
+    """
+    place = _expert_units(costs, "pmq")
+    tokens, gates = _routing_sums(costs, settings.stats)
+    rest = np.array([u for u, unit in enumerate(costs.units) if unit.expert < 0], np.int64)
+    widths = [_common_formats(costs, (bits,), place.ravel(), "every expert") for bits in PMQ_WIDTHS]
+    others = _common_formats(costs, PMQ_REST, rest, "every other matrix")
+    held, room = costs.size[0] + costs.extra[0], room_for_weights(budget, costs.memory, 0)
+    found, least = [], np.iinfo(np.int64).max
+    for numbers in itertools.product(*widths):
+        allocate = functools.cache(functools.partial(_allocate, tokens, gates, np.sqrt(costs.cost[0][place][:, :, numbers])))
+        for other in others:
+            left = room - int(costs.fixed_size[0] + held[rest, other].sum())
+            options = held[place][:, :, numbers]  # bytes [L, E, J]
+            fewest, chosen = _most_bits(allocate, options, left)
+            least = min(least, budget - left + fewest)
+            if chosen is not None:
+                formats = np.full(len(costs.units), other)
+                formats[place] = np.array(numbers)[chosen]
+                everyone = np.ones((costs.n_layers, costs.n_experts), bool)
+                found.append(describe_choice(costs, budget, everyone, formats, solver="pmq"))
+    if not found:
+        raise _too_few_bytes("pmq", budget, least)
+    return min(found, key=lambda plan: plan.q)
+
+
+def _allocate(tokens: F64, gates: F64, errors: F64, total_bits: int) -> NDArray[np.int64]:
+    """Which of PMQ's widths every expert gets [L, E] when each layer has so many bits; errors [L, E, J]."""
+    rows = [allocate_bits(*layer, total_bits, bits=PMQ_WIDTHS)[0] for layer in zip(tokens, gates, errors, strict=True)]
+    return np.searchsorted(PMQ_WIDTHS, np.stack(rows))
+
+
+def _most_bits(allocate: Callable[[int], NDArray[np.int64]], size: NDArray[np.int64], room: int) -> tuple[int, NDArray[np.int64] | None]:
+    """Bytes of the allocation with the fewest bits, and the one with the most that fits the room (None: none does); sizes [L, E, J]."""
+
+    def total(chosen: NDArray[np.int64]) -> int:
+        return int(np.take_along_axis(size, chosen[:, :, None], axis=2).sum())
+
+    low, high = PMQ_WIDTHS[0] * size.shape[1] + 3, PMQ_WIDTHS[-1] * size.shape[1] - 1  # one expert has 3 bits and one 4
+    best = allocate(low)
+    fewest = total(best)
+    if fewest > room:
+        return fewest, None
+    while low < high:  # more bits never take fewer bytes
+        middle = (low + high + 1) // 2
+        chosen = allocate(middle)
+        if total(chosen) <= room:
+            best, low = chosen, middle
+        else:
+            high = middle - 1
+    return fewest, best
+
+
+def _routing_sums(costs: Costs, stats: Stats | None) -> tuple[F64, F64]:
+    """Tokens that each expert got, and the sums of its routing weights [L, E], of all calibration texts together.
+
+    Raises:
+        UsageError: there are no such statistics, or they are another checkpoint's.
+    """
+    if stats is None:
+        raise UsageError(
+            "preset pmq weighs experts by their tokens and routing weights, which the price list does not hold",
+            hint="give --stats, the folder that `edgemoe calibrate` made",
+        )
+    if stats.model != costs.model:
+        raise UsageError("preset pmq: the statistics were made from another checkpoint than the prices", hint="give those of this one")
+    arrays = [stats.arrays(layer) for layer in costs.expert_layers]
+    if any("gate" not in layer for layer in arrays):
+        raise UsageError("preset pmq: an importance matrix holds no routing weights", hint="give a folder that `edgemoe calibrate` made")
+    tokens, gates = (np.stack([layer[name].sum(axis=0).astype(np.float64) for layer in arrays]) for name in ("count", "gate"))
+    return tokens, gates
+
+
+def _common_formats(costs: Costs, bits: Sequence[int], units: NDArray[np.int64], what: str) -> list[int]:
+    """Formats of these widths that all these units take.
+
+    Raises:
+        UsageError: there is none.
+    """
+    offered = np.isfinite(costs.cost[0, units]).all(axis=0)
+    found = [f for f, name in enumerate(costs.formats) if _bits(name) in bits and offered[f]]
+    if not found:
+        wanted = " or ".join(map(str, bits))
+        raise UsageError(
+            f"preset pmq: the price list has no format of {wanted} bits that {what} takes",
+            hint="price the model with --target onnx; browsers have no 3 bits",
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ shared
+def _bits(name: str) -> int:
+    """Bits of a format's codes where the name of it says so, as in INT3_128; Q8_0's 8; 0: of another kind."""
+    digits = name.removeprefix("INT").partition("_")[0]
+    return 8 if name == "Q8_0" else int(digits) if name.startswith("INT") and digits.isdecimal() else 0
+
+
+def _expert_units(costs: Costs, name: str) -> NDArray[np.int64]:
+    """Number of the unit of each expert [L, E].
+
+    Raises:
+        UsageError: the price list is in the stacks form.
+    """
     if costs.form != "experts":
-        raise UsageError("these plans need a price list in the experts form", hint="price with --target onnx")
+        raise UsageError(
+            f"preset {name} chooses formats of single experts and needs a price list in the experts form; this one is in the stacks form",
+            hint="price with --target onnx; in a GGUF the experts of a layer share their formats anyway",
+        )
     numbers = {(unit.layer, unit.expert): u for u, unit in enumerate(costs.units)}
     return np.array([[numbers[layer, e] for e in range(costs.n_experts)] for layer in costs.expert_layers])
 
 
-def _number(costs: Costs, name: str) -> int:
-    if name not in costs.formats:
-        raise UsageError(f"format {name!r} is not known", hint=f"known: {', '.join(costs.formats)}")
-    return costs.formats.index(name)
+def _too_few_bytes(name: str, budget: int, least: int) -> BudgetError:
+    message = f"no plan of the preset {name} fits {format_bytes(budget)}: the least is {format_bytes(least)} ({least} bytes)"
+    return BudgetError(message, hint=f"ask for --memory {least}B or more, or a smaller --context")
 
 
-def _held(costs: Costs, formats: Formats) -> int:
-    """Bytes of the process for these weights."""
-    stored = np.flatnonzero(formats != GONE)
-    return int(costs.fixed_size[0] + (costs.size + costs.extra)[0, stored, formats[stored]].sum())
+Preset = Callable[[Costs, int, Settings], Plan]
+PRESETS: dict[str, Preset] = {
+    "pmq": plan_pmq,
+    "layer-uniform": plan_layer_uniform,
+    "types-only": plan_types_only,
+    "drops-only": plan_drops_only,
+}

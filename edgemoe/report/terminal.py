@@ -12,6 +12,7 @@ from edgemoe.report.words import (
     MEMORY_PARTS,
     allowed_size,
     billions,
+    bound_words,
     dropped_experts,
     dropping,
     kept_words,
@@ -77,7 +78,7 @@ def summarize_plan(plan: Plan) -> Group:
         ("file", f"{format_bytes(plan.file_size)}, {plan.file_size} bytes; the budget allows {allowed_size(plan)}"),
         ("peak memory", f"{format_bytes(plan.memory['peak'])}: {', '.join(parts)}"),
         ("KL", f"{nats(plan.predicted_kl)} nats per token predicted; cost {plan.q:.6g}, of it {nats(plan.drop_q)} for {dropping(plan)}"),
-        ("bound", f"no plan costs less than {plan.bound:.6g}, gap {plan.gap:.3%}, {proof(plan)}"),
+        ("bound", bound_words(plan)),
     ]
     n_layers = len(plan.kept)
     shown = range(n_layers) if n_layers <= 12 else [*range(6), n_layers - 2, n_layers - 1]
@@ -126,7 +127,7 @@ def summarize_report(report: Report) -> Group:
         ("KL", f"{loss}, {nats(plan.predicted_kl)} predicted (mean, nats per token)"),
         *([(f"KL {words.beside}", nats(report.beside_kl))] if report.scores and words.beside_in_summary else []),
         ("speed", speed if report.decode_tokens_per_second else "not measured"),
-        ("plan", f"{proof(plan)}, gap {plan.gap:.3%}"),
+        ("plan", f"{proof(plan)}, gap {plan.gap:.3%}" if plan.gap < 1 else proof(plan)),
         ("artifact", str(report.artifact.path)),
         ("report", str(Path(report.artifact.folder) / "report.html")),
     ]

@@ -121,6 +121,13 @@ def proof(plan: Plan) -> str:
     return f"proven by {plan.solver}" if plan.proven else f"not proven ({plan.solver})"
 
 
+def bound_words(plan: Plan) -> str:
+    """How far a plan is from the best; of what a preset made nothing is known."""
+    if plan.gap >= 1:
+        return f"none, nothing is proven of a plan that {plan.solver} made"
+    return f"no plan costs less than {plan.bound:.6g}, gap {plan.gap:.3%}, {proof(plan)}"
+
+
 def perplexities(score: TextScore) -> tuple[str, str]:
     """Perplexity of the original and of the artifact, as text."""
     return f"{score.original_perplexity:.3f}", f"{score.perplexity:.3f}"
