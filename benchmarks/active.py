@@ -54,7 +54,7 @@ def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Pl
         model=source, memory=room, out=work, calibration_tokens=options.calibration_tokens, rounding="stock", top_k=top_k
     )
     texts = choose_texts((), ())[0]
-    offer, plan = plan_widths(request, original, [original.expert_size], top_k, target, CONTEXT, texts, work, lambda *_: None)
+    offer, plan = plan_widths(request, original, [original.expert.size], top_k, target, CONTEXT, texts, work, lambda *_: None)
     known = (original, texts, offer.stats, plan, work)
     stored = store_weights(*known, narrowed=offer.narrowed, rounding="stock", max_tokens=options.calibration_tokens)
     folder = work / f"top-{top_k}"
@@ -98,7 +98,7 @@ def compare_refits(source: str, options: argparse.Namespace) -> list[str]:
     for top_k in range(model.top_k - 1, 0, -1):
         for name, epochs in (("none", -1), ("closed form", 0), ("and descent", EPOCHS)):
             made = narrow_experts(
-                *(model, calibration, model.expert_size, work),
+                *(model, calibration, model.expert.size, work),
                 top_k=top_k,
                 max_tokens=options.calibration_tokens,
                 epochs=epochs,

@@ -17,7 +17,7 @@ import numpy as np
 from distil_priors import fit_curve, n_layers_of, pool_curves, pool_roles, read_curves, read_sensitivities, relative_curve, subtract_floor
 
 from edgemoe.ir import is_planned
-from edgemoe.model.shapes import load_shape, model_of_config
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.price.priors import pooled_share
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, formats_of_rows
 
@@ -78,7 +78,7 @@ def main() -> None:
         own = np.array([max(nats[model][k], 1e-6) for k in keys])
         guess = np.array([pooled_share(role, layer, layers, pooled) for role, layer in keys])
         rank = float(np.corrcoef(ranks(own), ranks(guess))[0, 1])
-        known = model_of_config(load_shape(shape), shape)
+        known = describe(load_shape(shape), shape)
         tensors = [t for t in known.tensors if is_planned(t) and t.expert <= 0]
         at = {(t.role, t.layer): (t.n_weights * (known.n_experts if t.expert == 0 else 1), t.shape[1]) for t in tensors}
         weights, cols = (np.array([at[k][i] for k in keys], float) for i in range(2))

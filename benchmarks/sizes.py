@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from edgemoe.model.shapes import load_shape, model_of_config
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
 
 MAPS = "tensor map"
@@ -81,7 +81,7 @@ def main() -> None:
     """Print the table."""
     start, exact, close, lines = time.perf_counter(), 0, 0, []
     for name, mtp, source, unit, published, remarks in ROWS:
-        model = model_of_config(load_shape(name), name, mtp=mtp)
+        model = describe(load_shape(name), name, mtp=mtp)
         for kind, size in published.items():
             mix, _, blind = kind.partition(", ")
             pure = mix.removeprefix("pure ")

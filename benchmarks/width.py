@@ -26,7 +26,7 @@ from edgemoe.base.errors import BudgetError
 from edgemoe.base.storage import array_file, hash_json, save_arrays
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import PROJECTIONS, Model
-from edgemoe.model.families import resize_experts
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
 from edgemoe.pipeline.store import store_weights
@@ -109,7 +109,7 @@ def compare_scores(bench: Bench) -> list[str]:
                 full = bench.remember(key, lambda w=width, s=score: narrowed(w, s, bench.calibration_tokens, EPOCHS))
             cells = [np.mean(raw), np.mean(fit["heldout"]), *([np.mean(full["heldout"]), np.mean(full["guard"])] if full else [])]
             texts = " | ".join([f"{v:.4f}" for v in cells] + [""] * (4 - len(cells)))
-            rows.append(f"| {model.name} | {width} of {model.expert_size} | {score} | {texts} |")
+            rows.append(f"| {model.name} | {width} of {model.expert.size} | {score} | {texts} |")
             print(rows[-1], flush=True)
     return rows
 
@@ -150,11 +150,11 @@ def compare_plans(bench: Bench) -> list[str]:
             length, kl = bench.remember(key, measure)
             found.append((plan.predicted_kl, kl, width, plan.count, length))
             print(bits, found[-1], flush=True)
-        best, without = min(found), next((f for f in found if f[2] == model.expert_size), None)
+        best, without = min(found), next((f for f in found if f[2] == model.expert.size), None)
         for predicted, kl, width, count, length in found:
             mark = " (chosen)" if width == best[2] else ""
             ratio = f"{kl / without[1]:.2f}" if without else ""
-            head = f"| {model.name} | {bits:g} | {width} of {model.expert_size}{mark} | {count} of {model.n_experts} | {length / 1e6:.2f}"
+            head = f"| {model.name} | {bits:g} | {width} of {model.expert.size}{mark} | {count} of {model.n_experts} | {length / 1e6:.2f}"
             rows.append(f"{head} | {predicted:.4f} | **{kl:.4f}** | {ratio} |")
     return rows
 

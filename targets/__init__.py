@@ -19,7 +19,6 @@ from edgemoe.base.storage import hash_file
 from edgemoe.base.types import F32
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Report, Stats, Unit
-from edgemoe.ir.memory import Layout
 from edgemoe.quantize.gptq import Hessian
 
 TARGETS = ("gguf", "onnx", "browser")
@@ -76,7 +75,7 @@ class Target:
     unit_extra: Callable[[Model, Unit, str, int], int]  # bytes that the process holds for it beyond those of the file
     unit_staging: Callable[[Model, Unit, str, int], int]  # bytes of the copy that loading a unit of this size needs
     fixed_sizes: Callable[[Model, Sequence[int]], list[int]]  # bytes of all that gets no format, for each kept count
-    memory_parts: Callable[[Model | Layout, int], dict[str, int]]  # what the process needs beside the weights at a context (ir/memory.py)
+    memory_parts: Callable[[Model, int], dict[str, int]]  # what the process needs beside the weights at a context (ir/memory.py)
     on_device: Callable[[Costs, Device], Costs]  # a price list with the bytes that a box holds beyond the file's
 
     # ------------------------------------------------------------------------------------------------------------- rounding

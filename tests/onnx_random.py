@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.ir import Model
-from edgemoe.model.shapes import model_of_config
+from edgemoe.model.describe import describe
 from edgemoe.targets.onnx.decoder import build_decoder
 from edgemoe.targets.onnx.experts import group_experts
 from edgemoe.targets.onnx.formats import FORMATS, Format, pack
@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
 
 def random_model(**config: Any) -> Model:
     """A Qwen3-MoE of which only the shapes are known."""
-    return model_of_config({**CONFIG, **config})
+    return describe({**CONFIG, **config})
 
 
 def spread_formats(model: Model, experts: Sequence[str], others: str = "INT8_32", ends: str = "INT8_32") -> dict[str, str]:

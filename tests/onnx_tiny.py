@@ -106,7 +106,7 @@ class Runner:
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = [i.name for i in self.session.get_inputs()[2:]]
-        self.empty = (model.n_kv_heads, 0, model.head_dim)
+        self.empty = (model.attention.kv_heads, 0, model.attention.key_length)
         self.past: dict[str, F32] = {}
         self.mask: NDArray[np.int64] | None = None
 

@@ -144,7 +144,7 @@ def test_a_refit_makes_good_a_part_and_what_is_charged_was_measured(trained: Mod
 def test_without_a_refit_the_measured_kl_is_that_of_transformers(sources: dict[str, Path], texts: list[Text], tmp_path: Path) -> None:
     """A text that is one window is measured where it was watched."""
     model = inspect_model(sources["olmoe"])
-    made = narrow_experts(model, texts[:1], model.expert_size, tmp_path, top_k=1, max_tokens=256, epochs=-1)
+    made = narrow_experts(model, texts[:1], model.expert.size, tmp_path, top_k=1, max_tokens=256, epochs=-1)
     tokens = tokenize(model, texts[:1], 256, 256).tokens
     p, q = (log_probabilities(model.folder, top_k, tokens) for top_k in (OWN, 1))
     assert made.kl[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)

@@ -16,7 +16,7 @@ from command import MODEL, TOKENS, error_of, run_cli, stop_when
 from tiny import make_checkpoint
 
 from edgemoe.ir import Costs, Plan, Stats
-from edgemoe.model.families import resize_experts
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
 from edgemoe.pipeline.request import choose_context

@@ -214,7 +214,7 @@ def test_streamed_states_are_those_of_transformers(family: str, sources: dict[st
 def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Path]) -> None:
     for family in FAMILIES:
         model = inspect_model(sources[family])
-        for role, heads in (("attn_q", model.n_heads), ("attn_k", model.n_kv_heads), ("attn_v", model.n_kv_heads)):
+        for role, heads in (("attn_q", model.attention.heads), ("attn_k", model.attention.kv_heads), ("attn_v", model.attention.kv_heads)):
             tensor = model.find(role, 1)
             assert tensor is not None
             weights = read_tensor(model.folder, tensor)

@@ -7,7 +7,7 @@ import pytest
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Costs
-from edgemoe.model.shapes import load_shape, model_of_config
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import load_saliency, pooled_share, price_config, price_coverage, price_generic
 from edgemoe.price.saliency import domain_coverage
@@ -17,7 +17,7 @@ CODE, GENERAL = ("code_instruct", "code_raw"), ("web", "news", "wiki", "books", 
 
 
 def price(name: str, prior: str = "pooled", **options: dict[str, float]) -> Costs:
-    return price_generic(model_of_config(load_shape(name), name), find_target("gguf"), 8192, prior=prior, **options)  # type: ignore[arg-type]
+    return price_generic(describe(load_shape(name), name), find_target("gguf"), 8192, prior=prior, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,13 @@ def test_what_cannot_be_priced_is_refused() -> None:
     target = find_target("gguf")
     air = load_shape("GLM-4.5-Air")
     with pytest.raises(ModelError, match="prediction"):
-        price_generic(model_of_config(air, "air", mtp=True), target, 8192)
+        price_generic(describe(air, "air", mtp=True), target, 8192)
     with pytest.raises(ModelError, match=r"glm-5\.2"):
-        price_generic(model_of_config(air, "air"), target, 8192, prior="glm-5.2")
+        price_generic(describe(air, "air"), target, 8192, prior="glm-5.2")
     with pytest.raises(UsageError, match="prior"):
-        price_generic(model_of_config(air, "air"), target, 8192, prior="best")
+        price_generic(describe(air, "air"), target, 8192, prior="best")
     with pytest.raises(UsageError, match="poems"):
-        price_generic(model_of_config(air, "air"), target, 8192, domain_weights={"poems": 1.0})
+        price_generic(describe(air, "air"), target, 8192, domain_weights={"poems": 1.0})
 
 
 def test_the_worst_domain_is_covered_no_worse_than_by_the_published_list_that_maximised_it() -> None:

@@ -50,7 +50,7 @@ def entries_of(model: Model, seed: int = 0) -> Entries:
         count = np.floor(shares * tokens * model.top_k)
         for role, cols in (
             ("attn_q", model.hidden_size),
-            ("attn_output", model.n_heads * model.head_dim),
+            ("attn_output", model.attention.heads * model.attention.key_length),
             ("ffn_gate_inp", model.hidden_size),
         ):
             entries[f"blk.{layer}.{role}.weight"] = generator.exponential(tokens, (1, cols)), np.array([tokens])
@@ -58,7 +58,7 @@ def entries_of(model: Model, seed: int = 0) -> Entries:
         for role in ("gate", "up"):
             entries[f"blk.{layer}.ffn_{role}_exps.weight"] = inside, count
         entries[f"blk.{layer}.ffn_down_exps.weight"] = (
-            generator.exponential(size=(model.n_experts, model.expert_size)) * count[:, None],
+            generator.exponential(size=(model.n_experts, model.expert.size)) * count[:, None],
             count,
         )
     return entries

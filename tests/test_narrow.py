@@ -91,7 +91,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
     factors: list[torch.Tensor] = []
 
     def experts(module: Any, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        factor = torch.ones(len(x), index.shape[1], model.expert_size, requires_grad=True)
+        factor = torch.ones(len(x), index.shape[1], model.expert.size, requires_grad=True)
         factor.chosen = index  # type: ignore[attr-defined]
         factors.append(factor)
         gate, up = (module.gate_up_proj[index] @ x[:, None, :, None])[..., 0].chunk(2, dim=-1)
@@ -102,7 +102,7 @@ def test_scores_are_what_autograd_of_the_whole_model_says(family: str, sources: 
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "factored"}
     whole = AutoModelForCausalLM.from_pretrained(sources[family], **options).eval()
     windows = tokenize(model, texts, 200, 512)
-    expected = np.zeros((model.n_layers, model.n_experts, model.expert_size))
+    expected = np.zeros((model.n_layers, model.n_experts, model.expert.size))
     for chunk in windows.chunks():
         real = backpropagate_draws(whole, windows, chunk)
         count = np.bincount(windows.domain, windows.lengths)
@@ -235,7 +235,7 @@ def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(sources: dict[str, 
         assert (whole.work / name).read_bytes() == (resumed.work / name).read_bytes()
     assert not list(resumed.work.glob("*.bin"))
     assert narrow(tmp_path / "killed") == resumed
-    assert whole.model.expert_size == whole.model.config["intermediate_size"] == WIDTH
+    assert whole.model.expert.size == whole.model.config["intermediate_size"] == WIDTH
     assert whole.model.fingerprint == model.fingerprint
 
 

@@ -14,7 +14,7 @@ from tiny import flat_plan, flat_stats, make_checkpoint
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Costs, Model, Plan
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.model.families import resize_experts
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
 from edgemoe.pipeline.refine import (

@@ -13,8 +13,8 @@ import pytest
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model, is_planned
+from edgemoe.model.describe import describe, layout_of_config, list_shapes, load_shape, shape_families
 from edgemoe.model.inspect import inspect_model
-from edgemoe.model.shapes import layout_of_config, list_shapes, load_shape, model_of_config, shape_families
 from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
 from edgemoe.targets.gguf.writer import fixed_sizes, list_units
 from tests.tiny import FAMILIES, make_checkpoint
@@ -78,7 +78,7 @@ MIXED = [
 
 
 def shape(name: str, mtp: bool = False) -> Model:
-    return model_of_config(load_shape(name), name, mtp=mtp)
+    return describe(load_shape(name), name, mtp=mtp)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -151,9 +151,17 @@ def write_hollow_gguf(path: Path, model: Model, arch: str, keys: dict[str, Any])
     writer = gguf.GGUFWriter(path, arch)
     layers = 1 + max(t.layer for t in model.tensors)
     common = {"block_count": layers, "context_length": 4096, "embedding_length": model.hidden_size, "expert_count": model.n_experts}
-    common |= {"expert_used_count": model.top_k, "attention.head_count": model.n_heads, "attention.head_count_kv": model.n_kv_heads}
-    common |= {"feed_forward_length": 4096, "expert_feed_forward_length": model.expert_size, "vocab_size": model.vocab_size}
-    common |= {"rope.dimension_count": model.head_dim, "attention.key_length": model.head_dim, "attention.value_length": model.head_dim}
+    common |= {
+        "expert_used_count": model.top_k,
+        "attention.head_count": model.attention.heads,
+        "attention.head_count_kv": model.attention.kv_heads,
+    }
+    common |= {"feed_forward_length": 4096, "expert_feed_forward_length": model.expert.size, "vocab_size": model.vocab_size}
+    common |= {
+        "rope.dimension_count": model.attention.key_length,
+        "attention.key_length": model.attention.key_length,
+        "attention.value_length": model.attention.key_length,
+    }
     for key, value in {**common, "attention.layer_norm_rms_epsilon": 1e-6, "expert_weights_scale": 1.0, **keys}.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
     end = 0
@@ -199,7 +207,7 @@ def test_a_config_alone_gives_the_tensors_that_its_checkpoint_has(family: str, t
         pytest.skip("llama.cpp's olmoe has no tied embeddings")
     folder = make_checkpoint(tmp_path / family, family, n_experts=6, tied=tied)
     real = inspect_model(folder)
-    found = model_of_config(json.loads((folder / "config.json").read_text()), "x")
+    found = describe(json.loads((folder / "config.json").read_text()), "x")
 
     def keys(model: Model) -> Iterator[tuple[Any, ...]]:
         return ((t.role, t.layer, t.expert, t.shape) for t in model.tensors)
@@ -266,7 +274,7 @@ def test_layouts_know_windows_indexers_and_recurrent_states() -> None:
 )
 def test_a_bad_field_is_named(change: dict[str, Any], field: str) -> None:
     with pytest.raises(ModelError, match=field):
-        model_of_config({**load_shape("Mixtral-8x7B"), **change})
+        describe({**load_shape("Mixtral-8x7B"), **change})
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:

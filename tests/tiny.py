@@ -201,7 +201,7 @@ def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
         return np.ones(shape) if seed is None else generator.exponential(size=shape)
 
     folder.mkdir(exist_ok=True)
-    width, hidden, experts = model.n_heads * model.head_dim, model.hidden_size, model.n_experts
+    width, hidden, experts = model.attention.heads * model.attention.key_length, model.hidden_size, model.n_experts
     save_arrays(folder / array_file(-1), {"token_count": np.ones((1, model.vocab_size), np.int64), "output_in_sq": sums(1, hidden)})
     for layer in range(model.n_layers):
         arrays = {
@@ -211,7 +211,7 @@ def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
             "attn_out_sq": sums(1, width),
             "expert_importance": np.ones(experts),
             "expert_in_sq": sums(experts, hidden),
-            "expert_mid_sq": sums(experts, model.expert_size),
+            "expert_mid_sq": sums(experts, model.expert.size),
         }
         save_arrays(folder / array_file(layer), arrays)
     domain = Domain(name="none", weight=1.0, tokens=model.vocab_size, sha256="d" * 64)

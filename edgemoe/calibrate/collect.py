@@ -29,7 +29,7 @@ from edgemoe.base.storage import (
 from edgemoe.base.types import F64
 from edgemoe.base.work import Steps, key_of, open_or_make, path_of
 from edgemoe.calibrate.observer import CalibrationRun, observe_layer, save_outer_sums
-from edgemoe.calibrate.probes import PER_LAYER, add_first_states, add_probes, advance, first_probes, measure_probes
+from edgemoe.calibrate.probes import add_first_states, add_probes, advance, count_probes, first_probes, measure_probes
 from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
@@ -65,7 +65,7 @@ def collect_stats(
     settings |= {
         "edgemoe": __version__,
         "format": FORMAT_VERSION,
-        "expert_size": model.expert_size,
+        "expert_size": model.expert.size,
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
     }
@@ -110,7 +110,7 @@ def _observe_all(
 def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArray[np.int64]:
     """Windows for the probes, all domains alike; their number keeps the probes' cost within PROBE_EFFORT main passes."""
     all_tokens = int(windows.lengths.sum())
-    affordable = PROBE_EFFORT * all_tokens * 2 / (PER_LAYER * max(model.n_layers, 1))
+    affordable = PROBE_EFFORT * all_tokens * 2 / max(count_probes(model), 1)
     n_windows = round(min(PROBE_TOKENS, max(affordable, 512)) / windows.tokens.shape[1])
     each = max(1, n_windows // len(weights))
     chosen = []
@@ -133,7 +133,7 @@ def _choose_replay(windows: Windows, weights: F64) -> NDArray[np.int64]:
 
 def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
     cold = []
-    for layer in range(model.n_layers):
+    for layer in model.moe_layers:
         count = load_arrays(work / array_file(layer))["count"].sum(axis=0)
         cold += [(layer, int(e)) for e in np.flatnonzero(count < COLD_TOKENS)]
     return tuple(cold)
@@ -156,7 +156,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
     for layer in range(start, model.n_layers):
         module = run.stream.load_layer(layer)
         following = States(run.work / f"main-{layer + 1}.bin", shape)
-        save_arrays(run.work / array_file(layer), observe_layer(run, module, main, following))
+        save_arrays(run.work / array_file(layer), observe_layer(run, module, layer, main, following))
         for number, probe in enumerate(probes):
             if probe.kind != "all":
                 advance(run, module, number, layer, probe_shape)

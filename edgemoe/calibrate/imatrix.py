@@ -22,7 +22,7 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, hash_file, save_arrays, save_record
 from edgemoe.base.types import F64
 from edgemoe.base.work import key_of, path_of
-from edgemoe.ir import Domain, Model, Stats, tensor_name
+from edgemoe.ir import Domain, Model, Stats, is_stack, tensor_name
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 
 MAX_HEADER = 4 * 2**20  # bytes; two tensors for each of a thousand matrices take 0.2 MiB
@@ -30,13 +30,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 GGML_F32 = 0  # ggml type
 MAX_DIMS = 4  # GGML_MAX_DIMS
-# Array of Stats -> roles of the matrices that read this input, any of which will do.
-INPUTS = {
-    "attn_in_sq": ("attn_q", "attn_k", "attn_v"),
-    "attn_out_sq": ("attn_output",),
-    "expert_in_sq": ("ffn_gate_exps", "ffn_up_exps"),
-    "expert_mid_sq": ("ffn_down_exps",),
-}
+STACK_ARRAYS = {"ffn_norm": "expert_in_sq", "expert_hidden": "expert_mid_sq"}  # of Stats, by what the experts' stacks read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +103,7 @@ def _check_model(path: Path, entries: Mapping[str, Entry], model: Model) -> None
     """Refuse a file whose matrices are not the model's."""
     expected: dict[str, tuple[int, int]] = {}
     for tensor in model.tensors:
-        if len(tensor.shape) == 2:
+        if tensor.planned or tensor.role == "ffn_gate_inp":
             expected[tensor_name(tensor.role, tensor.layer)] = (model.n_experts if tensor.expert >= 0 else 1, tensor.shape[1])
     for name, entry in entries.items():
         layer = re.match(r"blk\.(\d+)\.", name)
@@ -119,10 +113,20 @@ def _check_model(path: Path, entries: Mapping[str, Entry], model: Model) -> None
             hint = "is it of another model? files converted from .dat have one count for all experts: make those again"
             raise ModelError(f"{path}: {name}.in_sum2 has shape {list(entry.shape)}, {model.name} needs {list(expected[name])}", hint=hint)
     for layer_number in range(model.n_layers):
-        for roles in INPUTS.values():
+        for roles in read_together(model, layer_number).values():
             if not any(tensor_name(role, layer_number) in entries for role in roles):
                 name = tensor_name(roles[0], layer_number)
                 raise ModelError(f"{path}: {name}.in_sum2 is missing", hint="is it of another model, or cut short?")
+
+
+def read_together(model: Model, layer: int) -> dict[str, tuple[str, ...]]:
+    """Array of Stats -> roles of a layer's matrices that read this input, the sums of any of which will do."""
+    found: dict[str, tuple[str, ...]] = {}
+    for step in model.steps(layer):
+        plain, stacks = model.plain_roles(layer, step), tuple(role for role in step.roles if is_stack(role))
+        found |= {f"in_sq.{step.reads}": plain} if plain else {}
+        found |= {STACK_ARRAYS[step.reads]: stacks} if stacks else {}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------- header
@@ -247,9 +251,9 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
     cold: list[tuple[int, int]] = []
     tokens = 0
     for layer in range(model.n_layers):
-        arrays = _layer_arrays(imatrix, layer)
+        arrays = _layer_arrays(imatrix, model, layer)
         save_arrays(folder / array_file(layer), arrays)
-        cold += [(layer, int(e)) for e in np.flatnonzero(arrays["count"][0] < COLD_TOKENS)]
+        cold += [(layer, int(e)) for e in np.flatnonzero(arrays["count"][0] < COLD_TOKENS)] if "count" in arrays else []
         tokens = max(tokens, int(arrays["tokens"][0]))
     output = imatrix.arrays("output.weight") if "output.weight" in imatrix.entries else (np.ones((1, model.hidden_size)), np.ones(1))
     seen = np.ones((1, model.vocab_size), np.int64)  # which tokens were read, the file does not say
@@ -267,25 +271,22 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
     return stats
 
 
-def _layer_arrays(imatrix: Imatrix, layer: int) -> dict[str, NDArray[Any]]:
+def _layer_arrays(imatrix: Imatrix, model: Model, layer: int) -> dict[str, NDArray[Any]]:
     """Arrays of Stats of one layer.  `expert_importance` is the number of routed tokens, as no gates weigh the sums."""
     found = {}
-    for key, roles in INPUTS.items():
+    for key, roles in read_together(model, layer).items():
         names = (tensor_name(role, layer) for role in roles)
         found[key] = imatrix.arrays(next(name for name in names if name in imatrix.entries))
-    tokens, count = found["attn_in_sq"][1], found["expert_in_sq"][1]
+    tokens = next(counts for key, (_, counts) in found.items() if key.startswith("in_sq."))
+    count = found["expert_in_sq"][1] if "expert_in_sq" in found else tokens
     if not tokens[0] > 0 or not count.any():
         raise ModelError(f"{imatrix.path}: layer {layer} saw no token", hint="make the file again, with more text")
 
-    def sums(key: str, weight: F64) -> F64:  # as if over the same tokens; files can be put together from runs that differ
+    def sums(key: str) -> F64:  # as if over the same tokens; files can be put together from runs that differ
+        weight = tokens if key.startswith("in_sq.") else count
         return found[key][0] * (weight / np.maximum(found[key][1], 1.0))[:, None]
 
-    return {
-        "tokens": tokens,
-        "count": count.astype(np.int64)[None],
-        "expert_importance": count,
-        "attn_in_sq": sums("attn_in_sq", tokens),
-        "attn_out_sq": sums("attn_out_sq", tokens),
-        "expert_in_sq": sums("expert_in_sq", count),
-        "expert_mid_sq": sums("expert_mid_sq", count),
-    }
+    arrays: dict[str, NDArray[Any]] = {"tokens": tokens, **{key: sums(key) for key in found}}
+    if "expert_in_sq" in found:
+        arrays |= {"count": count.astype(np.int64)[None], "expert_importance": count}
+    return arrays

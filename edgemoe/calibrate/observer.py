@@ -14,6 +14,8 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model
+from edgemoe.model.routing.rule import choice_scores
+from edgemoe.stream.adapter import experts_of, weights_of
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
@@ -35,11 +37,12 @@ class CalibrationRun:
     weights: F64
 
 
-def observe_layer(run: CalibrationRun, module: Any, main: States, following: States) -> dict[str, NDArray[Any]]:
+def observe_layer(run: CalibrationRun, module: Any, layer: int, main: States, following: States) -> dict[str, NDArray[Any]]:
     """Run the main stream through a layer and sum up what it saw (arrays of Stats)."""
     windows, domains = run.windows, len(run.weights)
     total: dict[str, NDArray[Any]] = {}
     replayed: list[tuple[NDArray[Any], ...]] = []
+    routes = layer in run.model.moe_layers
     factor = run.weights / np.maximum(windows.count_tokens(domains), 1)
     factor = factor / factor.max()  # importance: every domain counts by its weight, not its length
 
@@ -50,19 +53,27 @@ def observe_layer(run: CalibrationRun, module: Any, main: States, following: Sta
         if not bool(torch.isfinite(out).all()):
             raise ModelError(f"{run.model.folder}: the model gives NaN or infinite states in calibration")
         following.write(index, out)
+        if not routes:
+            return seen.input_sums(), ()
         mine = np.isin(run.replay[:, 0], index)
         rows = (run.replay[mine, 0] - index[0]) * windows.tokens.shape[1] + run.replay[mine, 1]
-        return seen.finish(out), seen.at(rows, out)
+        return seen.finish(out) | seen.input_sums(), seen.at(rows, out)
 
     for sums, rows in map_ordered(watch, windows.chunks(), device=run.stream.device):
         total = {name: total[name] + value if name in total else value for name, value in sums.items()}
         replayed.append(rows)
+    total["tokens"] = windows.count_tokens(domains)
+    if not routes:
+        return total
     x, logits, domain, stream = (np.concatenate(parts) for parts in zip(*replayed, strict=True))
-    candidates = np.argsort(-logits, axis=1, kind="stable")[:, : min(run.model.n_experts, max(CANDIDATES, 3 * run.model.top_k))]
+    bias = weights_of(module, "exp_probs_b.bias").cpu().numpy() if run.model.router.biased else np.zeros(logits.shape[1], np.float32)
+    choice = choice_scores(run.model.router, logits, bias)
+    candidates = np.argsort(-choice, axis=1, kind="stable")[:, : min(run.model.n_experts, max(CANDIDATES, 3 * run.model.top_k))]
     total |= {"replay_x": x, "replay_logits": logits, "replay_domain": domain, "replay_stream": stream}
     total["candidates"] = candidates.astype(np.int32)
     total["gram"] = gram_of_candidates(run, module, x, candidates)
-    total["tokens"] = windows.count_tokens(domains)
+    if run.model.router.biased:
+        total["router_bias"] = bias
     return total
 
 
@@ -75,7 +86,7 @@ class LayerObserver:
         self.domain = torch.from_numpy(np.repeat(windows.domain, length))
         self.factor = torch.from_numpy(factor.astype(np.float32))
         self.domains = domains
-        e, h, m = model.n_experts, model.hidden_size, model.expert_size
+        e, h, m = model.n_experts, model.hidden_size, model.expert.size
         names = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")
         self.experts = {name: torch.zeros(domains, e, dtype=torch.float64) for name in names}
         self.in_sq, self.mid_sq = torch.zeros(e, h), torch.zeros(e, m)
@@ -109,14 +120,19 @@ class LayerObserver:
             residual[:, expert].index_add_(0, self.domain[token], gate_norm * turned[token])
         out: dict[str, NDArray[Any]] = {name: value.numpy() for name, value in self.experts.items()}
         out |= {"count": out["count"].astype(np.int64), "residual": residual.numpy()}
-        for name, x in self.recorder.inputs.items():
-            sums = torch.zeros(self.domains, x.shape[1])
-            squares = x.float().cpu() ** 2
-            sums.index_add_(0, self.domain[self.real], squares[self.real])
-            out["attn_in_sq" if name == "attn_q" else "attn_out_sq"] = sums.numpy().astype(np.float64)
         out |= {"expert_in_sq": self.in_sq.double().numpy(), "expert_mid_sq": self.mid_sq.double().numpy()}
         out |= {"expert_importance": self.importance.double().numpy(), "expert_out": self.output.double().numpy()}
         return out
+
+    def input_sums(self) -> dict[str, NDArray[Any]]:
+        """Sums of squares of what matrices that are no experts' received [D, cols], by the activation that they read."""
+        found: dict[str, NDArray[Any]] = {}
+        for activation, x in self.recorder.inputs.items():
+            sums = torch.zeros(self.domains, x.shape[1])
+            squares = x.float().cpu() ** 2
+            sums.index_add_(0, self.domain[self.real], squares[self.real])
+            found[f"in_sq.{activation}"] = sums.numpy().astype(np.float64)
+        return found
 
     def _turned(self, states: torch.Tensor) -> torch.Tensor:
         """1 - cos of each token's stream before and after the experts' output is added [tokens], not below 0 (EASY-EP)."""
@@ -137,7 +153,7 @@ class LayerObserver:
 
 def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDArray[np.int64]) -> F32:
     """Upper triangle of the Gram matrix of each token's candidate outputs [N, K(K+1)/2]."""
-    experts, device = module.mlp.experts, run.stream.device
+    experts, device = experts_of(module), run.stream.device
     rows, cols = np.triu_indices(candidates.shape[1])
 
     def block(index: NDArray[np.int64]) -> F32:

@@ -16,18 +16,22 @@ from numpy.typing import NDArray
 from edgemoe.base.storage import array_file, load_arrays
 from edgemoe.base.types import F64
 from edgemoe.calibrate.observer import CalibrationRun
-from edgemoe.ir import Probe
+from edgemoe.ir import Model, Probe
+from edgemoe.ir.model import is_stack
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
+from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.layers import apply_norm, only_experts
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
 
 DROP_SHARES = (0.75, 0.5, 0.25)  # kept shares of the dropping probes
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output")
-STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-PER_LAYER = len(MATRICES) + len(STACKS) + len(DROP_SHARES)
+
+
+def count_probes(model: Model) -> int:
+    """Probes that start in some layer: one for each role that gets a format, and those that drop experts."""
+    return sum(len(model.planned_roles(layer)) + len(DROP_SHARES) * (layer in model.moe_layers) for layer in range(model.n_layers))
 
 
 def first_probes() -> list[Probe]:
@@ -61,7 +65,7 @@ def advance(run: CalibrationRun, module: Any, number: int, layer: int, shape: tu
 
 def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
     """Start the probe of a rounded embedding (number 0) and those of the whole model (the next ones)."""
-    table = read_tensor(run.model.folder, run.model.of_layer(-1)["token_embd", -1])
+    table = read_tensor(run.model.folder, run.model.get("token_embd"))
     for number, bits in enumerate((OTHER_BITS, *WHOLE_BITS)):
         rounded = round_to_nearest(table, bits)
         states = _probe_states(run, number, 0, shape)
@@ -73,11 +77,9 @@ def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
 def add_probes(run: CalibrationRun, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
     """Perturb this layer in one way after another, and let a copy of the stream start from each; carry the whole-model probes."""
     new: list[Probe] = []
-    params = dict(module.named_parameters())
-    views = {role: params[f"self_attn.{role[5] if role != 'attn_output' else 'o'}_proj.weight"].data for role in MATRICES}
-    views |= {role: run.stream.expert_slice(module, role) for role in STACKS}
+    views = {role: weights_of(module, role) for role in run.model.planned_roles(layer)}
     for role, view in views.items():
-        bits = EXPERT_BITS if role in STACKS else OTHER_BITS
+        bits = EXPERT_BITS if is_stack(role) else OTHER_BITS
         with _rounded(view, bits):
             advance(run, module, len(probes) + len(new), layer, shape, main)
         new.append(Probe(kind="round", role=role, layer=layer, bits=bits))
@@ -97,11 +99,13 @@ def add_probes(run: CalibrationRun, module: Any, layer: int, main: States, probe
 def _probe_sets(run: CalibrationRun, layer: int) -> list[NDArray[np.int64]]:
     """Kept sets to probe in this layer: the menu's own at three kept counts."""
     model = run.model
+    if layer not in model.moe_layers:
+        return []
     counts = sorted({max(model.top_k, round(model.n_experts * s)) for s in DROP_SHARES} - {model.n_experts}, reverse=True)
     if not counts:
         return []
     arrays = load_arrays(run.work / array_file(layer))
-    menu = build_menu(make_replay(arrays, run.weights, model.top_k, renormalize=model.renormalize), tuple(counts))
+    menu = build_menu(make_replay(arrays, run.weights, model.router), tuple(counts))
     return [np.flatnonzero(kept) for kept in menu.kept]
 
 
@@ -131,7 +135,7 @@ def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape
     """KL of every probe by domain, one of a rounded output matrix added."""
     model, windows, last = run.model, run.windows, run.model.n_layers
     norm, output, eps = run.stream.head()
-    tied = ("output", -1) not in model.of_layer(-1)
+    tied = model.is_tied
     rounded = {b: torch.from_numpy(round_to_nearest(output.cpu().numpy(), b)).to(output.device) for b in (OTHER_BITS, *WHOLE_BITS)}
     states = [_probe_states(run, number, last, shape) for number in range(len(probes))]
     heads = [rounded[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else output for p in probes]

@@ -5,7 +5,7 @@ Sizes are bytes, costs are nats of KL(original || compressed) per token, counts 
 """
 
 from edgemoe.ir.costs import Costs, Unit
-from edgemoe.ir.model import PROJECTIONS, Model, Tensor, is_planned, tensor_name
+from edgemoe.ir.model import PROJECTIONS, Model, Router, Tensor, is_stack, tensor_name
 from edgemoe.ir.plan import CountBound, Plan, RuleUse, counts_text
 from edgemoe.ir.report import Artifact, ArtifactFile, Report, Round, TextScore
 from edgemoe.ir.stats import Domain, Probe, Stats
@@ -22,12 +22,13 @@ __all__ = [
     "Probe",
     "Report",
     "Round",
+    "Router",
     "RuleUse",
     "Stats",
     "Tensor",
     "TextScore",
     "Unit",
     "counts_text",
-    "is_planned",
+    "is_stack",
     "tensor_name",
 ]

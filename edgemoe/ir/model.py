@@ -1,20 +1,27 @@
-"""What a checkpoint holds: every tensor as bytes in a file, and the shape of the whole."""
+"""What a checkpoint holds: every tensor as bytes in a file, and what each layer computes with it.
+
+Nobody asks for the family again once this record is made: tensors say what they read and write, layers of which kinds their attention and
+feed-forward parts are, the router by which rule it chooses.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PROJECTIONS = ("gate", "up", "down")
-
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """One matrix or vector of the checkpoint, as bytes in a file; an expert inside a stacked tensor is a Tensor of its own."""
+    """One matrix or vector of the checkpoint, as bytes in a file; an expert inside a stacked tensor is a Tensor of its own.
+
+    Activations have these names, in the order in which a layer makes them: stream (what the layer receives), attn_norm, attn_mix (the mixed
+    values), ffn_norm, expert_hidden, shared_hidden or dense_hidden (between up and down), and at the end output_norm.
+    """
 
     name: str  # as in the checkpoint
     role: str  # the field's name, as llama.cpp spells it: attn_q, ffn_gate_exps, ffn_gate_inp (router), token_embd ...
@@ -25,6 +32,9 @@ class Tensor:
     file: str
     offset: int  # of the first byte in the file
     packed: str = ""  # format of a target in which the file holds the rows already, ready to be copied; empty: plain `dtype`
+    reads: str = ""  # the activation that this matrix multiplies; empty: none
+    writes: str = ""  # of a norm, the activation that it makes; "stream": the product is added to the residual stream
+    planned: bool = False  # whether a plan gives it a format; vectors, routers, biases and convolutions stay F32, as in llama-quantize
 
     @property
     def n_weights(self) -> int:
@@ -37,7 +47,75 @@ class Tensor:
         return self.n_weights * _DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: what it is asked for by role is indexed once
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """What one layer remembers of the past, in numbers (not bytes)."""
+
+    k: int = 0  # per token: KV heads x key length; latent attention (MLA): rank + rotary part, and no v
+    v: int = 0  # per token: KV heads x value length
+    window: int = 0  # sliding window in tokens; 0: the whole context
+    state: int = 0  # recurrent layers: F32 numbers of the sequence, whatever its length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What kinds of parts a layer has."""
+
+    attention: str  # gqa (grouped queries), mla (latent), delta (gated delta rule: recurrent)
+    ffn: str  # moe (routed experts), dense
+    cache: Cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The heads of attention, alike in all layers that attend."""
+
+    heads: int
+    kv_heads: int
+    key_length: int  # of one head; latent attention: of an expanded head
+    value_length: int
+    rotary: int  # numbers of a head that are rotated by position
+    rope_theta: float  # base of the rotary frequencies
+    latent: int = 0  # latent attention (MLA): the rank of what is kept of keys and values
+    q_latent: int = 0  # and the rank of the queries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """How experts are chosen for a token, and weighed.
+
+    Scores are the softmax or sigmoid of the logits; the best `top_k` of scores plus bias are chosen.  "chosen" is softmax over the chosen
+    experts' logits alone.
+    """
+
+    top_k: int
+    scoring: str = "softmax"  # softmax, sigmoid or chosen
+    biased: bool = False  # a bias is added to the scores for choosing, not for weighing
+    renormalize: bool = True  # gates of the chosen are divided by their sum
+    scale: float = 1.0  # and then multiplied by this
+    groups: int = 1  # of consecutive experts, as many left in each
+    top_groups: int = 1  # groups that a token may choose from
+    group_best: int = 2  # a group counts with the sum of so many best scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """The shape of a routed expert: W_down (act(W_gate x) * W_up x)."""
+
+    size: int  # neurons
+    activation: str = "silu"
+    biased: bool = False  # the matrices have biases
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Tensors of a layer that read the same activation; experts' stacks by their role, once."""
+
+    reads: str
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots: what it is asked for is indexed once
 class Model:
     """What the headers of a checkpoint say.  `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
 
@@ -45,24 +123,43 @@ class Model:
     name: str
     model_type: str
     config: dict[str, Any]
-    n_layers: int
     hidden_size: int
     vocab_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    n_experts: int
-    top_k: int
-    expert_size: int
-    renormalize: bool  # gates of the top-k are divided by their sum
     context_length: int
+    norm_eps: float
+    n_experts: int
+    attention: Attention
+    router: Router
+    expert: Expert
+    layers: tuple[Layer, ...]
+    dense_size: int = 0  # neurons of layers without experts
+    shared_size: int = 0  # neurons of the shared expert
     tensors: tuple[Tensor, ...]
     fingerprint: str
+
+    @property
+    def n_layers(self) -> int:
+        """All layers."""
+        return len(self.layers)
+
+    @property
+    def caches(self) -> list[Cache]:
+        """What each layer remembers."""
+        return [layer.cache for layer in self.layers]
+
+    @property
+    def top_k(self) -> int:
+        """Experts that the router picks."""
+        return self.router.top_k
 
     @property
     def own_top_k(self) -> int:
         """Experts that the checkpoint's router picks, where `top_k` says that fewer are wanted."""
         return int(self.config.get("num_experts_per_tok", self.top_k))
+
+    def with_top_k(self, top_k: int) -> Model:
+        """The same model whose router picks another number of experts."""
+        return replace(self, router=replace(self.router, top_k=top_k))
 
     @property
     def n_weights(self) -> int:
@@ -74,16 +171,55 @@ class Model:
         """Bytes of all tensors in the checkpoint."""
         return sum(t.n_bytes for t in self.tensors)
 
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        return tuple(number for number, layer in enumerate(self.layers) if layer.ffn == "moe")
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the output matrix too."""
+        return self.find("output") is None
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """What gives the logits: a matrix of its own, or the embedding."""
+        return self.get("token_embd" if self.is_tied else "output")
+
     def find(self, role: str, layer: int = -1, expert: int = -1) -> Tensor | None:
         """The tensor with this role, or None."""
-        return self._layers.get(layer, {}).get((role, expert))
+        return self._by_layer.get(layer, {}).get((role, expert))
+
+    def get(self, role: str, layer: int = -1, expert: int = -1) -> Tensor:
+        """The tensor with this role, which is there by the model's own record."""
+        return self._by_layer[layer][role, expert]
 
     def of_layer(self, layer: int) -> dict[tuple[str, int], Tensor]:
         """The tensors of one layer by (role, expert); layer -1 holds embedding, output and the last norm."""
-        return self._layers.get(layer, {})
+        return self._by_layer.get(layer, {})
+
+    def planned_roles(self, layer: int) -> tuple[str, ...]:
+        """Roles in a layer that get formats, in file order; a stack of experts once."""
+        return tuple(dict.fromkeys(role for (role, _), tensor in self.of_layer(layer).items() if tensor.planned))
+
+    def norm_of(self, layer: int, activation: str) -> Tensor:
+        """The norm that makes an activation of a layer."""
+        return next(tensor for tensor in self.of_layer(layer).values() if tensor.writes == activation)
+
+    def steps(self, layer: int) -> tuple[Step, ...]:
+        """What a layer multiplies, in the order of computation: every matrix beside those that read the same."""
+        roles: dict[str, dict[str, None]] = {}
+        for (role, _), tensor in self.of_layer(layer).items():
+            if tensor.reads:
+                roles.setdefault(tensor.reads, {})[role] = None
+        return tuple(Step(reads=reads, roles=tuple(found)) for reads, found in roles.items())
+
+    def plain_roles(self, layer: int, step: Step) -> tuple[str, ...]:
+        """Roles of a step that get formats and are no experts'."""
+        return tuple(role for role in step.roles if not is_stack(role) and self.get(role, layer).planned)
 
     @functools.cached_property
-    def _layers(self) -> dict[int, dict[tuple[str, int], Tensor]]:
+    def _by_layer(self) -> dict[int, dict[tuple[str, int], Tensor]]:
         """All tensors by layer, role and expert."""
         found: dict[int, dict[tuple[str, int], Tensor]] = {}
         for tensor in self.tensors:
@@ -91,11 +227,12 @@ class Model:
         return found
 
 
+def is_stack(role: str) -> bool:
+    """Whether a role is that of the experts' matrices, which a GGUF stacks."""
+    return role.endswith("_exps")
+
+
 def tensor_name(role: str, layer: int) -> str:
     """llama.cpp's name of a tensor."""
-    return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
-
-
-def is_planned(tensor: Tensor) -> bool:
-    """Whether a tensor gets a format from the plan; vectors, routers, biases and convolutions stay F32, as in llama-quantize."""
-    return len(tensor.shape) == 2 and tensor.role not in ("ffn_gate_inp", "ssm_conv1d") and not tensor.role.endswith(".bias")
+    name = role if role.endswith(".bias") else f"{role}.weight"
+    return f"blk.{layer}.{name}" if layer >= 0 else name

@@ -80,8 +80,8 @@ class Plan:
             raise ModelError(
                 f"the plan is for {self.top_k} active experts, {found}", hint=f"`edgemoe build --top-k {self.top_k}` has so many"
             )
-        if self.width not in (0, model.expert_size):
-            found = f"{model.folder} has {model.expert_size}"
+        if self.width not in (0, model.expert.size):
+            found = f"{model.folder} has {model.expert.size}"
             raise ModelError(
                 f"the plan is for experts of {self.width} neurons, {found}", hint=f"`edgemoe build --width {self.width}` cuts them"
             )

@@ -41,12 +41,12 @@ class Stats:
 
     Arrays of a layer (D domains, E experts, H hidden, M expert size, N replay tokens, K candidates; sums run over tokens):
         count [D, E]; gate, gate_sq, norm, norm_sq, gate_norm, energy, residual [D, E] (sums of g, g^2, |f|, |f|^2, g|f|, g^2|f|^2 and
-        g|f|(1 - cos) over routed tokens, cos between the stream before and after the experts); attn_in_sq [D, H],
-        attn_out_sq [D, heads * head_dim] (sums of x^2); expert_in_sq [E, H], expert_mid_sq [E, M] (sums of g^2 x^2 over routed tokens,
-        domains weighted: the importance matrix); expert_out [E, H] (sums of f, domains weighted so);
+        g|f|(1 - cos) over routed tokens, cos between the stream before and after the experts); in_sq.NAME [D, cols] (sums of x^2 of what
+        matrices that are no experts' read, by the activation's name); expert_in_sq [E, H], expert_mid_sq [E, M] (sums of g^2 x^2 over
+        routed tokens, domains weighted: the importance matrix); expert_out [E, H] (sums of f, domains weighted so);
         replay_x [N, H] (the MoE block's inputs), replay_logits [N, E], replay_domain [N], replay_stream [N] (|s|^2 of the residual stream
         after the layer), candidates [N, K], gram [N, K(K+1)/2].
-    Arrays of layer -1: token_count [D, V], output_in_sq [D, H], replay_fisher [N] (watch.py: what a change of the last state costs).
+    Arrays of layer -1: token_count [D, V], output_in_sq [D, H], replay_fisher [N] (observer.py: what a change of the last state costs).
     """
 
     folder: str

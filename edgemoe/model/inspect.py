@@ -12,9 +12,11 @@ from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.base.storage import hash_json
-from edgemoe.ir import PROJECTIONS, Model, Tensor
+from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import list_shards, read_header, read_json
-from edgemoe.model.families import MODULE_NAMES, OUTER_NAMES, Family, find_family
+from edgemoe.model.config import Config
+from edgemoe.model.describe import describe_as, list_tensors
+from edgemoe.model.families import Family, find_family
 
 _SAMPLE = 2**20  # bytes read at the start, middle and end of each file for the fingerprint
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -32,40 +34,18 @@ def inspect_model(source: str | Path) -> Model:
         MachineError: a hub id that is not in the cache and cannot be fetched.
     """
     folder = resolve_source(source)
-    config = read_json(folder / "config.json")
+    config = Config(read_json(folder / "config.json"), str(folder / "config.json"))
     family = find_family(str(config.get("model_type")))
-    reason = family.refuse(config)
+    reason = family.refuse(config) if family.refuse else None
     if reason:
-        raise ModelError(f"{folder / 'config.json'}: {reason}")
+        raise ModelError(f"{config.where}: {reason}")
     header: Header = {}
     for shard in list_shards(folder):
         header.update({name: (*entry, shard.name) for name, entry in read_header(shard).items()})
-    n_experts = _integer(folder, config, "num_experts", "num_local_experts", "n_routed_experts")
-    n_heads = _integer(folder, config, "num_attention_heads")
-    hidden_size = _integer(folder, config, "hidden_size")
-    model = Model(
-        folder=str(folder),
-        name=_model_name(source, folder),
-        model_type=family.model_type,
-        config=config,
-        n_layers=_integer(folder, config, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        vocab_size=_integer(folder, config, "vocab_size"),
-        n_heads=n_heads,
-        n_kv_heads=_integer(folder, config, "num_key_value_heads"),
-        head_dim=hidden_size // n_heads if config.get("head_dim") is None else _integer(folder, config, "head_dim"),
-        n_experts=n_experts,
-        top_k=_integer(folder, config, "num_experts_per_tok"),
-        expert_size=_integer(folder, config, family.expert_size_key),
-        renormalize=family.renormalize(config),
-        context_length=_integer(folder, config, "max_position_embeddings"),
-        tensors=(),
-        fingerprint="",
-    )
-    if not 0 < model.top_k <= n_experts:
-        raise ModelError(f"{folder / 'config.json'}: num_experts_per_tok is {model.top_k}, but there are {n_experts} experts")
-    tensors = tuple(_find_tensors(model, family, header))
-    return replace(model, tensors=tensors, fingerprint=_fingerprint(folder, config, header))
+    config.first("max_position_embeddings")
+    model = replace(describe_as(family, config, _model_name(source, folder)), folder=str(folder))
+    tensors = tuple(_find_tensors(model, family, config, header))
+    return replace(model, tensors=tensors, fingerprint=_fingerprint(folder, dict(config.values), header))
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -105,43 +85,42 @@ def _model_name(source: str | Path, folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def _integer(folder: Path, config: Mapping[str, Any], *names: str) -> int:
-    """The first of these config fields, which must be a positive integer."""
-    for name in names:
-        value = config.get(name)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ModelError(f"{folder / 'config.json'}: {name} is {value!r}, expected a positive integer")
-            return value
-    raise ModelError(f"{folder / 'config.json'}: {' / '.join(names)} is missing")
-
-
-def _find_tensors(model: Model, family: Family, header: Header) -> list[Tensor]:
-    """Every tensor that the model needs, with its role; shapes are checked against the config."""
-    left = dict(header)
-    tensors = []
-    for role, name in OUTER_NAMES.items():
-        if role == "output" and name not in left and model.config.get("tie_word_embeddings", False):
+def _find_tensors(model: Model, family: Family, config: Config, header: Header) -> list[Tensor]:
+    """Every tensor that the model needs, at its place; shapes are checked against the config."""
+    left, tensors = dict(header), []
+    stacks = _Stacks(model, family, left)
+    for spec, tensor in list_tensors(family, config):
+        if tensor.expert >= 0 and stacks.are_in(tensor.layer):
+            tensors.append(stacks.cut(tensor))
             continue
-        shape = (model.hidden_size,) if role == "output_norm" else (model.vocab_size, model.hidden_size)
-        tensors.append(_take(model, left, name, role, shape))
-    if model.config.get("tie_word_embeddings", False):
-        embedding = tensors[0]  # a copy of it is no output matrix; one that differs is used, as in transformers 5
-        tensors = [t for t in tensors if t.role != "output" or _hash_data(model, t) != _hash_data(model, embedding)]
-    for layer in range(model.n_layers):
-        prefix = f"model.layers.{layer}."
-        for role, name in family.layer_names.items():
-            if prefix + name not in left and prefix + MODULE_NAMES[role] in left:
-                name = MODULE_NAMES[role]  # a stacked checkpoint keeps transformers' names in memory
-            tensors.append(_take(model, left, prefix + name, role, _layer_shape(model, role), layer))
-        tensors += _take_experts(model, family, left, prefix, layer)
-    unknown = [n for n in left if not n.endswith("rotary_emb.inv_freq")]
+        prefix = f"model.layers.{tensor.layer}." if tensor.layer >= 0 else ""
+        names = [prefix + name.format(expert=tensor.expert) for name in spec.names]
+        tensors.append(_take(model, left, next((n for n in names if n in left), names[0]), tensor))
+    outer = [t for t in tensors if t.layer < 0]
+    if config.get("tie_word_embeddings", False):
+        outer += _other_output(model, left, outer[0])
+    unknown = [n for n in left if not (n.endswith("rotary_emb.inv_freq") or (family.extra_layers and _is_beyond(model, n)))]
     if unknown:
         found = header[unknown[0]]
-        extra = _LAYER.match(unknown[0])
-        cause = "config.json has the wrong number of layers or experts" if extra else "this family does not have it"
+        cause = "config.json has the wrong number of layers or experts" if _LAYER.match(unknown[0]) else "this family does not have it"
         raise ModelError(f"{Path(model.folder) / found[3]}: unexpected tensor {unknown[0]} ({len(unknown)} in all): {cause}")
-    return tensors
+    return [*outer, *(t for t in tensors if t.layer >= 0)]
+
+
+def _other_output(model: Model, left: Header, embedding: Tensor) -> list[Tensor]:
+    """An output matrix beside a tied embedding: a copy of it is none; one that differs is used, as in transformers 5."""
+    name = "lm_head.weight"
+    if name not in left:
+        return []
+    place = replace(embedding, role="output", reads="output_norm", writes="")
+    output = _take(model, left, name, place)
+    return [] if _hash_data(model, output) == _hash_data(model, embedding) else [output]
+
+
+def _is_beyond(model: Model, name: str) -> bool:
+    """Whether a tensor belongs to a layer after the last: a block that predicts further tokens."""
+    layer = _LAYER.match(name)
+    return layer is not None and int(layer[1]) >= model.n_layers
 
 
 def _hash_data(model: Model, tensor: Tensor) -> bytes:
@@ -153,53 +132,42 @@ def _hash_data(model: Model, tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _layer_shape(model: Model, role: str) -> tuple[int, ...]:
-    q, kv, hidden = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim, model.hidden_size
-    whole_width = model.model_type == "olmoe"  # its QK-norm spans all heads
-    return {
-        "attn_norm": (hidden,),
-        "ffn_norm": (hidden,),
-        "attn_q": (q, hidden),
-        "attn_k": (kv, hidden),
-        "attn_v": (kv, hidden),
-        "attn_output": (hidden, q),
-        "attn_q_norm": (q if whole_width else model.head_dim,),
-        "attn_k_norm": (kv if whole_width else model.head_dim,),
-        "ffn_gate_inp": (model.n_experts, hidden),
-    }[role]
-
-
-def _take(model: Model, left: Header, name: str, role: str, shape: tuple[int, ...], layer: int = -1, expert: int = -1) -> Tensor:
-    """Take one tensor out of the header, its shape checked."""
+def _take(model: Model, left: Header, name: str, tensor: Tensor) -> Tensor:
+    """Take one tensor out of the header, its shape checked; a vector may be a matrix of one row there."""
     entry = left.pop(name, None)
     if entry is None:
         raise ModelError(f"{model.folder}: tensor {name} is missing", hint="does config.json belong to these files?")
     dtype, found, offset, file = entry
-    if found != shape:
-        raise ModelError(f"{Path(model.folder) / file}: {name} has shape {list(found)}, config.json asks for {list(shape)}")
-    return Tensor(name=name, role=role, layer=layer, expert=expert, shape=shape, dtype=dtype, file=file, offset=offset)
+    if found not in (tensor.shape, (1, *tensor.shape)):
+        raise ModelError(f"{Path(model.folder) / file}: {name} has shape {list(found)}, config.json asks for {list(tensor.shape)}")
+    return replace(tensor, name=name, dtype=dtype, file=file, offset=offset)
 
 
-def _take_experts(model: Model, family: Family, left: Header, prefix: str, layer: int) -> list[Tensor]:
-    """The experts of one layer: one matrix each, or cut out of the stacked layout (gate rows first, then up rows)."""
-    m, h = model.expert_size, model.hidden_size
-    shapes = {"gate": (m, h), "up": (m, h), "down": (h, m)}
-    stacked = prefix + family.stacked_prefix
-    if stacked + "down_proj" not in left:
-        return [
-            _take(model, left, prefix + family.expert_names[p].format(expert=e), f"ffn_{p}_exps", shapes[p], layer, e)
-            for e in range(model.n_experts)
-            for p in PROJECTIONS
-        ]
-    both = _take(model, left, stacked + "gate_up_proj", "", (model.n_experts, 2 * m, h), layer)
-    down = _take(model, left, stacked + "down_proj", "", (model.n_experts, h, m), layer)
-    tensors = []
-    for e in range(model.n_experts):
-        for p, whole, part in (("gate", both, 2 * e), ("up", both, 2 * e + 1), ("down", down, e)):
-            step = whole.n_bytes // whole.n_weights * m * h
-            place = {"role": f"ffn_{p}_exps", "expert": e, "shape": shapes[p], "offset": whole.offset + part * step}
-            tensors.append(Tensor(name=whole.name, layer=layer, dtype=whole.dtype, file=whole.file, **place))  # type: ignore[arg-type]
-    return tensors
+class _Stacks:
+    """Experts in the stacked layout: gate_up_proj [E, 2M, H], gate rows first, and down_proj [E, H, M]."""
+
+    def __init__(self, model: Model, family: Family, left: Header) -> None:
+        self.model, self.left = model, left
+        self.prefix = "model.layers.{}." + family.stacked
+        self.found: dict[int, dict[str, Tensor]] = {}
+
+    def are_in(self, layer: int) -> bool:
+        """Whether a layer's experts lie in stacks."""
+        return layer in self.found or self.prefix.format(layer) + "down_proj" in self.left
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """An expert's matrix as a part of its stack."""
+        n, m, h = self.model.n_experts, self.model.expert.size, self.model.hidden_size
+        if tensor.layer not in self.found:
+            shapes = {"gate_up_proj": (n, 2 * m, h), "down_proj": (n, h, m)}
+            wanted = {name: replace(tensor, expert=-1, shape=shape) for name, shape in shapes.items()}
+            prefix = self.prefix.format(tensor.layer)
+            self.found[tensor.layer] = {name: _take(self.model, self.left, prefix + name, whole) for name, whole in wanted.items()}
+        down, up = tensor.role == "ffn_down_exps", tensor.role == "ffn_up_exps"
+        whole = self.found[tensor.layer]["down_proj" if down else "gate_up_proj"]
+        part = tensor.expert if down else 2 * tensor.expert + up
+        step = whole.n_bytes // whole.n_weights * m * h
+        return replace(tensor, name=whole.name, dtype=whole.dtype, file=whole.file, offset=whole.offset + part * step)
 
 
 def _fingerprint(folder: Path, config: Mapping[str, Any], header: Header) -> str:

@@ -279,7 +279,7 @@ class Measurer:
         if stored is self.model and all(len(kept) == self.model.n_experts for kept in plan.kept):
             return [0.0] * len(original)
         changed = final_states(stored, self.windows, folder, kept=plan.kept)
-        head = read_tensor(self.model.folder, self.model.find("output") or self.model.find("token_embd"))  # type: ignore[arg-type]
+        head = read_tensor(self.model.folder, self.model.output_matrix)
         each = enumerate(self.windows.lengths)
         return [float(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T).mean()) for i, n in each]
 

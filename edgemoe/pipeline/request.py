@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.base.errors import BudgetError, UsageError
@@ -10,7 +10,7 @@ from edgemoe.base.units import format_bytes
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Model
 from edgemoe.ir.memory import DEFAULT_CONTEXT
-from edgemoe.model.families import resize_experts
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import check_split
 from edgemoe.pipeline.output_folder import check_output
@@ -70,7 +70,7 @@ class Job:
     @property
     def smallest(self) -> Model:
         """The model with the narrowest experts that are tried, as few of them active as are asked for."""
-        return resize_experts(replace(self.model, top_k=self.top_k), self.widths[-1])
+        return resize_experts(self.model.with_top_k(self.top_k), self.widths[-1])
 
 
 def prepare(request: BuildRequest) -> Job:

@@ -47,7 +47,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, P
     best: tuple[Offer, Plan] | None = None
     refused: list[BudgetError] = []
     for width in job.widths:
-        name, tokens = (f" {width}" if width < model.expert_size else ""), request.calibration_tokens
+        name, tokens = (f" {width}" if width < model.expert.size else ""), request.calibration_tokens
         epochs = EPOCHS if request.repair else 0 if name else -1
         tell = in_stage(progress, f"narrow{name}" if name else f"top-{top_k}")
         narrowed = narrow_experts(model, texts, width, work, top_k=top_k, max_tokens=tokens, epochs=epochs, progress=tell)

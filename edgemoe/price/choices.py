@@ -18,7 +18,7 @@ from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Probe, Stats, Unit
 from edgemoe.ir.memory import peak
 from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind
-from edgemoe.model.routing.kept_sets import offered_counts
+from edgemoe.model.routing.kept_sets import kept_groups, offered_counts
 from edgemoe.price.experts import Layer, price_layer
 from edgemoe.price.matrices import ByCause, ErrorsByFormat, price_matrix, probe_kl
 from edgemoe.quantize.importance import importance_of
@@ -50,15 +50,16 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
     units = target.list_units(model)
-    counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.top_k)
+    counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.router)
     sizes = count_bytes(model, target, units, counts)
     cost, input_cost = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape)
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
     kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
     drops = _no_drops(model, len(stats.domains), counts)
-    for layer, priced in layers.items():
-        _enter_drops(drops, layer, priced, stats, target, kappa * float(routers_behind("", layer, model.n_layers).mean()))
+    for row, layer in enumerate(model.moe_layers):
+        reach = float(routers_behind("", layer, model.moe_layers).mean())
+        _enter_drops(drops, row, layers[layer], stats.arrays(layer)["gate_norm"], stats.weights, target, kappa * reach)
     factor = np.ones((len(stats.domains), len(units)))
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
@@ -94,6 +95,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         staging=sizes.staging,
         fixed_size=np.array(target.fixed_sizes(model, counts)),
         factor=factor,
+        n_groups=kept_groups(model.router),
         **drops,
     )
 
@@ -131,7 +133,7 @@ def _price_probes(
 
 def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
     """The fields of Costs that say what dropping costs, empty."""
-    layers, experts = model.n_layers, model.n_experts
+    layers, experts = len(model.moe_layers), model.n_experts
     return {
         "kept": np.ones((len(counts), layers, experts), bool),
         "drop_cost": np.zeros((domains, len(counts), layers)),
@@ -141,15 +143,15 @@ def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, 
     }
 
 
-def _enter_drops(drops: dict[str, Any], layer: int, priced: Layer, stats: Stats, target: Target, kappa: float) -> None:
+def _enter_drops(drops: dict[str, Any], row: int, priced: Layer, gate_norm: F64, weights: F64, target: Target, kappa: float) -> None:
     """Enter one layer: the menu where counts are shared, else the curve that brings sums of single prices to the greedy path's."""
-    found = priced.price_drops(stats.weights, kappa)
-    drops["expert_drop"][:, layer] = found.experts
-    drops["usage"][:, layer] = _shares(stats.arrays(layer)["gate_norm"])
+    found = priced.price_drops(weights, kappa)
+    drops["expert_drop"][:, row] = found.experts
+    drops["usage"][:, row] = _shares(gate_norm)
     if target.form == "experts":
-        drops["drop_curve"][layer] = stats.weights @ found.curve
+        drops["drop_curve"][row] = weights @ found.curve
     else:
-        drops["drop_cost"][:, :, layer], drops["kept"][:, layer] = found.menu, priced.menu.kept
+        drops["drop_cost"][:, :, row], drops["kept"][:, row] = found.menu, priced.menu.kept
 
 
 def discount_drops(costs: Costs) -> Costs:
@@ -237,8 +239,8 @@ def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int,
         for p in stats.probes
         if p.kind == "all" and 0 < probe_kl(stats, p) < TRUSTED_KL
     ]
-    kappa, kappa_sum = fit_flips(every, model.n_layers, probed, trusted)
-    reach = np.array([routers_behind(p.role, p.layer, model.n_layers).mean() for p in every])
+    kappa, kappa_sum = fit_flips(every, model.moe_layers, probed, trusted)
+    reach = np.array([routers_behind(p.role, p.layer, model.moe_layers).mean() for p in every])
     shares = additive_part(probed, kappa * reach) / np.maximum(probed, 1e-300)
     return kappa, kappa_sum, dict(zip(keys, shares.tolist(), strict=True))
 

@@ -17,7 +17,17 @@ from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model, Probe, Stats, Tensor, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.flips import additive_part
-from edgemoe.model.routing.kept_sets import SHRINK_TOKENS, Menu, Replay, build_menu, make_replay, offered_counts, original_gates, set_loss
+from edgemoe.model.routing.kept_sets import (
+    SHRINK_TOKENS,
+    Menu,
+    Replay,
+    build_menu,
+    make_replay,
+    offered_counts,
+    original_gates,
+    set_loss,
+    soft_gates,
+)
 from edgemoe.price.matrices import (
     LEAST_ROWS,
     SAMPLE_WEIGHTS,
@@ -118,10 +128,10 @@ def price_layer(
         pool: shares out the experts.
     """
     arrays = stats.arrays(layer)
-    replay = make_replay(arrays, stats.weights, model.top_k, renormalize=model.renormalize)
-    menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
+    replay = make_replay(arrays, stats.weights, model.router)
+    menu = build_menu(replay, offered_counts(model.n_experts, model.router))
     stored = {(u.role, u.expert): target.offered_formats(model, u) for u in units}
-    use, weights = menu.gate_sq[-1], replay.probs**2 * replay.shares[:, None]
+    use, weights = menu.gate_sq[-1], soft_gates(replay) ** 2 * replay.shares[:, None]
     if units[0].expert >= 0:  # one by one: which tokens an expert serves tells it from the others
         use, weights = weigh_experts(replay, arrays, stats.weights, stats.arrays(-1)["replay_fisher"].astype(np.float64))
     sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), weights, importance_of(model, stats, layer), stored)
@@ -200,10 +210,11 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
         for counts by its probability, so that no expert is unseen.
     """
     relative = sensitivity / max(float(replay.shares @ sensitivity), 1e-300)
-    gates, share = replay.probs.copy(), domains / np.maximum(arrays["tokens"].astype(np.float64), 1.0)
-    np.put_along_axis(gates, replay.candidates[:, : replay.top_k], original_gates(replay)[:, : replay.top_k], axis=1)
+    gates, share = soft_gates(replay).copy(), domains / np.maximum(arrays["tokens"].astype(np.float64), 1.0)
+    own = original_gates(replay)
+    np.put_along_axis(gates, replay.candidates, np.where(own > 0, own, np.take_along_axis(gates, replay.candidates, axis=1)), axis=1)
     chosen = np.zeros(gates.shape)
-    np.put_along_axis(chosen, replay.candidates[:, : replay.top_k], 1.0, axis=1)
+    np.put_along_axis(chosen, replay.candidates, (own > 0).astype(np.float64), axis=1)
     seen = chosen * gates**2 * replay.shares[:, None]
     prior = SHRINK_TOKENS * seen.sum() / max(np.count_nonzero(seen), 1)
     use = share @ arrays["gate_sq"].astype(np.float64) * (relative @ seen + prior) / (seen.sum(axis=0) + prior)

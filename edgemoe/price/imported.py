@@ -103,27 +103,27 @@ def _fill_table(path: Path, scores: dict[Key, float], model: Model) -> Saliency:
     if not domains:
         raise ModelError(f"{path}: line 2: there is no score")
     for domain in domains:
-        for layer in range(model.n_layers):
+        for layer in model.moe_layers:
             for expert in range(model.n_experts):
                 if (domain, layer, expert) not in scores:
                     raise ModelError(
                         f"{path}: layer {layer}, expert {expert} is missing{_in_domain(domain)}", hint="one line for each expert"
                     )
-    table = np.array([[[scores[d, n, e] for e in range(model.n_experts)] for n in range(model.n_layers)] for d in domains])
+    table = np.array([[[scores[d, n, e] for e in range(model.n_experts)] for n in model.moe_layers] for d in domains])
     largest = table.max(axis=2, keepdims=True)
     if not (largest > 0).all():
         d, layer = np.argwhere(largest[:, :, 0] <= 0)[0]
-        raise ModelError(f"{path}: layer {layer} has no score above 0{_in_domain(domains[d])}")
+        raise ModelError(f"{path}: layer {model.moe_layers[layer]} has no score above 0{_in_domain(domains[d])}")
     table /= largest  # so that no sum overflows
     return Saliency(domains=domains, share=table / table.sum(axis=2, keepdims=True), kept={})
 
 
 def _frequency(model: Model, stats: Stats) -> Saliency:
     """Shares of the routed tokens [1, L, E]; experts that saw little count at least as much as `drop_floor` says."""
-    share = np.empty((1, model.n_layers, model.n_experts))
-    for layer in range(model.n_layers):
+    share = np.empty((1, len(model.moe_layers), model.n_experts))
+    for row, layer in enumerate(model.moe_layers):
         count = stats.arrays(layer)["count"].sum(axis=0)
-        share[0, layer] = np.maximum(count, drop_floor(count, count.astype(np.float64)))
+        share[0, row] = np.maximum(count, drop_floor(count, count.astype(np.float64)))
     return Saliency(domains=("imatrix",), share=share / share.sum(axis=2, keepdims=True), kept={})
 
 
@@ -148,21 +148,23 @@ def price_imported(
     scores = saliency or _frequency(model, stats)
     weights = np.full(len(scores.domains), 1 / len(scores.domains))
     reference = _reference_costs(model, target, base)
-    of_layer = layer_nats(base.units, reference, range(model.n_layers))
+    of_layer = layer_nats(base.units, reference, model.moe_layers)
     drops = price_drops(scores.domains, weights, scores.share, of_layer / of_layer.sum(), base.counts, base.n_groups)
     cost = np.full(base.cost.shape, np.inf)
     if progress:
         progress(0, model.n_layers)
+    rows = {layer: row for row, layer in enumerate(model.moe_layers)}
     with open_threads() as pool:
         for layer in range(-1, model.n_layers):
             mine = [u for u, unit in enumerate(base.units) if unit.layer == layer]
-            count = stats.arrays(layer)["count"].sum(axis=0) if layer >= 0 else np.ones(model.n_experts)
-            busy = drops["kept"][:, layer] * np.maximum(count, 1e-30)
+            row = rows.get(layer)
+            count = np.ones(model.n_experts) if row is None else stats.arrays(layer)["count"].sum(axis=0)
+            busy = drops["kept"][:, row or 0] * np.maximum(count, 1e-30)
             busy = busy / busy.sum(axis=1, keepdims=True)
             errors = _layer_errors(model, stats, target, layer, [base.units[u] for u in mine], pool)
             nats = {u: reference[u] for u in mine}
-            if target.form == "experts" and layer >= 0:  # a layer's nats go to its experts by the tokens of the file
-                nats |= {u: of_layer[layer] * busy[-1, base.units[u].expert] for u in mine if base.units[u].expert >= 0}
+            if target.form == "experts" and row is not None:  # a layer's nats go to its experts by the tokens of the file
+                nats |= {u: of_layer[row] * busy[-1, base.units[u].expert] for u in mine if base.units[u].expert >= 0}
             for u, ratios in zip(mine, _relative_errors(model, target, [base.units[u] for u in mine], errors, busy), strict=True):
                 for name, ratio in ratios.items():
                     cost[:, u, base.formats.index(name)] = nats[u] * ratio

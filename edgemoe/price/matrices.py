@@ -50,9 +50,7 @@ def price_matrix(
         probe: what rounding it by itself lost.
         pool: shares out the rows.
     """
-    tensor = model.find(unit.role, unit.layer)
-    assert tensor is not None  # units are made of the model's tensors
-    matrix = read_tensor(model.folder, tensor)
+    matrix = read_tensor(model.folder, model.get(unit.role, unit.layer))
     columns = importance.get((unit.role, -1))
     if unit.role == "token_embd" and columns is None:  # rows count as often as their token is read
         seen = (stats.weights[:, None] * stats.arrays(-1)["token_count"]).sum(axis=0)
@@ -91,8 +89,8 @@ def _draw_inputs(stats: Stats, layer: int, second_moments: F32) -> F32:
     Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
     column scaled to its mean square: that keeps how unlike tokens and channels are, which int8 blocks suffer from.  Else normal numbers.
     """
-    replay = stats.arrays(layer)["replay_x"]
-    if replay.shape[1] == len(second_moments):
+    replay = stats.arrays(layer).get("replay_x")
+    if replay is not None and replay.shape[1] == len(second_moments):
         x = replay[sample_rows(len(replay), INPUT_TOKENS)].astype(np.float32)
         x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
     else:

@@ -46,8 +46,8 @@ from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
 from edgemoe.ir.memory import DEFAULT_CONTEXT
 from edgemoe.model.checkpoint import read_json
-from edgemoe.model.routing.kept_sets import offered_counts
-from edgemoe.model.shapes import layout_of_config, load_shape, model_of_config
+from edgemoe.model.describe import describe, load_shape
+from edgemoe.model.routing.kept_sets import kept_groups, offered_counts
 from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets import Target, count_bytes, find_target
 
@@ -98,7 +98,7 @@ def price_config(source: str, context: int | None = None, target: str = "gguf", 
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     config = read_json(path) if path.is_file() else load_shape(source)
     name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.is_file() else source).strip("-.") or "model"
-    model = model_of_config(config, name)
+    model = describe(config, name)
     prior = "glm-5.2" if source.lower() == "glm-5.2" else "pooled"
     return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior, also=also)
 
@@ -115,7 +115,7 @@ def price_generic(
     """Price a model of which only the shapes are known.
 
     Args:
-        model: from `model_of_config`, without prediction blocks (or from `inspect_model`).
+        model: from `describe` (or from `inspect_model`).
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
@@ -124,18 +124,16 @@ def price_generic(
 
     Raises:
         UsageError: unknown prior or domain.
-        ModelError: the model has prediction blocks, or not the shapes of the prior.
+        ModelError: the model has not the shapes of the prior.
     """
     if prior not in PRIORS:
         raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
-    if any(t.layer >= model.n_layers for t in model.tensors):
-        raise ModelError(f"{model.name}: next-token-prediction blocks are not priced", hint="model_of_config(config, name)")
     saliency = load_saliency()
     weights = _weigh_domains(saliency.domains, domain_weights)
     units = target.list_units(model)
-    layers = sorted({unit.layer for unit in units if unit.is_stack or unit.expert >= 0})
-    groups = int(model.config.get("n_group") or 1)
-    offered = offered_counts(model.n_experts, model.top_k, groups)
+    layers = model.moe_layers
+    groups = kept_groups(model.router)
+    offered = offered_counts(model.n_experts, model.router)
     counts = (model.n_experts,) if target.form == "experts" else tuple(sorted({*offered, *also}))
     share = _expert_shares(saliency, len(layers), model.n_experts, prior)
     nats = _tensor_nats(model, units, prior, dict(zip(layers, np.tensordot(weights, share, axes=1), strict=True)))
@@ -156,7 +154,7 @@ def price_generic(
         n_experts=model.n_experts,
         top_k=model.top_k,
         kappa=0.0,
-        memory={"context": context, **target.memory_parts(layout_of_config(model.config), context)},
+        memory={"context": context, **target.memory_parts(model, context)},
         cold=(),
         domains=saliency.domains,
         domain_weights=tuple(float(w) for w in weights),
@@ -194,7 +192,7 @@ def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None)
 # -------------------------------------------------------------------------------------------------------------- quantize
 def layer_nats(units: Sequence[Unit], nats: F64, layers: Sequence[int]) -> F64:
     """What rounding costs in the experts of each layer [L]."""
-    experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.is_stack or unit.expert >= 0]
+    experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.of_experts]
     return np.array([sum(nats[u] for u, at in experts if at == layer) for layer in layers])
 
 

@@ -15,12 +15,14 @@ def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int
     if layer < 0:
         weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
         output = (weights[:, None] * arrays["output_in_sq"]).sum(axis=0).astype(np.float32)
-        tied = model.find("output") is None
-        return {("token_embd", -1) if tied else ("output", -1): output}
+        return {("token_embd" if model.is_tied else "output", -1): output}
     share = (stats.weights / np.maximum(arrays["tokens"], 1))[:, None]
-    attention = (share * arrays["attn_in_sq"]).sum(axis=0).astype(np.float32)
-    found = {(role, -1): attention for role in ("attn_q", "attn_k", "attn_v")}
-    found["attn_output", -1] = (share * arrays["attn_out_sq"]).sum(axis=0).astype(np.float32)
+    found: dict[tuple[str, int], F32] = {}
+    for step in model.steps(layer):
+        for role in model.plain_roles(layer, step):
+            found[role, -1] = (share * arrays[f"in_sq.{step.reads}"]).sum(axis=0).astype(np.float32)
+    if layer not in model.moe_layers:
+        return found
     count = arrays["count"].sum(axis=0)
     for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
         shrunk = shrink(arrays[key], arrays["expert_importance"], count)

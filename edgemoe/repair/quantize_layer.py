@@ -32,7 +32,6 @@ from edgemoe.stream.passes import map_ordered
 from edgemoe.targets import Target
 
 BLOCK = 4096  # tokens of one piece of work
-QKV = ("attn_q", "attn_k", "attn_v")
 MOMENTS = 6  # square float64 matrices that quantize_plan an expert holds
 MOMENT_BYTES = 2**30  # for those of all experts that are packed at the same time
 FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
@@ -78,12 +77,11 @@ def router_gram(model: Model, first: int) -> Gram:
     weights, of trace one; all routers of the model count alike (docs/pricing.md, 5).
     """
     total = np.zeros((model.hidden_size,) * 2)
-    for layer in range(first, model.n_layers):
-        router, norm = model.find("ffn_gate_inp", layer), model.find("ffn_norm", layer)
-        if router and norm:
-            rows = read_tensor(model.folder, router)
-            moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, norm)
-            total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / model.n_layers
+    for layer in model.moe_layers:
+        if layer >= first:
+            rows = read_tensor(model.folder, model.get("ffn_gate_inp", layer))
+            moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, model.norm_of(layer, "ffn_norm"))
+            total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / len(model.moe_layers)
     return total
 
 
@@ -255,29 +253,27 @@ def _gram(x: torch.Tensor, weights: torch.Tensor) -> Gram:
 
 
 # ------------------------------------------------------------------------------------------------------------- other matrices
-def quantize_attention(
-    quantize_plan: QuantizePlan, weights: Mapping[str, torch.Tensor], layer: int, roles: Sequence[str], sums: tuple[PairSums, PairSums]
+def quantize_matrices(
+    quantize_plan: QuantizePlan, weights: Mapping[str, torch.Tensor], layer: int, sums: tuple[PairSums, PairSums], routers: Gram | None
 ) -> Packed:
-    """Pack some of a loaded layer's matrices; the layer then computes with what the packed ones decode to.
+    """Quantize some of a loaded layer's matrices that read the same; the layer then computes with what the packed ones decode to.
 
     Args:
         quantize_plan: what to pack as.
-        weights: the layer's parameters by role.
+        weights: parameters of the layer by role, changed in place.
         layer: its number.
-        roles: of the matrices.
         sums: of their inputs, fitted and guard.
+        routers: of matrices that write the stream, the `router_gram` of what reads it; None: of others.
     """
     importance, packed = importance_of(quantize_plan.model, quantize_plan.stats, layer), Packed()
     gradients, guard = load_gradients(quantize_plan.gradients, layer), sums[1].gram
     inputs = factor_hessian(sums[0].gram)
     with open_threads() as pool:
-        for role in roles:
-            rows, kind = weights[role].cpu().numpy(), quantize_plan.format_of(role, layer)
-            outputs = gradients[role]
-            if role == "attn_output":
-                outputs = add_flips(quantize_plan, outputs, router_gram(quantize_plan.model, layer))
+        for role, view in weights.items():
+            rows, kind = view.cpu().numpy(), quantize_plan.format_of(role, layer)
+            outputs = gradients[role] if routers is None else add_flips(quantize_plan, gradients[role], routers)
             metric = ErrorMetric(inputs=inputs, guard=guard, outputs=outputs)
             found, values = quantize_matrix(quantize_plan.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found
-            weights[role].copy_(torch.from_numpy(values))
+            view.copy_(torch.from_numpy(values))
     return packed

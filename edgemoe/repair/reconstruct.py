@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from edgemoe.base.progress import Progress
 from edgemoe.base.storage import array_file, load_arrays, save_arrays
 from edgemoe.base.types import F32, F64
 from edgemoe.base.work import Steps
-from edgemoe.ir import PROJECTIONS, Model
+from edgemoe.ir import PROJECTIONS, Model, is_stack
 from edgemoe.model.checkpoint import DTYPES, read_tensor
-from edgemoe.model.families import MODULE_NAMES
 from edgemoe.repair.align import PairSums, refit_matrix, sum_pairs
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.repair.output_map import HeadInputs, descend_map
-from edgemoe.repair.quantize_layer import QKV, Packed, QuantizePlan, add_flips, quantize_attention, quantize_experts, router_gram
+from edgemoe.repair.quantize_layer import Packed, QuantizePlan, add_flips, quantize_experts, quantize_matrices, router_gram
 from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, quantize_rows_by_group
+from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.gradients import open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, only_experts, recording
 from edgemoe.stream.passes import map_ordered, token_kl
@@ -104,24 +104,42 @@ class Reconstruction:
         return range(start, self.model.n_layers)
 
     def refit_layer(self, layer: int, kept: Sequence[int], *, epochs: int, change: Change | None = None) -> None:
-        """Run both streams through a layer, refit the experts if any went or were changed, pack, leave weights and states on disk.
+        """Run both streams through a layer, refit and quantize what is asked for, leave weights and states on disk.
 
         Args:
             layer: the next one.
-            kept: experts that stay.
+            kept: experts that stay; none where the layer has no experts.
             epochs: of descent after the closed form; 0 refits W_down alone, -1 nothing.
             change: what is done to the experts before they are refitted.
         """
         module = self.original.load_layer(layer)
         following, attended = self.states("original", layer + 1), self.states("attended", layer)
-        self._run_original(module, layer, following, attended)
+        shared = self.states("shared", layer) if self.model.find("ffn_down_shexp", layer) else None
+        self._run_original(module, layer, following, attended, shared)
         if self.changed is not self.original:
             self.original.unload_layer(layer)
             module = self.changed.load_layer(layer)
-        arrays = self._quantize_attention(module, layer, attended) if self.quantize_plan else {}
-        attended.close(delete=True)
+        arrays = self._quantize_steps(module, layer, following, attended, shared) if self.quantize_plan else {}
+        for states in (attended, shared):
+            if states is not None:
+                states.close(delete=True)
+        if layer in self.model.moe_layers:
+            arrays |= self._refit_experts(module, layer, kept, following, epochs=epochs, change=change)
+        else:
+            self._run_dense(module, layer)
+        self.changed.unload_layer(layer)
+        following.close()
+        save_arrays(self.work / array_file(layer), arrays)
+        self.steps.note(layer + 1)
+        for old in self.work.glob(f"*-{layer}.bin"):
+            old.unlink()
+
+    def _refit_experts(
+        self, module: Any, layer: int, kept: Sequence[int], following: States, *, epochs: int, change: Change | None
+    ) -> Packed:
+        """Refit the experts if any went or were changed, quantize them, and write the changed stream as they leave it."""
         tokens = self._run_changed(module, layer, np.array(kept), following)
-        views = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in PROJECTIONS]
+        views = [weights_of(module, f"ffn_{p}_exps") for p in PROJECTIONS]
         gate, up, down = (view[list(kept)] for view in views)
         experts = Experts(gate=gate.clone(), up=up.clone(), down=down.clone())
         del views, gate, up, down
@@ -133,37 +151,48 @@ class Reconstruction:
             domains = np.repeat(self.windows.domain, self.windows.lengths)
             error = np.bincount(domains, np.square(residual).sum(axis=1, dtype=np.float64), len(self.weights))
             tokens = replace(tokens, weights=self._weigh(error.astype(np.float64)))
-        dtype = next(DTYPES[t.dtype] for t in self.model.tensors if t.layer == layer and t.expert >= 0)
+        dtype = DTYPES[self.model.get("ffn_down_exps", layer, 0).dtype]
         if epochs >= 0 and (change is not None or len(kept) < self.model.n_experts):
             refit_layer(tokens, experts, residual, epochs=epochs, store=lambda e: _round(e, dtype))
         else:
             fill_residual(tokens, experts, residual)
         if self.quantize_plan:
-            arrays |= quantize_experts(self.quantize_plan, layer, tokens, experts, residual, kept)[0]
+            arrays = quantize_experts(self.quantize_plan, layer, tokens, experts, residual, kept)[0]
         else:
-            arrays |= {
+            arrays = {
                 f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
                 for p, stack in zip(PROJECTIONS, experts.stacks, strict=True)
                 for n, expert in enumerate(kept)
             }
-        save_arrays(self.work / array_file(layer), arrays)
         self._leave(layer, following, residual)
+        return arrays
 
-    def _run_original(self, module: Any, layer: int, following: States, attended: States) -> None:
-        """Write the original's states after the layer and, where matrices are packed, after its attention."""
+    def _run_original(self, module: Any, layer: int, following: States, attended: States, shared: States | None) -> None:
+        """Write the original's states after the layer; where matrices are quantized, also after attention, and what shared experts give."""
         before = self.states("original", layer)
 
         def run(index: NDArray[np.int64]) -> None:
-            with recording(Recorder()) as seen:
+            with recording(Recorder(outputs={})) as seen:
                 out = self.original.run_layer(module, before.read(index))
             following.write(index, out)
             if self.quantize_plan:
-                assert seen.moe_output is not None
-                attended.write(index, out - seen.moe_output.view_as(out))
+                assert seen.ffn_output is not None
+                attended.write(index, out - seen.ffn_output.view_as(out))
+                if shared is not None and seen.outputs is not None:
+                    shared.write(index, seen.outputs["ffn_down_shexp"].view_as(out))
 
         for _ in map_ordered(run, self.windows.chunks(), device=self.original.device):
             pass
         before.close()
+
+    def _run_dense(self, module: Any, layer: int) -> None:
+        """Write the changed stream as a layer without experts leaves it."""
+        before, after = self.states("changed", layer), self.states("changed", layer + 1)
+        run = partial(self.changed.run_layer, module)
+        for _ in map_ordered(lambda index: after.write(index, run(before.read(index))), self.windows.chunks(), device=self.changed.device):
+            pass
+        before.close()
+        after.close()
 
     def _run_changed(self, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
         """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
@@ -247,40 +276,74 @@ class Reconstruction:
         parts: Iterator[tuple[PairSums, PairSums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
         return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # as they come: each is as large as the matrix
 
-    def _quantize_attention(self, module: Any, layer: int, attended: States) -> Packed:
-        """Refit and round the layer's attention matrices in place, on what the changed stream brings them; refit what reads the result."""
+    def _quantize_steps(self, module: Any, layer: int, following: States, attended: States, shared: States | None) -> Packed:
+        """Refit and quantize the layer's matrices that are no experts', step by step, on what the changed stream brings each.
+
+        What reads a norm, routers and experts too, is refitted to read what the original's norm gives; what writes the stream is refitted to
+        the difference that the original makes there, a shared expert's W_down to what the original's gives.
+        """
         assert self.quantize_plan is not None
+        model, packed = self.changed.model, Packed()
         before, original = self.states("changed", layer), self.states("original", layer)
-        params, eps = dict(module.named_parameters()), self.original.eps
-        weights = {role: params[name].data for role, name in MODULE_NAMES.items() if name in params}
-
-        def attend(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with recording(Recorder(skip_experts=True)) as seen:
-                out = self.changed.run_layer(module, states)
-            return out, seen.inputs["attn_output"].view(*out.shape[:2], -1)
-
-        sums = self._sums(before, original, lambda x, y: normed(x, y, weights["attn_norm"], eps))
-        fold_map(read_map(sums), *(weights[role] for role in QKV))
-        packed = quantize_attention(self.quantize_plan, weights, layer, QKV, sums)
-        sums = self._sums(before, attended, lambda x, y: (attend(x)[1], y.to(self.changed.device) - x.to(self.changed.device)))
-        output = weights["attn_output"]
-        output.copy_(torch.from_numpy(refit_matrix(output.cpu().numpy(), *sums)))
-        packed |= quantize_attention(self.quantize_plan, weights, layer, ("attn_output",), sums)
-        sums = self._sums(before, attended, lambda x, y: normed(attend(x)[0], y, weights["ffn_norm"], eps))
-        readers = [self.changed.expert_slice(module, f"ffn_{p}_exps") for p in ("gate", "up")]
-        fold_map(read_map(sums), weights["ffn_gate_inp"], *readers)
+        wanted = {"attn_norm": original, "attn_mix": attended, "ffn_norm": attended}
+        wanted |= {"dense_hidden": following, **({"shared_hidden": shared} if shared else {})}
+        for step in model.steps(layer):
+            plain = {role: weights_of(module, role) for role in model.plain_roles(layer, step)}
+            target = wanted.get(step.reads)
+            if target is None:
+                continue  # read by experts alone, which come last
+            if step.reads.endswith("norm"):
+                sums = self._sums(before, target, partial(self._pair_norms, module, step.reads))
+                readers = {role: weights_of(module, role) for role in step.roles}
+                fold_map(read_map(sums), *readers.values())
+                packed |= {
+                    f"{role}.-1": view.cpu().numpy().reshape(model.get(role, layer).shape).copy()
+                    for role, view in readers.items()
+                    if role not in plain and not is_stack(role)
+                }
+                routers = None
+            else:
+                sums = self._sums(before, target, partial(self._pair_outputs, module, step.reads))
+                for view in plain.values():
+                    view.copy_(torch.from_numpy(refit_matrix(view.cpu().numpy(), *sums)))
+                routers = router_gram(self.quantize_plan.model, layer if step.reads == "attn_mix" else layer + 1)
+            if plain:
+                packed |= quantize_matrices(self.quantize_plan, plain, layer, sums, routers)
         before.close()
         original.close()
-        return {**packed, "ffn_gate_inp.-1": weights["ffn_gate_inp"].cpu().numpy().copy()}
+        return packed
+
+    def _attend(self, module: Any, states: torch.Tensor) -> tuple[torch.Tensor, Recorder]:
+        """The changed stream after a layer's attention, and what attention saw."""
+        with recording(Recorder(attention_only=True)) as seen:
+            return self.changed.run_layer(module, states), seen
+
+    def _pair_norms(self, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
+        """What a norm gives in both streams: of the layer's input, or of the stream after attention."""
+        if activation == "ffn_norm":
+            changed = self._attend(module, changed)[0]
+        return normed(changed, original, weights_of(module, activation), self.model.norm_eps)
+
+    def _pair_outputs(self, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
+        """What a matrix that writes the stream reads in the changed one, and what it should add to it."""
+        device = self.changed.device
+        if activation == "attn_mix":
+            seen, start = self._attend(module, changed)[1], changed
+        else:
+            with recording(Recorder(skip_experts=True)) as seen:
+                self.changed.run_layer(module, changed)
+            start = self._attend(module, changed)[0] if activation == "dense_hidden" else torch.zeros(())
+        x = seen.inputs[activation].view(*changed.shape[:2], -1)
+        return x, original.to(device) - start.to(device)
 
     def _quantize_embedding(self) -> F32:
         """Pack the embedding and leave it on disk; what it decodes to: the changed stream starts from that."""
         assert self.quantize_plan is not None
-        weights = self._read("token_embd")
+        weights = read_tensor(self.model.folder, self.model.get("token_embd"))
         group, gradients = group_rows(weights), self._read_gradients(-1)
         assert gradients is not None
         metrics = None  # of a matrix that is the output's too, what follows is not the whole story
-        if self.model.find("output"):
+        if not self.model.is_tied:
             of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
             seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
             sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.quantize_plan.model, 0)
@@ -292,7 +355,7 @@ class Reconstruction:
 
     def quantize_output(self) -> None:
         """Pack the output matrix, if there is one, on what the changed stream brings it; the embedding was packed first of all."""
-        if self.quantize_plan and self.model.find("output"):
+        if self.quantize_plan and not self.model.is_tied:
             before, original = (self.states(name, self.model.n_layers) for name in ("changed", "original"))
             norm, output, eps = self.original.head()
             sums = self._sums(before, original, lambda x, y: normed(x, y, norm, eps))
@@ -316,23 +379,14 @@ class Reconstruction:
             before.close()
             original.close()
 
-    def _read(self, role: str) -> F32:
-        tensor = self.model.find(role)
-        assert tensor is not None
-        return read_tensor(self.model.folder, tensor)
-
     def _leave(self, layer: int, following: States, residual: F32) -> None:
-        """Write the changed stream as it leaves the repaired layer (the original less the residual), and note that the layer is done."""
+        """Write the changed stream as it leaves the repaired layer: the original less the residual."""
         changed = self.states("changed", layer + 1)
         for index in self.windows.chunks():
             out = following.read(index)
             out[torch.from_numpy(self.real[index])] -= torch.from_numpy(np.asarray(residual[self.rows(index)]))
             changed.write(index, out)
         changed.close()
-        following.close()
-        self.steps.note(layer + 1)
-        for old in self.work.glob(f"*-{layer}.bin"):
-            old.unlink()
 
     def measure(self) -> tuple[float, ...]:
         """KL(original || changed) in nats per token, by domain, after the last layer: on the windows that nothing was fitted to.

@@ -68,7 +68,7 @@ def repair_survivors(
     def make() -> Model:
         reconstruction = Reconstruction(model, base, texts, max_tokens, folder, key, quantize_plan)
         for layer in reconstruction.resume(progress):
-            reconstruction.refit_layer(layer, plan.kept_of[layer], epochs=epochs)
+            reconstruction.refit_layer(layer, plan.kept_of.get(layer, ()), epochs=epochs)
             if progress:
                 progress(layer + 1, model.n_layers)
         reconstruction.quantize_output()

@@ -22,7 +22,7 @@ from edgemoe.base.storage import write_text
 from edgemoe.base.types import F64
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model
-from edgemoe.model.families import resize_experts
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
@@ -68,18 +68,18 @@ def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, 
     Raises:
         UsageError: no such width; names those that are possible.
     """
-    if asked in ("full", str(model.expert_size)) or (not asked and form == "experts"):
-        return (model.expert_size,)
-    possible = range(BLOCK, model.expert_size, BLOCK)
+    if asked in ("full", str(model.expert.size)) or (not asked and form == "experts"):
+        return (model.expert.size,)
+    possible = range(BLOCK, model.expert.size, BLOCK)
     if asked in ("", "auto"):
-        wanted, block = [round(model.expert_size * share) for share in AUTO_SHARES], BLOCK if asked else SUPER_BLOCK
-        return tuple(w for w in wanted if w == model.expert_size or (w in possible and w % block == 0))
+        wanted, block = [round(model.expert.size * share) for share in AUTO_SHARES], BLOCK if asked else SUPER_BLOCK
+        return tuple(w for w in wanted if w == model.expert.size or (w in possible and w % block == 0))
     if not asked.isdecimal() or int(asked) not in possible:
         best = [str(w) for w in possible if w % SUPER_BLOCK == 0]
-        every = f"multiples of {BLOCK} below {model.expert_size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
+        every = f"multiples of {BLOCK} below {model.expert.size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
         hint = f"give auto, full, or one of: {every}"
         raise UsageError(
-            f"--width {asked}: {model.name} has experts of {model.expert_size} neurons and cannot have such ones",
+            f"--width {asked}: {model.name} has experts of {model.expert.size} neurons and cannot have such ones",
             hint=f"{hint}; formats below 4 bits need {', '.join(best)}" if best else hint,
         )
     return (int(asked),)
@@ -162,8 +162,8 @@ def narrow_experts(
         epochs: of descent on all three matrices after W_down's closed form; -1 refits nothing.
         progress: called with (steps done, all steps).
     """
-    start = model if top_k in (None, model.top_k) else replace(model, top_k=top_k)
-    whole = width == model.expert_size
+    start = model if top_k in (None, model.top_k) else model.with_top_k(top_k)
+    whole = width == model.expert.size
     if whole and start is model:
         return Narrowed(model=model, kl=(0.0,) * len(texts), work=work)
     layers, base = model.n_layers, resize_experts(start, width)

@@ -3,7 +3,7 @@
 The loss is the cross-entropy of tokens drawn from the model itself: the mean of its gradients' outer products is the Fisher matrix, so a
 change that moves an output by d costs 1/2 (gradient d)^2 of KL, in nats.  Every layer adds to the residual stream, so an expert's output
 has the layer's gradient times its gate: one gradient per token and layer says what matters to all experts.
-What is left on disk serves rounding (pack.py: which errors of a matrix's rows matter together) and narrowing (neurons.py).
+What is left on disk serves rounding (quantize_layer.py: which errors of a matrix's rows matter together) and narrowing (width.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_tex
 from edgemoe.base.types import F64
 from edgemoe.base.work import Steps, key_of, open_or_make, path_of
 from edgemoe.ir import Model
+from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
@@ -43,7 +44,7 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
     Returns:
         A folder with, for each layer, the gradients with respect to what leaves it (`open_gradients`) and arrays (`load_gradients`):
         "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
-        and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect to what the matrix gives.
+        and for every planned matrix that is no expert's sum lambda g g' [R, R] of the gradients with respect to what it gives.
     """
     key = key_of("gradients", model.fingerprint, texts_key(texts), WINDOW, max_tokens)
     folder = path_of(work.absolute(), "gradients", key)
@@ -147,13 +148,14 @@ class _Pass:
         """Sums over a layer's neurons and attention outputs, and the gradient with respect to what the layer received."""
         module, states = self.stream.load_layer(layer), self.states(layer)
         after, before = self.gradients(layer), self.gradients(layer - 1)
-        down = module.mlp.experts.down_proj.data
+        down = weights_of(module, "ffn_down_exps") if layer in self.model.moe_layers else None
 
         def chunk(index: NDArray[np.int64]) -> Arrays:
             given, weights = after.read(index).to(self.stream.device), self.weights[index].flatten().to(self.stream.device)
-            sums = self._neuron_sums(given, weights, down)
+            neurons = None if down is None else _NeuronSums(given, weights, down)
+            sums = neurons.sums if neurons else {}
             received = states.read(index).to(self.stream.device).requires_grad_()
-            with recording(Recorder(on_expert=sums.pop("note"), outputs={})) as seen:
+            with recording(Recorder(on_expert=neurons.note if neurons else None, outputs={})) as seen:
                 out = self.stream.run_layer(module, received, gradients=True)
             assert seen.outputs is not None
             first, *others = torch.autograd.grad(out, [received, *seen.outputs.values()], given)
@@ -168,24 +170,28 @@ class _Pass:
             for name, value in part.items():
                 merge = np.maximum if name == "phi_sq_max" else np.add
                 arrays[name] = merge(arrays[name], value) if name in arrays else value.astype(np.float64)
-        arrays["down_sq"] = down.double().square().sum(dim=1).cpu().numpy()
+        if down is not None:
+            arrays["down_sq"] = down.double().square().sum(dim=1).cpu().numpy()
         save_arrays(self.work / array_file(layer), arrays)
         self.stream.unload_layer(layer)
         for file in (states, after, before):
             file.close()
 
-    def _neuron_sums(self, given: torch.Tensor, weights: torch.Tensor, down: torch.Tensor) -> dict[str, Any]:
-        """Sums [E, M] of one chunk, and the function that fills them while the layer runs."""
-        gradient, shape = given.flatten(0, 1), (down.shape[0], down.shape[2])
-        sums: dict[str, Any] = {name: torch.zeros(shape, device=down.device) for name in ("heapr", "phi_sq", "phi_sq_max")}
 
-        def note(expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
-            h, g, lam = h.detach().float(), gate.detach()[:, None], weights[token]
-            sums["heapr"][expert] = heapr_sums(h, gradient[token] * g, down[expert], lam)
-            phi_sq = (g * h).square() * lam[:, None]
-            sums["phi_sq"][expert], sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
+class _NeuronSums:
+    """Sums [E, M] over the neurons of a chunk's experts, filled while the layer runs."""
 
-        return {**sums, "note": note}
+    def __init__(self, given: torch.Tensor, weights: torch.Tensor, down: torch.Tensor) -> None:
+        self.gradient, self.weights, self.down = given.flatten(0, 1), weights, down
+        shape = (down.shape[0], down.shape[2])
+        self.sums = {name: torch.zeros(shape, device=down.device) for name in ("heapr", "phi_sq", "phi_sq_max")}
+
+    def note(self, expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
+        """Add what one expert did for some tokens."""
+        h, g, lam = h.detach().float(), gate.detach()[:, None], self.weights[token]
+        self.sums["heapr"][expert] = heapr_sums(h, self.gradient[token] * g, self.down[expert], lam)
+        phi_sq = (g * h).square() * lam[:, None]
+        self.sums["phi_sq"][expert], self.sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
 
 
 def heapr_sums(h: torch.Tensor, gamma: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The original model as a stream: one decoder layer in memory at a time, hidden states in a file between layers.
+"""The original model as a stream: one decoder layer in memory at a time.
 
 The layers are transformers' own modules, filled from safetensors; only the experts run in our function, which is transformers' documented
 hook (`ALL_EXPERTS_FUNCTIONS`) and gives the same numbers, so that a recorder sees what every expert really receives.
-Work is split into fixed chunks of windows, each computed by one thread with one-thread arithmetic and merged in order: results do not
-depend on the number of cores.
+Work is split into fixed chunks of windows, each computed by one thread with one-thread arithmetic and merged in order (passes.py): results
+do not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -20,38 +20,46 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgemoe.base.types import F32
-from edgemoe.ir import Model, Tensor
+from edgemoe.ir import Model, Tensor, is_stack
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.model.families import MODULE_NAMES, find_family
+from edgemoe.stream.adapter import experts_of, linear_of, router_of, weights_of
 
 _local = threading.local()
 
 
-# --------------------------------------------------------------------------------------------------------------- windows
-
-
-# ---------------------------------------------------------------------------------------------------------------- layers
 @dataclass
 class Recorder:
     """What one chunk saw inside one layer; filled by hooks in the thread that runs the chunk."""
 
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # attn_q, attn_output: inputs [tokens, cols]
-    outputs: dict[str, torch.Tensor] | None = None  # if wanted, of all four attention matrices [windows, length, rows], in their graph
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # activation -> what its readers receive [tokens, cols]
+    outputs: dict[str, torch.Tensor] | None = None  # if wanted, role -> what a planned matrix gives [.., rows], in its graph
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
-    moe_output: torch.Tensor | None = None  # [tokens, hidden]
-    skip_experts: bool = False  # run attention alone: what leaves the layer is the stream after it
+    moe_output: torch.Tensor | None = None  # of the routed experts [tokens, hidden]
+    ffn_output: torch.Tensor | None = None  # of the whole feed-forward part [windows, length, hidden]
+    skip_experts: bool = False  # routed experts give nothing
+    attention_only: bool = False  # stop before the feed-forward part: what leaves the layer is the stream after attention
     on_expert: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+
+
+class _AttentionDone(Exception):
+    """No error: it ends a layer's forward pass where the recorder wants no more, and carries the stream after attention."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
 
 
 def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """Sum of the chosen experts' outputs [tokens, hidden]; tells the recorder (expert, tokens, input, hidden, output, gate)."""
-    recorder: Recorder | None = getattr(_local, "recorder", None)
+    recorder = _recorder()
     out = torch.zeros_like(x)
     if recorder is not None:
         recorder.moe_input, recorder.moe_output = x, out
         if recorder.skip_experts:
             return out
+    kept: torch.Tensor | None = getattr(module, "kept", None)  # set by only_experts: the router counts those that are left
+    if kept is not None:
+        index = kept.to(index.device)[index]
     for expert in index.unique().tolist():
         if expert >= module.gate_up_proj.shape[0]:  # transformers' mark for "no expert"
             continue
@@ -75,6 +83,11 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         _local.recorder = None
 
 
+def _recorder() -> Recorder | None:
+    found: Recorder | None = getattr(_local, "recorder", None)
+    return found
+
+
 def default_device() -> str:
     """Where layers run: on a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +101,7 @@ class LayerStream:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register("edgemoe", _experts_forward)
-        self.model, self.family = model, find_family(model.model_type)
+        self.model = model
         self.device = torch.device(device or default_device())
         config = AutoConfig.for_model(**{**model.config, "num_experts_per_tok": model.top_k})
         config._experts_implementation = "edgemoe"
@@ -97,8 +110,6 @@ class LayerStream:
         self._skeleton.set_experts_implementation("edgemoe")
         self._skeleton.eval().requires_grad_(requires_grad=False)
         self._rotary: Any = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
-        self._outer = model.of_layer(-1)
-        self.eps = float(model.config.get("rms_norm_eps", 1e-6))  # of all norms
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A tensor of the checkpoint on the device, float32."""
@@ -109,76 +120,68 @@ class LayerStream:
         module = self._skeleton.model.layers[layer]
         if next(module.parameters()).is_meta:
             module.to_empty(device=self.device)
-        params = dict(module.named_parameters())
         for (role, expert), tensor in self.model.of_layer(layer).items():
-            if expert < 0:
-                params[MODULE_NAMES[role]].data.copy_(self.read(tensor))
-            else:
-                self.expert_slice(module, role, expert).copy_(self.read(tensor))
-        module.self_attn.q_proj.register_forward_pre_hook(_record_input("attn_q"))
-        module.self_attn.o_proj.register_forward_pre_hook(_record_input("attn_output"))
-        for role in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            module.get_submodule(MODULE_NAMES[role].removesuffix(".weight")).register_forward_hook(_record_output(role))
-        module.mlp.gate.register_forward_hook(_record_logits)
+            target = weights_of(module, role, expert if is_stack(role) else slice(None))
+            target.copy_(self.read(tensor).view_as(target))
+        for step in self.model.steps(layer):
+            plain = self.model.plain_roles(layer, step)
+            if plain:
+                linear_of(module, plain[0]).register_forward_pre_hook(_record_input(step.reads))
+            for role in plain:
+                linear_of(module, role).register_forward_hook(_record_output(role))
+        module.post_attention_layernorm.register_forward_pre_hook(_stop_after_attention)
+        module.mlp.register_forward_hook(_record_ffn)
+        if layer in self.model.moe_layers:
+            router_of(module).register_forward_hook(_record_logits)
         return module
 
     def unload_layer(self, layer: int) -> None:
         """Give the layer's memory back."""
         self._skeleton.model.layers[layer].to("meta")
 
-    def expert_slice(self, module: Any, role: str, expert: int | slice = slice(None)) -> torch.Tensor:
-        """View of one expert's (or all experts') gate, up or down rows in a loaded layer."""
-        m = self.model.expert_size
-        experts = module.mlp.experts
-        if role == "ffn_down_exps":
-            view: torch.Tensor = experts.down_proj.data[expert]
-            return view
-        rows = slice(0, m) if role == "ffn_gate_exps" else slice(m, 2 * m)
-        both: torch.Tensor = experts.gate_up_proj.data
-        return both[expert, rows]
-
     def run_layer(self, module: Any, states: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Output states [windows, length, hidden] of a loaded layer, with a graph behind them if gradients are wanted."""
         states = states.to(self.device)
         positions = torch.arange(states.shape[1], device=self.device)[None]
         with torch.enable_grad() if gradients else torch.inference_mode():
-            out = module(states, attention_mask=None, position_ids=positions, position_embeddings=self._rotary(states, positions))
+            try:
+                out = module(states, attention_mask=None, position_ids=positions, position_embeddings=self._rotary(states, positions))
+            except _AttentionDone as done:
+                return done.states
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     def embed(self, tokens: NDArray[np.int64], table: F32 | None = None) -> torch.Tensor:
         """First states [windows, length, hidden], from the checkpoint's embedding or another table."""
         if table is None:
-            table = read_tensor(self.model.folder, self._outer["token_embd", -1])
+            table = read_tensor(self.model.folder, self.model.get("token_embd"))
         return torch.from_numpy(table[tokens])
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
-        output = self._outer.get(("output", -1)) or self._outer["token_embd", -1]
-        norm = self.read(self._outer["output_norm", -1])
-        return norm, self.read(output), self.eps
+        return self.read(self.model.get("output_norm")), self.read(self.model.output_matrix), self.model.norm_eps
 
 
 class only_experts:
-    """Let the router see only some experts, as if the others were cut out of the checkpoint."""
+    """Let the router see only some experts, as if the others were cut out of the checkpoint: it chooses by its own rule among them."""
 
     def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
-        self.gate, self.kept = module.mlp.gate, torch.from_numpy(kept)
+        self.router, self.experts, self.kept = router_of(module), experts_of(module), torch.from_numpy(kept)
 
     def __enter__(self) -> None:
-        self.forward = self.gate.forward
-
-        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.gate.weight[self.kept])
-            top, index = logits.float().softmax(-1).topk(self.gate.top_k, -1)
-            if getattr(self.gate, "norm_topk_prob", True):
-                top = top / top.sum(-1, keepdim=True)
-            return logits, top.to(logits.dtype), self.kept.to(index.device)[index]
-
-        self.gate.forward = forward
+        self.weight, self.number = self.router.weight, getattr(self.router, "num_experts", 0)
+        self.bias = getattr(self.router, "e_score_correction_bias", None)
+        self.router.weight = nn.Parameter(self.weight.data[self.kept], requires_grad=False)
+        self.router.num_experts = len(self.kept)
+        if self.bias is not None:
+            self.router.e_score_correction_bias = self.bias[self.kept]
+        self.experts.kept = self.kept
 
     def __exit__(self, *_: object) -> None:
-        self.gate.forward = self.forward
+        self.router.weight, self.router.num_experts = self.weight, self.number
+        if self.bias is not None:
+            self.router.e_score_correction_bias = self.bias
+        self.experts.kept = None
 
 
 def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
@@ -186,28 +189,37 @@ def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Te
     return nn.functional.rms_norm(states.to(norm.device), (states.shape[-1],), norm, eps)
 
 
-def _record_input(name: str) -> Callable[[Any, Any], None]:
+def _record_input(activation: str) -> Callable[[Any, Any], None]:
     def hook(_: Any, args: Any) -> None:
-        recorder: Recorder | None = getattr(_local, "recorder", None)
+        recorder = _recorder()
         if recorder is not None:
-            recorder.inputs[name] = args[0].flatten(0, -2)
+            recorder.inputs[activation] = args[0].flatten(0, -2)
 
     return hook
 
 
-def _record_output(name: str) -> Callable[[Any, Any, Any], None]:
+def _record_output(role: str) -> Callable[[Any, Any, Any], None]:
     def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-        recorder: Recorder | None = getattr(_local, "recorder", None)
+        recorder = _recorder()
         if recorder is not None and recorder.outputs is not None:
-            recorder.outputs[name] = output
+            recorder.outputs[role] = output
 
     return hook
 
 
 def _record_logits(_: Any, __: Any, output: Any) -> None:
-    recorder: Recorder | None = getattr(_local, "recorder", None)
+    recorder = _recorder()
     if recorder is not None:
         recorder.logits = output[0].float()
 
 
-# ------------------------------------------------------------------------------------------------------------- the stream
+def _record_ffn(_: Any, __: Any, output: Any) -> None:
+    recorder = _recorder()
+    if recorder is not None:
+        recorder.ffn_output = output
+
+
+def _stop_after_attention(_: Any, args: Any) -> None:
+    recorder = _recorder()
+    if recorder is not None and recorder.attention_only:
+        raise _AttentionDone(args[0])

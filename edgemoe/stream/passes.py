@@ -48,6 +48,7 @@ def final_states(
     kept: Sequence[Sequence[int]] | None = None,
 ) -> F32:
     """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
+    kept_of = {} if kept is None else dict(zip(model.moe_layers, kept, strict=True))
     stream = LayerStream(model)
     states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))
     chunks = windows.chunks()
@@ -60,7 +61,7 @@ def final_states(
             def run(index: NDArray[np.int64], module: Any = module) -> None:
                 states.write(index, stream.run_layer(module, states.read(index)))
 
-            with nullcontext() if kept is None else only_experts(module, np.array(kept[layer])):
+            with nullcontext() if layer not in kept_of else only_experts(module, np.array(kept_of[layer])):
                 for _ in map_ordered(run, chunks, device=stream.device):
                     pass
             stream.unload_layer(layer)

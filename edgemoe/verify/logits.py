@@ -54,7 +54,7 @@ def compare_logits(
         VerifyError: it does not run, or gives NaN.
     """
     scores = [_Scores() for _ in names]
-    head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))  # type: ignore[arg-type]
+    head = read_tensor(model.folder, model.output_matrix)
     rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
 
     def compare(number: int, logits: F32) -> None:

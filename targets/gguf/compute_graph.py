@@ -1,4 +1,4 @@
-"""Layout and settings -> bytes of llama.cpp's compute buffer, and how much of it decoding touches.
+"""Model and settings -> bytes of llama.cpp's compute buffer, and how much of it decoding touches.
 
 The graph of one batch is built here operation by operation as llama.cpp builds it (src/llama-graph.cpp, src/models/qwen3moe.cpp, olmoe.cpp,
 llama.cpp, deepseek2.cpp, openai-moe.cpp of 0c1e570), with shapes instead of numbers, and laid out as ggml lays it out (graph.py).
@@ -9,68 +9,73 @@ from __future__ import annotations
 import math
 
 from edgemoe.base.errors import UsageError
-from edgemoe.ir.memory import Cache, Layout, Settings
+from edgemoe.ir import Model
+from edgemoe.ir.memory import Settings
+from edgemoe.ir.model import Cache
 from edgemoe.targets.gguf.allocator import OUTSIDE, Graph, Node, given, inplace, op, view
 from edgemoe.targets.gguf.kv_cache import KV_FORMATS, cells_of, check, rows_of, window_cells
 
 
-def compute_bytes(layout: Layout, settings: Settings, *, outputs: int = 0) -> int:
+def compute_bytes(model: Model, settings: Settings, *, outputs: int = 0) -> int:
     """Bytes of the compute buffer that llama.cpp reserves for a batch.
 
     Args:
-        layout: shapes; layers with a recurrent state are not known here (ask_llama_cpp knows them).
+        model: shapes; layers with a recurrent state are not known here (ask_llama_cpp knows them).
         settings: of the run.
         outputs: rows of logits that a batch is reserved for; 0: every token's, which is llama.cpp's default.
 
     Raises:
         UsageError: a layer is recurrent.
     """
-    return _Batch(layout, settings, outputs).graph.lay_out()
+    return _Batch(model, settings, outputs).graph.lay_out()
 
 
-def touched_bytes(layout: Layout, settings: Settings) -> int:
+def touched_bytes(model: Model, settings: Settings) -> int:
     """Bytes of the compute buffer that decoding writes when only the last row's logits are asked for.
 
     The buffer is laid out for logits of every row; memory is held only where something is written.
     """
-    whole = _Batch(layout, settings, 0).graph
+    whole = _Batch(model, settings, 0).graph
     size = whole.lay_out()
-    return size if settings.every_logit else whole.touched(_Batch(layout, settings, settings.sequences).graph)
+    return size if settings.every_logit else whole.touched(_Batch(model, settings, settings.sequences).graph)
 
 
-def work_bytes(layout: Layout, settings: Settings) -> int:
+def work_bytes(model: Model, settings: Settings) -> int:
     """Bytes of ggml's work buffer: the right operand of the largest product, in at most 16 bits (ggml_graph_plan in ggml-cpu.c).
 
     Products with expert stacks also list which rows each expert gets, 8 bytes a row.  Without flash attention the scores are such an
     operand, and a quantized or 16-bit cache has them converted.
     """
-    rows, heads = rows_of(settings), layout.n_heads * max(layout.key_length, layout.value_length, layout.latent)
-    chosen = layout.top_k * rows
-    dense = rows * max(layout.hidden_size, heads, layout.dense_size, layout.shared_size)
-    experts = max(chosen * layout.expert_size, rows * layout.hidden_size)
-    scores = 0 if settings.flash or settings.kv_v == "F32" else rows * layout.n_heads * cells_of(settings)
+    rows, heads = (
+        rows_of(settings),
+        model.attention.heads * max(model.attention.key_length, model.attention.value_length, model.attention.latent),
+    )
+    chosen = model.top_k * rows
+    dense = rows * max(model.hidden_size, heads, model.dense_size, model.shared_size)
+    experts = max(chosen * model.expert.size, rows * model.hidden_size)
+    scores = 0 if settings.flash or settings.kv_v == "F32" else rows * model.attention.heads * cells_of(settings)
     return max(2 * dense, 2 * experts + 8 * chosen, 2 * scores)
 
 
 class _Batch:
     """The graph of one batch of tokens through all layers."""
 
-    def __init__(self, layout: Layout, settings: Settings, outputs: int) -> None:
-        check(layout, settings)
-        if any(cache.state for cache in layout.caches):
+    def __init__(self, model: Model, settings: Settings, outputs: int) -> None:
+        check(model, settings)
+        if any(cache.state for cache in model.caches):
             raise UsageError("the compute buffer of recurrent layers is not predicted", hint="ask llama.cpp (ask_llama_cpp)")
-        self.layout, self.settings, self.graph = layout, settings, Graph()
+        self.model, self.settings, self.graph = model, settings, Graph()
         streams = settings.sequences
         self.rows = -(-rows_of(settings) // streams) * streams
         self.outputs = min(self.rows, outputs or self.rows)
         self.positions, self.out_ids = given((self.rows,)), given((self.outputs,))
-        self.inputs = {window: self._attention_inputs(window) for window in {cache.window for cache in layout.caches}}
-        tokens, embeddings = given((self.rows,)), given((layout.hidden_size, self.rows))
+        self.inputs = {window: self._attention_inputs(window) for window in {cache.window for cache in model.caches}}
+        tokens, embeddings = given((self.rows,)), given((model.hidden_size, self.rows))
         embeddings.unused = True
-        hidden = self.graph.expand(op((layout.hidden_size, self.rows), OUTSIDE, tokens))
+        hidden = self.graph.expand(op((model.hidden_size, self.rows), OUTSIDE, tokens))
         self.graph.expand(embeddings)  # the other way in, for embeddings instead of tokens, has its place too
-        self.late = any(cache.window for cache in layout.caches)  # gpt-oss picks the wanted rows after the last layer, others before
-        for number in range(len(layout.caches)):
+        self.late = any(cache.window for cache in model.caches)  # gpt-oss picks the wanted rows after the last layer, others before
+        for number in range(len(model.caches)):
             hidden = self._layer(hidden, number)
         self._head(self._pick(hidden) if self.late else hidden)
 
@@ -78,18 +83,18 @@ class _Batch:
         """Mask, and where keys and values go."""
         settings, streams = self.settings, self.settings.sequences
         cells = window_cells(settings, window)
-        v_width = 1 if settings.flash else max(cache.v for cache in self.layout.caches)
+        v_width = 1 if settings.flash else max(cache.v for cache in self.model.caches)
         found = {
             "mask": given((cells, self.rows // streams, 1, streams), 2 if settings.flash else 4),
             "k_ids": given((self.rows,), 8),
             "v_ids": given((self.rows * v_width,), 8),
         }
-        if KV_FORMATS[settings.kv_k].block > 1 and self.layout.key_length % 64 == 0 and not self.layout.latent:
+        if KV_FORMATS[settings.kv_k].block > 1 and self.model.attention.key_length % 64 == 0 and not self.model.attention.latent:
             turn = 64
-            while self.layout.key_length % (2 * turn) == 0:
+            while self.model.attention.key_length % (2 * turn) == 0:
                 turn *= 2
             found["k_turn"] = given((turn, turn))
-        if KV_FORMATS[settings.kv_v].block > 1 and self.layout.value_length % 64 == 0 and not self.layout.latent:
+        if KV_FORMATS[settings.kv_v].block > 1 and self.model.attention.value_length % 64 == 0 and not self.model.attention.latent:
             found["v_turn"] = given((64, 64))
         return found
 
@@ -100,17 +105,17 @@ class _Batch:
         return op((width, *x.shape[1:]), OUTSIDE, x)
 
     def _layer(self, hidden: Node, number: int) -> Node:
-        layout, cache = self.layout, self.layout.caches[number]
-        mixed = (self._latent_attention if layout.latent else self._attention)(self._norm(hidden), cache)
-        if number == len(layout.caches) - 1 and not self.late:
+        model, cache = self.model, self.model.caches[number]
+        mixed = (self._latent_attention if model.attention.latent else self._attention)(self._norm(hidden), cache)
+        if number == len(model.caches) - 1 and not self.late:
             mixed, hidden = self._pick(mixed), self._pick(hidden)
         total = inplace(mixed.shape, mixed, hidden)
         x = self._norm(total)
-        if number < layout.dense_layers:
-            return inplace(total.shape, self._dense(x, layout.dense_size), total)
+        if model.layers[number].ffn == "dense":
+            return inplace(total.shape, self._dense(x, model.dense_size), total)
         out = self._experts(x)
-        if layout.shared_size:
-            out = inplace(out.shape, out, self._dense(x, layout.shared_size))
+        if model.shared_size:
+            out = inplace(out.shape, out, self._dense(x, model.shared_size))
         return inplace(total.shape, out, total)
 
     def _pick(self, x: Node) -> Node:
@@ -120,12 +125,12 @@ class _Batch:
     def _dense(self, x: Node, size: int) -> Node:
         """Gate, up, down (build_ffn)."""
         up, gate = self._matmul(x, size), self._matmul(x, size)
-        return self._matmul(op(up.shape, gate, up), self.layout.hidden_size)
+        return self._matmul(op(up.shape, gate, up), self.model.hidden_size)
 
     def _attention(self, x: Node, cache: Cache) -> Node:
         """Grouped-query attention (build_qkv, build_attn)."""
-        layout, inputs = self.layout, self.inputs[cache.window]
-        kv_heads = cache.k // layout.key_length
+        model, inputs = self.model, self.inputs[cache.window]
+        kv_heads = cache.k // model.attention.key_length
 
         def project(heads: int, length: int) -> Node:
             return view(self._matmul(x, heads * length), (length, heads, self.rows))
@@ -133,7 +138,11 @@ class _Batch:
         def rotate(part: Node) -> Node:
             return inplace(part.shape, self._norm(part), self.positions)
 
-        q, k, v = project(layout.n_heads, layout.key_length), project(kv_heads, layout.key_length), project(kv_heads, layout.value_length)
+        q, k, v = (
+            project(model.attention.heads, model.attention.key_length),
+            project(kv_heads, model.attention.key_length),
+            project(kv_heads, model.attention.value_length),
+        )
         q, k = rotate(q), rotate(k)
         if "k_turn" in inputs:
             q, k = self._turn(q, inputs["k_turn"]), self._turn(k, inputs["k_turn"])
@@ -143,10 +152,10 @@ class _Batch:
             self.graph.expand(part)
         self._store(k, inputs["k_ids"])
         self._store(v, inputs["v_ids"])
-        mixed = self._attend(q, cache, kv_heads, layout.value_length)
+        mixed = self._attend(q, cache, kv_heads, model.attention.value_length)
         if "v_turn" in inputs:
             mixed = self._turn(mixed, inputs["v_turn"])
-        return self._matmul(mixed, layout.hidden_size)
+        return self._matmul(mixed, model.hidden_size)
 
     def _turn(self, x: Node, turn: Node) -> Node:
         """Rotation that makes rows easier to quantize (llama_mul_mat_hadamard)."""
@@ -161,33 +170,33 @@ class _Batch:
         """Scores and values (build_attn_mha); F32 caches are copied as F16 for flash attention."""
         settings, streams = self.settings, self.settings.sequences
         cells, mask = window_cells(settings, cache.window), self.inputs[cache.window]["mask"]
-        heads, each = self.layout.n_heads, self.rows // streams
+        heads, each = self.model.attention.heads, self.rows // streams
         q = view(view(q, (q.shape[0], heads, each, streams), strided=True), (q.shape[0], each, heads, streams), strided=True)
         if settings.flash:
             k = op((cache.k // kv_heads, cells, kv_heads, streams), OUTSIDE, item=2) if settings.kv_k == "F32" else OUTSIDE
-            kept_v = settings.kv_k if self.layout.latent else settings.kv_v
+            kept_v = settings.kv_k if self.model.attention.latent else settings.kv_v
             v = op((value_length, cells, kv_heads, streams), OUTSIDE, item=2) if kept_v == "F32" else OUTSIDE
             mixed = op((value_length, heads, each, streams), q, k, v, mask)
         else:
             scores = op((cells, each, heads, streams), OUTSIDE, q)
             scores = inplace(scores.shape, scores, mask)
             values = OUTSIDE
-            if self.layout.latent:  # the latent rows serve as values too, and must be turned
+            if self.model.attention.latent:  # the latent rows serve as values too, and must be turned
                 values = op((value_length, cells, kv_heads, streams), OUTSIDE, item=KV_FORMATS[settings.kv_k].block_bytes)
             mixed = op((value_length, each, heads, streams), values, scores)
         return self._flatten(mixed, heads)
 
     def _flatten(self, mixed: Node, heads: int) -> Node:
         """One row per token again; latent attention first expands each head's values."""
-        layout, flash = self.layout, self.settings.flash
+        model, flash = self.model, self.settings.flash
         length, streams = mixed.shape[0], self.settings.sequences
         each = self.rows // streams
-        if layout.latent:
-            length = layout.value_length
+        if model.attention.latent:
+            length = model.attention.value_length
             if flash:
                 mixed = view(mixed, (mixed.shape[0], each, heads, streams), strided=True)
             mixed = op((length, each, heads, streams), OUTSIDE, mixed)
-        if flash and not layout.latent:
+        if flash and not model.attention.latent:
             return self.graph.expand(view(mixed, (length * heads, self.rows)))
         turned = view(mixed, (length, heads, each, streams), strided=True)
         if flash:
@@ -196,15 +205,19 @@ class _Batch:
 
     def _latent_attention(self, x: Node, cache: Cache) -> Node:
         """MLA with absorbed matrices: every head attends to the same latent row (deepseek2.cpp)."""
-        layout, inputs, heads, rows = self.layout, self.inputs[cache.window], self.layout.n_heads, self.rows
-        rank, rope = layout.latent, cache.k - layout.latent
-        narrow = self._norm(self._matmul(x, layout.q_latent)) if layout.q_latent else x
-        q = view(self._matmul(narrow, heads * layout.key_length), (layout.key_length, heads, rows))
+        model, inputs, heads, rows = self.model, self.inputs[cache.window], self.model.attention.heads, self.rows
+        rank, rope = model.attention.latent, cache.k - model.attention.latent
+        narrow = self._norm(self._matmul(x, model.attention.q_latent)) if model.attention.q_latent else x
+        q = view(self._matmul(narrow, heads * model.attention.key_length), (model.attention.key_length, heads, rows))
         both = self._matmul(x, cache.k)
         k_rope = inplace((rope, 1, rows), view(both, (rope, 1, rows), strided=True), self.positions)
         latent = self._norm(view(both, (rank, rows), strided=True))
         q_rope = inplace((rope, heads, rows), view(q, (rope, heads, rows), strided=True), self.positions)
-        plain = view(view(q, (layout.key_length - rope, heads, rows), strided=True), (layout.key_length - rope, rows, heads), strided=True)
+        plain = view(
+            view(q, (model.attention.key_length - rope, heads, rows), strided=True),
+            (model.attention.key_length - rope, rows, heads),
+            strided=True,
+        )
         absorbed = view(op((rank, rows, heads), OUTSIDE, plain), (rank, heads, rows), strided=True)
         q = op((cache.k, heads, rows), absorbed, q_rope)
         v = view(latent, (rank, 1, rows))
@@ -212,29 +225,29 @@ class _Batch:
         for part in (q, v, k):
             self.graph.expand(part)
         self._store(k, inputs["k_ids"])
-        return self._matmul(self._attend(q, cache, 1, rank), layout.hidden_size)
+        return self._matmul(self._attend(q, cache, 1, rank), model.hidden_size)
 
     def _experts(self, x: Node) -> Node:
         """Router, the chosen experts, their weighted sum (build_moe_ffn)."""
-        layout, rows = self.layout, x.shape[1]
-        k, size = layout.top_k, layout.expert_size
-        logits = self._matmul(x, layout.n_experts)
-        if layout.expert_bias:
+        model, rows = self.model, x.shape[1]
+        k, size = model.top_k, model.expert.size
+        logits = self._matmul(x, model.n_experts)
+        if model.expert.biased:
             logits = inplace(logits.shape, logits, OUTSIDE)
-        shares = logits if layout.gating == "chosen" else inplace(logits.shape, logits)
-        ranked = inplace(shares.shape, shares, OUTSIDE) if layout.gating == "sigmoid" else shares  # a bias for the choice alone
+        shares = logits if model.router.scoring == "chosen" else inplace(logits.shape, logits)
+        ranked = inplace(shares.shape, shares, OUTSIDE) if model.router.scoring == "sigmoid" else shares  # a bias for the choice alone
         chosen = view(op(ranked.shape, ranked), (k, rows), strided=True)
-        gates = self.graph.expand(self._gates(op((1, k, rows), view(shares, (1, layout.n_experts, rows)), chosen)))
-        one = view(x, (layout.hidden_size, 1, rows))
+        gates = self.graph.expand(self._gates(op((1, k, rows), view(shares, (1, model.n_experts, rows)), chosen)))
+        one = view(x, (model.hidden_size, 1, rows))
 
         def multiply(source: Node, width: int) -> Node:
             out = op((width, k, rows), OUTSIDE, source, chosen)
-            return inplace(out.shape, out, OUTSIDE, chosen) if layout.expert_bias else out
+            return inplace(out.shape, out, OUTSIDE, chosen) if model.expert.biased else out
 
         up, gate = multiply(one, size), multiply(one, size)
-        out = multiply(op((size, k, rows), gate, up), layout.hidden_size)
+        out = multiply(op((size, k, rows), gate, up), model.hidden_size)
         out = self.graph.expand(inplace(out.shape, out, gates))
-        parts = [self.graph.expand(view(out, (layout.hidden_size, rows), strided=True)) for _ in range(k)]
+        parts = [self.graph.expand(view(out, (model.hidden_size, rows), strided=True)) for _ in range(k)]
         total = parts[0] if k > 1 else op(parts[0].shape, parts[0])
         for part in parts[1:]:
             total = self.graph.expand(inplace(total.shape, total, part))
@@ -242,19 +255,19 @@ class _Batch:
 
     def _gates(self, gates: Node) -> Node:
         """Gates of the chosen experts, as the router's rule changes them."""
-        layout, shape = self.layout, gates.shape
+        model, shape = self.model, gates.shape
         flat = (shape[1], shape[2])
-        if layout.gating == "chosen":
+        if model.router.scoring == "chosen":
             gates = view(inplace(flat, view(gates, flat)), shape)
-        if layout.renormalize:
+        if model.router.renormalize:
             seen = view(gates, flat)
             total = op((1, shape[2]), seen)
             gates = view(inplace(flat, seen, inplace(total.shape, total)), shape)
-        return gates if layout.scale in (0.0, 1.0) else inplace(shape, gates)
+        return gates if model.router.scale in (0.0, 1.0) else inplace(shape, gates)
 
     def _head(self, hidden: Node) -> None:
         last = self._norm(hidden)
         last.output = True
-        logits = self._matmul(last, self.layout.vocab_size)
+        logits = self._matmul(last, self.model.vocab_size)
         logits.output = True
         self.graph.expand(logits)

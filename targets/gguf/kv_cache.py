@@ -1,4 +1,4 @@
-"""Layout and settings -> bytes of llama.cpp's KV cache, recurrent state and output buffer; the compute buffer is batch.py's.
+"""Model and settings -> bytes of llama.cpp's KV cache, recurrent state and output buffer; the compute buffer is batch.py's.
 
 They are products of shapes (src/llama-kv-cache*.cpp, llama-memory-recurrent.cpp, llama-context.cpp of llama.cpp 0c1e570).
 """
@@ -6,7 +6,8 @@ They are products of shapes (src/llama-kv-cache*.cpp, llama-memory-recurrent.cpp
 from __future__ import annotations
 
 from edgemoe.base.errors import UsageError
-from edgemoe.ir.memory import Layout, Settings
+from edgemoe.ir import Model
+from edgemoe.ir.memory import Settings
 from edgemoe.targets.gguf.formats import FORMATS, Format
 
 KV_FORMATS = {name: FORMATS[name] for name in ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")} | {"BF16": Format(30, 1, 2)}
@@ -29,7 +30,7 @@ def rows_of(settings: Settings) -> int:
     return min(settings.ubatch, settings.context)
 
 
-def kv_bytes(layout: Layout, settings: Settings) -> int:
+def kv_bytes(model: Model, settings: Settings) -> int:
     """Bytes of keys and values of all layers and sequences.
 
     Without flash attention V lies transposed, and every layer's is as wide as the widest (TAG_V_CACHE_VARIABLE).
@@ -37,28 +38,28 @@ def kv_bytes(layout: Layout, settings: Settings) -> int:
     Raises:
         UsageError: llama.cpp keeps no cache of this type, or not with these settings.
     """
-    check(layout, settings)
-    widest = max(cache.v for cache in layout.caches)
+    check(model, settings)
+    widest = max(cache.v for cache in model.caches)
     total = 0
-    for cache in layout.caches:
+    for cache in model.caches:
         tokens = settings.sequences * window_cells(settings, cache.window)
         v = widest if cache.v and not settings.flash else cache.v
         total += tokens * (_kv_row(settings.kv_k, cache.k) + _kv_row(settings.kv_v, v))
     return total
 
 
-def state_bytes(layout: Layout, settings: Settings) -> int:
+def state_bytes(model: Model, settings: Settings) -> int:
     """Bytes of the recurrent layers' states: F32, one per sequence, whatever its length."""
-    return 4 * settings.sequences * sum(cache.state for cache in layout.caches)
+    return 4 * settings.sequences * sum(cache.state for cache in model.caches)
 
 
-def output_bytes(layout: Layout, settings: Settings) -> int:
+def output_bytes(model: Model, settings: Settings) -> int:
     """Bytes of the logits that are handed over: one row per sequence, or one per token of a batch."""
     rows = rows_of(settings) if settings.every_logit else settings.sequences
-    return 4 * layout.vocab_size * rows
+    return 4 * model.vocab_size * rows
 
 
-def check(layout: Layout, settings: Settings) -> None:
+def check(model: Model, settings: Settings) -> None:
     """Refuse what llama.cpp refuses.
 
     Raises:
@@ -67,11 +68,11 @@ def check(layout: Layout, settings: Settings) -> None:
     for name in (settings.kv_k, settings.kv_v):
         if name not in KV_FORMATS:
             raise UsageError(f"{name} is no type of a KV cache", hint=f"known: {', '.join(KV_FORMATS)}")
-    if layout.latent and settings.kv_k != settings.kv_v:
+    if model.attention.latent and settings.kv_k != settings.kv_v:
         raise UsageError("latent attention keeps one cache, so K and V have one type", hint=f"take {settings.kv_k} for both")
     if not settings.flash and KV_FORMATS[settings.kv_v].block > 1:
         raise UsageError(f"a V cache of {settings.kv_v} needs flash attention", hint="turn flash attention on, or take F16")
-    lengths = (layout.latent or layout.key_length, layout.latent or layout.value_length)
+    lengths = (model.attention.latent or model.attention.key_length, model.attention.latent or model.attention.value_length)
     for name, length in zip((settings.kv_k, settings.kv_v), lengths, strict=True):
         if length % KV_FORMATS[name].block:
             raise UsageError(f"{name} stores heads of multiples of {KV_FORMATS[name].block}, not of {length}", hint="take F16")

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
-from edgemoe.ir.memory import RETAINED, Layout, Settings, layout_of, peak
+from edgemoe.ir.memory import RETAINED, Settings, peak
 from edgemoe.targets.gguf.compute_graph import compute_bytes, touched_bytes, work_bytes
 from edgemoe.targets.gguf.formats import formats_of_rows, pad, row_bytes
 from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, state_bytes
@@ -40,7 +40,7 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
     """Bytes beyond the file's: the second copy of a tied embedding, in any format that some CPU repacks for the output's product."""
-    if unit.role != "token_embd" or model.find("output"):
+    if unit.role != "token_embd" or not model.is_tied:
         return 0
     return unit_size(model, unit, name, count) if _repacks(ANY_CPU, name, unit) else 0
 
@@ -50,7 +50,7 @@ def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
 
     The output matrix is loaded before the layers, so its copy can only matter for what the C library retains of it.
     """
-    return staged_bytes(is_repacked(name, unit.role, tied=model.find("output") is None), size, unit.role)
+    return staged_bytes(is_repacked(name, unit.role, tied=model.is_tied), size, unit.role)
 
 
 def staged_bytes(repacked: bool, size: int, role: str) -> int:
@@ -84,43 +84,42 @@ def on_device(costs: Costs, device: Device) -> Costs:
     return dataclasses.replace(costs, extra=extra, staging=staging)
 
 
-def memory_parts(model: Model | Layout, context: int, settings: Settings | None = None) -> dict[str, int]:
+def memory_parts(model: Model, context: int, settings: Settings | None = None) -> dict[str, int]:
     """KV cache (with recurrent states), touched compute buffer, output buffer and runtime in bytes.
 
     Args:
-        model: or its layout.
+        model: or its model.
         context: tokens, shared out among the sequences.
         settings: of the run, if they are not the default; their context is not looked at.
 
     Raises:
         UsageError: llama.cpp would refuse these settings.
     """
-    layout = model if isinstance(model, Layout) else layout_of(model)
     settings = dataclasses.replace(settings, context=context) if settings else Settings(context=context)
     return {
-        "kv": kv_bytes(layout, settings) + state_bytes(layout, settings),
-        "compute": touched_bytes(layout, settings) + work_bytes(layout, settings),
-        "output": output_bytes(layout, settings),
-        "runtime": _runtime(layout, settings),
+        "kv": kv_bytes(model, settings) + state_bytes(model, settings),
+        "compute": touched_bytes(model, settings) + work_bytes(model, settings),
+        "output": output_bytes(model, settings),
+        "runtime": _runtime(model, settings),
     }
 
 
-def _runtime(layout: Layout, settings: Settings) -> int:
+def _runtime(model: Model, settings: Settings) -> int:
     """Bytes of the process without weights, caches and buffers."""
-    tensors = len(layout.caches) * (LATENT_TENSORS if layout.latent else TENSORS)
+    tensors = len(model.caches) * (LATENT_TENSORS if model.attention.latent else TENSORS)
     nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
     cells = settings.sequences * cells_of(settings)
-    return RUNTIME + PER_TOKEN * layout.vocab_size + PER_CELL * cells + PER_NODE * nodes
+    return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * nodes
 
 
-def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
+def predict_peak(model: Model, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
     """The most that a process holds which loads a file and decodes a full context.
 
     From a mapped file, what was repacked is held twice, and needs no staging; when all is loaded, the ends of the file that hold nothing
     but repacked tensors are unmapped.
 
     Args:
-        layout: of the model.
+        model: of the model.
         settings: of the run.
         file_size: of the GGUF in bytes.
         units: (role, format, bytes) of its tensors, in file order.
@@ -128,7 +127,7 @@ def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequ
     tied = all(role != "output" for role, _, _ in units)
     repacked = [settings.repack and is_repacked(name, role, tied=tied) for role, name, _ in units]
     second = sum(size for (role, _, size), copied in zip(units, repacked, strict=True) if copied and role == "token_embd")
-    parts = memory_parts(layout, settings.context, settings)
+    parts = memory_parts(model, settings.context, settings)
     if not settings.mmap:
         staging = [staged_bytes(copied, size, role) for (role, _, size), copied in zip(units, repacked, strict=True)]
         retained = max((size for size in staging if size <= RETAINED), default=0)
@@ -142,7 +141,7 @@ def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequ
 
 
 def split_parts(
-    layout: Layout, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int
+    model: Model, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int
 ) -> dict[str, dict[str, int]]:
     """The parts in two pools when expert stacks stay in RAM and all else is in VRAM (`-ngl 99 --cpu-moe`).
 
@@ -151,23 +150,23 @@ def split_parts(
     batches on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
 
     Args:
-        layout: of the model.
+        model: of the model.
         settings: of the run.
         experts: bytes of all expert stacks.
         embedding: bytes of the embedding.
         others: bytes of all other tensors.
         largest_stack: bytes of the largest expert stack.
     """
-    parts = memory_parts(layout, settings.context, settings)
+    parts = memory_parts(model, settings.context, settings)
     outputs = 0 if settings.every_logit else settings.sequences
     on_device = {
         "weights": others,
         "kv": parts["kv"],
-        "compute": compute_bytes(layout, settings, outputs=0) + largest_stack,
+        "compute": compute_bytes(model, settings, outputs=0) + largest_stack,
     }
     in_ram = {
         "weights": experts + embedding,
-        "compute": compute_bytes(layout, settings, outputs=outputs) + work_bytes(layout, settings),
+        "compute": compute_bytes(model, settings, outputs=outputs) + work_bytes(model, settings),
         "output": parts["output"],
         "runtime": parts["runtime"],
     }

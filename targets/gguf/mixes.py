@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from edgemoe.ir import Model, Unit, is_planned, tensor_name
+from edgemoe.ir import Model, Unit, tensor_name
 from edgemoe.targets.gguf.formats import FORMATS, row_bytes
 from edgemoe.targets.gguf.writer import list_units
 
@@ -122,12 +122,12 @@ def tensor_bytes(model: Model, types: Mapping[str, str]) -> int:
     """Bytes of all tensors when the units have these types, without padding; a file adds padding, header and vocabulary."""
     cols = _row_lengths(model)
     planned = sum(unit.n_weights // cols[unit.name] * row_bytes(types[unit.name], cols[unit.name]) for unit in list_units(model))
-    return planned + sum(4 * tensor.n_weights for tensor in model.tensors if not is_planned(tensor))
+    return planned + sum(4 * tensor.n_weights for tensor in model.tensors if not tensor.planned)
 
 
 def _row_lengths(model: Model) -> dict[str, int]:
     """Columns of each unit, by name."""
-    return {tensor_name(t.role, t.layer): t.shape[1] for t in model.tensors if t.expert <= 0 and is_planned(t)}
+    return {tensor_name(t.role, t.layer): t.shape[1] for t in model.tensors if t.expert <= 0 and t.planned}
 
 
 def _kind(role: str) -> str:
@@ -156,7 +156,7 @@ def _apply(rule: str, base: str, model: Model, place: _Place, imatrix: bool) -> 
 
 
 def _holds(word: str, model: Model, place: _Place, imatrix: bool) -> bool:
-    gqa4 = model.n_heads // model.n_kv_heads >= 4
+    gqa4 = model.attention.heads // model.attention.kv_heads >= 4
     eighth = place.n_layers // 8
     return {
         "gqa4": gqa4,

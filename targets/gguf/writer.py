@@ -16,21 +16,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
-from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit, is_planned, tensor_name
+from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit, tensor_name
 from edgemoe.model.checkpoint import read_packed, read_tensor
-from edgemoe.model.families import find_family, rope_theta
+from edgemoe.model.families import find_family
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
+from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shape
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 
 Packable = TypeVar("Packable", np.float32, np.uint8)
-NO_HASH = "0" * 64
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
 FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
 FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
@@ -46,7 +45,7 @@ def list_units(model: Model) -> list[Unit]:
     """Everything that gets a format, in file order: one unit per matrix, one per expert stack."""
     sizes: dict[tuple[str, int, int], int] = {}
     for tensor in model.tensors:
-        if is_planned(tensor):
+        if tensor.planned:
             key = tensor.role, tensor.layer, tensor.shape[1]
             sizes[key] = sizes.get(key, 0) + tensor.n_weights
     return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n, cols=c) for (role, layer, c), n in sizes.items()]
@@ -54,7 +53,7 @@ def list_units(model: Model) -> list[Unit]:
 
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
     """Bytes of header, metadata, norms and routers when every MoE layer keeps so many experts, for each count."""
-    header, fixed = header_size(model), [t for t in model.tensors if not is_planned(t)]
+    header, fixed = header_size(model), [t for t in model.tensors if not t.planned]
 
     def size(tensor: Tensor, count: int) -> int:
         return pad(4 * tensor.n_weights * (count if tensor.role in PER_EXPERT else model.n_experts) // model.n_experts)
@@ -141,50 +140,15 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     family = find_family(model.model_type)
-    config = model.config
-    writer = gguf.GGUFWriter(path, family.gguf_arch, split_max_size=shard_max)
-    count = plan.count if plan else count or model.n_experts
+    writer = gguf.GGUFWriter(path, family.gguf, split_max_size=shard_max)
     writer.add_name(model.name)
     writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(model.context_length)
-    writer.add_embedding_length(model.hidden_size)
-    writer.add_block_count(model.n_layers)
-    writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(model.n_kv_heads)
-    writer.add_key_length(model.head_dim)
-    writer.add_value_length(model.head_dim)
-    writer.add_rope_dimension_count(model.head_dim)
-    writer.add_rope_freq_base(rope_theta(config))
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_expert_count(count)
-    writer.add_expert_used_count(model.top_k)
-    for key, value in family.gguf_keys(config).items():
-        writer.add_uint32(f"{family.gguf_arch}.{key}", value)
+    add_shape(writer, model, plan.count if plan else count or model.n_experts)
+    add_own_keys(writer, model, family)
     add_vocabulary(writer, read_vocabulary(Path(model.folder), model.vocab_size), arch_vocab_key=False)
-    _add_provenance(writer, model, stats, plan)
+    add_provenance(writer, model, stats, plan, len(list_units(model)))
     return writer
-
-
-def _add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan | None) -> None:
-    """What it was made from, and the expert map: one flag per (layer, expert), so the length never changes."""
-    kept = np.zeros((model.n_layers, model.n_experts), bool)
-    for layer, experts in (plan.kept_of if plan else {}).items():
-        kept[layer, list(experts)] = True
-    writer.add_string("edgemoe.version", __version__)
-    writer.add_string("edgemoe.model", model.fingerprint)
-    writer.add_string("edgemoe.stats", stats.key if stats else NO_HASH)
-    writer.add_string("edgemoe.costs", plan.costs if plan else NO_HASH)
-    writer.add_uint32("edgemoe.expert_count_original", model.n_experts)
-    if model.top_k != model.own_top_k:
-        writer.add_uint32("edgemoe.expert_used_count_original", model.own_top_k)
-    writer.add_array("edgemoe.experts_kept", [bool(flag) for flag in kept.ravel()])
-    writer.add_bool("edgemoe.repaired", plan.repair if plan else False)
-    writer.add_float64("edgemoe.predicted_kl", plan.predicted_kl if plan else 0.0)
-    writer.add_uint64("edgemoe.budget", plan.budget if plan else 0)
-    writer.add_uint32("quantize.imatrix.entries_count", len(list_units(model)))
-    writer.add_uint32("quantize.imatrix.chunks_count", 0 if stats is None else sum(d.tokens for d in stats.domains) // 512)
 
 
 def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: int) -> dict[str, int]:
@@ -207,7 +171,7 @@ def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: 
             infos[name] = int(np.prod(shape)) * np.dtype(dtype).itemsize
             writer.add_tensor_info(name, shape, np.dtype(dtype), infos[name], gguf.GGMLQuantizationType(FORMATS[kind].id))
         else:
-            shape = (count, *first.shape[1:]) if first.role == "ffn_gate_inp" else first.shape
+            shape = (count, *first.shape[1:]) if first.role in PER_EXPERT else first.shape
             infos[name] = int(np.prod(shape)) * 4
             writer.add_tensor_info(name, shape, np.dtype(np.float32), infos[name])
     return infos
@@ -221,9 +185,10 @@ def _write_header(writer: Any) -> None:
 
 def group_tensors(model: Model) -> list[tuple[str, list[Tensor]]]:
     """The checkpoint's tensors by the GGUF tensor that they become, in file order; an expert stack is one group."""
+    names = find_family(model.model_type).gguf_names
     groups: dict[str, list[Tensor]] = {}
     for tensor in model.tensors:
-        groups.setdefault(tensor_name(tensor.role, tensor.layer), []).append(tensor)
+        groups.setdefault(tensor_name(names.get(tensor.role, tensor.role), tensor.layer), []).append(tensor)
     return list(groups.items())
 
 
@@ -234,9 +199,9 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
         first = group[0]
         if first.layer != layer:
             layer, importance = first.layer, importance_of(model, stats, first.layer)
-        if not is_planned(first):
+        if not first.planned:
             values = read_tensor(model.folder, first)
-            yield name, values[list(kept_of[first.layer])] if first.role == "ffn_gate_inp" else values
+            yield name, values[list(kept_of[first.layer])] if first.role in PER_EXPERT else values
             continue
         kept = [group[e] for e in kept_of[first.layer]] if first.expert >= 0 else group
         kind = plan.formats[name]
@@ -252,8 +217,8 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
 
 def prepare(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
     """Rows (weights or packed) as the target wants them: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
-    heads = {"attn_q": model.n_heads, "attn_k": model.n_kv_heads}.get(tensor.role)
-    if heads is None or not find_family(model.model_type).permute_qk:
+    heads = {"attn_q": model.attention.heads, "attn_k": model.attention.kv_heads}.get(tensor.role)
+    if heads is None or not find_family(model.model_type).paired_rotary:
         return weights
     rows, cols = weights.shape
     paired = weights.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2)

@@ -13,20 +13,13 @@ from typing import Any
 import numpy as np
 
 from edgemoe.ir import Model
-from edgemoe.model.families import rope_theta
 from edgemoe.targets.onnx.experts import Group, add_moe, add_weights, code_dims
 from edgemoe.targets.onnx.formats import FORMATS, fits
 from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, INT32, INT64, UINT8, Sheet, import_onnx
-from edgemoe.targets.onnx.router import Router
 
 # Inputs of matrix products are rounded to int8 by block.  In floats, 8 and 2 bits are 50 to 400 times slower and 4 bits 3 to 7 times, for
 # half a per cent of squared error (docs/decisions/0007-onnx-formats.md).
 INT8_INPUTS = 4  # MatMulNBits' accuracy_level
-
-
-def router_of(model: Model) -> Router:
-    """The router rule of the families that are written."""
-    return Router(top_k=model.top_k, renormalize=model.renormalize)
 
 
 def widest_format(cols: int) -> str:
@@ -49,9 +42,9 @@ def build_decoder(sheet: Sheet, model: Model, groups: Sequence[Sequence[Group]],
         normed = _norm(sheet, model, x, f"blk.{layer}.attn_norm", model.hidden_size)
         x = sheet.op("Add", [x, _attention(sheet, model, layer, normed, shared, formats)], f"blk.{layer}.attn_residual")
         normed = _norm(sheet, model, x, f"blk.{layer}.ffn_norm", model.hidden_size)
-        x = sheet.op("Add", [x, add_moe(sheet, model, layer, normed, groups[layer], router_of(model))], f"blk.{layer}.ffn_residual")
+        x = sheet.op("Add", [x, _feed_forward(sheet, model, layer, normed, groups[layer], formats)], f"blk.{layer}.ffn_residual")
     x = _norm(sheet, model, x, "output_norm", model.hidden_size)
-    name = "output" if model.find("output") else "token_embd"
+    name = "token_embd" if model.is_tied else "output"
     _linear(sheet, x, name, model.vocab_size, model.hidden_size, formats[f"{name}.weight"], "logits")
     return _interface(model)
 
@@ -59,8 +52,8 @@ def build_decoder(sheet: Sheet, model: Model, groups: Sequence[Sequence[Group]],
 def _interface(model: Model) -> tuple[list[Any], list[Any]]:
     info = import_onnx().helper.make_tensor_value_info
     parts = [f"{layer}.{part}" for layer in range(model.n_layers) for part in ("key", "value")]
-    cache = ["batch_size", model.n_kv_heads, "past_sequence_length", model.head_dim]
-    longer = ["batch_size", model.n_kv_heads, "total_sequence_length", model.head_dim]
+    cache = ["batch_size", model.attention.kv_heads, "past_sequence_length", model.attention.key_length]
+    longer = ["batch_size", model.attention.kv_heads, "total_sequence_length", model.attention.key_length]
     inputs = [
         info("input_ids", INT64, ["batch_size", "sequence_length"]),
         info("attention_mask", INT64, ["batch_size", "total_sequence_length"]),
@@ -88,8 +81,8 @@ def _positions(sheet: Sheet, model: Model) -> dict[str, str]:
     steps = op("Range", [const("const.zero", 0), sequence, const("const.int_one", 1)], "steps")
     positions = op("Cast", [op("Add", [start, steps], "positions_long")], "positions", to=FLOAT)
     column = op("Reshape", [positions, const("const.column", [-1, 1])], "positions_column")
-    pairs = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
-    angles = op("Mul", [column, const("inv_freq", rope_theta(model.config) ** -pairs)], "angles")
+    pairs = np.arange(0, model.attention.rotary, 2, dtype=np.float64) / model.attention.rotary
+    angles = op("Mul", [column, const("inv_freq", model.attention.rope_theta**-pairs)], "angles")
     count = op("ReduceProd", [shape], "token_count", keepdims=0)
     slots = op("Range", [const("const.zero", 0), count, const("const.int_one", 1)], "slots_flat")
     return {
@@ -101,37 +94,75 @@ def _positions(sheet: Sheet, model: Model) -> dict[str, str]:
     }
 
 
+def _partial_rotary(model: Model, heads: int) -> dict[str, int]:
+    """What the operator must be told where only a part of each head is rotated."""
+    heads_attributes = {"rotary_embedding_dim": model.attention.rotary, "num_heads": heads}
+    return heads_attributes if model.attention.rotary < model.attention.key_length else {}
+
+
 def _attention(sheet: Sheet, model: Model, layer: int, x: str, shared: Mapping[str, str], formats: Mapping[str, str]) -> str:
     """Grouped-query attention with its cache; norms of queries and keys where the checkpoint has them."""
-    prefix, heads = f"blk.{layer}", {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
+    prefix, heads = f"blk.{layer}", {"q": model.attention.heads, "k": model.attention.kv_heads, "v": model.attention.kv_heads}
     part = {}
     for letter, n in heads.items():
         unit = f"{prefix}.attn_{letter}"
-        value = _linear(sheet, x, unit, n * model.head_dim, model.hidden_size, formats[f"{unit}.weight"], f"{unit}.out")
+        rows = n * model.attention.key_length
+        value = _linear(sheet, x, unit, rows, model.hidden_size, formats[f"{unit}.weight"], f"{unit}.out")
+        if model.find(f"attn_{letter}.bias", layer):
+            value = sheet.op("Add", [value, sheet.weight(f"{unit}.bias", FLOAT, (rows,))], f"{unit}.biased")
         norm = model.find(f"attn_{letter}_norm", layer)
         if norm is not None:
             value = _head_norm(sheet, model, value, f"{unit}_norm", norm.shape[0])
         if letter != "v":
             inputs = [value, shared["slots"], shared["cos"], shared["sin"]]
-            value = sheet.op("RotaryEmbedding", inputs, f"{unit}.rotated", domain=CONTRIB)
+            value = sheet.op("RotaryEmbedding", inputs, f"{unit}.rotated", domain=CONTRIB, **_partial_rotary(model, n))
         part[letter] = value
     past, present = ([f"{name}.{layer}.{kind}" for kind in ("key", "value")] for name in ("past_key_values", "present"))
     inputs = [part["q"], part["k"], part["v"], *past, shared["seqlens"], shared["total"]]
-    attributes = {"num_heads": model.n_heads, "kv_num_heads": model.n_kv_heads, "scale": model.head_dim**-0.5}
+    attributes = {"num_heads": model.attention.heads, "kv_num_heads": model.attention.kv_heads, "scale": model.attention.key_length**-0.5}
     mixed = sheet.op("GroupQueryAttention", inputs, [f"{prefix}.attn", *present], domain=CONTRIB, **attributes)
     unit = f"{prefix}.attn_output"
-    return _linear(sheet, mixed, unit, model.hidden_size, model.n_heads * model.head_dim, formats[f"{unit}.weight"], f"{unit}.out")
+    return _linear(
+        sheet, mixed, unit, model.hidden_size, model.attention.heads * model.attention.key_length, formats[f"{unit}.weight"], f"{unit}.out"
+    )
+
+
+def _feed_forward(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Group], formats: Mapping[str, str]) -> str:
+    """A dense part, or routed experts and beside them the shared one."""
+    if model.layers[layer].ffn == "dense":
+        return _glu(sheet, model, layer, x, "", model.dense_size, formats)
+    out = add_moe(sheet, model, layer, x, groups)
+    if not model.find("ffn_up_shexp", layer):
+        return out
+    shared = _glu(sheet, model, layer, x, "_shexp", model.shared_size, formats)
+    if model.find("ffn_gate_inp_shexp", layer):
+        name = f"blk.{layer}.ffn_gate_inp_shexp"
+        logit = sheet.op("MatMul", [x, sheet.weight(name, FLOAT, (model.hidden_size, 1))], f"{name}.logit")
+        shared = sheet.op("Mul", [shared, sheet.op("Sigmoid", [logit], f"{name}.gate")], f"{name}.out")
+    return sheet.op("Add", [out, shared], f"blk.{layer}.ffn_both")
+
+
+def _glu(sheet: Sheet, model: Model, layer: int, x: str, suffix: str, size: int, formats: Mapping[str, str]) -> str:
+    """W_down (silu(W_gate x) * W_up x) of one expert that every token passes."""
+    names = {p: f"blk.{layer}.ffn_{p}{suffix}" for p in ("gate", "up", "down")}
+
+    def multiply(value: str, p: str, rows: int, cols: int) -> str:
+        return _linear(sheet, value, names[p], rows, cols, formats[f"{names[p]}.weight"], f"{names[p]}.out")
+
+    gate, up = (multiply(x, p, size, model.hidden_size) for p in ("gate", "up"))
+    act = sheet.op("Mul", [gate, sheet.op("Sigmoid", [gate], f"{names['gate']}.sigmoid")], f"{names['gate']}.silu")
+    return multiply(sheet.op("Mul", [act, up], f"{names['up']}.gated"), "down", model.hidden_size, size)
 
 
 def _norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
     """RMS norm over the last axis."""
     weight = sheet.weight(name, FLOAT, (width,))
-    return sheet.op("RMSNormalization", [x, weight], f"{name}.out", axis=-1, epsilon=float(model.config["rms_norm_eps"]))
+    return sheet.op("RMSNormalization", [x, weight], f"{name}.out", axis=-1, epsilon=model.norm_eps)
 
 
 def _head_norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
     """Norm of queries or keys: over the whole width (OLMoE), or of each head (Qwen3) when the weight is as long as one."""
-    if width != model.head_dim:
+    if width != model.attention.key_length:
         return _norm(sheet, model, x, name, width)
     heads = sheet.op("Reshape", [x, sheet.constant("const.heads", [0, 0, -1, width])], f"{name}.heads")
     normed = _norm(sheet, model, heads, name, width)

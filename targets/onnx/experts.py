@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from edgemoe.ir import Model
 from edgemoe.targets.onnx.formats import FORMATS
 from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, FLOAT16, UINT8, Sheet
-from edgemoe.targets.onnx.router import Router, add_router
+from edgemoe.targets.onnx.router import add_router
 
 Group = tuple[str, int]  # format, and how many experts have it
 _LEAST_LOG = -1e4  # of a gate that is zero: exp of it is zero
@@ -47,13 +47,14 @@ def add_weights(sheet: Sheet, name: str, kind: str, lead: tuple[int, ...], cols:
     return pieces
 
 
-def add_moe(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Group], router: Router) -> str:
-    """The MoE block's output for `x` [batch, sequence, hidden]."""
-    prefix = f"blk.{layer}"
+def add_moe(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Group]) -> str:
+    """The routed experts' output for `x` [batch, sequence, hidden]."""
+    prefix, router = f"blk.{layer}", model.router
     n = sum(count for _, count in groups)
     flat = sheet.op("Reshape", [x, sheet.constant("const.rows", [-1, model.hidden_size])], f"{prefix}.ffn_rows")
     weight = sheet.weight(f"{prefix}.ffn_gate_inp", FLOAT, (model.hidden_size, n))
-    gates = add_router(sheet, flat, weight, n, router, f"{prefix}.router")
+    bias = sheet.weight(f"{prefix}.exp_probs_b.bias", FLOAT, (n,)) if router.biased else ""
+    gates = add_router(sheet, flat, weight, n, router, f"{prefix}.router", bias)
     parts = [gates]
     if len(groups) > 1:
         parts = [f"{prefix}.gates.{kind}" for kind, _ in groups]
@@ -61,8 +62,8 @@ def add_moe(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Gro
     outputs = []
     for (kind, count), part in zip(groups, parts, strict=True):
         name = f"{prefix}.ffn_exps.{kind}"
-        fc1 = add_weights(sheet, f"{name}.fc1", kind, (count, 2 * model.expert_size), model.hidden_size)
-        fc2 = add_weights(sheet, f"{name}.fc2", kind, (count, model.hidden_size), model.expert_size)
+        fc1 = add_weights(sheet, f"{name}.fc1", kind, (count, 2 * model.expert.size), model.hidden_size)
+        fc2 = add_weights(sheet, f"{name}.fc2", kind, (count, model.hidden_size), model.expert.size)
         add_node = _quantized if FORMATS[kind].block else _plain
         outputs.append(add_node(sheet, name, kind, min(router.top_k, count), flat, part, fc1, fc2))
     total = sheet.op("Sum", outputs, f"{prefix}.ffn_sum") if len(outputs) > 1 else outputs[0]

@@ -122,7 +122,11 @@ def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any
     if layout == "transformers.js":
         config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": True}
         config["edgemoe"]["model_type"] = model.model_type
-        config |= {"model_type": TRANSFORMERS_JS_TYPE, "head_dim": model.head_dim, "num_key_value_heads": model.n_kv_heads}
+        config |= {
+            "model_type": TRANSFORMERS_JS_TYPE,
+            "head_dim": model.attention.key_length,
+            "num_key_value_heads": model.attention.kv_heads,
+        }
     return config
 
 
@@ -145,11 +149,11 @@ def make_genai_config(model: Model, generation: Mapping[str, Any], context: int,
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": PLACES[layout][0],
-        "head_size": model.head_dim,
+        "head_size": model.attention.key_length,
         "hidden_size": model.hidden_size,
-        "num_attention_heads": model.n_heads,
+        "num_attention_heads": model.attention.heads,
         "num_hidden_layers": model.n_layers,
-        "num_key_value_heads": model.n_kv_heads,
+        "num_key_value_heads": model.attention.kv_heads,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
-from edgemoe.ir.memory import Layout, layout_of
 from edgemoe.targets.onnx.child import CHUNK, THREADS
 from edgemoe.targets.onnx.formats import FORMATS, piece_bytes
 
@@ -24,34 +23,33 @@ GROUPS = 4  # formats of a layer's experts that are counted on; more of them are
 F32 = 4  # bytes
 
 
-def memory_parts(model: Model | Layout, context: int) -> dict[str, int]:
+def memory_parts(model: Model, context: int) -> dict[str, int]:
     """KV cache (with recurrent states), intermediate results, logits and runtime in bytes.
 
     Args:
-        model: or its layout.
+        model: or its model.
         context: tokens.
     """
-    layout = model if isinstance(model, Layout) else layout_of(model)
     return {
-        "kv": sum(F32 * (context * (cache.k + cache.v) + cache.state) for cache in layout.caches),
-        "compute": _compute(layout, min(CHUNK, context)),
-        "output": F32 * min(CHUNK, context) * layout.vocab_size,
-        "runtime": RUNTIME + PER_LAYER * len(layout.caches) + PER_TOKEN * context,
+        "kv": sum(F32 * (context * (cache.k + cache.v) + cache.state) for cache in model.caches),
+        "compute": _compute(model, min(CHUNK, context)),
+        "output": F32 * min(CHUNK, context) * model.vocab_size,
+        "runtime": RUNTIME + PER_LAYER * len(model.caches) + PER_TOKEN * context,
     }
 
 
-def _compute(layout: Layout, tokens: int) -> int:
+def _compute(model: Model, tokens: int) -> int:
     """Intermediate results of a chunk.
 
     The arena does not give attention's memory to the experts without gaps, so both are counted.  The expert operator holds for each thread
     an output and the rows of one expert, which all tokens may choose (moe_quantization_cpu.cc of onnxruntime 1.32); each further format of
     a layer is another operator, whose pieces have other sizes and leave gaps of about as much as one thread holds (measured).
     """
-    cache = max(layout.caches, key=lambda each: each.k + each.v)
-    q = layout.n_heads * max(layout.key_length, layout.value_length)
-    attention = 2 * layout.hidden_size + 3 * q + 2 * (cache.k + cache.v)
-    experts = 4 * layout.hidden_size
-    thread = 3 * layout.hidden_size + 3 * max(layout.expert_size, layout.dense_size, layout.shared_size)
+    cache = max(model.caches, key=lambda each: each.k + each.v)
+    q = model.attention.heads * max(model.attention.key_length, model.attention.value_length)
+    attention = 2 * model.hidden_size + 3 * q + 2 * (cache.k + cache.v)
+    experts = 4 * model.hidden_size
+    thread = 3 * model.hidden_size + 3 * max(model.expert.size, model.dense_size, model.shared_size)
     return F32 * tokens * (attention + experts + (THREADS + GROUPS - 1) * thread)
 
 
@@ -62,7 +60,7 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
     output matrix too stays mapped for look-ups, and is held a second time as the matrix product wants it.
     """
     kind = FORMATS[name]
-    if unit.role == "token_embd" and model.find("output"):
+    if unit.role == "token_embd" and not model.is_tied:
         return 0
     floats = not kind.block or (unit.expert >= 0 and kind.bits in (3, 4))
     sums = 0 if floats else SUMS * unit.n_weights // kind.block

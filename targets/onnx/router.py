@@ -6,25 +6,11 @@ Experts that were dropped have no row: the rule runs over those that are left, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from edgemoe.base.errors import ModelError
+from edgemoe.ir import Router
 from edgemoe.targets.onnx.graph_builder import Sheet
 
 _MASKED = -3.4e38  # near the least float32: never chosen while anything else is there
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
-    """How a model chooses experts and weighs them."""
-
-    top_k: int
-    scoring: str = "softmax"  # or sigmoid
-    renormalize: bool = True  # gates of the chosen are divided by their sum
-    scale: float = 1.0  # and then multiplied by this
-    groups: int = 1  # of consecutive experts, as many left in each
-    top_groups: int = 1  # groups that a token may choose from
-    group_best: int = 2  # a group counts with the sum of so many best scores
 
 
 def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix: str, bias: str = "") -> str:

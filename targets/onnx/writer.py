@@ -19,7 +19,7 @@ from edgemoe import __version__
 from edgemoe.base.errors import ModelError
 from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
-from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit, is_planned
+from edgemoe.ir import PROJECTIONS, Artifact, Model, Plan, Stats, Tensor, Unit, tensor_name
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
@@ -32,6 +32,7 @@ from edgemoe.targets.onnx.rounding import split_rows
 
 CONTRIB_OPERATORS = ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "RotaryEmbedding")
 GRAPH_PER_LAYER = 17_000  # bytes, of models of which only the shapes are known; tiny-moe takes 16 900
+PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias")  # a row or number for each expert, in the order of the groups
 _SPARE = 64  # bytes, so that padding can always be added
 _LONGEST = "9" * 32  # a number in the metadata, longer than any real one
 
@@ -41,7 +42,7 @@ def list_units(model: Model) -> list[Unit]:
     """Everything that gets a format, in file order: one unit per expert (its three matrices), one per other matrix."""
     sizes: dict[tuple[str, int, int], int] = {}
     for tensor in model.tensors:
-        if is_planned(tensor):
+        if tensor.planned:
             key = ("ffn_exps" if tensor.expert >= 0 else tensor.role, tensor.layer, tensor.expert)
             sizes[key] = sizes.get(key, 0) + tensor.n_weights
     return [
@@ -52,21 +53,18 @@ def list_units(model: Model) -> list[Unit]:
 
 def unit_name(role: str, layer: int, expert: int = -1) -> str:
     """Name of a unit: as llama.cpp names the tensor, or `blk.3.ffn_exps.17`."""
-    if expert >= 0:
-        return f"blk.{layer}.{role}.{expert}"
-    return f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
+    return f"blk.{layer}.{role}.{expert}" if expert >= 0 else tensor_name(role, layer)
 
 
 def _shape(model: Model, unit: Unit) -> tuple[int, int]:
     """Rows and columns of a matrix that is no expert's."""
-    tensor = model.find(unit.role, unit.layer)
-    assert tensor is not None  # units are made of the model's tensors
-    return unit.n_weights // tensor.shape[-1], tensor.shape[-1]
+    cols = model.get(unit.role, unit.layer).shape[-1]
+    return unit.n_weights // cols, cols
 
 
 def _expert_shapes(model: Model) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of gate and up together, and of down."""
-    return (2 * model.expert_size, model.hidden_size), (model.hidden_size, model.expert_size)
+    return (2 * model.expert.size, model.hidden_size), (model.hidden_size, model.expert.size)
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -95,9 +93,9 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
-    """Bytes of everything that gets no format, the graph and the norms, for each kept count: as many for all."""
-    norms = sum(pad(4 * t.n_weights) for t in model.tensors if not is_planned(t) and t.role != "ffn_gate_inp")
-    return [graph_size(model) + norms] * len(counts)
+    """Bytes of everything that gets no format, the graph, norms and biases, for each kept count: as many for all."""
+    rest = sum(pad(4 * t.n_weights) for t in model.tensors if not t.planned and t.role != "ffn_gate_inp")
+    return [graph_size(model) + rest] * len(counts)
 
 
 def graph_size(model: Model) -> int:
@@ -109,7 +107,8 @@ def graph_size(model: Model) -> int:
     widths = {unit.name: widest_format(_shape(model, unit)[1]) for unit in units if unit.expert < 0}
     menu = offered_formats(model, next(unit for unit in units if unit.expert >= 0))
     every = [(name, model.n_experts) for name in ("F32", *menu)]
-    interface = build_decoder(sheet, model, [every] * model.n_layers, widths)
+    groups = [every if layer.ffn == "moe" else [] for layer in model.layers]
+    interface = build_decoder(sheet, model, groups, widths)
     return int(make_model(sheet, *interface, _metadata(model, None, None)).ByteSize()) + _SPARE
 
 
@@ -166,7 +165,7 @@ def write(
     model_file, data_file = PLACES[layout]
     groups = _layer_groups(plan)
     sheet = Sheet(data_file=PurePath(data_file).name)
-    counts = [[(name, len(experts)) for name, experts in groups[layer]] for layer in range(model.n_layers)]
+    counts = [[(name, len(experts)) for name, experts in groups.get(layer, ())] for layer in range(model.n_layers)]
     interface = build_decoder(sheet, model, counts, plan.formats)
     size = graph_size(model)
     graph = pad_model(make_model(sheet, *interface, _metadata(model, stats, plan)), size)
@@ -209,18 +208,21 @@ def _contents(model: Model, stats: Stats, plan: Plan) -> Iterator[tuple[str, int
             importance = importance_of(model, stats, layer)
             tensors = model.of_layer(layer)
             for (role, expert), tensor in tensors.items():
-                name = unit_name(role, layer).removesuffix(".weight")
+                name = tensor_name(role, layer).removesuffix(".weight")
                 if expert >= 0:
                     continue
-                if is_planned(tensor):
+                if tensor.planned:
                     kind = plan.formats[f"{name}.weight"]
                     yield from _pieces(name, 0, _stored(model, [tensor], kind, importance.get((role, -1)), pool))
                     continue
                 values = read_tensor(model.folder, tensor)
-                if role == "ffn_gate_inp":
-                    values = values[[e for _, experts in groups[layer] for e in experts]].T
+                order = [e for _, experts in groups.get(layer, ()) for e in experts]
+                if role in PER_EXPERT:
+                    values = values[order].T
+                elif role == "ffn_gate_inp_shexp":
+                    values = values[:, None]
                 yield name, 0, np.ascontiguousarray(values)
-            if layer >= 0:
+            if layer in groups:
                 yield from _experts(model, layer, groups[layer], tensors, importance, pool)
 
 

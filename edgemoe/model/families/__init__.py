@@ -1,111 +1,163 @@
-"""One file per Hugging Face `model_type`, holding what differs: names, router rule, GGUF keys, refusals.
+"""Families of checkpoints: one file for each `model_type`, of data alone; nothing else in the project knows a family by its name.
 
-A family is found by its file name, so a new one is a new file and nothing else.
+A family says which blocks a layer has (blocks.py), by which rule its router chooses, and what llama.cpp calls it.  With `refuse` it can be
+built; without it is known by shape and can be planned for.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgemoe.base.errors import ModelError
-from edgemoe.ir import Model
-
-# Parameter names in memory (transformers 5, where experts are stacked), by role; equal in all families so far.
-MODULE_NAMES = {
-    "attn_norm": "input_layernorm.weight",
-    "attn_q": "self_attn.q_proj.weight",
-    "attn_k": "self_attn.k_proj.weight",
-    "attn_v": "self_attn.v_proj.weight",
-    "attn_output": "self_attn.o_proj.weight",
-    "attn_q_norm": "self_attn.q_norm.weight",
-    "attn_k_norm": "self_attn.k_norm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "ffn_gate_inp": "mlp.gate.weight",
-}
+from edgemoe.ir.model import Attention, Router
+from edgemoe.model.blocks import Block
+from edgemoe.model.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How one `model_type` names, routes and stores what every MoE model has."""
+    """How checkpoints of one `model_type` are made; everything is asked of the config."""
 
-    model_type: str
-    gguf_arch: str
-    layer_names: Mapping[str, str]  # role -> name after "model.layers.N."
-    expert_names: Mapping[str, str]  # gate, up, down -> name after "model.layers.N." with {expert}
-    stacked_prefix: str  # where "gate_up_proj" [E, 2M, H] and "down_proj" [E, H, M] live in a stacked checkpoint
-    permute_qk: bool  # llama.cpp rotates pairs, transformers halves: rows of q and k change places
-    expert_size_key: str
-    renormalize: Callable[[Mapping[str, Any]], bool]
-    refuse: Callable[[Mapping[str, Any]], str | None]  # a reason why this config is not supported, naming the field
-    gguf_keys: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # arch keys beyond the common ones
+    model_types: tuple[str, ...]  # aliases after the first
+    gguf: str  # llama.cpp's architecture
+    layer: Callable[[Config, int], Iterable[Block]]
+    router: Callable[[Config], Router]
+    expert_size: str = "moe_intermediate_size"  # the config's field
+    attention: Callable[[Config], Attention] = field(default_factory=lambda: grouped_queries)
+    # ------------------------------------------------------------------------------------------------------- to be built
+    refuse: Callable[[Config], str | None] | None = None  # a reason why this config is not supported, naming the field
+    stacked: str = "mlp.experts."  # where "gate_up_proj" [E, 2M, H] and "down_proj" [E, H, M] live in a stacked checkpoint
+    gguf_names: Mapping[str, str] = field(default_factory=dict)  # roles that llama.cpp calls otherwise in this architecture
+    paired_rotary: bool = False  # llama.cpp rotates pairs, transformers halves: rows of q and k change places
+    gguf_keys: Callable[[Config], Mapping[str, Any]] = field(default_factory=lambda: no_keys)  # beyond those of the block kinds
+    extra_layers: bool = False  # layers after the last (next-token prediction) may be in the files and are left out
 
 
-OUTER_NAMES = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
-ATTENTION = {role: name for role, name in MODULE_NAMES.items() if role not in ("ffn_gate_inp", "attn_q_norm", "attn_k_norm")}
-QK_NORMS = {role: MODULE_NAMES[role] for role in ("attn_q_norm", "attn_k_norm")}
+def no_keys(_: Config) -> Mapping[str, Any]:
+    """No further keys."""
+    return {}
+
+
+def grouped_queries(c: Config) -> Attention:
+    """Heads of grouped-query attention, a share of each rotated."""
+    head = c.head_size
+    rotary = int(head * float(c.get("partial_rotary_factor", _rope(c).get("partial_rotary_factor", 1.0))))
+    theta = float(rope_theta(c) or 0.0)
+    return Attention(heads=c.heads, kv_heads=c["num_key_value_heads"], key_length=head, value_length=head, rotary=rotary, rope_theta=theta)
+
+
+def latent_queries(c: Config) -> Attention:
+    """Heads of latent attention."""
+    return Attention(
+        heads=c.heads,
+        kv_heads=1,
+        key_length=c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+        value_length=c["v_head_dim"],
+        rotary=c["qk_rope_head_dim"],
+        rope_theta=float(rope_theta(c) or 0.0),
+        latent=c["kv_lora_rank"],
+        q_latent=c["q_lora_rank"] if c.get("q_lora_rank") else 0,
+    )
+
+
+def softmax_router(c: Config, *, renormalize: bool) -> Router:
+    """Softmax over all experts, the best chosen."""
+    return Router(
+        top_k=c.top_k,
+        renormalize=renormalize,
+        scale=float(c.get("routed_scaling_factor", 1.0)),
+        groups=int(c.get("n_group", 1)),
+        top_groups=int(c.get("topk_group", 1)),
+    )
+
+
+def sigmoid_router(c: Config, *, renormalize: bool) -> Router:
+    """Sigmoid scores, chosen by score plus bias, perhaps among the best groups only (DeepSeek-V3, arXiv 2412.19437)."""
+    return Router(
+        top_k=c.top_k,
+        scoring="sigmoid",
+        biased=True,
+        renormalize=renormalize,
+        scale=float(c.get("routed_scaling_factor", 1.0)),
+        groups=int(c.get("n_group", 1)),
+        top_groups=int(c.get("topk_group", 1)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- finding one
+@functools.cache
+def load_families() -> dict[str, Family]:
+    """All families by model_type."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return {model_type: module.FAMILY for module in modules for model_type in module.FAMILY.model_types}
 
 
 def known_families() -> list[str]:
-    """All supported model types."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    """All model types that can be built."""
+    return sorted(name for name, family in load_families().items() if family.refuse is not None)
+
+
+def shape_families() -> list[str]:
+    """All model types that can be planned for."""
+    return sorted(load_families())
 
 
 def find_family(model_type: str) -> Family:
-    """The family of a `model_type`.
+    """The family of a `model_type` that can be built.
 
     Raises:
         ModelError: not supported.
     """
     if model_type not in known_families():
         raise ModelError(f"config.json: model_type {model_type!r} is not supported", hint=f"supported: {', '.join(known_families())}")
-    family: Family = importlib.import_module(f"edgemoe.model.families.{model_type}").FAMILY
-    return family
+    return load_families()[model_type]
 
 
-def resize_experts(model: Model, width: int) -> Model:
-    """The record of the model with `width` neurons in every expert: config and shapes are those of such a checkpoint.
+def find_shape(model_type: Any) -> Family:
+    """The family of a `model_type` that can be planned for.
 
-    It says where no weights are that were cut: `narrow.py` puts files of its own in place.
+    Raises:
+        ModelError: not known.
     """
-    if width == model.expert_size:
-        return model
-    gate, down = (width, model.hidden_size), (model.hidden_size, width)
-    tensors = tuple(replace(t, shape=down if t.role == "ffn_down_exps" else gate) if t.expert >= 0 else t for t in model.tensors)
-    config = {**model.config, find_family(model.model_type).expert_size_key: width}
-    return replace(model, config=config, expert_size=width, tensors=tensors)
+    if not isinstance(model_type, str) or model_type not in load_families():
+        known = ", ".join(shape_families())
+        raise ModelError(f"config.json: the shapes of model_type {model_type!r} are not known", hint=f"known: {known}")
+    return load_families()[model_type]
 
 
-def refuse_common(config: Mapping[str, Any]) -> str | None:
+# ------------------------------------------------------------------------------------------------------------------ refusals
+def refuse_common(c: Config, *, biases: bool = False) -> str | None:
     """Reasons that hold for every family so far: what neither our calibration nor the GGUF architectures carry."""
     for name in ("rope_parameters", "rope_scaling"):
-        rope = config.get(name) or {}
+        rope = c.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
         if kind != "default":
             return f"rope type {kind!r} ({name}) is not supported"
-    numbers = {"rms_norm_eps": config.get("rms_norm_eps"), "rope_theta": _find_theta(config)}
+    numbers = {"rms_norm_eps": c.get("rms_norm_eps"), "rope_theta": rope_theta(c)}
     for name, value in numbers.items():  # their defaults differ by family and version: better none than a wrong one
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             return f"{name} is {value!r}, expected a positive number"
-    if config.get("hidden_act", "silu") != "silu":
-        return f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'"
-    if config.get("attention_bias"):
+    if c.get("hidden_act", "silu") != "silu":
+        return f"hidden_act {c.get('hidden_act')!r} is not supported, only 'silu'"
+    if c.get("attention_bias") and not biases:
         return "attention_bias true is not supported"
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        return f"sliding_window {config['sliding_window']} is not supported"
-    if config.get("quantization_config"):
+    if c.get("sliding_window") and c.get("use_sliding_window", True):
+        return f"sliding_window {c.get('sliding_window')} is not supported"
+    if c.get("quantization_config"):
         return "quantization_config: quantized checkpoints of this family are not supported; give the original weights"
     return None
 
 
-def rope_theta(config: Mapping[str, Any]) -> float:
+def rope_theta(c: Config) -> Any:
     """Base of the rotary frequencies, wherever this version of the config keeps it."""
-    return float(_find_theta(config))
+    return _rope(c).get("rope_theta", c.get("rope_theta"))
 
 
-def _find_theta(config: Mapping[str, Any]) -> Any:
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the older field wins, as in transformers 5
-    return rope.get("rope_theta", config.get("rope_theta"))
+def _rope(c: Config) -> Mapping[str, Any]:
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # the older field wins, as in transformers 5
+    return rope if isinstance(rope, Mapping) else {}

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from edgemoe.model.families import ATTENTION, Family, refuse_common
+from collections.abc import Iterator
+
+from edgemoe.model.blocks import Block, experts, gqa, norm
+from edgemoe.model.config import Config
+from edgemoe.model.families import Family, refuse_common, softmax_router
+
+LETTERS = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def layer(c: Config, _: int) -> Iterator[Block]:
+    """Attention, then experts."""
+    yield norm(c, "attn_norm", "input_layernorm")
+    yield gqa(c)
+    yield norm(c, "ffn_norm", "post_attention_layernorm")
+    routers = ("block_sparse_moe.gate.weight", "mlp.gate.weight")  # a stacked checkpoint keeps transformers' names in memory
+    yield experts(c, c["intermediate_size"], "block_sparse_moe.experts.{expert}.{}.weight", router=routers, letters=LETTERS)
+
 
 FAMILY = Family(
-    model_type="mixtral",
-    gguf_arch="llama",
-    layer_names={**ATTENTION, "ffn_gate_inp": "block_sparse_moe.gate.weight"},
-    expert_names={p: f"block_sparse_moe.experts.{{expert}}.{w}.weight" for p, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
-    stacked_prefix="mlp.experts.",
-    permute_qk=True,
-    expert_size_key="intermediate_size",
-    renormalize=lambda config: True,
+    model_types=("mixtral",),
+    gguf="llama",
+    layer=layer,
+    router=lambda c: softmax_router(c, renormalize=True),
+    expert_size="intermediate_size",
     refuse=refuse_common,
-    gguf_keys=lambda config: {"feed_forward_length": int(config["intermediate_size"])},
+    paired_rotary=True,
+    gguf_keys=lambda c: {"feed_forward_length": c["intermediate_size"]},
 )

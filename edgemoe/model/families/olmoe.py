@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from edgemoe.model.families import ATTENTION, QK_NORMS, Family, refuse_common
+from edgemoe.model.blocks import Block, experts, gqa, norm, qk_norms
+from edgemoe.model.config import Config
+from edgemoe.model.families import Family, refuse_common, softmax_router
 
 
-def _refuse(config: Mapping[str, Any]) -> str | None:
-    if config.get("norm_topk_prob", False):
+def layer(c: Config, _: int) -> Iterator[Block]:
+    """Attention, then experts."""
+    yield norm(c, "attn_norm", "input_layernorm")
+    yield gqa(c)
+    yield norm(c, "ffn_norm", "post_attention_layernorm")
+    yield qk_norms(c, wide=True)
+    yield experts(c, c["intermediate_size"], "mlp.experts.{expert}.{}_proj.weight", router=("mlp.gate.weight",))
+
+
+def refuse(c: Config) -> str | None:
+    """What llama.cpp's olmoe does otherwise."""
+    if c.get("norm_topk_prob", False):
         return "norm_topk_prob true: llama.cpp's olmoe never renormalises the gates"
-    if config.get("clip_qkv") is not None:
-        return f"clip_qkv {config['clip_qkv']}: llama.cpp's olmoe does not clip"
-    if config.get("tie_word_embeddings", False):
+    if c.get("clip_qkv") is not None:
+        return f"clip_qkv {c.get('clip_qkv')}: llama.cpp's olmoe does not clip"
+    if c.get("tie_word_embeddings", False):
         return "tie_word_embeddings true: llama.cpp's olmoe needs an output matrix of its own"
-    if config.get("num_key_value_heads") != config.get("num_attention_heads"):
+    if c.get("num_key_value_heads") != c.get("num_attention_heads"):
         return "num_key_value_heads differs from num_attention_heads: llama.cpp's olmoe has one QK-norm width"
-    return refuse_common(config)
+    return refuse_common(c)
 
 
 FAMILY = Family(
-    model_type="olmoe",
-    gguf_arch="olmoe",
-    layer_names={**ATTENTION, **QK_NORMS, "ffn_gate_inp": "mlp.gate.weight"},
-    expert_names={p: f"mlp.experts.{{expert}}.{p}_proj.weight" for p in ("gate", "up", "down")},
-    stacked_prefix="mlp.experts.",
-    permute_qk=False,
-    expert_size_key="intermediate_size",
-    renormalize=lambda config: False,
-    refuse=_refuse,
-    gguf_keys=lambda config: {"feed_forward_length": int(config["intermediate_size"])},
+    model_types=("olmoe",),
+    gguf="olmoe",
+    layer=layer,
+    router=lambda c: softmax_router(c, renormalize=bool(c.get("norm_topk_prob", False))),
+    expert_size="intermediate_size",
+    refuse=refuse,
+    gguf_keys=lambda c: {"feed_forward_length": c["intermediate_size"]},
 )

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from edgemoe.model.families import ATTENTION, QK_NORMS, Family, refuse_common
+from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms
+from edgemoe.model.config import Config
+from edgemoe.model.families import Family, refuse_common, softmax_router
 
 
-def _refuse(config: Mapping[str, Any]) -> str | None:
-    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+def layer(c: Config, number: int) -> Iterator[Block]:
+    """Attention, then experts or a dense part."""
+    yield norm(c, "attn_norm", "input_layernorm")
+    yield gqa(c)
+    yield norm(c, "ffn_norm", "post_attention_layernorm")
+    yield qk_norms(c, wide=False)
+    if is_moe(c, number):
+        yield experts(c, c["moe_intermediate_size"], "mlp.experts.{expert}.{}_proj.weight", router=("mlp.gate.weight",))
+    else:
+        yield dense(c)
+
+
+def refuse(c: Config) -> str | None:
+    """What llama.cpp's qwen3moe does otherwise."""
+    if c.get("decoder_sparse_step", 1) != 1 or c.get("mlp_only_layers"):
         return "decoder_sparse_step / mlp_only_layers: dense layers are not supported by llama.cpp's qwen3moe"
-    if not config.get("norm_topk_prob", False):
+    if not c.get("norm_topk_prob", False):
         return "norm_topk_prob false: llama.cpp's qwen3moe always renormalises the gates"
-    return refuse_common(config)
+    return refuse_common(c)
 
 
 FAMILY = Family(
-    model_type="qwen3_moe",
-    gguf_arch="qwen3moe",
-    layer_names={**ATTENTION, **QK_NORMS, "ffn_gate_inp": "mlp.gate.weight"},
-    expert_names={p: f"mlp.experts.{{expert}}.{p}_proj.weight" for p in ("gate", "up", "down")},
-    stacked_prefix="mlp.experts.",
-    permute_qk=False,
-    expert_size_key="moe_intermediate_size",
-    renormalize=lambda config: True,
-    refuse=_refuse,
-    gguf_keys=lambda config: {
-        "feed_forward_length": int(config.get("intermediate_size", config["moe_intermediate_size"])),
-        "expert_feed_forward_length": int(config["moe_intermediate_size"]),
+    model_types=("qwen3_moe",),
+    gguf="qwen3moe",
+    layer=layer,
+    router=lambda c: softmax_router(c, renormalize=bool(c.get("norm_topk_prob", False))),
+    refuse=refuse,
+    gguf_keys=lambda c: {
+        "feed_forward_length": c.first("intermediate_size", "moe_intermediate_size"),
+        "expert_feed_forward_length": c["moe_intermediate_size"],
     },
 )

@@ -24,15 +24,15 @@ TYPICAL = 0.01  # nats: Q of plans of 3 to 5 bits a weight; chosen on the bundle
 KAPPAS = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 400)])  # square roots of nats; the best of these (2.3 % apart) is taken
 
 
-def routers_behind(role: str, layer: int, n_layers: int) -> F64:
-    """Which routers a change in a tensor can move [layers]: 1 or 0."""
+def routers_behind(role: str, layer: int, routers: Sequence[int]) -> F64:
+    """Which routers a change in a tensor can move [routers], by the layers that have one: 1 or 0."""
     if role == "token_embd":
         first = 0
     elif role == "output":
-        first = n_layers
+        first = max(routers) + 1
     else:
         first = layer if role.startswith("attn") else layer + 1
-    behind: F64 = (np.arange(n_layers) >= first).astype(np.float64)
+    behind: F64 = (np.asarray(routers) >= first).astype(np.float64)
     return behind
 
 
@@ -48,19 +48,19 @@ def additive_part(kl: F64 | float, kappa: F64 | float) -> F64:
     return part
 
 
-def fit_flips(tensors: Sequence[Probe], n_layers: int, probed: F64, whole: Sequence[tuple[F64, float]]) -> tuple[float, float]:
+def fit_flips(tensors: Sequence[Probe], routers: Sequence[int], probed: F64, whole: Sequence[tuple[F64, float]]) -> tuple[float, float]:
     """Kappa of the formula above, and kappa of KL = C + kappa sqrt(C), where C is a sum of prices.
 
     Args:
         tensors: probes of U tensors, of which role and layer count.
-        n_layers: each with a router.
+        routers: layers that have one.
         probed: KL of the units' probes [U].
         whole: for each probe of the whole model the KL that every unit's share in it would cost if it grew with the error alone [U], and
             the KL that was measured.  Both kappas minimise the squares of log(predicted / measured).
     """
     if not whole:
         return 0.0, 0.0
-    behind = np.stack([routers_behind(t.role, t.layer, n_layers) for t in tensors], axis=1)  # [L, U]
+    behind = np.stack([routers_behind(t.role, t.layer, routers) for t in tensors], axis=1)  # [L, U]
     reach, measured = behind.mean(axis=0), np.array([kl for _, kl in whole])
     parts = np.stack([part for part, _ in whole]) / np.maximum(probed, 1e-300)  # [probes, U]
 

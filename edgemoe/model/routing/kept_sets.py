@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
+from edgemoe.ir.model import Router
+from edgemoe.model.routing.rule import open_experts, weigh_scores
 
 MAX_COUNTS = 64  # kept counts offered
 SWAP_UP_TO = 16  # experts; above, swaps cost minutes a layer and win little
@@ -23,14 +25,20 @@ COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to
 SHRINK_TOKENS = 32.0  # weight of the layer's mean, in tokens
 
 
-def offered_counts(n_experts: int, top_k: int, groups: int = 1) -> tuple[int, ...]:
+def offered_counts(n_experts: int, router: Router) -> tuple[int, ...]:
     """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread.
 
     With routing groups as many of each must stay, and two at least: a group's value is the sum of its two best (DeepSeek-V3).
     """
-    least = -(-top_k // groups) if groups == 1 else max(2, -(-top_k // groups))
+    groups = kept_groups(router)
+    least = -(-router.top_k // groups) if groups == 1 else max(2, -(-router.top_k // groups))
     counts = np.linspace(least, n_experts // groups, min(MAX_COUNTS, n_experts // groups - least + 1))
     return tuple(int(n) * groups for n in np.unique(np.rint(counts)))
+
+
+def kept_groups(router: Router) -> int:
+    """Groups of which as many experts must stay in each; 1 where the router has none, or every token may choose from all."""
+    return router.groups if router.groups > router.top_groups else 1
 
 
 def drop_floor(count: NDArray[np.int64], energy: F64) -> F64:
@@ -43,14 +51,14 @@ def drop_floor(count: NDArray[np.int64], energy: F64) -> F64:
 class Replay:
     """What one layer's replay tokens need for pricing any kept set (N tokens, E experts, K candidates in falling order)."""
 
-    probs: F64  # [N, E] softmax of the router logits over all experts
+    scores: F64  # [N, E] what gates are made of: softmax or sigmoid of the router logits
+    choice: F64  # [N, E] what experts are chosen by
     candidates: NDArray[np.int64]  # [N, K]
     gram: F64  # [N, K, K] of the candidates' outputs
     weights: F64  # [N] in the loss: the token's share over the square of its stream
     shares: F64  # [N] in means over tokens, summing to 1
     floor: F64  # [E] least cost of dropping each expert, same unit as the loss
-    top_k: int
-    renormalize: bool
+    router: Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +73,11 @@ class Menu:
     path: F64  # [G + 1] loss when 0, 1, .. of them are gone
 
 
-def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, top_k: int, *, renormalize: bool) -> Replay:
+def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, router: Router) -> Replay:
     """A layer's arrays of Stats as a Replay; tokens of each domain share the domain's weight."""
     logits = arrays["replay_logits"].astype(np.float64)
-    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probs /= probs.sum(axis=1, keepdims=True)
+    scores = weigh_scores(router, logits)
+    choice = scores + arrays["router_bias"].astype(np.float64) if router.biased else scores
     candidates = arrays["candidates"].astype(np.int64)
     n, k = candidates.shape
     rows, cols = np.triu_indices(k)
@@ -84,14 +92,14 @@ def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, top
     energy = (arrays["energy"].astype(np.float64) * share).sum(axis=0)
     floor = drop_floor(arrays["count"].astype(np.int64).sum(axis=0), energy) * weights.sum()
     return Replay(
-        probs=probs,
+        scores=scores,
+        choice=choice,
         candidates=candidates,
         gram=gram,
         weights=weights,
         shares=shares / shares.sum(),
         floor=floor,
-        top_k=top_k,
-        renormalize=renormalize,
+        router=router,
     )
 
 
@@ -99,56 +107,82 @@ def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, top
 class _Selection:
     """What the router picks from a kept set, for all tokens at once, on the columns (candidates) that matter."""
 
-    renormalize: bool
+    router: Router
     candidates: NDArray[np.int64]  # [N, W]
     chosen: NDArray[np.bool_]  # [N, W] the top-k of the kept set
     runner_up: NDArray[np.bool_]  # [N, W] who would follow
     original: F64  # [N, W] gates with every expert kept
     p: F64  # [N, W]
     gram: F64  # [N, W, W]
-    mass: F64  # [N] probability of the rows that are left
+    mass: F64  # [N] sum of the scores of the rows that are left
 
     def loss(self, chosen: NDArray[np.bool_], mass: F64, tokens: NDArray[np.bool_] | slice = slice(None)) -> F64:
         """|y(choice) - y|^2 of some tokens, gates as the runtime computes them from the rows that are left."""
-        raw = self.p[tokens] * chosen[tokens]
-        total = raw.sum(axis=1) if self.renormalize else mass[tokens]
-        return _quadratic(self.gram[tokens], raw / np.maximum(total, 1e-30)[:, None] - self.original[tokens])
+        gates = gates_of(self.router, self.p[tokens] * chosen[tokens], mass[tokens])
+        return _quadratic(self.gram[tokens], gates - self.original[tokens])
+
+
+def gates_of(router: Router, chosen: F64, mass: F64) -> F64:
+    """Gates [N, W] from the scores of the chosen experts, zero elsewhere, and the sum of all scores that are left [N].
+
+    A softmax over fewer rows grows; sigmoids do not know of each other.
+    """
+    if router.renormalize:
+        gates = chosen / np.maximum(chosen.sum(axis=1), 1e-30)[:, None]
+    else:
+        gates = chosen if router.scoring == "sigmoid" else chosen / np.maximum(mass, 1e-30)[:, None]
+    scaled: F64 = gates if router.scale == 1.0 else gates * router.scale
+    return scaled
 
 
 def _select(replay: Replay, kept: NDArray[np.bool_], original: F64) -> _Selection:
     """The selection from a kept set, cut down to the 2k + 1 columns whose gates can be other than zero."""
-    alive = kept[replay.candidates]
+    top_k = replay.router.top_k
+    alive = np.take_along_axis(open_experts(replay.router, replay.choice, kept), replay.candidates, axis=1)
     rank = alive.cumsum(axis=1)
-    chosen, runner_up = alive & (rank <= replay.top_k), alive & (rank == replay.top_k + 1)
-    width = min(2 * replay.top_k + 1, chosen.shape[1])
+    chosen, runner_up = alive & (rank <= top_k), alive & (rank == top_k + 1)
+    width = min(2 * top_k + 1, chosen.shape[1])
     columns = np.argsort(~(chosen | runner_up | (original > 0)), axis=1, kind="stable")[:, :width]
     rows = np.arange(len(columns))[:, None]
     candidates = replay.candidates[rows, columns]
     return _Selection(
-        renormalize=replay.renormalize,
+        router=replay.router,
         candidates=candidates,
         chosen=chosen[rows, columns],
         runner_up=runner_up[rows, columns],
         original=original[rows, columns],
-        p=replay.probs[rows, candidates],
+        p=replay.scores[rows, candidates],
         gram=replay.gram[rows[:, :, None], columns[:, :, None], columns[:, None, :]],
-        mass=replay.probs @ kept,
+        mass=replay.scores @ kept,
     )
 
 
 def original_gates(replay: Replay) -> F64:
-    """Gates of the candidates [N, K] with every expert kept: the first top-k of each token."""
-    p = np.take_along_axis(replay.probs, replay.candidates, axis=1)
-    p[:, replay.top_k :] = 0
-    return p / p.sum(axis=1, keepdims=True) if replay.renormalize else p
+    """Gates of the candidates [N, K] with every expert kept: of the first top-k that a token may choose."""
+    router, everyone = replay.router, np.ones(replay.scores.shape[1], bool)
+    p = np.take_along_axis(replay.scores, replay.candidates, axis=1)
+    alive = np.take_along_axis(open_experts(router, replay.choice, everyone), replay.candidates, axis=1)
+    p[~(alive & (alive.cumsum(axis=1) <= router.top_k))] = 0
+    gates = p / p.sum(axis=1, keepdims=True) if router.renormalize else p
+    return gates if router.scale == 1.0 else gates * router.scale
+
+
+def soft_gates(replay: Replay) -> F64:
+    """A gate for every expert of every token [N, E], chosen or not, so that no expert is unseen."""
+    router = replay.router
+    if router.scoring == "softmax":
+        return replay.scores
+    chosen = original_gates(replay) > 0
+    total = (np.take_along_axis(replay.scores, replay.candidates, axis=1) * chosen).sum(axis=1) if router.renormalize else 1.0
+    soft: F64 = replay.scores * router.scale / np.reshape(np.maximum(total, 1e-30), (-1, 1))
+    return soft
 
 
 def set_loss(replay: Replay, kept: NDArray[np.bool_]) -> tuple[float, F64]:
     """Loss of one kept set, and mean squared gate of each expert under it [E]."""
     selection = _select(replay, kept, original_gates(replay))
     loss = float(replay.weights @ selection.loss(selection.chosen, selection.mass)) + float(replay.floor[~kept].sum())
-    raw = selection.p * selection.chosen
-    gates = raw / np.maximum(raw.sum(axis=1) if replay.renormalize else selection.mass, 1e-30)[:, None]
+    gates = gates_of(replay.router, selection.p * selection.chosen, selection.mass)
     gate_sq = np.zeros(len(kept))
     np.add.at(gate_sq, selection.candidates, gates**2 * replay.shares[:, None])
     return loss, gate_sq
@@ -165,16 +199,16 @@ def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: F64) -> F6
     base = selection.loss(selection.chosen, selection.mass)
     change = np.zeros(len(kept))  # against the loss of the set itself
     scaled = None
-    if not replay.renormalize:  # every removal scales every token's gates
+    if not replay.router.renormalize and replay.router.scoring == "softmax":  # every removal scales every token's gates
         scaled = _scaled_losses(replay, selection) - base[:, None]
         change += replay.weights @ scaled
     order = selection.chosen.cumsum(axis=1) * selection.chosen
     every = np.arange(len(order))
-    for slot in range(1, replay.top_k + 1):
+    for slot in range(1, replay.router.top_k + 1):
         here = order == slot
         tokens = here.any(axis=1)
         gone = selection.candidates[every, here.argmax(axis=1)]
-        loss = selection.loss((selection.chosen & ~here) | selection.runner_up, selection.mass - replay.probs[every, gone], tokens)
+        loss = selection.loss((selection.chosen & ~here) | selection.runner_up, selection.mass - replay.scores[every, gone], tokens)
         extra = loss - base[tokens]
         if scaled is not None:  # the scaling counted above does not apply where the expert was chosen
             extra -= scaled[tokens, gone[tokens]]
@@ -185,24 +219,24 @@ def removal_losses(replay: Replay, kept: NDArray[np.bool_], original: F64) -> F6
 
 def _scaled_losses(replay: Replay, selection: _Selection) -> F64:
     """Loss of each token [N, E] when a row that it has not chosen leaves the softmax: its gates grow by one factor."""
-    raw = selection.p * selection.chosen
+    raw = selection.p * selection.chosen * replay.router.scale
     weighted = (selection.gram @ raw[:, :, None])[:, :, 0]
     aa, ab = (weighted * raw).sum(axis=1), (weighted * selection.original).sum(axis=1)
     cc = _quadratic(selection.gram, selection.original)
-    scale = 1 / np.maximum(selection.mass[:, None] - replay.probs, 1e-30)
+    scale = 1 / np.maximum(selection.mass[:, None] - replay.scores, 1e-30)
     result: F64 = scale**2 * aa[:, None] - 2 * scale * ab[:, None] + cc[:, None]
     return result
 
 
 def build_menu(replay: Replay, counts: tuple[int, ...]) -> Menu:
     """Kept sets for these counts (the largest is all experts): backward greedy, then swaps."""
-    n_experts = replay.probs.shape[1]
+    n_experts = replay.scores.shape[1]
     original = original_gates(replay)
     kept = np.ones(n_experts, bool)
     found: dict[int, NDArray[np.bool_]] = {n_experts: kept.copy()}
     order, path = [], [0.0]
     for count in range(n_experts - 1, min(counts) - 1, -1):
-        losses = removal_losses(replay, kept, original)
+        losses = np.where(fullest_groups(replay.router, kept), removal_losses(replay, kept, original), np.inf)
         order.append(int(losses.argmin()))
         path.append(float(losses.min()))
         kept[order[-1]] = False
@@ -220,6 +254,14 @@ def build_menu(replay: Replay, counts: tuple[int, ...]) -> Menu:
     )
 
 
+def fullest_groups(router: Router, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Experts [E] of the groups that have most left: when these alone lose experts, groups stay equal after every round."""
+    if router.groups <= router.top_groups:
+        return np.ones(len(kept), bool)
+    left = kept.reshape(router.groups, -1).sum(axis=1)
+    return np.repeat(left == left.max(), len(kept) // router.groups)
+
+
 def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: F64) -> NDArray[np.bool_]:
     """Take back one dropped expert and drop the cheapest instead, while that lowers the loss."""
     loss = set_loss(replay, kept)[0]
@@ -229,7 +271,7 @@ def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: F64) ->
         for expert in np.flatnonzero(~kept):
             trial = kept.copy()
             trial[expert] = True
-            losses = removal_losses(replay, trial, original)
+            losses = np.where(fullest_groups(replay.router, trial), removal_losses(replay, trial, original), np.inf)
             worst = int(losses.argmin())
             if losses[worst] < loss * (1 - 1e-9):
                 trial[worst] = False

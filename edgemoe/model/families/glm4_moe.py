@@ -1,0 +1,41 @@
+"""GLM-4.5 to 4.7: sigmoid router with a bias for the choice and scaled gates, a shared expert, dense first layers, half-rotated heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms, shared
+from edgemoe.model.config import Config
+from edgemoe.model.families import Family, refuse_common, sigmoid_router
+
+
+def layer(c: Config, number: int) -> Iterator[Block]:
+    """Attention, then a dense part in the first layers, and experts beside a shared one in the others."""
+    yield norm(c, "attn_norm", "input_layernorm")
+    yield gqa(c, biased=bool(c.get("attention_bias", False)))
+    yield norm(c, "ffn_norm", "post_attention_layernorm")
+    if c.get("use_qk_norm", False):
+        yield qk_norms(c, wide=False)
+    if not is_moe(c, number):
+        yield dense(c)
+        return
+    size, router = c["moe_intermediate_size"], ("mlp.gate.weight",)
+    yield experts(c, size, "mlp.experts.{expert}.{}_proj.weight", router=router, bias="mlp.gate.e_score_correction_bias")
+    yield shared(c, c["n_shared_experts"] * size, "mlp.shared_experts.{}_proj.weight")
+
+
+FAMILY = Family(
+    model_types=("glm4_moe",),
+    gguf="glm4moe",
+    layer=layer,
+    router=lambda c: sigmoid_router(c, renormalize=bool(c.get("norm_topk_prob", True))),
+    refuse=lambda c: refuse_common(c, biases=True),
+    gguf_names={"ffn_norm": "post_attention_norm"},
+    gguf_keys=lambda c: {
+        "feed_forward_length": c["intermediate_size"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_count": c["n_shared_experts"],
+        "leading_dense_block_count": c.get("first_k_dense_replace", 0),
+    },
+    extra_layers=True,
+)

@@ -1,0 +1,40 @@
+"""The router's rule in numpy: which experts a token chooses from those that are left, and with which gates.
+
+It is the oracle of kept sets.  The stream runs transformers' own module, the ONNX target builds the same rule from operators.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.base.types import F32, F64
+from edgemoe.ir.model import Router
+
+
+def weigh_scores(router: Router, logits: F64) -> F64:
+    """What gates are made of [N, E]: softmax of the logits over all experts, or their sigmoid."""
+    if router.scoring == "sigmoid":
+        sigmoid: F64 = 1 / (1 + np.exp(-logits))
+        return sigmoid
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    softmax: F64 = scores / scores.sum(axis=1, keepdims=True)
+    return softmax
+
+
+def choice_scores(router: Router, logits: F32 | F64, bias: F32) -> F32 | F64:
+    """What experts are chosen by [N, E], in any scale that keeps their order: scores plus bias, or the logits where there is none."""
+    return weigh_scores(router, logits.astype(np.float64)) + bias if router.biased else logits
+
+
+def open_experts(router: Router, choice: F64, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which kept experts a token may choose [N, E]: those of its best groups, where the router has groups."""
+    if router.groups <= router.top_groups:
+        return np.broadcast_to(kept, choice.shape)
+    grouped = np.where(kept, choice, -np.inf).reshape(len(choice), router.groups, -1)
+    best = np.sort(grouped, axis=2)[:, :, -router.group_best :]
+    totals = np.where(np.isfinite(best), best, 0.0).sum(axis=2)
+    rank = np.argsort(np.argsort(-totals, axis=1, kind="stable"), axis=1)
+    opened = np.repeat(rank < router.top_groups, grouped.shape[2], axis=1)
+    result: NDArray[np.bool_] = opened & kept
+    return result
