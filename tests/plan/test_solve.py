@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -268,8 +269,7 @@ for form in ("stacks", "experts"):
         folder = tmp_path / str(number)
         folder.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        root = Path(__file__).parents[1]
-        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment, cwd=root)
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment, cwd=ROOT)
         found.append([(folder / f"{form}.json").read_bytes() for form in FORMS])
     assert found[0] == found[1] == found[2]
 

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from tiny import FAMILIES, make_checkpoint
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model, is_planned
@@ -17,7 +18,6 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.model.shapes import layout_of_config, list_shapes, load_shape, model_of_config, shape_families
 from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
 from edgemoe.targets.gguf.writer import fixed_size, list_units
-from tests.tiny import FAMILIES, make_checkpoint
 
 # All weights and those of routed experts, in units of 10^9: transformers 5.23 builds of the released configs on the meta device.
 # GLM-4.5-Air and GLM-5.2, whose config classes differ from the checkpoints, are held against their GGUFs below instead.

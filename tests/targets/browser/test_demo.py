@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 from chromium import Page, open_chromium
 from onnx_folder import greedy, regrets, write_folder
-from test_report import make_report
+from reports import make_report
 from tiny import EXAMPLES
 
 from edgemoe.base.storage import save_record

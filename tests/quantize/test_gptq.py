@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from correlated import COLS, correlated, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,19 +20,6 @@ from edgemoe.targets import find_target
 from edgemoe.targets.gguf.codes import code_bits, read_codes, write_codes
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize
 from edgemoe.targets.gguf.rounding import FED_BACK, grid_of, quantize_fed_back
-
-COLS = 256
-
-
-def correlated(seed: int, cols: int = COLS, noise: float = 0.7) -> NDArray[np.float64]:
-    """Hessian of inputs that a quarter as many hidden causes drive."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(2 * cols, cols // 4)) @ rng.normal(size=(cols // 4, cols)) + noise * rng.normal(size=(2 * cols, cols))
-    return x.T @ x / len(x)
-
-
-def weights(seed: int, rows: int = 16, cols: int = COLS) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_t(5, (rows, cols)).astype(np.float32)
 
 
 def total(rows: NDArray[np.float32], packed: NDArray[np.uint8], name: str, hessian: Hessian) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ROOT
 
 from edgemoe.base.errors import ModelError, VerifyError
 from edgemoe.targets.gguf import vocabulary_bpe
@@ -22,7 +23,6 @@ from edgemoe.targets.gguf.vocabulary_bpe import TABLE, PreTokenizer
 pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-moe"
 HELDOUT = ROOT / "edgemoe" / "stream" / "data" / "heldout"
 SIZE = 2000

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import MODEL
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import FORMAT_VERSION, load_record, save_record
@@ -29,7 +30,7 @@ TOKENS = 4096
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return inspect_model(Path(__file__).parents[1] / "examples" / "tiny-moe-b")
+    return inspect_model(MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import MODEL
 from strategies import budget_between, random_costs
 from tiny import flat_plan, flat_stats, make_checkpoint
 
@@ -35,8 +36,6 @@ from edgemoe.repair.survivors import GUARD_EVERY
 from edgemoe.stream.texts import choose_texts
 from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-moe-b"
 
 
 def world(costs: Costs, drop: float, formats: float) -> Costs:
@@ -161,7 +160,7 @@ def test_narrower_experts_are_measured_among_what_a_plan_leaves_out(checkpoint: 
 
 
 def test_the_measuring_text_goes_on_where_calibration_ends_and_holds_nothing_held_out() -> None:
-    model = inspect_model(EXAMPLE)
+    model = inspect_model(MODEL)
     calibration, heldout = choose_texts([], [])
     windows, among = measuring_windows(model, calibration, 65_536)
     each = np.bincount(windows.domain)
@@ -171,7 +170,7 @@ def test_the_measuring_text_goes_on_where_calibration_ends_and_holds_nothing_hel
 
 
 def test_a_text_that_ends_with_calibration_is_measured_on_the_windows_that_no_repair_was_fitted_to() -> None:
-    model = inspect_model(EXAMPLE)
+    model = inspect_model(MODEL)
     long, short = choose_texts([], [])[0][:2]
     short = replace(short, documents=short.documents[:150])
     every = tokenize(model, (long, short), 32_768, 512)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import ROOT
 from tiny import EXAMPLES, flat_plan
 
 from edgemoe.base.errors import ModelError, UsageError
@@ -165,9 +166,8 @@ print([hashlib.sha256(quantize_fed_back(rows, kind, hessian).tobytes()).hexdiges
 
 
 def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
-    root = Path(__file__).parents[1]
     found = set()
     for threads in ("1", "2"):
-        env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(root)}
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
         found.add(subprocess.run([sys.executable, "-c", CHILD], env=env, check=True, capture_output=True, text=True).stdout)
     assert len(found) == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from correlated import correlated, weights
 from onnx import numpy_helper
 from onnx_tiny import emit, hand_plan
-from test_feedback import correlated, weights
 from tiny import EXAMPLES
 
 from edgemoe.base.errors import ModelError

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_costs, smallest_format
@@ -36,7 +37,7 @@ TARGET = find_target("onnx")
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return inspect_model(Path(__file__).parents[1] / "examples" / "tiny-moe-b")
+    return inspect_model(MODEL)
 
 
 @pytest.fixture(scope="module")
