@@ -1,4 +1,4 @@
-"""Statistics and prices of a trained model, against transformers and against themselves after a kill."""
+"""Statistics of a trained model, against transformers and against themselves after a kill."""
 
 from pathlib import Path
 
@@ -8,22 +8,16 @@ import torch
 from command import MODEL
 
 from edgemoe.base.errors import ModelError
-from edgemoe.base.storage import FORMAT_VERSION, load_record, save_record
+from edgemoe.base.storage import FORMAT_VERSION, load_record
 from edgemoe.calibrate.collect import _choose_replay, collect_stats
 from edgemoe.calibrate.observer import fisher_of_states
-from edgemoe.ir import Costs, Model, Stats
+from edgemoe.ir import Model, Stats
 from edgemoe.model.inspect import inspect_model
-from edgemoe.model.routing.kept_sets import offered_counts
-from edgemoe.plan.infeasible import least_budget
-from edgemoe.plan.solve import solve_plan
-from edgemoe.price.choices import least_process
 from edgemoe.price.saliency import SCORES, score_experts
 from edgemoe.quantize.importance import importance_of
-from edgemoe.quantize.reference import round_to_nearest
 from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.stream.windows import tokenize
-from edgemoe.targets import find_target
 
 TOKENS = 4096
 
@@ -42,11 +36,6 @@ def texts() -> list[Text]:
 @pytest.fixture(scope="module")
 def stats(model: Model, texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> Stats:
     return collect_stats(model, texts, tmp_path_factory.mktemp("work"), max_tokens=TOKENS)
-
-
-@pytest.fixture(scope="module")
-def costs(gguf_costs: Costs) -> Costs:
-    return gguf_costs
 
 
 def test_counts_and_gates_are_those_of_the_original_router(model: Model, stats: Stats, texts: list[Text]) -> None:
@@ -157,43 +146,3 @@ def test_probes_cost_more_with_fewer_bits_and_fewer_experts(stats: Stats) -> Non
     for layer in (0, 1):
         drops = sorted((len(p.kept), float(np.mean(p.kl))) for p in stats.probes if p.kind == "drop" and p.layer == layer)
         assert [kl for _, kl in drops] == sorted((kl for _, kl in drops), reverse=True)
-
-
-def test_prices_fall_with_bits_and_nothing_is_free_but_keeping(costs: Costs) -> None:
-    for u, unit in enumerate(costs.units):
-        by_name = dict(zip(costs.formats, costs.cost[-1, u], strict=True))
-        assert by_name["Q8_0"] < by_name["Q6_K"] < by_name["Q4_K"] < by_name["Q3_K"] < by_name["Q2_K"] < by_name["IQ1_S"], unit.name
-        assert by_name["F16"] < 0.01 * by_name["Q8_0"]
-    assert (costs.drop_cost[:, -1] == 0).all()
-    assert (np.diff(costs.weights @ costs.drop_cost.sum(axis=2)) < 0).all()
-    assert costs.counts == offered_counts(7, 2)
-
-
-def test_costs_survive_saving(costs: Costs, tmp_path: Path) -> None:
-    save_record(tmp_path / "costs.json", costs)
-    again = load_record(tmp_path / "costs.json", Costs)
-    assert again == costs
-    assert np.array_equal(again.cost, costs.cost) and np.array_equal(again.kept, costs.kept)
-
-
-def test_more_memory_never_gives_a_worse_plan(costs: Costs) -> None:
-    least = least_budget(costs)
-    plans = [solve_plan(costs, least + extra) for extra in (0, 300_000, 10**6, 2 * 10**6, 4 * 10**6, 10**8)]
-    assert [p.predicted_kl for p in plans] == sorted((p.predicted_kl for p in plans), reverse=True)
-    assert all(p.memory["peak"] <= p.budget and p.proven for p in plans)
-    assert set(plans[-1].formats.values()) == {"F16"}
-
-
-def test_the_least_budget_is_known_from_shapes_alone(model: Model, costs: Costs) -> None:
-    assert least_process(model, find_target("gguf"), 512) == least_budget(costs)
-
-
-@pytest.fixture
-def matrix() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
-
-
-def test_the_reference_rounding_has_the_error_of_its_bits(matrix: np.ndarray) -> None:
-    errors = [float(((round_to_nearest(matrix, bits) - matrix) ** 2).mean()) for bits in (2, 3, 4, 8)]
-    assert errors == sorted(errors, reverse=True)
-    assert len(np.unique(round_to_nearest(matrix, 2)[0, :32])) <= 4

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from edgemoe.base.errors import UsageError
-from edgemoe.base.storage import alone, save_record
+from edgemoe.base.storage import save_record
 from edgemoe.ir import Artifact, ArtifactFile
 from edgemoe.pipeline.output_folder import MARKER, check_output, prepare_output
 
@@ -90,19 +88,3 @@ def test_files_with_fixed_names_that_are_ours_are_replaced(tmp_path: Path) -> No
     prepare_output(tmp_path, force=True, names=FIXED)
     assert not any((tmp_path / name).exists() for name in FIXED)
     assert (tmp_path / "notes.txt").exists()
-
-
-def test_builds_that_share_a_work_folder_make_each_thing_one_after_the_other(tmp_path: Path) -> None:
-    inside, most = [0], [0]
-
-    def make(_: int) -> None:
-        with alone(tmp_path / "stats-1"):
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
-            time.sleep(0.02)
-            inside[0] -= 1
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(make, range(8)))
-    assert most == [1]
-    assert not list(tmp_path.glob("stats-*"))  # the lock is not taken for what it guards

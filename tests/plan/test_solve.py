@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,21 +22,20 @@ from strategies import (
     budget_between,
     changed,
     choices,
-    least_peak,
+    make_costs,
     objective,
     peak_bytes,
     random_costs,
     random_rules,
 )
 
-from edgemoe.base.errors import BudgetError, EdgemoeError, ModelError, UsageError
-from edgemoe.base.storage import load_record, save_record
+from edgemoe.base.errors import BudgetError, EdgemoeError, UsageError
 from edgemoe.ir import Costs, Plan, Unit
 from edgemoe.model.routing.kept_sets import offered_counts
-from edgemoe.plan.infeasible import least_budget, minimal_conflict
+from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import price_drops
-from edgemoe.rules import Drop, Keep, KeptCount, MeanBits, Pin, Rule, Vram
+from edgemoe.rules import Drop, Keep, MeanBits, Pin, Rule, Vram
 from edgemoe.solvers import engine, ilp, search
 from edgemoe.solvers.engine import Outcome
 
@@ -45,10 +43,6 @@ GAP = 1e-6
 FORMS = ("stacks", "experts")
 SEEDS = st.integers(0, 10**6)
 SHARES = st.floats(0, 1)
-
-
-def make_costs(seed: int, form: str) -> Costs:
-    return random_costs(seed, form, formats=3 if form == "stacks" else 2)
 
 
 def plan_or_none(costs: Costs, budget: int, rules: list[Rule], **options: Any) -> Plan | None:
@@ -274,118 +268,6 @@ for form in ("stacks", "experts"):
     assert found[0] == found[1] == found[2]
 
 
-# -------------------------------------------------------------------------------------------------------------- no plan
-@settings(max_examples=15, deadline=None)
-@given(seed=SEEDS, n_rules=st.integers(0, 2), form=st.sampled_from(FORMS))
-def test_the_least_budget_that_is_named_is_the_least_that_does(seed: int, n_rules: int, form: str) -> None:
-    costs = make_costs(seed, form)
-    ruled = random_rules(costs, seed, n_rules)
-    rules = [r.rule for r in ruled]
-    least = least_peak(costs, ruled)
-    try:
-        assert least_budget(costs, rules) == least
-    except UsageError:
-        assert least is None
-        return
-    if least is None:
-        with pytest.raises(BudgetError, match="no plan keeps these rules together"):
-            solve_plan(costs, 10**9, rules=rules)
-        return
-    assert solve_plan(costs, least, rules=rules, gap=GAP).memory["peak"] == least
-    with pytest.raises(BudgetError, match=re.escape(f"({least} bytes)")):
-        solve_plan(costs, least - 1, rules=rules, gap=GAP)
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, form=st.sampled_from(FORMS))
-def test_a_named_conflict_is_one_and_needs_every_rule_that_is_named(seed: int, form: str) -> None:
-    costs = make_costs(seed, form)
-    ruled = random_rules(costs, seed, 5)
-    try:
-        if least_peak(costs, ruled) is not None:
-            return
-        conflict = minimal_conflict(costs, [r.rule for r in ruled])
-    except UsageError:  # two rules that exclude each other when they are read
-        return
-    named = [r for r in ruled if any(r.rule is c for c in conflict)]
-    assert least_peak(costs, named) is None
-    assert all(least_peak(costs, [r for r in named if r is not left]) is not None for left in named)
-
-
-def test_a_conflict_of_equal_rules_names_one_of_them() -> None:
-    costs = make_costs(3, "stacks")
-    rules: list[Rule] = [MeanBits(at_least=8.4, name="fine"), MeanBits(at_most=3.0, name="coarse"), MeanBits(at_least=8.4, name="fine")]
-    conflict = minimal_conflict(costs, rules)
-    assert sorted(r.name for r in conflict if isinstance(r, MeanBits)) == ["coarse", "fine"]
-
-
-@pytest.mark.parametrize("budget", [-(10**9), -1, 0, 1, 100])
-def test_no_budget_at_all_is_a_budget_error(budget: int) -> None:
-    with pytest.raises(BudgetError, match="the least is"):
-        solve_plan(make_costs(1, "stacks"), budget)
-
-
-# --------------------------------------------------------------------------------------------------- impossible price lists
-def _put(name: str, value: float) -> dict[str, Any]:
-    array = getattr(make_costs(1, "stacks"), name).copy()
-    array.reshape(-1)[0] = value
-    return {name: array}
-
-
-BAD: list[tuple[str, dict[str, Any]]] = [
-    ("cost", _put("cost", np.nan)),
-    ("cost", _put("cost", -np.inf)),
-    ("cost", {"cost": np.full_like(make_costs(1, "stacks").cost, np.inf)}),
-    ("size", _put("size", -1)),
-    ("size", {"size": np.zeros_like(make_costs(1, "stacks").size)}),
-    ("staging", _put("staging", -5)),
-    ("fixed_size", _put("fixed_size", -1)),
-    ("fixed_size", _put("fixed_size", 2**60)),
-    ("size", {"size": make_costs(1, "stacks").size.astype(np.float64)}),
-    ("factor", _put("factor", np.nan)),
-    ("factor", _put("factor", -1)),
-    ("drop_cost", _put("drop_cost", np.inf)),
-    ("expert_drop", _put("expert_drop", np.nan)),
-    ("drop_curve", _put("drop_curve", np.nan)),
-    ("usage", _put("usage", np.inf)),
-    ("kept", _put("kept", False) if make_costs(1, "stacks").kept.reshape(-1)[0] else _put("kept", True)),
-    ("counts", {"counts": (2, 2, 4)}),
-    ("counts", {"top_k": 3}),
-    ("formats", {"formats": ("Q8_0", "Q8_0", "IQ2_S")}),
-    ("formats", {"formats": ()}),
-    ("domains", {"domains": ("d0", "d0")}),
-    ("domain_weights", {"domain_weights": (0.5, 0.6)}),
-    ("domain_weights", {"domain_weights": (np.nan, 1.0)}),
-    ("units", {"units": ()}),
-    ("units", {"units": (*make_costs(1, "stacks").units[:-1], make_costs(1, "stacks").units[0])}),
-    ("memory", {"memory": {}}),
-    ("memory", {"memory": {**make_costs(1, "stacks").memory, "kv": -1}}),
-    ("kappa", {"kappa": np.nan}),
-    ("form", {"form": "layers"}),
-]
-
-
-@pytest.mark.parametrize(("field", "values"), BAD)
-def test_an_impossible_price_list_is_refused_by_field(field: str, values: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=rf"costs: [a-z, _]*{field}"):
-        changed(make_costs(1, "stacks"), **values)
-
-
-def test_an_expert_that_is_missing_or_there_twice_is_refused() -> None:
-    costs = make_costs(1, "experts")
-    units = (dataclasses.replace(costs.units[0], expert=1), *costs.units[1:])
-    with pytest.raises(ModelError, match="every expert"):
-        changed(costs, units=units)
-
-
-def test_a_price_list_that_was_tampered_with_is_refused_with_its_path(tmp_path: Path) -> None:
-    path = tmp_path / "costs.json"
-    save_record(path, make_costs(1, "stacks"))
-    path.write_text(path.read_text(encoding="utf-8").replace('"top_k": 1', '"top_k": 9'), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"costs\.json: costs: counts"):
-        load_record(path, Costs)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_one_expert_one_format_and_one_layer_are_planned_like_any_other(form: str) -> None:
     for options in ({"experts": 1}, {"formats": 1}, {"layers": 1}, {"experts": 1, "formats": 1, "layers": 1, "domains": 1}):
@@ -541,11 +423,3 @@ def test_of_a_grouped_router_as_many_of_each_group_stay() -> None:
 def test_drops_that_would_leave_the_groups_of_a_router_unequal_are_refused() -> None:
     with pytest.raises(BudgetError):
         solve_plan(grouped_costs(), 10**6, rules=[Drop(experts=(3, 4))])
-
-
-def test_pins_and_counts_that_exclude_each_other_are_named() -> None:
-    costs = make_costs(9, "experts")
-    rules: list[Rule] = [KeptCount(at_most=1, name="one"), Keep(layers=[0], experts=(0, 1), name="two"), Drop(experts=(3,), name="three")]
-    with pytest.raises(BudgetError, match=r"one: .*two: ") as told_error:
-        solve_plan(costs, 10**6, rules=rules)
-    assert "three" not in str(told_error.value)

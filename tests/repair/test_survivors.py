@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from strategies import random_costs
 from tiny import EXAMPLES, flat_plan
 
 from edgemoe.base.errors import ModelError
@@ -17,9 +16,6 @@ from edgemoe.base.storage import array_file
 from edgemoe.ir import Model, Plan
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
-from edgemoe.plan.infeasible import least_budget
-from edgemoe.plan.solve import solve_plan
-from edgemoe.price.choices import FED_BACK, discount, discount_drops
 from edgemoe.repair.survivors import repair_survivors
 from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
 from edgemoe.stream.texts import SHIPPED, Text, read_text
@@ -153,23 +149,3 @@ def test_other_texts_or_kept_sets_make_another_repair(small: tuple[Model, list[T
 def test_without_drops_there_is_nothing_to_repair(model: Model, texts: list[Text], tmp_path: Path) -> None:
     assert repair_survivors(model, texts, flat_plan(model), tmp_path / "none") is model
     assert not (tmp_path / "none").exists()
-
-
-def test_feedback_lowers_the_price_of_rounded_weights_and_not_of_inputs_that_kernels_round() -> None:
-    costs = random_costs(0, "experts")
-    finite = np.isfinite(costs.cost)
-    costs = replace(costs, input_cost=np.where(finite, costs.cost / 4, 0.0))
-    after = discount(costs, repair=False, rounding="feedback")
-    assert after.cost[finite] == pytest.approx(costs.cost[finite] * (0.75 * FED_BACK + 0.25))
-    assert np.array_equal(discount(costs, repair=False, rounding="stock").cost, costs.cost)
-
-
-def test_drops_are_priced_after_repair_and_nothing_else_changes() -> None:
-    for form in ("stacks", "experts"):
-        costs = random_costs(0, form)
-        after = discount_drops(costs)
-        assert after.repair and not costs.repair
-        assert (after.drop_cost <= costs.drop_cost).all() and np.array_equal(after.expert_drop, costs.expert_drop / 2)
-        assert np.array_equal(after.cost, costs.cost) and np.array_equal(after.size, costs.size)
-        budget = least_budget(costs) * 11 // 10
-        assert solve_plan(after, budget).predicted_kl <= solve_plan(costs, budget).predicted_kl

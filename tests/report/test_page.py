@@ -1,4 +1,4 @@
-"""The report page, the model card and the terminal summary, on records made by hand."""
+"""The report page: hostile text stays text, nothing is asked for, and every number is there."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reports import (
-    BITS,
-    HOSTILE,
-    REPORTS,
-    Page,
-    make_hostile,
-    make_onnx_report,
-    make_report,
-    print_at,
-)
+from reports import BITS, REPORTS, Page, make_hostile, make_onnx_report, make_report, print_at
 
 from edgemoe.base.errors import MachineError
 from edgemoe.base.storage import load_record
@@ -127,69 +118,6 @@ def test_page_says_so_when_a_promise_was_broken() -> None:
     assert "200.0 % of the budget" in page
 
 
-def test_card_front_matter_is_yaml_and_keeps_a_hostile_name() -> None:
-    card = render_card(make_hostile())
-    assert card.startswith("---\n")
-    front, body = card[4:].split("\n---\n", 1)
-    values = yaml.safe_load(front)
-    assert values["base_model"] == HOSTILE
-    assert values["license"] == HOSTILE
-    assert values["base_model_relation"] == "quantized"
-    assert values["library_name"] == "gguf"
-    assert set(values["tags"]) == {"gguf", "moe", "imatrix", "edgemoe"}
-    assert "pipeline_tag" in values
-    assert front.isascii()
-    outside = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
-    assert not re.search(r"(?<!\\)<", outside)
-    assert not any(line.startswith("key:") for line in body.splitlines())
-
-
-def test_card_names_no_base_model_that_is_not_known() -> None:
-    report = make_report()
-    front = yaml.safe_load(
-        render_card(replace(report, model={k: v for k, v in report.model.items() if k != "base_model"})).split("---\n")[1]
-    )
-    assert "base_model" not in front
-
-
-def test_card_says_how_to_run_the_file_and_what_it_cost() -> None:
-    report = make_report()
-    card = render_card(report)
-    name = report.artifact.files[0].name
-    assert f"llama-server -m {name} -c 8192 --no-mmap -ub 512" in card
-    assert f"llama-cli -m {name} -c 8192 --no-mmap -ub 512" in card
-    assert f"FROM ./{name}\nPARAMETER num_ctx 8192\n" in card
-    assert report.model["command"] in card
-    assert f"| {report.artifact.size} |" in card
-    assert "keeps 12 of its 16 experts" in card
-    assert "| english | 4096 | 0.0310 |" in card
-    assert card.index("## Limits") > card.index("## Run it")
-
-
-def test_code_block_cannot_be_closed_by_its_text() -> None:
-    report = make_report()
-    card = render_card(replace(report, model={**report.model, "command": "x ```` y"}))
-    assert "`````sh\nx ```` y\n`````" in card
-
-
-def test_summary_prints_promised_and_measured_numbers() -> None:
-    report = make_report()
-    text = print_at(summarize_report(report), 120)
-    numbers = (
-        "12 of 16 kept",
-        str(report.artifact.size),
-        "0.0371 measured, 0.0312 predicted",
-        "812.4 prompt, 73.2 decode",
-        "90.8%",
-        "11.700",
-    )
-    words = ("acme/tiny-moe", "as predicted", "Q3_K", "german", "12.308", "proven by ilp-highs", "report.html")
-    for expected in (*numbers, *words):
-        assert expected in text
-    weights = sum(u.n_weights * (0.75 if u.role.endswith("exps") else 1) for u in report.units)
-    assert f"{8 * sum(report.plan.sizes.values()) / weights:.3f}" in text
-
-
 def test_rounds_of_refinement_are_shown_in_page_and_terminal() -> None:
     first = Round(
         predicted=0.0123, expected=0.0345, predicted_drops=0.0021, expected_drops=0.0067, count=12, file_size=10**7, drop_factor=3.2,
@@ -199,29 +127,6 @@ def test_rounds_of_refinement_are_shown_in_page_and_terminal() -> None:
     for text in (Page(render_html(report)).text, print_at(summarize_report(report), 80)):
         assert all(number in text for number in ("0.0123", "0.0345", "0.0021", "0.0067", "0.0289", "0.0291"))
     assert "refine" not in print_at(summarize_report(make_report()), 80)
-
-
-def test_summary_fits_a_terminal_of_eighty_columns_and_carries_no_escapes() -> None:
-    for report in (make_report(), make_hostile()):
-        for renderable in (summarize_report(report), summarize_plan(report.plan)):
-            text = print_at(renderable, 80)
-            assert max(map(len, text.splitlines())) <= 80
-            assert all(c.isprintable() or c == "\n" for c in text)
-    assert "[bold]x[/bold]" in print_at(summarize_report(make_hostile()), 200)
-    assert re.search(r"english +4096 .* 9\.702", print_at(summarize_report(make_report()), 80))
-
-
-def test_plan_summary_lists_kept_experts_and_bound() -> None:
-    plan = make_report().plan
-    text = print_at(summarize_plan(plan), 120)
-    for layer in range(4):
-        kept = re.search(rf"^ ?{layer} +([\d -]+?)  ", text, re.MULTILINE)
-        assert kept is not None
-        spans = [(int(s.split("-")[0]), int(s.split("-")[-1])) for s in kept.group(1).split()]
-        assert tuple(e for a, b in spans for e in range(a, b + 1)) == plan.kept[layer]
-    assert "no plan costs less than 0.02209, gap 0.045%, proven by ilp-highs" in text
-    assert str(plan.file_size) in text
-    assert "52 layers between" in print_at(summarize_plan(make_report(60, 384, count=192).plan), 100)
 
 
 def test_bytes_by_role_add_up_to_the_file() -> None:
@@ -320,9 +225,6 @@ def test_browser_check_would_notice_a_request_or_a_script(tmp_path: Path) -> Non
     assert asked == []
     page.write_text(re.sub(r"<meta http-equiv[^>]*>|<script>.*?</script>", "", text), encoding="utf-8")
     assert open_in_chromium(page, tmp_path)[2] == ["http://127.0.0.1:9/x.png"]
-
-
-# --------------------------------------------------------------------------------------------------- experts on their own
 
 
 def test_map_colours_every_expert_by_its_own_format() -> None:

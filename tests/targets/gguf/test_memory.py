@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from shapes import Tiny, gqa, granite_hybrid, mla, short_convolution, sliding, write_sparse
 from tiny import FAMILIES, make_checkpoint
 
 from edgemoe.base.errors import EdgemoeError, UsageError, VerifyError
 from edgemoe.ir.memory import Settings
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.gguf.allocator import OUTSIDE, Graph, Node, inplace, op, view
-from edgemoe.targets.gguf.allocator import given as given_node
 from edgemoe.targets.gguf.ask import ask_llama_cpp, child_settings
 from edgemoe.targets.gguf.compute_graph import compute_bytes
 from edgemoe.targets.gguf.kv_cache import kv_bytes, output_bytes, state_bytes
@@ -147,7 +142,6 @@ def test_a_type_that_no_cache_has_is_refused() -> None:
         kv_bytes(gqa().layout, Settings(context=512, kv_k="Q4_K"))
 
 
-# ------------------------------------------------------------------------------------------------------------ whole processes
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "token_embd", "output")
 SMALL = {"hidden": 512, "heads": 8, "kv_heads": 4, "dim": 64, "n_experts": 8, "size": 512, "layers": 3}
 PROCESSES = {
@@ -186,41 +180,3 @@ def test_two_pools_hold_what_one_holds() -> None:
     assert pools["vram"]["kv"] == whole["kv"] and "kv" not in pools["ram"]
     assert pools["vram"]["compute"] >= compute_bytes(tiny.layout, each) + 100
     assert pools["ram"]["runtime"] == whole["runtime"] and pools["ram"]["output"] == whole["output"]
-
-
-# -------------------------------------------------------------------------------------------------------------- the allocator
-@st.composite
-def graphs(draw: st.DrawFn) -> list[Node]:
-    """Random graphs of results, results in place and views."""
-    nodes = [given_node((draw(st.integers(1, 40)),))]
-    for _ in range(draw(st.integers(1, 30))):
-        source = nodes[draw(st.integers(0, len(nodes) - 1))]
-        other = nodes[draw(st.integers(0, len(nodes) - 1))]
-        make = draw(st.sampled_from(["op", "inplace", "view"]))
-        if make == "op":
-            nodes.append(op((draw(st.integers(1, 40)),), source, other, OUTSIDE))
-        else:
-            nodes.append(inplace(source.shape, source, other) if make == "inplace" else view(source, source.shape))
-    return nodes
-
-
-@given(graphs())
-@settings(max_examples=200, deadline=None)
-def test_tensors_that_are_alive_together_never_share_a_place(nodes: list[Node]) -> None:
-    graph = Graph()
-    for node in nodes:
-        graph.expand(node)
-    size = graph.lay_out()
-    order = {id(node): number for number, node in enumerate(graph.nodes)}
-    last = {id(n.root): order.get(id(n.root), -1) for n in graph.nodes}
-    for node in graph.nodes:
-        for source in node.sources:
-            last[id(source.root)] = max(last.get(id(source.root), -1), order[id(node)])
-    placed = [node for node in (*graph.inputs, *graph.nodes) if node.place >= 0]
-    assert all(node.place + node.size <= size for node in placed)
-    for one, two in itertools.combinations(placed, 2):
-        born = {id(n): order.get(id(n), -1) for n in (one, two)}
-        first, second = sorted((one, two), key=lambda n: born[id(n)])
-        together = last[id(first)] > born[id(second)] or (first not in second.sources and last[id(first)] == born[id(second)] >= 0)
-        if together:
-            assert one.place + one.size <= two.place or two.place + two.size <= one.place
