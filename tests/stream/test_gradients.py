@@ -22,7 +22,7 @@ ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
 def test_gradients_are_what_autograd_of_the_whole_model_says(tmp_path: Path) -> None:
-    """Of the other family; test_narrow.py holds what is summed over neurons against autograd on all three."""
+    """Of the other family; test_width.py holds what is summed over neurons against autograd on all three."""
     from transformers import AutoModelForCausalLM
 
     name = "tiny-moe-b"
