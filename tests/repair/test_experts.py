@@ -142,5 +142,5 @@ def test_the_number_of_cores_does_not_matter(cores: int, monkeypatch: pytest.Mon
         return experts
 
     expected = refit()
-    monkeypatch.setattr("edgemoe.stream.layers.count_cores", lambda: cores)
+    monkeypatch.setattr("edgemoe.stream.passes.count_cores", lambda: cores)
     assert all(torch.equal(a, b) for a, b in zip(refit().stacks, expected.stacks, strict=True))
