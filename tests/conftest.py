@@ -1,7 +1,9 @@
-"""What several files share: statistics and prices of the bundled model, made once."""
+"""What several files share, made once: statistics and prices of the bundled model, a tiny checkpoint of every family."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,17 @@ def gguf_costs(shipped_stats: Stats, work: Path) -> Costs:
 @pytest.fixture(scope="session")
 def onnx_costs(shipped_stats: Stats, work: Path) -> Costs:
     return _priced(shipped_stats, work, "onnx")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tiny import FAMILIES, make_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: make_checkpoint(root / family, family, seed=i) for i, family in enumerate(FAMILIES)}
+
+
+@pytest.fixture
+def copy(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a family's checkpoint that a test may spoil."""
+    return lambda family: shutil.copytree(sources[family], tmp_path / "spoilt" / family)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiny import flat_plan
 
 from edgemoe.base.types import F32
-from edgemoe.ir import Artifact, Model, Plan, Stats
+from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.families import MODULE_NAMES
 from edgemoe.quantize.importance import importance_of
@@ -21,7 +21,17 @@ from edgemoe.quantize.reference import round_to_int8
 from edgemoe.targets.onnx.formats import input_block, round_rows
 from edgemoe.targets.onnx.writer import write
 
+KEPT = ((0, 1, 3, 4, 6, 7), (2, 5))  # other experts and another number in each layer
+MIX = ("INT2_128", "INT3_128", "INT4_32", "INT8_128", "F32", "INT4_64", "INT8_32", "INT3_64")
+Case = tuple[Model, Stats]
 hand_plan = partial(flat_plan, target="onnx")
+
+
+def mixed(unit: Unit) -> str:
+    """Another format for every expert; matrices in 4 and 8 bits."""
+    if unit.expert >= 0:
+        return MIX[unit.expert]
+    return {"attn_k": "INT8_128", "token_embd": "INT4_64", "output": "INT8_32"}.get(unit.role, "INT4_32")
 
 
 def emit(model: Model, stats: Stats, plan: Plan, folder: Path) -> Artifact:

@@ -14,20 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.ir import Costs, Plan, Unit
-from edgemoe.rules import (
-    ActiveBytes,
-    ByteLimit,
-    DomainKept,
-    Drop,
-    GroupKept,
-    Keep,
-    KeptCount,
-    MaxFormats,
-    MeanBits,
-    Pin,
-    Rule,
-    SameFormat,
-)
+from edgemoe.rules import ActiveBytes, ByteLimit, DomainKept, Drop, GroupKept, Keep, KeptCount, MaxFormats, MeanBits, Pin, Rule, SameFormat
 
 FORMATS = ("F16", "Q8_0", "Q4_K", "IQ2_S")
 BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_K": 4.5, "IQ2_S": 2.5625}
@@ -92,6 +79,11 @@ def random_costs(seed: int, form: str, *, layers: int = 2, experts: int = 4, for
         drop_curve=curve,
         usage=usage,
     )
+
+
+def make_costs(seed: int, form: str) -> Costs:
+    """Few enough choices to try every plan."""
+    return random_costs(seed, form, formats=3 if form == "stacks" else 2)
 
 
 def counts_share(unit: Unit, counts: Sequence[int], experts: int) -> list[float]:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,41 @@ from edgemoe.model.families import MODULE_NAMES, find_family
 from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FAMILIES = ("qwen3_moe", "olmoe", "mixtral")
 VOCAB_SIZE = 4096
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
 STACK = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+
+
+# -------------------------------------------------------------------------------------------------------------- families
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The shape of a checkpoint."""
+
+    n_experts: int
+    top_k: int
+    hidden: int
+    expert_size: int
+    layers: int
+    tied: bool
+
+
+# Everything that is parametrised by family tests each of these: model_type -> what its config has beside what all have (_config).
+FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "qwen3_moe": lambda sizes: {
+        "intermediate_size": 3 * sizes.expert_size,
+        "moe_intermediate_size": sizes.expert_size,
+        "head_dim": 64,  # heads need not fill the width
+        "num_experts": sizes.n_experts,
+        "norm_topk_prob": True,
+    },
+    "olmoe": lambda sizes: {
+        "num_key_value_heads": 4,
+        "intermediate_size": sizes.expert_size,
+        "num_experts": sizes.n_experts,
+        "norm_topk_prob": False,
+    },
+    "mixtral": lambda sizes: {"intermediate_size": sizes.expert_size, "num_local_experts": sizes.n_experts},
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -45,7 +78,7 @@ def make_checkpoint(
 
     Args:
         folder: made; the checkpoint goes right into it.
-        family: a model_type.
+        family: one of FAMILIES.
         seed: of the weights, which do not depend on `stacked` and `sharded`.
         stacked: experts as `mlp.experts.gate_up_proj` [E, 2M, H] and `down_proj` [E, H, M].
         sharded: several files with an index.
@@ -54,7 +87,8 @@ def make_checkpoint(
     """
     from transformers import AutoModelForCausalLM
 
-    module = AutoModelForCausalLM.from_config(_config(family, n_experts, top_k, hidden, expert_size, layers, tied), dtype=torch.float32)
+    sizes = Sizes(n_experts=n_experts, top_k=top_k, hidden=hidden, expert_size=expert_size, layers=layers, tied=tied)
+    module = AutoModelForCausalLM.from_config(_config(family, sizes), dtype=torch.float32)
     _enliven(module, seed)
     module.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB" if sharded else "1GB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -64,30 +98,25 @@ def make_checkpoint(
     return folder
 
 
-def _config(family: str, n_experts: int, top_k: int, hidden: int, expert_size: int, layers: int, tied: bool) -> Any:
-    from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+def _config(family: str, sizes: Sizes) -> Any:
+    from transformers import AutoConfig
 
     common: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "olmoe" else 2,
-        "num_experts_per_tok": top_k,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": sizes.top_k,
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},  # no family's default
         "rms_norm_eps": 3e-5,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": sizes.tied,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": None,
     }
-    if family == "mixtral":
-        return MixtralConfig(**common, intermediate_size=expert_size, num_local_experts=n_experts)
-    if family == "olmoe":
-        return OlmoeConfig(**common, intermediate_size=expert_size, num_experts=n_experts, norm_topk_prob=False)
-    sizes = {"intermediate_size": 3 * expert_size, "moe_intermediate_size": expert_size, "head_dim": 64}  # heads need not fill the width
-    return Qwen3MoeConfig(**common, **sizes, num_experts=n_experts, norm_topk_prob=True)
+    return AutoConfig.for_model(family, **common | FAMILIES[family](sizes))
 
 
 def _enliven(module: nn.Module, seed: int) -> None:
@@ -131,7 +160,7 @@ def slice_experts(source: Path, kept: Sequence[Sequence[int]], out: Path) -> Pat
             name = prefix + spec.expert_names[projection]
             old = [weights.pop(name.format(expert=e)) for e in range(total)]
             weights |= {name.format(expert=new): old[e] for new, e in enumerate(experts)}
-    config |= {key: len(kept[0]) for key in ("num_experts", "num_local_experts") if key in config}
+    config |= {key: len(kept[0]) for key in EXPERT_COUNTS if key in config}
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config))

@@ -21,7 +21,7 @@ HERE = "here"  # the id of what `machine.detect_device` finds
 RAISED = ":raised"
 MAX_FILE = 2**20  # bytes of a profile file; ours has 10 KiB
 MAX_SIZE = 2**50  # bytes of a pool or of a second's traffic: 1 PiB is past any box
-SLOWER = (1.3, 3.3)  # how many times slower than the ceiling the published runs of tests/test_devices.py decoded
+SLOWER = (1.3, 3.3)  # how many times slower than the ceiling the published runs of tests/devices/test_profiles.py decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def estimate_speed(active_bytes_per_token: int, kv_bytes_read: int, bandwidth: f
 
     A token is decoded no faster than what it needs is read once: the always-on weights (attention, shared experts, router, output matrix,
     but of the embedding only a row), top-k of the experts, and the cache.  Real decode also computes, launches kernels and waits.
-    Published runs, peak bandwidth (tests/test_devices.py computes them again):
+    Published runs, peak bandwidth (tests/devices/test_profiles.py computes them again):
 
         ceiling / real   box, model
         1.6, 2.4         M3 Max, M3 Ultra: DeepSeek-V4-Flash 80.76 GiB (26.7, 36.9 tokens/s at a context of 2k)
