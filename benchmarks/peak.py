@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from edgemoe.ir.memory import Settings
-from edgemoe.targets.gguf.ask import child_settings
 from edgemoe.targets.gguf.formats import quantize
-from edgemoe.targets.gguf.memory import predict_peak
 from edgemoe.targets.gguf.run import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from oracles import child_settings, predict_peak
 from shapes import Tiny, gqa, mla, sliding, write_sparse  # the same shapes that the memory model is tested on
 
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")

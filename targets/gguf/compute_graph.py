@@ -18,7 +18,7 @@ def compute_bytes(layout: Layout, settings: Settings, *, outputs: int = 0) -> in
     """Bytes of the compute buffer that llama.cpp reserves for a batch.
 
     Args:
-        layout: shapes; layers with a recurrent state are not known here (ask_llama_cpp knows them).
+        layout: shapes; layers with a recurrent state are not known here.
         settings: of the run.
         outputs: rows of logits that a batch is reserved for; 0: every token's, which is llama.cpp's default.
 
@@ -58,7 +58,7 @@ class _Batch:
     def __init__(self, layout: Layout, settings: Settings, outputs: int) -> None:
         check(layout, settings)
         if any(cache.state for cache in layout.caches):
-            raise UsageError("the compute buffer of recurrent layers is not predicted", hint="ask llama.cpp (ask_llama_cpp)")
+            raise UsageError("the compute buffer of recurrent layers is not predicted", hint="plan for a model of attention layers alone")
         self.layout, self.settings, self.graph = layout, settings, Graph()
         streams = settings.sequences
         self.rows = -(-rows_of(settings) // streams) * streams

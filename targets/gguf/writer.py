@@ -25,7 +25,6 @@ from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.families import find_family, rope_theta
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
-from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 
@@ -81,13 +80,6 @@ def header_size(model: Model) -> int:
 _header_sizes: dict[tuple[str, str, int], int] = {}
 
 
-def write_hollow(model: Model, count: int, path: Path) -> Path:
-    """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
-    writer = _open_writer(path, model, None, None, 0, count)
-    infos = _add_infos(writer, model, lambda unit: "F16", count)
-    return write_sparse_header(writer, list(infos.values()), path)
-
-
 def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Progress | None = None) -> Artifact:
     """Write the plan's GGUF into `folder`; it appears under its own name only when complete.
 
@@ -140,15 +132,14 @@ def _dominant(plan: Plan) -> str:
     return max(sorted(bytes_by), key=lambda kind: bytes_by[kind])
 
 
-def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int, count: int = 0) -> Any:
-    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts, or `count` of them."""
+def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int) -> Any:
+    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts."""
     import gguf
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     family = find_family(model.model_type)
     config = model.config
     writer = gguf.GGUFWriter(path, family.gguf_arch, split_max_size=shard_max)
-    count = plan.count if plan else count or model.n_experts
     writer.add_name(model.name)
     writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -163,7 +154,7 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
     writer.add_rope_freq_base(rope_theta(config))
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
     writer.add_vocab_size(model.vocab_size)
-    writer.add_expert_count(count)
+    writer.add_expert_count(plan.count if plan else model.n_experts)
     writer.add_expert_used_count(model.top_k)
     for key, value in family.gguf_keys(config).items():
         writer.add_uint32(f"{family.gguf_arch}.{key}", value)
