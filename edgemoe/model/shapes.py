@@ -34,11 +34,6 @@ def _read_data(name: str) -> dict[str, Any]:
     return data
 
 
-def list_shapes() -> list[str]:
-    """Names of the models whose configs are shipped."""
-    return list(_read_data("models.yaml"))
-
-
 def load_shape(name: str) -> dict[str, Any]:
     """The config of a shipped model, in the fields of its config.json that shapes depend on.
 
@@ -50,11 +45,6 @@ def load_shape(name: str) -> dict[str, Any]:
     if name.lower() not in known:
         raise UsageError(f"shape {name!r} is not known", hint=f"known: {', '.join(models)}; or give a config.json")
     return dict(models[known[name.lower()]])
-
-
-def shape_families() -> list[str]:
-    """The model types whose tensors are known."""
-    return list(_read_data("families.yaml")["families"])
 
 
 class _Sizes:
