@@ -8,7 +8,6 @@ it by more than max(1 %, 2 MiB).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import platform
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser
 
 from edgemoe.ir.memory import Settings
 from edgemoe.targets.gguf.formats import quantize
@@ -109,7 +109,7 @@ def measure(tiny: Tiny, settings: Settings, folder: str) -> tuple[int, int, int,
 
 def main() -> None:
     """Print a table, and say what is out of bounds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--only", nargs="+", default=[])
     options = parser.parse_args()

@@ -92,15 +92,13 @@ def text_config(config: Config) -> Config:
     return inner if isinstance(inner, Mapping) else config
 
 
-def layer_tags(config: Config, family: Mapping[str, Any], mtp: int) -> list[set[str]]:
-    """What each layer is, as families.yaml spells it; the last `mtp` of them are next-token-prediction blocks."""
+def layer_tags(config: Config, family: Mapping[str, Any]) -> list[set[str]]:
+    """What each layer is, as families.yaml spells it."""
     n_layers = _Sizes(config, {}).get("num_hidden_layers")
     flags = {tag if config.get(field) else f"no-{tag}" for tag, field in family.get("flags", {}).items()}
     result = []
-    for layer in range(n_layers + mtp):
-        tags = {"all", "moe" if _is_moe(config, layer) else "dense", _attention(config, layer, n_layers), *flags}
-        if layer >= n_layers:
-            tags |= {"mtp"}
+    for layer in range(n_layers):
+        tags = {"all", "moe" if _is_moe(config, layer) else "dense", _attention(config, layer), *flags}
         if _nth(config.get("indexer_types"), layer, "full") == "full":
             tags |= {"indexer"}
         result.append(tags)
@@ -122,20 +120,19 @@ def _is_moe(config: Config, layer: int) -> bool:
     return bool(_nth(config.get("mlp_layer_types"), layer, "sparse" if regular else "dense") == "sparse")
 
 
-def _attention(config: Config, layer: int, n_layers: int) -> str:
-    interval = config.get("full_attention_interval") if layer < n_layers else None
+def _attention(config: Config, layer: int) -> str:
+    interval = config.get("full_attention_interval")
     kind = "linear_attention" if interval and (layer + 1) % interval else "full_attention"
     kind = _nth(config.get("layer_types"), layer, kind)
     return {"linear_attention": "linear", "sliding_attention": "window"}.get(kind, "full")
 
 
-def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -> Model:
-    """A Model of shapes from a config.json; its tensors have no file.
+def model_of_config(config: Config, name: str = "model") -> Model:
+    """A Model of shapes from a config.json, without next-token-prediction blocks; its tensors have no file.
 
     Args:
         config: the parsed config.json.
         name: of the model.
-        mtp: with the next-token-prediction blocks, which published GGUFs of some families carry and plain decoding never loads.
 
     Raises:
         ModelError: the family is not known or a field is missing; names it.
@@ -145,8 +142,7 @@ def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -
     sizes = _Sizes(config, family.get("sizes", {}))
     n_layers = sizes.get("num_hidden_layers")
     latent = family.get("cache") == "latent"
-    blocks = int(config.get("num_nextn_predict_layers") or 0) if mtp else 0
-    tensors = tuple(_list_tensors(sizes, family, layer_tags(config, family, blocks)))
+    tensors = tuple(_list_tensors(sizes, family, layer_tags(config, family)))
     n_experts, top_k = sizes.get("experts"), sizes.get("top_k")
     if top_k > n_experts:
         raise ModelError(f"config.json: num_experts_per_tok is {top_k}, but there are {n_experts} experts")
@@ -167,7 +163,7 @@ def model_of_config(config: Config, name: str = "model", *, mtp: bool = False) -
         renormalize=_renormalizes(config, family) or family.get("gating") == "chosen",
         context_length=int(config.get("max_position_embeddings") or DEFAULT_CONTEXT),
         tensors=tensors,
-        fingerprint=hash_json("shapes", config, name, mtp),
+        fingerprint=hash_json("shapes", config, name),
     )
 
 
@@ -210,7 +206,7 @@ def layout_of_config(config: Config) -> Layout:
     config = text_config(config)
     family = _find_family(config)
     sizes = _Sizes(config, family.get("sizes", {}))
-    tags = layer_tags(config, family, 0)
+    tags = layer_tags(config, family)
     latent = family.get("cache") == "latent"
     roles = {role: shape for own in tags for part in _parts(family, own) for role, shape in part.items()}
     return Layout(

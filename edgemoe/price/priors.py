@@ -114,7 +114,7 @@ def price_generic(
     """Price a model of which only the shapes are known.
 
     Args:
-        model: from `model_of_config`, without prediction blocks (or from `inspect_model`).
+        model: from `model_of_config` (or from `inspect_model`).
         target: whose formats and bytes count.
         context: tokens of context that the process must have memory for.
         prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
@@ -122,12 +122,10 @@ def price_generic(
 
     Raises:
         UsageError: unknown prior.
-        ModelError: the model has prediction blocks, or not the shapes of the prior.
+        ModelError: the model has not the shapes of the prior.
     """
     if prior not in PRIORS:
         raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
-    if any(t.layer >= model.n_layers for t in model.tensors):
-        raise ModelError(f"{model.name}: next-token-prediction blocks are not priced", hint="model_of_config(config, name)")
     saliency = load_saliency()
     weights = np.full(len(saliency.domains), 1 / len(saliency.domains))
     units = target.list_units(model)

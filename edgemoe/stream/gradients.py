@@ -45,8 +45,8 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
 
     Returns:
         A folder with, for each layer, the gradients with respect to what leaves it (`open_gradients`) and arrays (`load_gradients`):
-        "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
-        and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect to what the matrix gives.
+        "heapr" [E, M] (nats per token), and for attn_q, attn_k, attn_v and attn_output sum lambda g g' [R, R] of the gradients with respect
+        to what the matrix gives.
     """
     key = hash_json(model.fingerprint, [(t.name, t.weight, t.sha256) for t in texts], __version__, REVISION, WINDOW, max_tokens)
     work = work.absolute() / f"gradients-{key[:16]}"
@@ -172,9 +172,7 @@ class _Pass:
         arrays: Arrays = {}
         for part in self._each(chunk):
             for name, value in part.items():
-                merge = np.maximum if name == "phi_sq_max" else np.add
-                arrays[name] = merge(arrays[name], value) if name in arrays else value.astype(np.float64)
-        arrays["down_sq"] = down.double().square().sum(dim=1).cpu().numpy()
+                arrays[name] = arrays[name] + value if name in arrays else value.astype(np.float64)
         save_arrays(self.work / array_file(layer), arrays)
         self.stream.unload_layer(layer)
         for file in (states, after, before):
@@ -183,15 +181,13 @@ class _Pass:
     def _neuron_sums(self, given: torch.Tensor, weights: torch.Tensor, down: torch.Tensor) -> dict[str, Any]:
         """Sums [E, M] of one chunk, and the function that fills them while the layer runs."""
         gradient, shape = given.flatten(0, 1), (down.shape[0], down.shape[2])
-        sums: dict[str, Any] = {name: torch.zeros(shape, device=down.device) for name in ("heapr", "phi_sq", "phi_sq_max")}
+        heapr = torch.zeros(shape, device=down.device)
 
         def note(expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
             h, g, lam = h.detach().float(), gate.detach()[:, None], weights[token]
-            sums["heapr"][expert] = heapr_sums(h, gradient[token] * g, down[expert], lam)
-            phi_sq = (g * h).square() * lam[:, None]
-            sums["phi_sq"][expert], sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
+            heapr[expert] = heapr_sums(h, gradient[token] * g, down[expert], lam)
 
-        return {**sums, "note": note}
+        return {"heapr": heapr, "note": note}
 
 
 def heapr_sums(h: torch.Tensor, gamma: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
