@@ -1,4 +1,4 @@
-"""Fewer active experts: KL and decode speed at each top-k in files of equal size, and what the refit makes good.
+"""This script measures KL and decode speed at each number of active experts in files of equal size, and what the refit makes good.
 
     python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 5]
 
@@ -30,7 +30,7 @@ from shapes import gqa
 from edgemoe.ir import Plan
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
-from edgemoe.pipeline.request import BuildRequest
+from edgemoe.pipeline.request import BuildRequest, Job
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.survivors import EPOCHS
@@ -55,8 +55,18 @@ def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Pl
     request = BuildRequest(
         model=source, memory=room, out=work, calibration_tokens=options.calibration_tokens, rounding="stock", top_k=top_k
     )
-    texts = choose_texts((), ())[0]
-    offer, plan = plan_widths(request, original, [original.expert_size], top_k, target, CONTEXT, texts, work, lambda *_: None)
+    texts, heldout = choose_texts((), ())
+    job = Job(
+        request=request,
+        model=original,
+        target=target,
+        context=CONTEXT,
+        widths=(original.expert_size,),
+        top_k=top_k,
+        calibration=texts,
+        heldout=heldout,
+    )
+    offer, plan = plan_widths(job, work, lambda *_: None)
     known = (original, texts, offer.stats, plan, work)
     stored = store_weights(*known, narrowed=offer.narrowed, rounding="stock", max_tokens=options.calibration_tokens)
     folder = work / f"top-{top_k}"

@@ -1,4 +1,4 @@
-"""Do the KLDs of single degraded tensors add up to that of the whole model?  Real models, measured by others.
+"""This script asks whether the KLDs of single degraded tensors add up to that of the whole model, on published measurements.
 
     python benchmarks/additivity.py SENSITIVITY_FOLDER
 

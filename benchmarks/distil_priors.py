@@ -1,4 +1,4 @@
-"""Published measurements of large MoE models -> the small tables that `edgemoe.price.priors` prices unmeasured models with.
+"""This script distils published measurements of large MoE models into the tables that `edgemoe.price.priors` prices others with.
 
     python benchmarks/distil_priors.py SENSITIVITY_FOLDER ROUTING_FOLDER
 

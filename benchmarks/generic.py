@@ -1,4 +1,4 @@
-"""How far generic prices can be trusted: every measured model priced from the others, beside its own measurements.
+"""This script says how far generic prices can be trusted: it prices every measured model from the others, beside its own measurements.
 
     python benchmarks/generic.py SENSITIVITY_FOLDER > benchmarks/results/generic.md
 

@@ -1,4 +1,4 @@
-"""Golden bytes: SHA-256 of prices, plans and artifacts of small builds, so that a change of form can prove that it changes no number.
+"""This script hashes prices, plans and artifacts of small builds, so that a change of form can prove that it changes no number.
 
     python benchmarks/golden.py --work DIR [--record] [--only NAME ...]
 

@@ -1,4 +1,4 @@
-"""Imported prices beside measured ones: what plans made from an imatrix file cost by the model's own prices, and in llama.cpp.
+"""This script compares imported prices with measured ones: plans from an imatrix file are priced by the model's own and run.
 
     python benchmarks/imported.py examples/tiny-moe examples/tiny-moe-b [--work DIR] [--tokens 5120]
 

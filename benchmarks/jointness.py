@@ -1,4 +1,4 @@
-"""What deciding jointly is worth: the joint optimum beside the usual ways to get into the same bytes, on the same prices.
+"""This script compares the joint optimum with the usual ways to get into the same bytes, on the same prices.
 
     python benchmarks/jointness.py examples/tiny-moe [--work DIR] [--tokens 5120]
     python benchmarks/jointness.py --generic GLM-5.2 Qwen3-30B-A3B      # predicted only, from published measurements

@@ -1,4 +1,4 @@
-"""Write a random Qwen3-MoE checkpoint whose weights outweigh the process: for memory measurements, not for quality.
+"""This script writes a random Qwen3-MoE checkpoint whose weights outweigh the process: for memory measurements, not for quality.
 
     python benchmarks/make_random_checkpoint.py OUT [--layers 10]      # 10 layers: 2.1 GB
 

@@ -1,4 +1,4 @@
-"""Peak memory of every stage and of the running artifact, beside what was promised, on a checkpoint that outweighs the process.
+"""This script compares the peak memory of every stage and of the running artifact with what was promised, on a large checkpoint.
 
     python benchmarks/memory.py CHECKPOINT [--work DIR] [--share 0.5 0.25] [--target gguf] [--rounding feedback]
 

@@ -1,4 +1,4 @@
-"""Dropping and repairing beside merging: KL on held-out text at the same kept counts, nothing quantized; and what gains alone would do.
+"""This script compares dropping and repairing with merging, by KL on held-out text at the same kept counts, with nothing quantized.
 
     python benchmarks/merging.py [--work DIR] [--tokens 5120] [--calibration-tokens 16384]
 

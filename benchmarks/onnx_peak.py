@@ -1,4 +1,4 @@
-"""Peak memory of ONNX Runtime processes on random artifacts of 4 to 540 MiB, beside what was predicted from their shapes.
+"""This script compares the peak memory of ONNX Runtime processes on random artifacts with what was predicted from their shapes.
 
     python benchmarks/onnx_peak.py [--folder /tmp] [--only NAME ...]
 

@@ -1,4 +1,4 @@
-"""Speed of ONNX artifacts: does decoding slow down with more experts, and how fast is the same model as GGUF in llama.cpp?
+"""This script times ONNX artifacts: whether decoding slows down with more experts, and how fast the same model is as GGUF.
 
     python benchmarks/onnx_speed.py [--rounds 7] [--threads 1] [--folder /tmp]
 

@@ -1,4 +1,4 @@
-"""A width for every expert, against one for a layer's experts and against PMQ's rule, at equal file bytes: KL measured in onnxruntime.
+"""This script compares a width for every expert with one for a layer's experts and with PMQ's rule, at equal bytes in onnxruntime.
 
     python benchmarks/onnx_widths.py examples/tiny-moe-b examples/tiny-moe [--work DIR] [--tokens 5120] [--rounding stock]
 

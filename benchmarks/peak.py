@@ -1,4 +1,4 @@
-"""Peak memory of llama.cpp processes on random GGUFs of half a gigabyte and more, beside what was predicted from their shapes.
+"""This script compares the peak memory of llama.cpp processes on large random GGUFs with what was predicted from their shapes.
 
     python benchmarks/peak.py [--folder /tmp] [--only NAME ...]
 

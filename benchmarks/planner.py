@@ -1,4 +1,4 @@
-"""How long planning takes: five shapes, both forms, three sets of rules, three solvers, each case in a process of its own.
+"""This script times planning: shapes, forms, rules and solvers are combined, and each case has a process of its own.
 
     python benchmarks/planner.py [--shape kimi-k2] [--form experts] [--rules none] [--solver highs]
 

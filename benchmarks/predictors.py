@@ -1,4 +1,4 @@
-"""Which figure predicts what a plan costs?  Random plans, each priced by every predictor and measured on held-out text.
+"""This script asks which figure predicts what a plan costs: every predictor prices random plans, and held-out text measures them.
 
     python benchmarks/predictors.py examples/tiny-moe [--plans 120] [--work DIR]
 

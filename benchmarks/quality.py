@@ -1,4 +1,4 @@
-"""Our builds beside what people do today, at equal bytes: one table, one picture, all measured in llama.cpp on the same held-out text.
+"""This script compares our builds with what people do today, at equal bytes, all measured in llama.cpp on the same held-out text.
 
     python benchmarks/quality.py examples/tiny-moe [--work DIR] [--tokens 10240] [--seeds 0 1]
 

@@ -1,4 +1,4 @@
-"""Predicted beside measured, before and after one refinement: plans at eight budgets, repaired, written and run in llama.cpp.
+"""This script compares KL predicted with KL measured, before and after one refinement, for plans at eight budgets run in llama.cpp.
 
     python benchmarks/refine.py [examples/tiny-moe examples/tiny-moe-b] [--work DIR] [--tokens 81920] [--jobs 2]
 

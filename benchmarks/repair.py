@@ -1,4 +1,4 @@
-"""What dropping experts costs before and after repair, everything else unquantized: one table, KL on held-out text by domain.
+"""This script measures what dropping experts costs before and after repair, with nothing quantized: KL on held-out text by domain.
 
     python benchmarks/repair.py [--work DIR] [--tokens 5120] [--models examples/tiny-moe examples/tiny-moe-b]
 

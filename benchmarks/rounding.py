@@ -1,4 +1,4 @@
-"""Feedback against the stock quantizer, tensor by tensor at equal bytes: errors on held-out text, one table.
+"""This script compares feedback rounding with the stock quantizer, matrix by matrix at equal bytes, by errors on held-out text.
 
     python benchmarks/rounding.py [--tokens 16384] [--experts 4] [--models examples/tiny-moe examples/tiny-moe-b] [--work DIR]
 

@@ -1,4 +1,4 @@
-"""File sizes from shapes alone beside published ones: one table.
+"""This script compares file sizes from shapes alone with published ones.
 
     python benchmarks/sizes.py > benchmarks/results/sizes.md
 

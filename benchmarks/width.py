@@ -1,4 +1,4 @@
-"""Fewer experts, narrower experts or fewer bits: plans with the width free beside plans without, at equal bytes; and which neurons to keep.
+"""This script compares plans of narrower experts with plans of the full width at equal bytes, and scores that say which neurons stay.
 
     python benchmarks/width.py [--work DIR] [--tokens 5120] [--calibration-tokens 32768] [--models examples/tiny-moe-b]
 
