@@ -1,4 +1,4 @@
-"""Fewer active experts: KL and decode speed at each top-k in files of equal size, and what the refit makes good.
+"""This script measures KL and decode speed at each number of active experts in files of equal size, and what the refit makes good.
 
     python benchmarks/active.py [--work DIR] [--bits 3] [--tokens 5120] [--calibration-tokens 16384] [--rounds 5]
 
@@ -12,37 +12,39 @@ two layers, told how many experts a token takes.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import table
+from arguments import make_parser
+from measure import Reference
 from onnx_speed import rounds, runner
 from peak import QWEN, types
 from peak import write as write_random
-from repair import kl_by_domain
 from shapes import gqa
 
-from edgemoe.ir import Model, Plan
+from edgemoe.ir import Plan
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
-from edgemoe.pipeline.request import BuildRequest
+from edgemoe.pipeline.request import BuildRequest, Job
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import UNSEEN, narrow_experts
-from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import choose_texts
-from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target, gguf
-from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 CONTEXT = 160  # tokens, of the speed runs and of the plans
+COLUMNS = """\
+The files of a model hold equal bytes of weights, as `edgemoe build --top-k N --rounding stock` writes them; "kept" counts the experts
+that stay in each layer.  "Over full top-k" is the KL measured of a file over the KL measured of the file with the checkpoint's own top-k.
+In the second table the model runs in transformers: "none" changes top-k and nothing else, "closed form" refits W_down, and "and descent"
+refits all three matrices as a build does.  "Charged" is what a plan is charged for it: the KL on calibration text that nothing was fitted
+to, times the factor for unseen text where something was refitted."""
 
 
 def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Plan, Path]:
@@ -53,8 +55,18 @@ def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Pl
     request = BuildRequest(
         model=source, memory=room, out=work, calibration_tokens=options.calibration_tokens, rounding="stock", top_k=top_k
     )
-    texts = choose_texts((), ())[0]
-    offer, plan = plan_widths(request, original, [original.expert.size], top_k, target, CONTEXT, texts, work, lambda *_: None)
+    texts, heldout = choose_texts((), ())
+    job = Job(
+        request=request,
+        model=original,
+        target=target,
+        context=CONTEXT,
+        widths=(original.expert.size,),
+        top_k=top_k,
+        calibration=texts,
+        heldout=heldout,
+    )
+    offer, plan = plan_widths(job, work, lambda *_: None)
     known = (original, texts, offer.stats, plan, work)
     stored = store_weights(*known, narrowed=offer.narrowed, rounding="stock", max_tokens=options.calibration_tokens)
     folder = work / f"top-{top_k}"
@@ -64,14 +76,10 @@ def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Pl
 def compare_files(source: str, options: argparse.Namespace) -> list[str]:
     """Rows of the first table."""
     model = inspect_model(source)
-    work = options.work / model.name
     files = {k: write_file(source, k, options) for k in range(model.top_k, 0, -1)}
-    heldout = choose_texts((), ())[1]
-    windows = tokenize_heldout(model, heldout, options.tokens)
-    states, found = reference_states(model, windows, work), {}
+    reference, found = Reference(model, choose_texts((), ())[1], options.tokens, options.work / model.name), {}
     for top_k, (_, path) in files.items():
-        scores = compare_logits(path, model, windows, states, [t.name for t in heldout], gguf)  # type: ignore[arg-type]
-        found[top_k] = float(np.mean([s.kl_mean for s in scores]))
+        found[top_k] = reference.kl_of_file(path)
         print(model.name, top_k, files[top_k][0].predicted_kl, found[top_k], flush=True)
     speeds = rounds({str(k): runner(gguf, path, 1) for k, (_, path) in files.items()}, options.rounds)
     rows = []
@@ -87,14 +95,8 @@ def compare_refits(source: str, options: argparse.Namespace) -> list[str]:
     """Rows of the second table."""
     model, rows = inspect_model(source), []
     calibration, heldout = choose_texts([], [])
-    windows = tokenize(model, heldout, options.tokens, 512)
     work = options.work / model.name
-    work.mkdir(parents=True, exist_ok=True)
-    original = final_states(model, windows, work)
-
-    def measure(changed: Model) -> np.ndarray:
-        return kl_by_domain(model, windows, original, final_states(changed, windows, work), len(heldout))
-
+    reference = Reference(model, heldout, options.tokens, work)
     for top_k in range(model.top_k - 1, 0, -1):
         for name, epochs in (("none", -1), ("closed form", 0), ("and descent", EPOCHS)):
             made = narrow_experts(
@@ -103,7 +105,7 @@ def compare_refits(source: str, options: argparse.Namespace) -> list[str]:
                 max_tokens=options.calibration_tokens,
                 epochs=epochs,
             )
-            found = measure(made.model)
+            found = reference.kl_of_model(made.model)
             charged = (UNSEEN if epochs >= 0 else 1.0) * np.mean(made.kl)
             rows.append(
                 f"| {model.name} | {top_k} | {name} | **{found.mean():.4f}** | {found.max():.4f} | {np.mean(made.kl):.4f} | {charged:.4f} |"
@@ -129,21 +131,17 @@ def compare_speeds(count: int) -> list[str]:
 
 def main() -> None:
     """Measure everything and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=5120, calibration_tokens=16_384, results="active.md")
     parser.add_argument("--models", nargs="+", default=["examples/tiny-moe-b", "examples/tiny-moe"])
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and weights are kept here between runs")
     parser.add_argument("--bits", type=float, default=3.0, help="of the file for each weight of the original")
-    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
-    parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where active.md goes")
     options = parser.parse_args()
     refits = [row for source in options.models for row in compare_refits(source, options)]
     files = [row for source in options.models for row in compare_files(source, options)]
     speeds = compare_speeds(options.rounds)
-    made = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores shared with other work"
+    made = table.made_by("python benchmarks/active.py", "cores shared with other work")
     speed = f"Speed: tokens/s in llama.cpp with one thread, median of {options.rounds} rounds, best in brackets"
-    heads = (
+    heads = [
         "model",
         "top-k",
         "kept",
@@ -154,35 +152,33 @@ def main() -> None:
         "over full top-k",
         "prompt",
         "decode",
-    )
+    ]
     lines = [
         "# Fewer active experts (`--top-k`): KL in nats per token, and speed",
         "",
-        f"`python benchmarks/active.py`, {made}; {options.calibration_tokens} calibration tokens, {options.tokens} held out.",
+        f"{made}; {options.calibration_tokens} calibration tokens, {options.tokens} held out.",
+        "",
+        COLUMNS,
         "",
         f"{speed}.",
         "",
         f"## Files of {options.bits:g} bits for each weight, stock rounding",
         "",
-        f"| {' | '.join(heads)} |",
-        "|" + "---|" * len(heads),
+        *table.head(heads),
         *files,
         "",
         "## Nothing quantized, every expert kept",
         "",
-        "| model | top-k | refit | KL held out, mean of texts | worst text | KL on unfitted calibration text | charged |",
-        "|" + "---|" * 7,
+        *table.head(["model", "top-k", "refit", "KL held out, mean of texts", "worst text", "KL on unfitted calibration text", "charged"]),
         *refits,
         "",
         "## Speed alone: random weights, 64 experts of Qwen3-30B's widths, two layers, Q4_K",
         "",
-        "| top-k | prompt tokens/s | decode tokens/s | decode, best over best of top-8 |",
-        "|" + "---|" * 4,
+        *table.head(["top-k", "prompt tokens/s", "decode tokens/s", "decode, best over best of top-8"]),
         *speeds,
         "",
     ]
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "active.md").write_text("\n".join(lines))
+    table.save(options.results, "active.md", lines)
 
 
 if __name__ == "__main__":

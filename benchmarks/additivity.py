@@ -1,4 +1,4 @@
-"""Do the KLDs of single degraded tensors add up to that of the whole model?  Real models, measured by others.
+"""This script asks whether the KLDs of single degraded tensors add up to that of the whole model, on published measurements.
 
     python benchmarks/additivity.py SENSITIVITY_FOLDER
 
@@ -9,17 +9,19 @@ tensors of (KLD - floor), tensors that were degraded together counted once, over
 from __future__ import annotations
 
 import csv
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from arguments import make_parser
 from distil_priors import FLOOR_QUANTILE, LAYERS, MOE, TENSOR, find_groups
 
 
 def main() -> None:
     """Print a line for each pair, and the quartiles."""
-    folder = Path(sys.argv[1])
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="SENSITIVITY_FOLDER")
+    folder: Path = parser.parse_args().folder
     single: dict[tuple[str, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for row in csv.DictReader((folder / "tensor_sensitivity.csv").open()):
         match = TENSOR.fullmatch(row["tensor"])

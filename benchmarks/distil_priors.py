@@ -1,4 +1,4 @@
-"""Published measurements of large MoE models -> the small tables that `edgemoe.generic` prices unmeasured models with.
+"""This script distils published measurements of large MoE models into the tables that `edgemoe.price.priors` prices others with.
 
     python benchmarks/distil_priors.py SENSITIVITY_FOLDER ROUTING_FOLDER
 
@@ -14,12 +14,12 @@ import csv
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser
 
 OUT = Path(__file__).parents[1] / "edgemoe" / "price" / "data"
 OWN = "GLM-5.2"
@@ -176,7 +176,11 @@ def fit_drops(share: np.ndarray, domains: list[str], masks: dict[str, np.ndarray
 
 def main() -> None:
     """Read the folders, write the two files."""
-    sensitivity, routing = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = make_parser(__doc__)
+    parser.add_argument("sensitivity", type=Path, metavar="SENSITIVITY_FOLDER")
+    parser.add_argument("routing", type=Path, metavar="ROUTING_FOLDER")
+    options = parser.parse_args()
+    sensitivity, routing = options.sensitivity, options.routing
     curves = read_curves(sensitivity / "qtype_curve.csv")
     nats = {m: subtract_floor(raw) for m, raw in read_sensitivities(sensitivity / "tensor_sensitivity.csv").items()}
     pooled = pool_curves(curves)

@@ -1,4 +1,4 @@
-"""Plans run in transformers instead of llama.cpp: any experts dropped, any tensor in any format, KL in a second or two.
+"""A Forward runs plans in transformers instead of llama.cpp: any experts dropped, any tensor in any format, KL in a second or two.
 
 The whole model is held in memory, so this is for small ones.  Rounded tensors are the target's own, kept between plans.
 """

@@ -1,4 +1,4 @@
-"""How far generic prices can be trusted: every measured model priced from the others, beside its own measurements.
+"""This script says how far generic prices can be trusted: it prices every measured model from the others, beside its own measurements.
 
     python benchmarks/generic.py SENSITIVITY_FOLDER > benchmarks/results/generic.md
 
@@ -10,10 +10,10 @@ everywhere would take, chosen by the generic prices and by its own; what the fir
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
+from arguments import make_parser
 from distil_priors import fit_curve, n_layers_of, pool_curves, pool_roles, read_curves, read_sensitivities, relative_curve, subtract_floor
 
 from edgemoe.ir import is_planned
@@ -60,7 +60,9 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Print the table."""
-    folder = Path(sys.argv[1])
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="SENSITIVITY_FOLDER")
+    folder: Path = parser.parse_args().folder
     curves = read_curves(folder / "qtype_curve.csv")
     nats = {m: subtract_floor(raw) for m, raw in read_sensitivities(folder / "tensor_sensitivity.csv").items()}
     print("# Generic prices against measured ones\n")

@@ -1,4 +1,4 @@
-"""Golden bytes: SHA-256 of prices, plans and artifacts of small builds, so that a change of form can prove that it changes no number.
+"""This script hashes prices, plans and artifacts of small builds, so that a change of form can prove that it changes no number.
 
     python benchmarks/golden.py --work DIR [--record] [--only NAME ...]
 
@@ -9,7 +9,6 @@ benchmarks/results/golden.json; they hold for one kind of machine (the record na
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "golden.json"
@@ -170,7 +170,7 @@ def run_case(name: str, case: Case, model: Path, work: Path) -> dict[str, str]:
 
 def main() -> None:
     """Run the cases and compare, or record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--only", nargs="+", default=[], help="parts of names")

@@ -1,4 +1,4 @@
-"""Imported prices beside measured ones: what plans made from an imatrix file cost by the model's own prices, and in llama.cpp.
+"""This script compares imported prices with measured ones: plans from an imatrix file are priced by the model's own and run.
 
     python benchmarks/imported.py examples/tiny-moe examples/tiny-moe-b [--work DIR] [--tokens 5120]
 
@@ -15,12 +15,12 @@ on held-out text; plans from an imatrix are written with its importance, all oth
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from bench import Bench
-from peers import mean_kl
+import table
+from arguments import make_parser
+from calibrated import CalibratedModel
 
 from edgemoe.base.errors import BudgetError
 from edgemoe.calibrate.imatrix import read_imatrix, save_imported_stats
@@ -46,13 +46,15 @@ def measured_nats(costs: Costs, plan: Plan) -> float:
     return float(costs.weights @ (costs.factor @ costs.cost[c, np.arange(len(picks)), picks] + drop))
 
 
-def write_saliency(bench: Bench, path: Path) -> Path:
+def write_saliency(calibrated: CalibratedModel, path: Path) -> Path:
     """REAP sums of every domain, as a user's table."""
     lines = ["layer,expert,score,domain"]
-    for layer in range(bench.model.n_layers):
-        sums = bench.stats.arrays(layer)["gate_norm"]
+    for layer in range(calibrated.model.n_layers):
+        sums = calibrated.stats.arrays(layer)["gate_norm"]
         lines += [
-            f"{layer},{e},{sums[d, e]:.6g},{own.name}" for d, own in enumerate(bench.stats.domains) for e in range(bench.model.n_experts)
+            f"{layer},{e},{sums[d, e]:.6g},{own.name}"
+            for d, own in enumerate(calibrated.stats.domains)
+            for e in range(calibrated.model.n_experts)
         ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -60,53 +62,51 @@ def write_saliency(bench: Bench, path: Path) -> Path:
 
 def compare(source: Path, work: Path, tokens: int) -> None:
     """Print the rows of one model."""
-    bench = Bench(source, work, tokens)
-    model, target = bench.model, bench.target
+    calibrated = CalibratedModel(source, work, tokens)
+    model, target = calibrated.model, calibrated.target
     imported = save_imported_stats(read_imatrix(source / "imatrix.gguf", model), model, work)
-    saliency = read_saliency(write_saliency(bench, work / "saliency.csv"), model)
+    saliency = read_saliency(write_saliency(calibrated, work / "saliency.csv"), model)
     prices = {
         "imatrix": price_imported(model, imported, target, 512),
         "+ saliency": price_imported(model, imported, target, 512, saliency),
         "generic": price_generic(model, target, 512),
     }
-    beside = sum(size for name, size in bench.costs.memory.items() if name != "context")
+    beside = sum(size for name, size in calibrated.costs.memory.items() if name != "context")
     for bits in BITS:
         budget = beside + round(bits * model.n_weights / 8)
         best, cells = 1.0, []
         for way in WAYS:
             try:
-                plan = solve_plan(prices.get(way, bench.costs), budget, rules=(MaxFormats(at_most=1),) if way == "one type" else ())
+                plan = solve_plan(prices.get(way, calibrated.costs), budget, rules=(MaxFormats(at_most=1),) if way == "one type" else ())
             except BudgetError:
                 cells.append("-")
                 continue
-            q = measured_nats(bench.costs, plan)
-            kl = measure(bench, imported if way in ("imatrix", "+ saliency") else bench.stats, plan)
+            q = measured_nats(calibrated.costs, plan)
+            kl = measure(calibrated, imported if way in ("imatrix", "+ saliency") else calibrated.stats, plan)
             best = q if way == "measured" else best
             cells.append(
                 f"{q:.4f} nats, KL {kl:.4f}, keeps {plan.count}" if way == "measured" else f"{q / best:.2f} (KL {kl:.4f}, {plan.count})"
             )
-        print(f"| {model.name} | {bits:g} | " + " | ".join(cells) + " |", flush=True)
+        print(table.row([model.name, f"{bits:g}", *cells]), flush=True)
 
 
-def measure(bench: Bench, stats: Stats, plan: Plan) -> float:
+def measure(calibrated: CalibratedModel, stats: Stats, plan: Plan) -> float:
     """KL of a plan's file, written with one importance matrix."""
 
     def make() -> Path:
-        folder = bench.work / "file"
+        folder = calibrated.work / "file"
         folder.mkdir(exist_ok=True)
-        return bench.target.write(bench.model, stats, plan, folder, 0, None).path
+        return calibrated.target.write(calibrated.model, stats, plan, folder, 0, None).path
 
-    return mean_kl(bench.held, bench.held.measure(make, stats.key, plan.formats, plan.kept))
+    return calibrated.held.mean_kl(calibrated.held.measure(make, stats.key, plan.formats, plan.kept))
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=5120)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--work", type=Path, default=Path("bench"))
-    parser.add_argument("--tokens", type=int, default=5120)
     args = parser.parse_args()
-    print("| model | bits | " + " | ".join(WAYS) + " |\n|" + "---|" * (len(WAYS) + 2))
+    print("\n".join(table.head(["model", "bits", *WAYS])))
     for source in args.models:
         compare(source, args.work / source.name, args.tokens)
 

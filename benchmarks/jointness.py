@@ -1,4 +1,4 @@
-"""What deciding jointly is worth: the joint optimum beside the usual ways to get into the same bytes, on the same prices.
+"""This script compares the joint optimum with the usual ways to get into the same bytes, on the same prices.
 
     python benchmarks/jointness.py examples/tiny-moe [--work DIR] [--tokens 5120]
     python benchmarks/jointness.py --generic GLM-5.2 Qwen3-30B-A3B      # predicted only, from published measurements
@@ -14,14 +14,12 @@ KL is measured in llama.cpp on held-out text.  Survivors are not repaired here, 
 
 from __future__ import annotations
 
-import argparse
-import platform
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import Bench
-from yardstick import mean_and_error
+import table
+from arguments import make_parser
+from calibrated import CalibratedModel
 
 from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.ir import Costs, Plan
@@ -37,6 +35,11 @@ SIZES = (0.45, 0.33, 0.24, 0.17, 0.12)  # of the checkpoint's bytes
 BITS = (4.0, 2.5, 1.5)  # bytes of the file over all weights, for shapes
 PRESETS = {"bits only": "types-only", "drops only": "drops-only"}  # as `edgemoe plan --preset` knows them
 WAYS = ("joint", "bits only", "drops only", "round ratio", "one type", "equal layers")
+COLUMNS = """\
+All ways take the same prices and the same budget, and differ in their limits alone: "joint" has none, "bits only" keeps every expert,
+"drops only" stores every tensor in Q8_0, "round ratio" keeps a round share of the experts (whichever share is best), "one type" stores
+the whole file in one type, and "equal layers" gives every layer the same bytes for its experts."""
+UNREPAIRED = "Survivors are not repaired, so that the ways differ in nothing but their plans."
 
 
 def tries(costs: Costs, way: str, joint: Plan) -> Iterator[list[Rule]]:
@@ -76,10 +79,9 @@ def predict(name: str, results: Path) -> None:
     """The table of a shape whose prices come from published measurements: nothing is emitted."""
     costs = price_config(name)
     lines = [f"# {name}: what deciding jointly is worth, predicted", ""]
-    when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
-    lines += [f"`python benchmarks/jointness.py --generic {name}`, {when}. Prices: {costs.origin}.", ""]
-    lines += ["In each cell: nats per token predicted (times the joint optimum), kept experts.", ""]
-    lines += ["| file GB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
+    lines += [f"{table.made_by(f'python benchmarks/jointness.py --generic {name}')}. Prices: {costs.origin}.", ""]
+    lines += [COLUMNS, "", "Each cell holds the nats per token predicted (times the joint optimum) and the kept experts.", ""]
+    lines += table.head(["file GB", *WAYS])
     weights = sum(u.n_weights for u in costs.units)
     beside = peak({**costs.memory, "weights": 0, "staging": 0})
     for bits in BITS:
@@ -89,35 +91,29 @@ def predict(name: str, results: Path) -> None:
         for way in WAYS:
             plan = best_of(costs, budget, way, joint)
             cells.append("does not fit" if plan is None else f"**{plan.q:.3f}** ({plan.q / joint.q:.2f}), {plan.count}")
-        lines.append(f"| {(budget - beside) / 1e9:.1f} ({bits} bits) | " + " | ".join(cells) + " |")
-    text = "\n".join([*lines, ""])
-    results.mkdir(parents=True, exist_ok=True)
-    (results / f"jointness-{name.lower()}.md").write_text(text)
-    print(text)
+        lines.append(table.row([f"{(budget - beside) / 1e9:.1f} ({bits} bits)", *cells]))
+    print(table.save(results, f"jointness-{name.lower()}.md", [*lines, ""]))
 
 
 def main() -> None:
     """Plan, emit and measure every way at every size; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=5120, results="jointness-NAME.md")
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--generic", nargs="+", default=[], metavar="SHAPE")
-    parser.add_argument("--work", type=Path, default=Path("bench"))
-    parser.add_argument("--tokens", type=int, default=5120)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     for name in options.generic:
         predict(name, options.results)
     if options.model is None:
         return
-    bench = Bench(options.model, options.work / options.model.name, options.tokens)
-    costs, overhead = bench.costs, bench.overhead  # without repair, which needs minutes for each plan
-    lines = [f"# {bench.model.name}: what deciding jointly is worth", ""]
-    when = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
-    lines += [f"`python benchmarks/jointness.py {options.model}`, {when}.", ""]
-    lines += ["In each cell: KL measured (predicted) in nats per token, kept experts, file MB.", ""]
-    lines += ["| budget MB | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1)]
+    calibrated = CalibratedModel(options.model, options.work / options.model.name, options.tokens)
+    costs, overhead = calibrated.costs, calibrated.overhead  # without repair, which needs minutes for each plan
+    lines = [f"# {calibrated.model.name}: what deciding jointly is worth", ""]
+    lines += [f"{table.made_by(f'python benchmarks/jointness.py {options.model}')}.", ""]
+    lines += [COLUMNS, UNREPAIRED, ""]
+    lines += ["Each cell holds the KL measured (predicted) in nats per token, the kept experts and the file size in MB.", ""]
+    lines += table.head(["budget MB", *WAYS])
     for share in SIZES:
-        budget = overhead + round(share * bench.model.n_bytes)
+        budget = overhead + round(share * calibrated.model.n_bytes)
         joint = solve_plan(costs, budget)
         cells = []
         for way in WAYS:
@@ -125,15 +121,11 @@ def main() -> None:
             if plan is None:
                 cells.append("does not fit")
                 continue
-            made_from = ("types", bench.imatrix, sorted(plan.formats.items()), plan.kept)
-            made = bench.held.measure(lambda plan=plan: bench.write(plan.formats, plan.kept), *made_from)
-            kl = mean_and_error(bench.held.split(made.kl))[0]
-            cells.append(f"**{kl:.4f}** ({plan.predicted_kl:.4f}), {plan.count}, {made.size / 1e6:.2f}")
-        lines.append(f"| {budget / 1e6:.1f} | " + " | ".join(cells) + " |")
-    text = "\n".join([*lines, ""])
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"jointness-{bench.model.name}.md").write_text(text)
-    print(text)
+            made_from = ("types", calibrated.imatrix, sorted(plan.formats.items()), plan.kept)
+            made = calibrated.held.measure(lambda plan=plan: calibrated.write(plan.formats, plan.kept), *made_from)
+            cells.append(f"**{calibrated.held.mean_kl(made):.4f}** ({plan.predicted_kl:.4f}), {plan.count}, {made.size / 1e6:.2f}")
+        lines.append(table.row([f"{budget / 1e6:.1f}", *cells]))
+    print(table.save(options.results, f"jointness-{calibrated.model.name}.md", [*lines, ""]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a random Qwen3-MoE checkpoint whose weights outweigh the process: for memory measurements, not for quality.
+"""This script writes a random Qwen3-MoE checkpoint whose weights outweigh the process: for memory measurements, not for quality.
 
     python benchmarks/make_random_checkpoint.py OUT [--layers 10]      # 10 layers: 2.1 GB
 
@@ -7,12 +7,12 @@ Same seed, same bytes.  Tokenizer and vocabulary are those of examples/tiny-moe.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from arguments import make_parser
 from safetensors.torch import save_file
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-moe"
@@ -86,7 +86,7 @@ def write_checkpoint(out: Path, layers: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=10)
     arguments = parser.parse_args()

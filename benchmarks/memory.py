@@ -1,4 +1,4 @@
-"""Peak memory of every stage and of the running artifact, beside what was promised, on a checkpoint that outweighs the process.
+"""This script compares the peak memory of every stage and of the running artifact with what was promised, on a large checkpoint.
 
     python benchmarks/memory.py CHECKPOINT [--work DIR] [--share 0.5 0.25] [--target gguf] [--rounding feedback]
 
@@ -8,13 +8,14 @@ stock rounding survivors are not repaired either: memory is the same, and random
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from arguments import make_parser
 
 from edgemoe.base.units import format_bytes
 from edgemoe.model.inspect import inspect_model
@@ -38,7 +39,7 @@ def run_stage(*arguments: str) -> tuple[int, float, str]:
 
 def main() -> None:
     """Run the stages one by one and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench/memory"))
     parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.25], help="budgets as shares of the checkpoint's bytes")

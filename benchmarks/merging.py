@@ -1,4 +1,4 @@
-"""Dropping and repairing beside merging: KL on held-out text at the same kept counts, nothing quantized; and what gains alone would do.
+"""This script compares dropping and repairing with merging, by KL on held-out text at the same kept counts, with nothing quantized.
 
     python benchmarks/merging.py [--work DIR] [--tokens 5120] [--calibration-tokens 16384]
 
@@ -11,19 +11,17 @@ after a drop, from there.  "gain": one number for each survivor, folded into W_d
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
+from arguments import make_parser
+from measure import Reference
 from numpy.typing import NDArray
-from repair import kl_by_domain
 
 from edgemoe.base.types import F64
 from edgemoe.calibrate.collect import collect_stats
@@ -35,15 +33,18 @@ from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_cou
 from edgemoe.repair.experts import Experts, Tokens
 from edgemoe.repair.reconstruct import Change, Reconstruction
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
-from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import Text, choose_texts
-from edgemoe.stream.windows import tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import flat_plan
 
 SHARES = (0.75, 0.5)
 BLOCK = 4096  # tokens
+COLUMNS = """\
+"Drop" removes the experts outside the menu's own kept set, and "merge" averages each of them by frequency into the survivor whose outputs
+are most like its own.  "Gain only" fits one number for each survivor, "W_down closed form" refits that matrix by least squares, and
+"descent" refits all three matrices as `edgemoe build` does.  The last two columns are the mean KL of a way over the mean KL of "drop",
+and over that of "ours"."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ merging
@@ -176,9 +177,7 @@ def measure_model(source: str, work: Path, n_tokens: int, calibration_tokens: in
     work.mkdir(parents=True, exist_ok=True)
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work, max_tokens=calibration_tokens)
-    windows = tokenize(model, heldout, n_tokens, 512)
-    original = final_states(model, windows, work)
-    rows = []
+    reference, rows = Reference(model, heldout, n_tokens, work), []
     for share in SHARES:
         plan = flat_plan(model, kept=menu_sets(model, stats, max(model.top_k, round(share * model.n_experts))))
 
@@ -203,7 +202,7 @@ def measure_model(source: str, work: Path, n_tokens: int, calibration_tokens: in
             start = time.perf_counter()
             made = make()
             seconds = time.perf_counter() - start
-            found[name] = kl_by_domain(model, windows, original, final_states(made, windows, work, kept=plan.kept), len(heldout)), seconds
+            found[name] = reference.kl_of_model(made, plan.kept), seconds
             print(model.name, plan.count, name, found[name], flush=True)
         ours = found["drop, then all three by descent (ours)"][0].mean()
         for name, (kl, _) in found.items():
@@ -214,20 +213,19 @@ def measure_model(source: str, work: Path, n_tokens: int, calibration_tokens: in
 
 def main() -> None:
     """Measure everything and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=5120, calibration_tokens=16_384, results="merging.md")
     parser.add_argument("--models", nargs="+", default=["examples/tiny-moe-b", "examples/tiny-moe"])
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and weights are kept here between runs")
-    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
-    parser.add_argument("--calibration-tokens", type=int, default=16_384)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where merging.md goes")
     options = parser.parse_args()
     rows = [row for source in options.models for row in measure_model(source, options.work, options.tokens, options.calibration_tokens)]
-    made = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores; {options.calibration_tokens} calibration tokens"
     lines = [f"# Drop or merge: KL (nats/token) on {options.tokens} held-out tokens, nothing quantized", ""]
-    lines += [f"`python benchmarks/merging.py`, {made}. What stands where: see merging.py.", ""]
-    lines += ["| model | kept | way | KL, mean of texts | worst text | over drop | over ours |", "|" + "---|" * 7, *rows, ""]
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "merging.md").write_text("\n".join(lines))
+    lines += [
+        f"{table.made_by('python benchmarks/merging.py', 'cores')}; {options.calibration_tokens} calibration tokens.",
+        "",
+        COLUMNS,
+        "",
+    ]
+    lines += [*table.head(["model", "kept", "way", "KL, mean of texts", "worst text", "over drop", "over ours"]), *rows, ""]
+    table.save(options.results, "merging.md", lines)
 
 
 if __name__ == "__main__":

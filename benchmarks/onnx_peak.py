@@ -1,4 +1,4 @@
-"""Peak memory of ONNX Runtime processes on random artifacts of 4 to 540 MiB, beside what was predicted from their shapes.
+"""This script compares the peak memory of ONNX Runtime processes on random artifacts with what was predicted from their shapes.
 
     python benchmarks/onnx_peak.py [--folder /tmp] [--only NAME ...]
 
@@ -10,7 +10,6 @@ with that in its place.  Bounds: never more than predicted, and "here" within 5 
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser
 
 from edgemoe.ir import Model
 from edgemoe.ir.memory import peak
@@ -110,7 +110,7 @@ def measure(case: Case, folder: str) -> tuple[Model, int, int, int]:
 
 def main() -> None:
     """Print a table, and say what is out of bounds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--only", nargs="+", default=[])
     options = parser.parse_args()

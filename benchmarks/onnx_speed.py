@@ -1,4 +1,4 @@
-"""Speed of ONNX artifacts: does decoding slow down with more experts, and how fast is the same model as GGUF in llama.cpp?
+"""This script times ONNX artifacts: whether decoding slows down with more experts, and how fast the same model is as GGUF.
 
     python benchmarks/onnx_speed.py [--rounds 7] [--threads 1] [--folder /tmp]
 
@@ -8,7 +8,6 @@ rounds, and the best round behind them.  Bound: a token takes at most 1.3 times 
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from arguments import make_parser
 from peak import types
 from peak import write as write_random_gguf
 
@@ -119,7 +119,7 @@ def compare_runtimes(folder: Path, count: int, threads: int) -> None:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)

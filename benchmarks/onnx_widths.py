@@ -1,4 +1,4 @@
-"""A width for every expert, against one for a layer's experts and against PMQ's rule, at equal file bytes: KL measured in onnxruntime.
+"""This script compares a width for every expert with one for a layer's experts and with PMQ's rule, at equal bytes in onnxruntime.
 
     python benchmarks/onnx_widths.py examples/tiny-moe-b examples/tiny-moe [--work DIR] [--tokens 5120] [--rounding stock]
 
@@ -11,20 +11,18 @@ file is that of everything at 8 bits.  What was measured is kept in the work fol
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
+import itertools
 import shutil
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import table
+from arguments import make_parser
+from measure import Reference, remembered
 
-from edgemoe.base.errors import BudgetError
-from edgemoe.base.storage import hash_json, write_text
+from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.storage import hash_json
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Plan, counts_text
 from edgemoe.model.inspect import inspect_model
@@ -36,16 +34,19 @@ from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import ROUNDINGS, discount
 from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 6
 AS_LARGE = 0.97  # of our file: smaller ones, of rules that have no use for more bytes, are shown and not compared
-PRESETS = {"layer": "layer-uniform", "PMQ": "pmq"}  # as `edgemoe plan --preset` knows them
-METHODS = ("expert", *PRESETS)
+METHODS = ("expert", "layer", "PMQ")
+COLUMNS = """\
+Each cell holds the KL measured; in brackets stand the KL predicted, the experts kept in a layer, and the file size in MB.  All plans take
+the same prices: "a width for each expert" decides drops and formats freely, "one for a layer's experts" stores the experts of a layer
+alike, and PMQ gives every expert its bits by PMQ's own importance, one format to all else, and drops nothing.  A ratio compares two files
+only where the second has at least 0.97 times the bytes of the first."""
 
 
-class Bench:
-    """A model with prices whose budget is the file's, and what was measured of it before."""
+class PricedModel:
+    """A model with prices whose budget is the file's bytes alone, and the plan and the KL of each method."""
 
     def __init__(self, source: Path, work: Path, tokens: int, rounding: str) -> None:
         self.model, self.target, self.work, self.rounding = inspect_model(source), find_target("onnx"), work, rounding
@@ -56,11 +57,9 @@ class Bench:
         prices = discount(priced, repair=True, rounding=rounding)
         nothing = np.zeros_like(prices.extra)
         self.costs: Costs = replace(prices, extra=nothing, staging=nothing, memory={**dict.fromkeys(prices.memory, 0), "context": 512})
-        self.names = [t.name for t in heldout]
-        self.windows = tokenize_heldout(self.model, heldout, tokens)
-        self.states = reference_states(self.model, self.windows, work)
-        self.cache = work / "onnx-widths.json"
-        self.known: dict[str, Any] = json.loads(self.cache.read_text()) if self.cache.exists() else {}
+        self.reference = Reference(self.model, heldout, tokens, work, self.target)
+        arrays = [self.stats.arrays(layer) for layer in range(self.model.n_layers)]
+        self.tokens, self.gates = (np.stack([a[name].sum(axis=0).astype(float) for a in arrays]) for name in ("count", "gate"))
 
     def plan(self, method: str, size: int) -> Plan | None:
         """The plan of a method for a file of at most `size` bytes; None: it has none."""
@@ -74,35 +73,35 @@ class Bench:
     def measure(self, plan: Plan) -> float:
         """Mean KL over the held-out texts."""
         stored_as = (self.rounding, plan.repair, self.stats.key)
-        key = hash_json(plan.kept, plan.formats, stored_as, self.windows.tokens.tolist())
-        if key not in self.known:
+        key = hash_json(plan.kept, plan.formats, stored_as, self.reference.windows.tokens.tolist())
+
+        def make() -> float:
             folder, weights = self.work / "file", self.work / "weights"
             for made in (folder, weights):
                 made.mkdir(exist_ok=True)
             stored = store_weights(self.model, self.calibration, self.stats, plan, weights, rounding=self.rounding)
             artifact = self.target.write(stored, self.stats, plan, folder, 0, None)
             assert artifact.model_size == plan.file_size
-            scores = compare_logits(artifact.path, self.model, self.windows, self.states, self.names, self.target)
-            self.known[key] = float(np.mean([s.kl_mean for s in scores]))
-            write_text(self.cache, json.dumps(self.known))
+            kl = self.reference.kl_of_file(artifact.path)
             shutil.rmtree(folder)
             shutil.rmtree(weights)
-        kl: float = self.known[key]
-        return kl
+            return kl
+
+        return float(remembered(self.work / f"onnx-{key[:16]}.json", make))
 
 
-def rows(bench: Bench) -> list[list[tuple[Plan, float] | None]]:
+def compare_methods(priced: PricedModel) -> list[list[tuple[Plan, float] | None]]:
     """For each budget, plan and measured KL of each method."""
-    eight = {unit.name: bench.costs.formats.index("INT8_128") for unit in bench.costs.units}
-    largest = int(bench.costs.fixed_size[0] + sum(bench.costs.size[0, u, f] for u, f in enumerate(eight.values())))
-    least = (least_budget(bench.costs) or 0) * 2
+    eight = {unit.name: priced.costs.formats.index("INT8_128") for unit in priced.costs.units}
+    largest = int(priced.costs.fixed_size[0] + sum(priced.costs.size[0, u, f] for u, f in enumerate(eight.values())))
+    least = (least_budget(priced.costs) or 0) * 2
     found = []
     for i in range(BUDGETS):
         size = round(largest * (least / largest) ** (i / (BUDGETS - 1)))
         line: list[tuple[Plan, float] | None] = []
         for method in METHODS:
-            plan = bench.plan(method, size)
-            line.append(None if plan is None else (plan, bench.measure(plan)))
+            plan = priced.plan(method, size)
+            line.append(None if plan is None else (plan, priced.measure(plan)))
             print(method, size, line[-1] and (counts_text(line[-1][0]), line[-1][0].predicted_kl, line[-1][1]), flush=True)
         found.append(line)
     return found
@@ -116,14 +115,12 @@ def cell(entry: tuple[Plan, float] | None) -> str:
     return f"{kl:.4f} ({plan.predicted_kl:.4f}, {counts_text(plan)}, {plan.file_size / 1e6:.2f})"
 
 
-def table(bench: Bench, lines: list[list[tuple[Plan, float] | None]]) -> list[str]:
+def model_lines(priced: PricedModel, lines: list[list[tuple[Plan, float] | None]]) -> list[str]:
     """One model's results as Markdown."""
-    tokens = int(bench.windows.lengths.sum())
-    out = [f"## {bench.model.name}, {tokens} held-out tokens of {', '.join(bench.names)}", ""]
-    out += [
-        "| file MB | a width for each expert | one for a layer's experts | PMQ, 2 to 4 bits | expert / layer | expert / PMQ |",
-        "|" + "---|" * 6,
-    ]
+    tokens = int(priced.reference.windows.lengths.sum())
+    out = [f"## {priced.model.name}, {tokens} held-out tokens of {', '.join(priced.reference.names)}", ""]
+    ways = ["a width for each expert", "one for a layer's experts", "PMQ, 2 to 4 bits"]
+    out += table.head(["file MB", *ways, "expert / layer", "expert / PMQ"])
     ratios: list[list[float]] = [[], []]
     for line in lines:
         ours = line[0]
@@ -141,32 +138,23 @@ def table(bench: Bench, lines: list[list[tuple[Plan, float] | None]]) -> list[st
 
 def main() -> None:
     """Measure every model; write one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=5120, results="onnx-widths.md")
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="calibration, prices and results are kept here between runs")
-    parser.add_argument("--tokens", type=int, default=5120, help="held-out tokens of all five texts")
     parser.add_argument("--rounding", choices=ROUNDINGS, default=ROUNDINGS[0], help="how matrices are rounded")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     stock = " --rounding stock" if options.rounding == "stock" else ""
     command = f"python benchmarks/onnx_widths.py {' '.join(map(str, options.models))}{stock}"
     runtime = find_target("onnx").runtime()
     text = ["# ONNX: what a width for every expert is worth, KL (nats per token) at equal file bytes", ""]
     text += [
-        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {runtime}; repaired where experts go, "
-        f"{options.rounding} rounding.",
+        f"{table.made_by(command, 'cores')}, {runtime}; repaired where experts go, {options.rounding} rounding.",
         "",
     ]
-    text += [
-        "KL measured; in brackets KL predicted, experts kept in a layer, file size in MB. What each column may decide: see onnx_widths.py.",
-        "",
-    ]
+    text += [COLUMNS, ""]
     for source in options.models:
-        bench = Bench(source, options.work / source.name, options.tokens, options.rounding)
-        text += table(bench, rows(bench))
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"onnx-widths{stock and '-stock'}.md").write_text("\n".join(text))
-    print("\n".join(text))
+        priced = PricedModel(source, options.work / source.name, options.tokens, options.rounding)
+        text += model_lines(priced, compare_methods(priced))
+    print(table.save(options.results, f"onnx-widths{stock and '-stock'}.md", text))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak memory of llama.cpp processes on random GGUFs of half a gigabyte and more, beside what was predicted from their shapes.
+"""This script compares the peak memory of llama.cpp processes on large random GGUFs with what was predicted from their shapes.
 
     python benchmarks/peak.py [--folder /tmp] [--only NAME ...]
 
@@ -8,7 +8,6 @@ it by more than max(1 %, 2 MiB).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import platform
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import make_parser
 
 from edgemoe.ir.memory import Settings
-from edgemoe.targets.gguf.ask import child_settings
 from edgemoe.targets.gguf.formats import quantize
-from edgemoe.targets.gguf.memory import predict_peak
 from edgemoe.targets.gguf.run import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from oracles import child_settings, predict_peak
 from shapes import Tiny, gqa, mla, sliding, write_sparse  # the same shapes that the memory model is tested on
 
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
@@ -110,7 +109,7 @@ def measure(tiny: Tiny, settings: Settings, folder: str) -> tuple[int, int, int,
 
 def main() -> None:
     """Print a table, and say what is out of bounds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--only", nargs="+", default=[])
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How long planning takes: five shapes, both forms, three sets of rules, three solvers, each case in a process of its own.
+"""This script times planning: shapes, forms, rules and solvers are combined, and each case has a process of its own.
 
     python benchmarks/planner.py [--shape kimi-k2] [--form experts] [--rules none] [--solver highs]
 
@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import table
+from arguments import make_parser
 
 from edgemoe.ir import Costs, Plan, Unit
 from edgemoe.model.routing.kept_sets import offered_counts
@@ -43,6 +44,10 @@ PINS = 20
 DOMAINS = ("english", "german", "python", "math")
 CONTEXT_BYTES = {"context": 8192, "runtime": 2 * 10**8, "kv": 10**9, "compute": 3 * 10**8, "output": 10**6}
 MOST_SECONDS = 120  # wall clock, of a case
+COLUMNS = """\
+Each row plans one synthetic price list in a process of its own.  The form "experts" gives every expert a format, and "stacks" gives one
+format to all experts of a layer's matrix.  The rules "active bytes" limit what a token reads, and "pins and groups" pin single experts
+and keep some of every routing group.  "Experts kept" is the share of experts that the plan keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +331,7 @@ def table_row(case: tuple[str, str, str, str], found: dict[str, Any] | str) -> s
 
 def main() -> None:
     """Run the cases asked for and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for option, known in (("shape", tuple(SHAPES)), ("form", FORMS), ("rules", RULES), ("solver", SOLVERS)):
         parser.add_argument(f"--{option}", nargs="+", choices=known, default=known)
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -337,15 +342,16 @@ def main() -> None:
     lines = [
         "# Planning time, Costs in memory -> Plan",
         "",
-        f"`python benchmarks/planner.py`, {date.today()}, {platform.machine()}, {os.cpu_count()} cores (one used), "
+        f"{table.made_by('python benchmarks/planner.py', 'cores (one used)')}, "
         f"Python {platform.python_version()}; synthetic prices, {len(WIDE)} ggml types, budget {SHARE:.0%} of the size in Q8_0,",
         "asked gap 0.01 %.",
         "",
         "Seconds are CPU seconds, of CBC's process too; `numbers` is all that is not the engine (programs, relaxation, PuLP models), in",
         "brackets how many linear and integer programs were solved.  MB: peak of the process with the price list.",
         "",
-        "| shape | form | rules | solver | CPU s | numbers | engine | MB | proven gap | experts kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        COLUMNS,
+        "",
+        *table.head(["shape", "form", "rules", "solver", "CPU s", "numbers", "engine", "MB", "proven gap", "experts kept"]),
     ]
     for case in itertools.product(options.shape, options.form, options.rules, options.solver):
         lines.append(table_row(case, run_child(case)))

@@ -1,4 +1,4 @@
-"""Which figure predicts what a plan costs?  Random plans, each priced by every predictor and measured on held-out text.
+"""This script asks which figure predicts what a plan costs: every predictor prices random plans, and held-out text measures them.
 
     python benchmarks/predictors.py examples/tiny-moe [--plans 120] [--work DIR]
 
@@ -12,19 +12,18 @@ sampled log-likelihoods with respect to it: (a) (sum_t g.D)^2, (b) sum_t (g.D)^2
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import table
 import torch
+from arguments import make_parser
 from forward import MATRICES, STACKS, Forward
+from measure import remembered
 
+from edgemoe.base.storage import hash_json
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Stats
 from edgemoe.model.inspect import inspect_model
@@ -41,6 +40,13 @@ KINDS = ("drop", "quantize", "both")
 SAMPLES = 4  # of the labels, for gradients
 FORMS = "abcdef"
 IN_NATS = ("ours", *(f"form ({c})" for c in FORMS[:5]))
+COLUMNS = """\
+Each plan touches one layer or all of them: experts are dropped at random, tensors get random formats, or both; nothing is repaired.  The
+first three columns are Spearman rank correlations of a predictor with the KL measured: within a layer (the mean over layers), across
+plans that touch one layer each, and among plans that touch all layers.  The last column is told for predictors in nats.  Forms (a) to (f)
+use the true change D of a layer's output on calibration text and gradients g of sampled log-likelihoods: (a) is (sum_t g.D)^2, (b) is
+sum_t (g.D)^2, (c) is sum_t,i g_i^2 D_i^2, (d) is sum_t mean_i(g_i^2) |D|^2, (e) is a layer's mean of that times |D|^2, and (f) is |D|^2,
+each of them halved and per token.  "Ours" is what the price list says."""
 
 
 @dataclass(frozen=True)
@@ -223,18 +229,16 @@ def cell(rows: list[tuple[Trial, float, dict[str, float]]], name: str) -> str:
     return f"{within:.2f} | {rank(single):.2f} | {rank(everywhere):.2f} | {ratio}"
 
 
-def table(model: Model, rows: list[tuple[Trial, float, dict[str, float]]], note: str) -> str:
+def model_page(model: Model, rows: list[tuple[Trial, float, dict[str, float]]], note: str) -> str:
     """A table for each kind of plan."""
-    lines = [f"# {model.name}: what predicts the KL of a plan ({len(rows)} random plans)", "", note, ""]
+    lines = [f"# {model.name}: what predicts the KL of a plan ({len(rows)} random plans)", "", note, "", COLUMNS, ""]
     for kind in KINDS:
         mine = [r for r in rows if r[0].kind == kind]
         names = list(dict.fromkeys(name for _, _, p in mine for name in p))
         kls = [kl for _, kl, _ in mine]
         lines += [f"## {kind}: {len(mine)} plans, KL {min(kls):.4f} to {max(kls):.3f}", ""]
-        lines += [
-            "| predictor | within a layer | across layers | all layers at once | predicted / measured, median (10-90 %) |",
-            "|---|---|---|---|---|",
-        ]
+        correlations = ["within a layer", "across layers", "all layers at once"]
+        lines += table.head(["predictor", *correlations, "predicted / measured, median (10-90 %)"])
         lines += [f"| {name} | {cell(mine, name)} |" for name in names] + [""]
     return "\n".join(lines)
 
@@ -247,45 +251,34 @@ def measure(source: str, work: Path, number: int, tokens: int) -> tuple[Model, l
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work)
     costs = price_cached(model, stats, target, 512, work, None)[0]
-    cache = work / "predictors.json"
-    known: dict[str, Any] = json.loads(cache.read_text()) if cache.exists() else {}
     trials = random_trials(model, number)
     judge = Forward(model, stats, target, tokenize(model, heldout, tokens, 512))
-    pricer: Pricer | None = None
-    rows = []
+    measured = []
     for trial in trials:
-        key = json.dumps([trial.kept, sorted((*u, f) for u, f in trial.formats.items()), tokens])
-        if key not in known:
-            known[key] = float(judge.kl(trial.formats, trial.kept).mean())
-            cache.write_text(json.dumps(known))
+        key = hash_json(trial.kept, sorted((*u, f) for u, f in trial.formats.items()), tokens)
+        measured.append(remembered(work / f"predictors-{key[:16]}.json", lambda t=trial: float(judge.kl(t.formats, t.kept).mean())))
     watch = Forward(model, stats, target, tokenize(model, calibration, tokens, 512))
     watch.rounded = judge.rounded
     pricer = Pricer(model, stats, costs, watch)
-    for trial in trials:
-        key = json.dumps([trial.kept, sorted((*u, f) for u, f in trial.formats.items()), tokens])
-        rows.append((trial, known[key], pricer.price(trial)))
-    return model, rows
+    return model, [(trial, kl, pricer.price(trial)) for trial, kl in zip(trials, measured, strict=True)]
 
 
 def main() -> None:
     """Measure everything and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, results="predictors.md")
     parser.add_argument("models", nargs="*", default=["examples/tiny-moe"])
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="statistics and measurements are kept here between runs")
     parser.add_argument("--plans", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=2560, help="held-out tokens to measure on, and calibration tokens for the forms")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where predictors.md goes")
     options = parser.parse_args()
     texts = []
     for source in options.models:
         start = time.perf_counter()
         model, rows = measure(source, options.work, options.plans, options.tokens)
-        note = f"`python benchmarks/predictors.py {source} --plans {options.plans}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}; "
+        note = f"{table.made_by(f'python benchmarks/predictors.py {source} --plans {options.plans}')}; "
         note += f"{options.tokens} held-out tokens; {time.perf_counter() - start:.0f} s."
-        texts.append(table(model, rows, note))
+        texts.append(model_page(model, rows, note))
         print(texts[-1], flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "predictors.md").write_text("\n".join(texts))
+    table.save(options.results, "predictors.md", texts)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Predicted beside measured, before and after one refinement: plans at eight budgets, repaired, written and run in llama.cpp.
+"""This script compares KL predicted with KL measured, before and after one refinement, for plans at eight budgets run in llama.cpp.
 
     python benchmarks/refine.py [examples/tiny-moe examples/tiny-moe-b] [--work DIR] [--tokens 81920] [--jobs 2]
 
-"expected" is what a refinement takes from its measurement on calibration text (edgemoe/refine.py), "held-out" what nothing was fitted to.
+"expected" is what a refinement takes from its measurement on calibration text (edgemoe/pipeline/refine.py), "held-out" what nothing was
+fitted to.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import table
+from arguments import make_parser
+from measure import Reference, remembered
 
 from edgemoe.base.storage import hash_json
 from edgemoe.calibrate.collect import collect_stats
@@ -32,11 +31,10 @@ from edgemoe.price.choices import discount
 from edgemoe.repair.survivors import REVISION
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
-from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 BUDGETS = 8
 LARGEST, LEAST = 0.5, 0.08  # of the checkpoint's bytes: 8 bits a weight, and where a quarter of the experts stays
-HEADS = (
+HEADS = [
     "model",
     "file MB",
     "kept",
@@ -50,7 +48,7 @@ HEADS = (
     "held-out",
     "ratio",
     "better",
-)
+]
 
 
 def measure_row(source: str, work: Path, tokens: int, number: int) -> dict[str, Any]:
@@ -62,19 +60,20 @@ def measure_row(source: str, work: Path, tokens: int, number: int) -> dict[str, 
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work)
     costs = discount(price_cached(model, stats, target, 512, work, None)[0], repair=True, rounding="feedback")
-    windows, names = tokenize_heldout(model, heldout, tokens), [t.name for t in heldout]
-    states = reference_states(model, windows, work)
+    reference = Reference(model, heldout, tokens, work)
 
     def stored_as(plan: Plan, rounding: str = "feedback") -> Model:
         return store_weights(model, calibration, stats, plan, work, rounding=rounding)
 
     def judge(plan: Plan) -> float:
-        known = judged / f"{hash_json(model.fingerprint, stats.key, REVISION, plan.kept, plan.formats, windows.tokens.tolist())[:16]}.json"
-        if not known.exists():
+        def write_and_measure() -> float:
             path = target.write(stored_as(plan), stats, plan, judged, 0, None).path
-            known.write_text(json.dumps(float(np.mean([s.kl_mean for s in compare_logits(path, model, windows, states, names, target)]))))
+            kl = reference.kl_of_file(path)
             path.unlink()
-        return float(json.loads(known.read_text()))
+            return kl
+
+        key = hash_json(model.fingerprint, stats.key, REVISION, plan.kept, plan.formats, reference.windows.tokens.tolist())
+        return float(remembered(judged / f"{key[:16]}.json", write_and_measure))
 
     run = Measurer(model, stats, calibration, target, work, max_tokens=DEFAULT_TOKENS, stored_as=stored_as, rounding="feedback")
 
@@ -101,7 +100,7 @@ def line(r: dict[str, Any]) -> str:
         r["rounds"], r["kept"], f"{r['predicted']:.5f}", f"{r['expected']:.5f}", f"**{r['held']:.5f}**",
         f"{r['predicted'] / r['held']:.2f}", f"{r['held'] / r['held 0']:.3f}",
     )  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return table.row(cells)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -117,17 +116,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure everything and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=81_920, results="refine.md")  # few tokens flip and hold most of the KL: it takes many
     parser.add_argument("models", nargs="*", default=["examples/tiny-moe-b", "examples/tiny-moe"])
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="statistics and measurements are kept here between runs")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=81_920,
-        help="held-out tokens of all five texts: where few tokens flip and hold most of the KL, it takes many",
-    )
     parser.add_argument("--jobs", type=int, default=1, help="budgets that run at once; each takes its share of the cores")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where refine.md goes")
     options = parser.parse_args()
     wanted = [(source, number) for source in options.models for number in range(BUDGETS)]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -137,16 +128,15 @@ def main() -> None:
     rows = [future.result() for future in running]
     text = ["# Predicted and measured KL (nats/token), before and after one refinement", ""]
     command = f"python benchmarks/refine.py {' '.join(options.models)} --tokens {options.tokens}"
-    text += [f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores.", "", summary(rows), ""]
+    text += [f"{table.made_by(command, 'cores')}.", "", summary(rows), ""]
     text += [
         "Left as the prices say: file, experts kept, KL predicted, KL measured on held-out text, their ratio.  Right refined: rounds,",
         "experts kept, KL predicted, KL expected from calibration text, KL on held-out text, ratio of predicted to held-out, KL after over",
         "before.",
         "",
-        "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS), *map(line, rows), "",
+        *table.head(HEADS), *map(line, rows), "",
     ]  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "refine.md").write_text("\n".join(text))
+    table.save(options.results, "refine.md", text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What dropping experts costs before and after repair, everything else unquantized: one table, KL on held-out text by domain.
+"""This script measures what dropping experts costs before and after repair, with nothing quantized: KL on held-out text by domain.
 
     python benchmarks/repair.py [--work DIR] [--tokens 5120] [--models examples/tiny-moe examples/tiny-moe-b]
 
@@ -8,39 +8,32 @@ Calibration text and held-out text are the shipped ones.  "repaired / not" is th
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import shutil
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import table
+from arguments import make_parser
+from measure import Reference
 
 from edgemoe.calibrate.collect import collect_stats
-from edgemoe.ir import Costs, Model, Plan
+from edgemoe.ir import Costs, Plan
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.solve import solve_plan
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
-from edgemoe.stream.layers import LayerStream
-from edgemoe.stream.passes import final_states
 from edgemoe.stream.texts import choose_texts
-from edgemoe.stream.windows import Windows, tokenize
 from edgemoe.targets import find_target
-from edgemoe.verify.logits import kl_of_rows
 
 SHARES = (0.75, 0.5, 0.25)
 OPTIONS = {"closed form": {"epochs": 0}, "default": {"epochs": EPOCHS}}
-
-
-def kl_by_domain(model: Model, windows: Windows, original: np.ndarray, changed: np.ndarray, n_domains: int) -> np.ndarray:
-    """Mean KL(original || changed) in nats per token [domains], from normed last states [windows, length, hidden]."""
-    head = LayerStream(model).head()[1].T.numpy()
-    sums = [kl_of_rows(original[i, :n] @ head, changed[i, :n] @ head).sum() for i, n in enumerate(windows.lengths)]
-    return np.bincount(windows.domain, sums, n_domains) / np.bincount(windows.domain, windows.lengths, n_domains)
+COLUMNS = """\
+Each row holds the KL of one kept set (the menu's own at that count) by text, and the mean of the texts.  "None" drops experts and repairs
+nothing, "closed form" refits W_down of the survivors, and "default" repairs as `edgemoe build` does.  "Repaired / not" is the mean KL of
+a row over the mean KL of "none", by which `price` scales the cost of drops; "worst domain" is the largest such ratio of one text, and the
+seconds are those of the repair."""
 
 
 def drop_plan(costs: Costs, count: int) -> Plan:
@@ -58,19 +51,17 @@ def measure_model(source: str, work: Path, n_tokens: int) -> list[str]:
     calibration, heldout = choose_texts([], [])
     stats = collect_stats(model, calibration, work)
     costs = price_cached(model, stats, find_target("gguf"), 512, work, None)[0]
-    windows, names = tokenize(model, heldout, n_tokens, 512), [t.name for t in heldout]
-    original = final_states(model, windows, work)
-    rows = []
+    reference, rows = Reference(model, heldout, n_tokens, work), []
     for share in SHARES:
         plan = drop_plan(costs, max(model.top_k, round(share * model.n_experts)))
-        before = kl_by_domain(model, windows, original, final_states(model, windows, work, kept=plan.kept), len(names))
+        before = reference.kl_of_model(model, plan.kept)
         rows.append(_row(model.name, plan, "none", before, before, ""))
         print(rows[-1], flush=True)
         for name, options in OPTIONS.items():
             start = time.perf_counter()
             repaired = repair_survivors(model, calibration, plan, work, **options)
             seconds = f"{time.perf_counter() - start:.0f}"
-            after = kl_by_domain(model, windows, original, final_states(repaired, windows, work, kept=plan.kept), len(names))
+            after = reference.kl_of_model(repaired, plan.kept)
             rows.append(_row(model.name, plan, name, after, before, seconds))
             print(rows[-1], flush=True)
             shutil.rmtree(Path(repaired.find("ffn_down_exps", 0, plan.kept[0][0]).file).parent)  # so that times are times
@@ -85,21 +76,16 @@ def _row(name: str, plan: Plan, option: str, kl: np.ndarray, before: np.ndarray,
 
 def main() -> None:
     """Measure everything and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, tokens=10_240, results="repair.md")
     parser.add_argument("--models", nargs="+", default=["examples/tiny-moe", "examples/tiny-moe-b"])
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="statistics are kept here between runs")
-    parser.add_argument("--tokens", type=int, default=10_240, help="held-out tokens of all five texts")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where repair.md goes")
     options = parser.parse_args()
     names = [t.name for t in choose_texts([], [])[1]]
     lines = [f"# Drops before and after repair: KL (nats/token) on {options.tokens} held-out tokens, nothing quantized", ""]
-    lines += [f"`python benchmarks/repair.py`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores.", ""]
-    lines += ["| model | kept | repair | " + " | ".join(names) + " | mean | repaired / not | worst domain | seconds |"]
-    lines += ["|" + "---|" * (7 + len(names))]
+    lines += [f"{table.made_by('python benchmarks/repair.py', 'cores')}.", "", COLUMNS, ""]
+    lines += table.head(["model", "kept", "repair", *names, "mean", "repaired / not", "worst domain", "seconds"])
     for source in options.models:
         lines += measure_model(source, options.work, options.tokens)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "repair.md").write_text("\n".join([*lines, ""]))
+    table.save(options.results, "repair.md", [*lines, ""])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Feedback against the stock quantizer, tensor by tensor at equal bytes: errors on held-out text, one table.
+"""This script compares feedback rounding with the stock quantizer, matrix by matrix at equal bytes, by errors on held-out text.
 
     python benchmarks/rounding.py [--tokens 16384] [--experts 4] [--models examples/tiny-moe examples/tiny-moe-b] [--work DIR]
 
@@ -12,19 +12,17 @@ stock. KL of whole files: see quality.py.
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import table
 import torch
+from arguments import make_parser
 from numpy.typing import NDArray
 
 from edgemoe.ir import PROJECTIONS, Model
@@ -46,6 +44,13 @@ HEAD = (
     "| format | bits | alone: output error | gate | up | down | worst | better in | loss | stored: output error | better in "
     "| loss | gate | up | down | better in | MB/s |"
 )
+COLUMNS = """\
+Each row compares feedback rounding with the stock quantizer at equal bytes, by geometric means of ratios over expert matrices; below one,
+feedback errs less.  "Alone" is feedback on what the matrix receives, and "stored" is what a build stores, which minimises the loss and
+not the output error.  "Output error" sums the squared change of gated outputs over the held-out tokens of an expert, and "loss" is what
+that change does to second order.  "Gate", "up" and "down" split the mean before them by projection, "worst" is the largest ratio of one
+matrix, and "better in" is the share of matrices that err less than stock.  MB/s counts the float32 bytes that a build rounds in a second
+of processor time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +74,7 @@ def watch(model: Model, texts: Sequence[Text], tokens: int, work: Path) -> Itera
     )
     number = np.array(
         [np.sum(windows.domain[:i] == d) for i, d in enumerate(windows.domain)]
-    )  # of each window in its domain, as in reconstruction.py
+    )  # of each window in its domain, as in edgemoe/repair/reconstruct.py
     guard = np.repeat(number % GUARD_EVERY == GUARD_EVERY // 2, windows.lengths)
     states = [stream.embed(windows.tokens[index]) for index in windows.chunks()]
     for layer in range(model.n_layers):
@@ -169,19 +174,17 @@ def summarise(kind: str, trials: list[Trial]) -> str:
 
 def main() -> None:
     """Measure; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, work=True, results="rounding.md")
     parser.add_argument("--models", type=Path, nargs="+", default=[Path("examples/tiny-moe"), Path("examples/tiny-moe-b")])
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--experts", type=int, default=4, help="of each layer, from the busiest to the idlest")
-    parser.add_argument("--work", type=Path, default=Path("bench"), help="gradients are kept here")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for kind in KINDS:  # ggml's search tables are built once
         quantize(np.ones((1, 256), np.float32), kind, np.ones(256, np.float32))
     texts = choose_texts([], [])
     lines = ["# Errors on held-out text: what a build stores over the stock quantizer with an importance matrix, same bytes", ""]
-    lines += [f"`python benchmarks/rounding.py`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} shared cores.", ""]
+    lines += [f"{table.made_by('python benchmarks/rounding.py', 'shared cores')}.", "", COLUMNS, ""]
     for source in options.models:
         model = inspect_model(source)
         found = list(compare(model, texts, options.tokens, options.experts, options.work / model.name))
@@ -189,9 +192,7 @@ def main() -> None:
         lines += [HEAD, "|" + "---|" * 17]
         lines += [summarise(kind, [t for t in found if t.kind == kind]) for kind in KINDS]
         lines.append("")
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "rounding.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    print(table.save(options.results, "rounding.md", lines))
 
 
 if __name__ == "__main__":

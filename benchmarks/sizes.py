@@ -1,4 +1,4 @@
-"""File sizes from shapes alone beside published ones: one table.
+"""This script compares file sizes from shapes alone with published ones.
 
     python benchmarks/sizes.py > benchmarks/results/sizes.md
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 import time
 
-from edgemoe.model.describe import describe, load_shape
-from edgemoe.targets.gguf.mixes import MIXES, mix_types, pure_types, tensor_bytes
+from arguments import make_parser
+from peers.mixes import MIXES, mix_types, pure_types, tensor_bytes, with_prediction_block
+
+from edgemoe.model.describe import load_shape, describe
 
 MAPS = "tensor map"
 IMPURE = "the source's map below 2 bits is no single type: a few tensors are larger"
@@ -79,9 +81,10 @@ ROWS: list[tuple[str, bool, str, float, dict[str, float], dict[str, str]]] = [
 
 def main() -> None:
     """Print the table."""
+    make_parser(__doc__).parse_args()
     start, exact, close, lines = time.perf_counter(), 0, 0, []
     for name, mtp, source, unit, published, remarks in ROWS:
-        model = describe(load_shape(name), name, mtp=mtp)
+        model = with_prediction_block(name) if mtp else describe(load_shape(name), name)
         for kind, size in published.items():
             mix, _, blind = kind.partition(", ")
             pure = mix.removeprefix("pure ")

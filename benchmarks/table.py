@@ -1,214 +1,82 @@
-"""Measured files -> who wins where, as Markdown.
-
-At each of our files a peer stands with its smallest file that is not smaller, or, where it searches for a size itself, with what it made
-for the same budget; of each class the best counts.  A difference below the noise floor, or below two standard errors over the same windows,
-is a tie.  A peer that does not come down to our size stands with a larger file: its bytes over ours are told, and a second count takes only
-those that have at most a tenth more.
-"""
+"""Results become Markdown tables, pages that say how they were made, and pictures of KL against file size."""
 
 from __future__ import annotations
 
+import math
+import os
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
-import numpy as np
-from peers import CLASSES, SEARCHES
-from yardstick import Score, Yardstick, mean_and_error
-
-from edgemoe.base.types import F64
-
-NEAR = 1.1  # times our bytes: the second count
-SURE = 2.0  # standard errors of the paired difference
-WIN, TIE, LOSS = "win", "tie", "LOSS"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 440, 64, 180, 36, 48
+COLOURS = {"one type": "#c2410c", "mix": "#a16207", "random": "#9ca3af", "frequency": "#7c3aed", "REAP": "#0e7490", "REAP sum": "#22b8cf"}
+COLOURS |= {"PMQ": "#be185d", "CC-MoE": "#f472b6", "APEX": "#15803d", "published": "#84cc16", "target size": "#111827", "greedy": "#dc2626"}
+COLOURS |= {"collaborative": "#fb923c", "REAP + target size": "#6b7280"}
+Point = tuple[float, float]  # file size in bytes, KL in nats per token
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A peer's measured file."""
-
-    kind: str
-    recipe: str
-    name: str
-    score: Score
-    budget: int = -1
-
-    @property
-    def label(self) -> str:
-        """Recipe, name and megabytes."""
-        return f"{self.recipe}, {self.name}, {self.score.size / 1e6:.2f}"
+# ---------------------------------------------------------------------------------------------------------------- Markdown
+def row(cells: Sequence[object]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ours:
-    """A file of ours: which budget it was made for, what stays, what was promised."""
-
-    budget: int
-    count: int
-    predicted: float
-    score: Score
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [row(names), "|" + "---|" * len(names)]
 
 
-def kl_of(yard: Yardstick, score: Score, domains: Sequence[int]) -> list[F64]:
-    """KL of the windows, by domain."""
-    parts = yard.split(score.kl)
-    return [parts[d] for d in domains]
+def made_by(command: str, cores: str = "") -> str:
+    """The command behind a page, today's date and this machine, with its number of `cores` where the word is given."""
+    found = f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}"
+    return f"{found}, {os.cpu_count()} {cores}" if cores else found
 
 
-def best_of(yard: Yardstick, peers: Sequence[Entry], kind: str, ours: Ours, domains: Sequence[int]) -> Entry | None:
-    """What the best recipe of a class puts beside one of our files (random drops: the middle of the seeds), by KL on these domains."""
-    standing = []
-    for recipe in sorted({p.recipe for p in peers if p.kind == kind}):
-        fits = [p for p in peers if (p.kind, p.recipe) == (kind, recipe) and (p.budget == ours.budget or _is_no_smaller(p, ours))]
-        if fits:
-            standing.append(min(fits, key=lambda p: (p.budget != ours.budget, p.score.size)))
-    standing.sort(key=lambda p: mean_and_error(kl_of(yard, p.score, domains))[0])
-    if kind != "random":
-        return standing[0] if standing else None
-    shares = [[p for p in standing if p.recipe.endswith(share)] for share in sorted({p.recipe.split(" ", 1)[1] for p in standing})]
-    middles = [group[len(group) // 2] for group in shares]
-    return min(middles, key=lambda p: mean_and_error(kl_of(yard, p.score, domains))[0]) if middles else None
+def save(folder: Path, name: str, lines: Sequence[str]) -> str:
+    """Write a page of results; returns its text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines)
+    (folder / name).write_text(text)
+    return text
 
 
-def _is_no_smaller(peer: Entry, ours: Ours) -> bool:
-    return peer.budget < 0 and peer.score.size >= ours.score.size
+# ----------------------------------------------------------------------------------------------------------------- pictures
+def draw(title: str, ours: Sequence[Point], peers: dict[str, Sequence[Point]]) -> str:
+    """KL against file size as SVG, ours a line and every peer's file a dot; sizes beyond our own range are cut off."""
+    low, high = min(s for s, _ in ours) * 0.97, max(s for s, _ in ours) * 1.03
+    shown = {kind: [p for p in points if low <= p[0] <= high] for kind, points in peers.items() if points}
+    kls = [kl for points in (ours, *shown.values()) for _, kl in points]
+    bottom, top = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)))
 
+    def x(size: float) -> float:
+        return LEFT + (size - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
-def verdict(yard: Yardstick, ours: Score, peer: Score, domains: Sequence[int], floor: float) -> tuple[str, float, float]:
-    """Win, tie or LOSS; the difference ours - peer in nats and its standard error, paired by window."""
-    pairs = zip(kl_of(yard, ours, domains), kl_of(yard, peer, domains), strict=True)
-    difference, error = mean_and_error([a - b for a, b in pairs])
-    if abs(difference) <= max(floor, SURE * error):
-        return TIE, difference, error
-    return (WIN if difference < 0 else LOSS), difference, error
+    def y(kl: float) -> float:
+        return TOP + (top - math.log10(kl)) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
-
-def noise_floor(yard: Yardstick, peers: Sequence[Entry]) -> float:
-    """KL of the F16 file."""
-    return next(mean_and_error(yard.split(p.score.kl))[0] for p in peers if p.kind == "16-bit")
-
-
-def kinds() -> tuple[str, ...]:
-    """All classes of peers."""
-    return CLASSES + SEARCHES
-
-
-def best_peer(yard: Yardstick, peers: Sequence[Entry], ours: Ours, domains: Sequence[int], most: float = np.inf) -> Entry | None:
-    """The best of all classes, of those whose file has at most `most` times our bytes."""
-    fits = [p for p in peers if p.score.size <= most * ours.score.size]
-    found = [p for kind in kinds() if (p := best_of(yard, fits, kind, ours, domains))]
-    return min(found, key=lambda p: mean_and_error(kl_of(yard, p.score, domains))[0]) if found else None
-
-
-# ------------------------------------------------------------------------------------------------------------------- tables
-def main_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry], n_experts: int) -> list[str]:
-    """Ours beside the best of all peers, at every budget."""
-    head = ["file MB", "kept", "predicted", "KL", "p99", "top-1", "perplexity", "worst domain"]
-    head += ["best peer", "its bytes / ours", "its KL", "ours - it", "ours / it", ""]
-    lines = [_row(head), _rule(len(head))]
-    lines += [_row(_own_cells(yard, row, n_experts) + _peer_cells(yard, row, peers)) for row in ours]
-    return [*lines, "", f"All peers: {count(yard, ours, peers)}.  Of {NEAR - 1:.0%} more bytes at most: {count(yard, ours, peers, NEAR)}."]
-
-
-def _own_cells(yard: Yardstick, row: Ours, n_experts: int) -> list[str]:
-    parts, mean = yard.split(row.score.kl), mean_and_error(yard.split(row.score.kl))
-    worst = max(range(len(parts)), key=lambda d: parts[d].mean())
-    cells = [f"{row.score.size / 1e6:.2f}", f"{row.count} of {n_experts}", f"{row.predicted:.3g}", f"**{mean[0]:.3g}** ± {mean[1]:.1g}"]
-    cells += [f"{np.mean(row.score.p99):.3g}", f"{np.mean([p.mean() for p in yard.split(row.score.same)]):.1%}"]
-    return [*cells, f"{yard.perplexity(row.score, range(len(parts))):.2f}", f"{parts[worst].mean():.3g} ({yard.names[worst]})"]
-
-
-def _peer_cells(yard: Yardstick, row: Ours, peers: Sequence[Entry]) -> list[str]:
-    every = range(len(yard.names))
-    peer = best_peer(yard, peers, row, every)
-    if peer is None:
-        return ["none", "-", "-", "-", "-", "no peer"]
-    mark, difference, spread = verdict(yard, row.score, peer.score, every, noise_floor(yard, peers))
-    mine, theirs = (mean_and_error(yard.split(s.kl))[0] for s in (row.score, peer.score))
-    bytes_ = f"{peer.score.size / row.score.size:.2f}"
-    return [f"{peer.kind} ({peer.label})", bytes_, f"{theirs:.3g}", f"{difference:+.3g} ± {spread:.1g}", f"{mine / theirs:.2f}", mark]
-
-
-def count(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry], most: float = np.inf) -> str:
-    """How many budgets are won, tied and lost, and the geometric mean of ours over the best peer."""
-    every, floor = range(len(yard.names)), noise_floor(yard, peers)
-    pairs = [(row, peer) for row in ours if (peer := best_peer(yard, peers, row, every, most))]
-    marks = [verdict(yard, row.score, peer.score, every, floor)[0] for row, peer in pairs]
-    ratios = [mean_and_error(yard.split(r.score.kl))[0] / mean_and_error(yard.split(p.score.kl))[0] for r, p in pairs]
-    told = ", ".join(f"{marks.count(mark)} {mark}" for mark in (WIN, TIE, LOSS))
-    mean = f", geometric mean of ours / best peer {float(np.exp(np.mean(np.log(ratios)))):.2f}" if ratios else ""
-    return f"{told}, {len(ours) - len(pairs)} without a peer{mean}"
-
-
-def class_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry]) -> list[str]:
-    """Ours beside the best of each class: its KL, and win, tie or LOSS."""
-    every, floor = range(len(yard.names)), noise_floor(yard, peers)
-    lines = [_row(["file MB", "ours", *kinds()]), _rule(2 + len(kinds()))]
-    for row in ours:
-        cells = []
-        for kind in kinds():
-            peer = best_of(yard, peers, kind, row, every)
-            mark = peer and verdict(yard, row.score, peer.score, every, floor)[0]
-            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.3g} ({peer.label}) {mark}" if peer else "-")
-        lines.append(_row([f"{row.score.size / 1e6:.2f}", f"{mean_and_error(yard.split(row.score.kl))[0]:.3g}", *cells]))
-    return lines
-
-
-def domain_table(yard: Yardstick, ours: Sequence[Ours], peers: Sequence[Entry]) -> list[str]:
-    """Ours beside the peer that is best in each domain."""
-    floor = noise_floor(yard, peers)
-    lines = [_row(["file MB", *yard.names]), _rule(1 + len(yard.names))]
-    for row in ours:
-        cells = []
-        for d in range(len(yard.names)):
-            peer = best_peer(yard, peers, row, [d])
-            mark = peer and verdict(yard, row.score, peer.score, [d], floor)[0]
-            theirs = f"{kl_of(yard, peer.score, [d])[0].mean():.3g} ({peer.kind}) {mark}" if peer else "no peer"
-            cells.append(f"{kl_of(yard, row.score, [d])[0].mean():.3g} / {theirs}")
-        lines.append(_row([f"{row.score.size / 1e6:.2f}", *cells]))
-    return lines
-
-
-def seed_table(yard: Yardstick, runs: Sequence[tuple[int, Sequence[Ours], Sequence[Entry]]]) -> list[str]:
-    """Ours and the best mix at each budget, for each slice of the calibration text."""
-    every = range(len(yard.names))
-    head = [f"{who}, seed {seed}" for seed, _, _ in runs for who in ("ours", "best mix")]
-    lines = [_row(["budget", *head]), _rule(1 + len(head))]
-    for i in range(len(runs[0][1])):
-        cells = []
-        for _, ours, peers in runs:
-            peer = best_of(yard, peers, "mix", ours[i], every)
-            cells.append(f"{mean_and_error(yard.split(ours[i].score.kl))[0]:.3g}")
-            cells.append(f"{mean_and_error(yard.split(peer.score.kl))[0]:.3g} ({peer.name})" if peer else "-")
-        lines.append(_row([str(i), *cells]))
-    return lines
-
-
-def task_table(
-    yard: Yardstick, tasks: Sequence[tuple[tuple[str, ...], Sequence[Ours]]], general: Sequence[Ours], peers: Sequence[Entry]
-) -> list[str]:
-    """Plans calibrated on a task's text, on held-out text of the same task: beside our general plan and the best peer there."""
-    floor = noise_floor(yard, peers)
-    head = ["task", "file MB", "kept", "task plan", "general plan", "", "best peer there", ""]
-    lines = [_row(head), _rule(len(head))]
-    for names, ours in tasks:
-        domains = [yard.names.index(name) for name in names]
-        for row in ours:
-            plain = next(g for g in general if g.budget == row.budget)
-            peer = best_peer(yard, peers, row, domains)
-            cells = [" + ".join(names), f"{row.score.size / 1e6:.2f}", str(row.count)]
-            cells.append("**{:.3g}** ± {:.1g}".format(*mean_and_error(kl_of(yard, row.score, domains))))
-            cells.append(f"{mean_and_error(kl_of(yard, plain.score, domains))[0]:.3g}")
-            cells.append(verdict(yard, row.score, plain.score, domains, floor)[0])
-            if peer:
-                cells.append(f"{mean_and_error(kl_of(yard, peer.score, domains))[0]:.3g} ({peer.kind}: {peer.label})")
-                cells.append(verdict(yard, row.score, peer.score, domains, floor)[0])
-            lines.append(_row(cells + [""] * (len(head) - len(cells))))
-    return lines
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rule(n: int) -> str:
-    return "|" + "---|" * n
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/><text x="{LEFT}" y="20" font-size="14" fill="#111827">{title}</text>',
+    ]
+    for power in range(bottom, top + 1):
+        line = y(10.0**power)
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{line:.1f}" y2="{line:.1f}" stroke="#e5e7eb"/>')
+        out.append(f'<text x="{LEFT - 8}" y="{line + 4:.1f}" text-anchor="end" fill="#4b5563">{10.0**power:g}</text>')
+    for mb in range(math.ceil(low / 1e6), math.floor(high / 1e6) + 1, max(1, round((high - low) / 8e6))):
+        out.append(f'<text x="{x(mb * 1e6):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#4b5563">{mb}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle" fill="#374151">file size, MB</text>')
+    side = f"translate(16 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)"
+    out.append(f'<text transform="{side}" text-anchor="middle" fill="#374151">KL, nats/token</text>')
+    for place, (kind, points) in enumerate(shown.items()):
+        colour = COLOURS[kind]
+        out += [f'<circle cx="{x(s):.1f}" cy="{y(kl):.1f}" r="3" fill="{colour}" fill-opacity="0.75"/>' for s, kl in points]
+        out.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{TOP + 34 + 20 * place}" r="4" fill="{colour}"/>')
+        out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{TOP + 38 + 20 * place}" fill="#374151">{kind}</text>')
+    path = " ".join(f"{x(s):.1f},{y(kl):.1f}" for s, kl in sorted(ours))
+    out.append(f'<polyline points="{path}" fill="none" stroke="#1d4ed8" stroke-width="2.5"/>')
+    out += [f'<circle cx="{x(s):.1f}" cy="{y(kl):.1f}" r="4.5" fill="#1d4ed8"/>' for s, kl in ours]
+    out.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{TOP + 10}" r="5" fill="#1d4ed8"/>')
+    out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{TOP + 14}" fill="#111827" font-weight="600">edgemoe</text></svg>')
+    return "\n".join(out) + "\n"

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from edgemoe.base.errors import BudgetError
-from edgemoe.ir import Costs, Plan
+from edgemoe.base.storage import hash_json
+from edgemoe.ir import Costs, Plan, Unit
 from edgemoe.ir.memory import peak
 from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.solve import solve_plan
-from edgemoe.price.priors import Saliency, load_saliency, price_config, price_coverage
-from edgemoe.price.saliency import domain_coverage
+from edgemoe.price.priors import Saliency, load_saliency, price_config
 from edgemoe.rules import ByteLimit, Drop, Keep, KeptCount, Rule
 
 GIB, GB = 2**30, 10**9
@@ -85,6 +85,72 @@ def plan_glm(saliency: Saliency) -> tuple[list[str], list[tuple[str, float, floa
         plan = solve_plan(costs, budget_for(costs, gib * GIB))
         points.append(("ours", plan.file_size / GIB, plan.q))
     return lines, points
+
+
+def domain_coverage(saliency: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """How much of each domain's saliency the kept sets hold, of what its own best sets of that size would hold [D].
+
+    Args:
+        saliency: [D, L, E], in any unit that is the same within a layer; layers count alike.
+        kept: [L, E].
+    """
+    share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-300)
+    best = np.cumsum(-np.sort(-share, axis=2), axis=2)
+    most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
+    coverage: np.ndarray = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
+    return coverage
+
+
+def price_coverage(saliency: Saliency, count: int) -> Costs:
+    """Costs in lost coverage instead of nats, so that the objective "worst" maximises the least covered domain's coverage.
+
+    The coverage of a domain is the share of its saliency that is kept, relative to its own best `count` experts, mean over layers
+    (domain_coverage).  Nothing but experts is decided: every layer keeps `count`, and there is one tensor of one byte.
+
+    Args:
+        saliency: shares [D, L, E].
+        count: kept experts of each layer.
+    """
+    share = saliency.share
+    domains, n_layers, n_experts = share.shape
+    best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
+    price = share / best / n_layers
+    kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
+    lost = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
+    stack = [
+        Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
+    ]
+    shape = 1, n_layers, 1
+    return Costs(
+        model=hash_json("coverage", share.shape),
+        model_name="coverage",
+        stats="",
+        target="gguf",
+        form="stacks",
+        formats=("F16",),
+        units=tuple(stack),
+        counts=(count,),
+        n_experts=n_experts,
+        top_k=1,
+        kappa=0.0,
+        memory={"context": 0, "kv": 0, "compute": 0, "output": 0, "runtime": 0},
+        cold=(),
+        domains=saliency.domains,
+        domain_weights=tuple(float(1 / domains) for _ in range(domains)),
+        origin="lost coverage, not nats",
+        cost=np.zeros(shape),
+        input_cost=np.zeros(shape),
+        size=np.ones(shape, np.int64),
+        extra=np.zeros(shape, np.int64),
+        staging=np.zeros(shape, np.int64),
+        fixed_size=np.zeros(1, np.int64),
+        factor=np.ones((domains, n_layers)),
+        kept=kept[None],
+        drop_cost=lost[:, None, :],
+        expert_drop=price,
+        drop_curve=np.zeros((n_layers, n_experts + 1)),
+        usage=share,
+    )
 
 
 def cover_glm(saliency: Saliency) -> list[str]:

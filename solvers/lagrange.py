@@ -107,16 +107,6 @@ def _hold_groups(blocks: Blocks, saves: F64) -> F64:
     return held
 
 
-def least_size(program: Program) -> float:
-    """Bytes of the smallest choice when rows are ignored; inf when nothing is allowed."""
-    cost = np.where(np.isfinite(program.cost).all(axis=0), 0.0, np.inf)[None]
-    blocks = program.blocks
-    if blocks:
-        blocks = replace(blocks, curve=np.zeros_like(blocks.curve))
-    bare = Program(cost=cost, size=program.size, constant=np.zeros(1), fixed=program.fixed, room=0, blocks=blocks)
-    return minimise(bare, plain_prices(bare, 1.0))[0]
-
-
 @dataclass(frozen=True, slots=True)
 class _End:
     """An end of the interval of byte prices: the choice that is cheapest there, its nats (mean objective) and bytes."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from oracles import write_sparse_header
 
 from edgemoe.ir.memory import Cache, Layout
-from edgemoe.targets.gguf.ask import write_sparse_header
 
 Shapes = dict[str, tuple[int, ...]]
 HIDDEN, VOCAB, LAYERS = 512, 1024, 4

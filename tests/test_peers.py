@@ -1,28 +1,33 @@
-"""The bench's peers: golden values, sizes that are kept, searches beside every possible choice, and who wins."""
+"""The benchmarks' peers: golden values, sizes that are kept, searches beside every possible choice, and who wins."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.ir import Model, Unit
+from edgemoe.ir import Model, Unit, is_planned
 from edgemoe.model.inspect import inspect_model
+from edgemoe.model.describe import load_shape, describe
 from edgemoe.price.saliency import SCORES
 from edgemoe.targets.gguf.formats import FORMATS
+from edgemoe.targets.gguf.writer import list_units
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import recipes
-import searches
-import table
-import yardstick
+import measure
+from peers import recipes, searches, standings
+from peers.mixes import MIXES, mix_types, pure_types, tensor_bytes, with_prediction_block
 
 MODELS = Path(__file__).parents[1] / "examples"
 
@@ -119,6 +124,135 @@ def test_every_recipe_names_a_type_for_every_tensor_that_can_hold_its_rows(model
         assert all(cols[name] % FORMATS[kind].block == 0 for name, kind in types.items())
 
 
+# ------------------------------------------------------------------------------------------------------- llama-quantize's mixes
+# Elements of published GGUFs with their next-token-prediction block (sums over Thireus/GGUF-Tool-Suite's tensor maps, commit 384c1f85).
+ELEMENTS = {"GLM-4.5-Air": 110_468_824_832, "GLM-4.5": 358_337_791_296, "GLM-4.6": 356_785_898_816, "GLM-5.2": 753_329_940_480}
+
+# Bytes of all tensors in one type (same source; "pure": vectors and routers F32, rows that 256 does not divide in the fallback type).
+PURE = [
+    ("Qwen3-235B-A22B", False, {"Q8_0": 249_934_100_480, "Q4_K": 132_412_323_840, "Q2_K": 77_323_991_040}),  # text model of Qwen3-VL-235B
+    ("Qwen3.5-35B-A3B", False, {"Q8_0": 36_892_150_272, "Q6_K": 28_503_163_392, "Q4_K": 19_572_951_552, "IQ4_XS": 18_490_501_632}),
+    ("Qwen3.5-35B-A3B", False, {"Q3_K": 14_972_539_392, "Q2_K": 11_454_577_152, "IQ2_XXS": 9_019_064_832, "IQ1_M": 7_666_002_432}),
+    ("Qwen3.5-122B-A10B", False, {"Q8_0": 129_860_935_680, "Q6_K": 100_296_732_672, "IQ4_XS": 65_010_425_856}),
+    ("Qwen3.5-397B-A17B", False, {"Q8_0": 421_496_351_744, "IQ4_XS": 211_005_778_944}),
+    ("GLM-4.7-Flash", False, {"Q8_0": 31_833_324_032, "Q4_K": 16_876_321_280, "Q2_K": 9_869_918_720}),
+    ("GLM-4.5-Air", True, {"Q8_0": 117_447_146_496, "Q4_K": 66_508_733_440, "Q2_K": 44_371_483_648, "IQ1_M": 36_039_687_168}),
+    ("GLM-4.6", True, {"Q8_0": 379_308_479_744, "Q4_K": 200_953_566_464, "Q2_K": 117_349_700_864}),
+    ("DeepSeek-V3", False, {"Q4_K": 377_885_689_856, "Q2_K": 220_695_024_640, "IQ1_M": 147_369_230_336}),  # V3.1-Terminus
+    ("Kimi-K2", False, {"Q4_K": 577_957_857_280, "Q2_K": 337_460_360_192}),  # Thinking
+    ("GLM-5.2", True, {"Q8_0": 800_767_795_200, "Q4_K": 424_225_333_248, "IQ2_XXS": 194_821_220_352}),
+]
+
+# Published files.  Mixtral-8x7B: Chinese-Mixtral (same shape), ymcui/Chinese-Mixtral #26; Q6_K and Q8_0 in GiB from llama.cpp #4406; 8x22B
+# and Qwen3-30B: bartowski's cards.
+MIXED = [
+    ("Mixtral-8x7B", 1e9, {"IQ1_S": 9.8, "Q2_K": 17.3, "IQ3_XXS": 18.3, "Q3_K_M": 22.5, "IQ4_XS": 25.1, "Q4_K_M": 28.4, "Q5_K_M": 33.2}),
+    ("Mixtral-8x7B", 2**30, {"Q6_K": 35.74, "Q8_0": 46.22}),
+    ("Mixtral-8x22B", 1e9, {"Q2_K": 52.10, "IQ3_XS": 58.22, "Q3_K_M": 67.78, "Q4_K_S": 80.47, "Q4_K_M": 85.58, "Q5_K_M": 99.96}),
+    ("Qwen3-30B-A3B", 1e9, {"Q8_0": 32.48, "Q6_K": 25.10, "Q5_K_M": 21.74, "Q5_K_S": 21.10}),
+]
+
+
+def shipped(name: str) -> Model:
+    return describe(load_shape(name), name)
+
+
+@pytest.mark.parametrize(("name", "elements"), ELEMENTS.items())
+def test_with_the_prediction_block_the_gguf_has_exactly_these_weights(name: str, elements: int) -> None:
+    assert with_prediction_block(name).n_weights == elements
+
+
+@pytest.mark.parametrize(("name", "mtp", "published"), PURE)
+def test_bytes_of_one_type_for_everything_are_exactly_those_published(name: str, mtp: bool, published: dict[str, int]) -> None:
+    model = with_prediction_block(name) if mtp else shipped(name)
+    assert {kind: tensor_bytes(model, pure_types(model, kind)) for kind in published} == published
+
+
+@pytest.mark.parametrize(("name", "unit", "published"), MIXED)
+def test_bytes_of_llama_quantize_mixes_are_those_published_to_half_a_percent(name: str, unit: float, published: dict[str, float]) -> None:
+    model = shipped(name)
+    for mix, size in published.items():
+        assert tensor_bytes(model, mix_types(model, mix)) / unit == pytest.approx(size, rel=5e-3), mix
+
+
+# ---------------------------------------------------------------------------------------- llama-quantize itself, on files that hold no data
+DRY_RUN = """
+import ctypes, json, re, sys
+import llama_cpp as lc
+lines = []
+log = lc.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+lc.llama_log_set(log, ctypes.c_void_p(0))
+ones = (ctypes.c_float * 1)(1.0)
+found = {}
+for mix in sys.argv[2:]:
+    params = lc.llama_model_quantize_default_params()
+    params.ftype, params.dry_run = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{mix.split('/')[0]}"), True
+    entries = (lc.llama_model_imatrix_data * 2)()
+    entries[0].name, entries[0].data, entries[0].size = b"none", ones, 1
+    if mix.endswith("/imatrix"):
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(lc.llama_model_imatrix_data))
+    lines.clear()
+    assert lc.llama_model_quantize(sys.argv[1].encode(), b"/dev/null", ctypes.byref(params)) == 0, "".join(lines)[-2000:]
+    text = "".join(lines)
+    found[mix] = dict(re.findall(r"\\] +(\\S+) +- \\[[^]]*\\], type = +f16, size = +[0-9.]+ MiB -> +[0-9.]+ MiB \\((\\w+)\\)", text))
+print(json.dumps(found))
+"""
+DRY_MODELS = {  # name -> architecture, and the keys that its loader insists on
+    "Mixtral-8x7B": ("llama", {}),
+    "Qwen3-30B-A3B": ("qwen3moe", {}),
+    "Qwen1.5-MoE-A2.7B": ("qwen2moe", {}),
+    "OLMoE-1B-7B": ("olmoe", {}),
+    "DeepSeek-V2-Lite": ("deepseek2", {"leading_dense_block_count": 1, "attention.kv_lora_rank": 512, "expert_shared_count": 2}),
+    "GLM-4.5-Air": ("glm4moe", {"leading_dense_block_count": 1, "expert_shared_count": 1, "nextn_predict_layers": 1}),
+    "Granite-3.0-1B-A400M": ("granitemoe", {"logit_scale": 6.0}),
+}
+
+
+def write_hollow_gguf(path: Path, model: Model, arch: str, keys: dict[str, Any]) -> None:
+    """A GGUF whose header announces every tensor in F16 (F32 where nothing is quantized) and whose data is a hole."""
+    writer = gguf.GGUFWriter(path, arch)
+    layers = 1 + max(t.layer for t in model.tensors)
+    common = {"block_count": layers, "context_length": 4096, "embedding_length": model.hidden_size, "expert_count": model.n_experts}
+    common |= {"expert_used_count": model.top_k, "attention.head_count": model.attention.heads, "attention.head_count_kv": model.attention.kv_heads}
+    common |= {"feed_forward_length": 4096, "expert_feed_forward_length": model.expert.size, "vocab_size": model.vocab_size}
+    common |= {"rope.dimension_count": model.attention.key_length, "attention.key_length": model.attention.key_length, "attention.value_length": model.attention.key_length}
+    for key, value in {**common, "attention.layer_norm_rms_epsilon": 1e-6, "expert_weights_scale": 1.0, **keys}.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
+    end = 0
+    units = {unit.name: unit for unit in list_units(model)}
+    for tensor in (t for t in model.tensors if t.expert <= 0):
+        name = (f"blk.{tensor.layer}." if tensor.layer >= 0 else "") + tensor.role
+        name = name if name.endswith(".bias") else name + ".weight"
+        dims = (model.n_experts, *tensor.shape) if tensor.expert == 0 else tensor.shape
+        dtype = np.float16 if is_planned(tensor) else np.float32
+        size = int(np.prod(dims)) * np.dtype(dtype).itemsize
+        assert name not in units or units[name].n_weights == np.prod(dims)
+        writer.add_tensor_info(name, dims, np.dtype(dtype), size)
+        end += -(-size // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(-(-path.stat().st_size // 32) * 32 + end)
+
+
+@pytest.mark.parametrize("name", DRY_MODELS)
+def test_mixes_give_every_tensor_the_type_that_llama_quantize_gives_it(name: str, tmp_path: Path) -> None:
+    arch, keys = DRY_MODELS[name]
+    model = with_prediction_block(name) if "nextn_predict_layers" in keys else shipped(name)
+    path = tmp_path / "hollow.gguf"
+    write_hollow_gguf(path, model, arch, keys)
+    jobs = [f"{mix}/{which}" for mix in MIXES for which in ("imatrix", "blind")]
+    run = subprocess.run([sys.executable, "-c", DRY_RUN, str(path), *jobs], capture_output=True, text=True, check=False)
+    path.unlink()
+    assert run.returncode == 0, run.stderr[-3000:]
+    for job, found in json.loads(run.stdout).items():
+        mix, _, which = job.partition("/")
+        expected = {unit: kind for unit, kind in mix_types(model, mix, imatrix=which == "imatrix").items() if kind != "F16"}
+        assert {unit: kind.upper() for unit, kind in found.items()} == expected, job
+
+
 # --------------------------------------------------------------------------------------------------------------- searches
 def random_shelf(seed: int, n: int = 4) -> tuple[searches.Shelf, np.ndarray]:
     """Units of different sizes, four types, errors that mostly fall with bits."""
@@ -212,39 +346,39 @@ def test_errors_are_relative_weighted_and_trimmed() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- who stands where
-def fake_yard() -> SimpleNamespace:
+def fake_reference() -> SimpleNamespace:
     """Two domains of three windows."""
     return SimpleNamespace(names=("a", "b"), split=lambda values: [np.array(values[:3]), np.array(values[3:])])
 
 
-def entry(kind: str, recipe: str, size: int, kl: float, budget: int = -1) -> table.Entry:
-    score = yardstick.Score(size=size, kl=(kl,) * 6, same=(1.0,) * 6, nll=(1.0,) * 6, p99=(kl,) * 2)
-    return table.Entry(kind=kind, recipe=recipe, name=f"{size}", score=score, budget=budget)
+def entry(kind: str, recipe: str, size: int, kl: float, budget: int = -1) -> standings.Entry:
+    score = measure.Score(size=size, kl=(kl,) * 6, same=(1.0,) * 6, nll=(1.0,) * 6, p99=(kl,) * 2)
+    return standings.Entry(kind=kind, recipe=recipe, name=f"{size}", score=score, budget=budget)
 
 
 def test_a_peer_stands_with_its_smallest_file_that_is_not_smaller_or_with_that_for_the_budget() -> None:
-    mine = table.Ours(budget=3, count=4, predicted=0.1, score=entry("", "", 100, 0.1).score)
+    mine = standings.Ours(budget=3, count=4, predicted=0.1, score=entry("", "", 100, 0.1).score)
     peers = [entry("mix", "all", 99, 0.01), entry("mix", "all", 101, 0.3), entry("mix", "all", 120, 0.2)]
     peers += [entry("target size", "all", 98, 0.15, budget=3), entry("target size", "all", 300, 0.001, budget=1)]
-    yard = fake_yard()
-    mix, search = (table.best_of(yard, peers, kind, mine, [0, 1]) for kind in ("mix", "target size"))  # type: ignore[arg-type]
+    reference = fake_reference()
+    mix, search = (standings.best_of(reference, peers, kind, mine, [0, 1]) for kind in ("mix", "target size"))  # type: ignore[arg-type]
     assert mix is not None and mix.score.size == 101
     assert search is not None and search.score.size == 98
 
 
 def test_random_drops_stand_with_the_middle_seed() -> None:
-    mine = table.Ours(budget=0, count=4, predicted=0.1, score=entry("", "", 100, 0.1).score)
+    mine = standings.Ours(budget=0, count=4, predicted=0.1, score=entry("", "", 100, 0.1).score)
     peers = [entry("random", f"{seed} keep 75%", 110, kl) for seed, kl in enumerate((0.2, 0.9, 0.4))]
-    found = table.best_of(fake_yard(), peers, "random", mine, [0, 1])  # type: ignore[arg-type]
+    found = standings.best_of(fake_reference(), peers, "random", mine, [0, 1])  # type: ignore[arg-type]
     assert found is not None and found.score.kl[0] == 0.4
 
 
-@pytest.mark.parametrize(("shift", "mark"), [(-0.02, table.WIN), (0.02, table.LOSS), (-0.0004, table.TIE)])
+@pytest.mark.parametrize(("shift", "mark"), [(-0.02, standings.WIN), (0.02, standings.LOSS), (-0.0004, standings.TIE)])
 def test_a_difference_within_two_standard_errors_of_the_pairs_is_a_tie(shift: float, mark: str) -> None:
     noise = np.array([0.001, -0.001, 0.0, 0.001, -0.001, 0.0])
-    peer = yardstick.Score(size=1, kl=(0.1, 0.5, 0.3, 0.2, 0.7, 0.9), same=(), nll=(), p99=())
-    mine = yardstick.Score(size=1, kl=tuple(np.array(peer.kl) + shift + noise), same=(), nll=(), p99=())
-    found, difference, error = table.verdict(fake_yard(), mine, peer, [0, 1], 1e-6)  # type: ignore[arg-type]
+    peer = measure.Score(size=1, kl=(0.1, 0.5, 0.3, 0.2, 0.7, 0.9), same=(), nll=(), p99=())
+    mine = measure.Score(size=1, kl=tuple(np.array(peer.kl) + shift + noise), same=(), nll=(), p99=())
+    found, difference, error = standings.verdict(fake_reference(), mine, peer, [0, 1], 1e-6)  # type: ignore[arg-type]
     assert found == mark and difference == pytest.approx(shift)
     assert error == pytest.approx(np.sqrt(2 * 1e-6 / 3) / 2)  # each domain: variance 1e-6 over three windows
 
@@ -253,6 +387,6 @@ def test_a_window_is_compared_as_the_definitions_say() -> None:
     """softmax of 2, 1, 0, -1 against the same logits with 0.05, -0.1, 0.02, 0.08 added: KL 0.001977354."""
     original = np.tile(np.array([[2.0, 1, 0, -1]], np.float32), (2, 1))
     other = original + np.array([0.05, -0.1, 0.02, 0.08], np.float32)
-    kl, same, nll = yardstick.compare_window(original, other, np.array([0, 1]))
+    kl, same, nll = measure.compare_window(original, other, np.array([0, 1]))
     assert kl == pytest.approx([0.001977354] * 2, abs=1e-7) and same.tolist() == [1, 1]
     assert nll == pytest.approx([np.log(np.exp(other[0] - other[0, 1]).sum())], rel=1e-6)

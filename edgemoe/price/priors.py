@@ -87,7 +87,7 @@ def load_saliency() -> Saliency:
 
 
 def price_config(source: str, context: int | None = None, target: str = "gguf", *, also: Sequence[int] = ()) -> Costs:
-    """Generic prices of a known shape (`shapes.list_shapes`) or of a config.json (or the folder that holds it).
+    """Generic prices of a known shape (`shapes.load_shape`) or of a config.json (or the folder that holds it).
 
     GLM-5.2 is priced from its own published measurements.  `also`: kept counts to offer beside the usual ones.
 
@@ -109,7 +109,6 @@ def price_generic(
     context: int,
     *,
     prior: str = "pooled",
-    domain_weights: Mapping[str, float] | None = None,
     also: Sequence[int] = (),
 ) -> Costs:
     """Price a model of which only the shapes are known.
@@ -120,16 +119,15 @@ def price_generic(
         context: tokens of context that the process must have memory for.
         prior: "pooled" over the measured models, or "glm-5.2": that model's own tensors, types and experts, for shapes like its.
         also: kept counts to offer beside the usual ones, where layers share a count.
-        domain_weights: weight of each of GLM-5.2's domains in the mean; those not named count 0, by default all count alike.
 
     Raises:
-        UsageError: unknown prior or domain.
+        UsageError: unknown prior.
         ModelError: the model has not the shapes of the prior.
     """
     if prior not in PRIORS:
         raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
     saliency = load_saliency()
-    weights = _weigh_domains(saliency.domains, domain_weights)
+    weights = np.full(len(saliency.domains), 1 / len(saliency.domains))
     units = target.list_units(model)
     layers = model.moe_layers
     groups = kept_groups(model.router)
@@ -176,17 +174,6 @@ def _origin(prior: str) -> str:
     if prior == "pooled":
         return "generic: types and tensors as in 16 other MoE models; which experts may go is a stand-in, not a measurement of this model"
     return "generic: published single-tensor KLD, type curve and expert saliency of GLM-5.2; nothing was measured here"
-
-
-def _weigh_domains(domains: tuple[str, ...], chosen: Mapping[str, float] | None) -> F64:
-    unknown = sorted(set(chosen or ()) - set(domains))
-    if unknown:
-        raise UsageError(f"domain {unknown[0]!r} is not known", hint=f"known: {', '.join(domains)}")
-    weights = np.array([1.0 if chosen is None else float(chosen.get(d, 0.0)) for d in domains])
-    if not weights.sum() > 0 or (weights < 0).any():
-        raise UsageError("domain_weights: no weight may be negative, and one must be positive")
-    shares: F64 = weights / weights.sum()
-    return shares
 
 
 # -------------------------------------------------------------------------------------------------------------- quantize
@@ -309,55 +296,3 @@ def price_drops(
         "expert_drop": slope[:, :, None] * share,
         "drop_curve": np.tensordot(weights, price - slope[:, :, None] * lost, axes=1),
     }
-
-
-def price_coverage(saliency: Saliency, count: int) -> Costs:
-    """Costs in lost coverage instead of nats, so that the objective "worst" maximises the least covered domain's coverage.
-
-    The coverage of a domain is the share of its saliency that is kept, relative to its own best `count` experts, mean over layers
-    (scores.domain_coverage).  Nothing but experts is decided: every layer keeps `count`, and there is one tensor of one byte.
-
-    Args:
-        saliency: shares [D, L, E].
-        count: kept experts of each layer.
-    """
-    share = saliency.share
-    domains, n_layers, n_experts = share.shape
-    best = np.sort(share, axis=2)[:, :, -count:].sum(axis=2, keepdims=True)
-    price = share / best / n_layers
-    kept = np.argsort(np.argsort(-price.mean(axis=0), axis=1, kind="stable"), axis=1) < count
-    lost: F64 = (1 / n_layers - (price * kept).sum(axis=2)).clip(min=0.0)  # [D, L]; the domain's own best set loses nothing
-    stack = [
-        Unit(name=f"blk.{layer}.ffn_down_exps.weight", role="ffn_down_exps", layer=layer, n_weights=n_experts) for layer in range(n_layers)
-    ]
-    shape = 1, n_layers, 1
-    return Costs(
-        model=hash_json("coverage", share.shape),
-        model_name="coverage",
-        stats="",
-        target="gguf",
-        form="stacks",
-        formats=("F16",),
-        units=tuple(stack),
-        counts=(count,),
-        n_experts=n_experts,
-        top_k=1,
-        kappa=0.0,
-        memory={"context": 0, "kv": 0, "compute": 0, "output": 0, "runtime": 0},
-        cold=(),
-        domains=saliency.domains,
-        domain_weights=tuple(float(1 / domains) for _ in range(domains)),
-        origin="lost coverage, not nats",
-        cost=np.zeros(shape),
-        input_cost=np.zeros(shape),
-        size=np.ones(shape, np.int64),
-        extra=np.zeros(shape, np.int64),
-        staging=np.zeros(shape, np.int64),
-        fixed_size=np.zeros(1, np.int64),
-        factor=np.ones((domains, n_layers)),
-        kept=kept[None],
-        drop_cost=lost[:, None, :],
-        expert_drop=price,
-        drop_curve=np.zeros((n_layers, n_experts + 1)),
-        usage=share,
-    )

@@ -92,17 +92,3 @@ def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
     shape = costs.drop_cost.shape, costs.expert_drop.shape
     experts = np.broadcast_to(factor * np.maximum(scores, 0.0), shape[1]).copy()
     return replace(costs, kept=kept, drop_cost=np.broadcast_to(factor * gone, shape[0]).copy(), expert_drop=experts)
-
-
-def domain_coverage(saliency: NDArray[np.floating], kept: NDArray[np.bool_]) -> F64:
-    """How much of each domain's saliency the kept sets hold, of what its own best sets of that size would hold [D].
-
-    Args:
-        saliency: [D, L, E], in any unit that is the same within a layer; layers count alike.
-        kept: [L, E].
-    """
-    share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-300)
-    best = np.cumsum(-np.sort(-share, axis=2), axis=2)
-    most = np.take_along_axis(best, np.broadcast_to(kept.sum(axis=1)[None, :, None] - 1, (*share.shape[:2], 1)), axis=2)[:, :, 0]
-    coverage: F64 = ((share * kept).sum(axis=2) / np.maximum(most, 1e-300)).mean(axis=1)
-    return coverage

@@ -89,13 +89,6 @@ def factor_ridge(a: torch.Tensor, ridge: float) -> torch.Tensor:
     return factor
 
 
-def solve_down(phi: torch.Tensor, residual: torch.Tensor, weights: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Change of W_down [H, M] that brings sum_t lambda_t |r_t - dW phi_t|^2 down most, for phi_t = g_t h_t; ridge regression."""
-    a, b = normal_sums(phi, residual, weights)
-    change: torch.Tensor = torch.cholesky_solve(b, factor_ridge(a, ridge)).T
-    return change
-
-
 def refit_down(tokens: Tokens, experts: Experts, residual: F32, *, ridge: float = RIDGE, sweeps: int = SWEEPS) -> None:
     """Refit W_down of one survivor after another (Gauss-Seidel), in place; a change that the guard tokens do not confirm is not made.
 

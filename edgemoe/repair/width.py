@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
 from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
-from edgemoe.stream.gradients import Arrays, collect_gradients, load_gradients
+from edgemoe.stream.gradients import collect_gradients, load_gradients
 from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import Text, texts_key
 from edgemoe.stream.windows import WINDOW
@@ -38,7 +37,6 @@ FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narro
 # Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
 # (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
 UNSEEN = 1.5
-SCORES = ("heapr", "camera", "magnitude", "random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +99,8 @@ def choose_top_k(model: Model, asked: int | None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
-def score_of(name: str, arrays: Arrays, experts: Experts, layer: int) -> F64:
-    """What each neuron is worth [E, M] by one of SCORES; comparable within an expert.  The last two are controls."""
-    if name == "heapr":
-        return np.asarray(arrays["heapr"], np.float64)
-    if name == "camera":
-        return camera_energy(arrays["phi_sq"], arrays["phi_sq_max"], arrays["down_sq"])
-    if name == "magnitude":
-        return magnitude(experts)
-    return np.random.default_rng(layer).random(tuple(experts.gate.shape[:2]))
-
-
 def magnitude(experts: Experts) -> F64:
-    """Product of the norms of a neuron's gate row, up row and down column [E, M]."""
+    """Product of the norms of a neuron's gate row, up row and down column [E, M]: it decides where HEAPr's scores are equal."""
     norms = experts.gate.norm(dim=2) * experts.up.norm(dim=2) * experts.down.norm(dim=1)
     return np.asarray(norms.double().cpu().numpy())
 
@@ -141,7 +128,6 @@ def narrow_experts(
     work: Path,
     *,
     top_k: int | None = None,
-    score: str = "heapr",
     max_tokens: int,
     epochs: int = 0,
     progress: Progress | None = None,
@@ -157,7 +143,6 @@ def narrow_experts(
         work: folder for the gradients (shared by all widths and by rounding), for the new weights (in a subfolder named by what they are
             made from), and for what a killed run goes on from.
         top_k: experts that the router picks, at most the checkpoint's; None: as many.
-        score: which neurons are best: one of SCORES.
         max_tokens: of all texts together.
         epochs: of descent on all three matrices after W_down's closed form; -1 refits nothing.
         progress: called with (steps done, all steps).
@@ -167,27 +152,25 @@ def narrow_experts(
     if whole and start is model:
         return Narrowed(model=model, kl=(0.0,) * len(texts), work=work)
     layers, base = model.n_layers, resize_experts(start, width)
-    steps = layers + (2 * layers if score in ("heapr", "camera") and not whole else 0)
+    steps = layers if whole else 3 * layers
 
     def tell(done: int) -> None:
         if progress:
             progress(done, steps)
 
-    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), score, width, start.top_k)
+    fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), width, start.top_k)
     key = key_of("narrow", model.fingerprint, texts_key(texts), fit)
     folder = path_of(work.absolute(), f"narrow-{width}-{start.top_k}", key)
 
     def make() -> Model:
-        scores = None
-        if steps > layers:
-            scores = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
+        scores = None if whole else collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
         reconstruction = Reconstruction(model, start, texts, max_tokens, folder, key)
 
         def change(layer: int, _: Tokens, experts: Experts) -> Experts:
-            if whole:
+            if scores is None:
                 return experts
-            arrays = load_gradients(scores, layer) if scores else {}
-            return cut(experts, best_neurons(score_of(score, arrays, experts, layer), magnitude(experts), width))
+            heapr = np.asarray(load_gradients(scores, layer)["heapr"], np.float64)
+            return cut(experts, best_neurons(heapr, magnitude(experts), width))
 
         for layer in reconstruction.resume(lambda done, _: tell(steps - layers + done)):
             reconstruction.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
@@ -214,19 +197,3 @@ def charge(costs: Costs, narrowed: Narrowed) -> Costs:
     if costs.form == "stacks":
         return replace(costs, width=width, drop_cost=costs.drop_cost + each[:, None, None])
     return replace(costs, width=width, drop_curve=costs.drop_curve + float(costs.weights @ each))
-
-
-CAMERA_MAX = 0.9  # share of the largest token in CAMERA's energy: its published script (xuyuzhuang11/CAMERA)
-
-
-def camera_energy(phi_sq: NDArray[Any], phi_sq_max: NDArray[Any], down_sq: NDArray[Any], share: float = CAMERA_MAX) -> F64:
-    """|w_j|^2 ((1 - a) sum_t (g_t h_tj)^2 + a max_t (g_t h_tj)^2) of each neuron: CAMERA, arXiv 2508.02322.
-
-    Args:
-        phi_sq: sum of (g_t h_tj)^2 over the routed tokens.
-        phi_sq_max: the largest of them.
-        down_sq: |w_j|^2.
-        share: a; 0 is HEAPr's score with the identity in place of the gradients.
-    """
-    energy: F64 = down_sq * ((1 - share) * phi_sq + share * phi_sq_max)
-    return energy

@@ -43,8 +43,8 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
 
     Returns:
         A folder with, for each layer, the gradients with respect to what leaves it (`open_gradients`) and arrays (`load_gradients`):
-        "heapr" [E, M] (nats per token), "phi_sq" and "phi_sq_max" [E, M] (sum and largest of lambda (g h)^2), "down_sq" [E, M] (|w_j|^2),
-        and for every planned matrix that is no expert's sum lambda g g' [R, R] of the gradients with respect to what it gives.
+        "heapr" [E, M] (nats per token), and for every planned matrix that is no expert's sum lambda g g' [R, R] of the gradients with
+        respect to what it gives.
     """
     key = key_of("gradients", model.fingerprint, texts_key(texts), WINDOW, max_tokens)
     folder = path_of(work.absolute(), "gradients", key)
@@ -168,10 +168,7 @@ class _Pass:
         arrays: Arrays = {}
         for part in self._each(chunk):
             for name, value in part.items():
-                merge = np.maximum if name == "phi_sq_max" else np.add
-                arrays[name] = merge(arrays[name], value) if name in arrays else value.astype(np.float64)
-        if down is not None:
-            arrays["down_sq"] = down.double().square().sum(dim=1).cpu().numpy()
+                arrays[name] = arrays[name] + value if name in arrays else value.astype(np.float64)
         save_arrays(self.work / array_file(layer), arrays)
         self.stream.unload_layer(layer)
         for file in (states, after, before):
@@ -183,15 +180,12 @@ class _NeuronSums:
 
     def __init__(self, given: torch.Tensor, weights: torch.Tensor, down: torch.Tensor) -> None:
         self.gradient, self.weights, self.down = given.flatten(0, 1), weights, down
-        shape = (down.shape[0], down.shape[2])
-        self.sums = {name: torch.zeros(shape, device=down.device) for name in ("heapr", "phi_sq", "phi_sq_max")}
+        self.sums = {"heapr": torch.zeros(down.shape[0], down.shape[2], device=down.device)}
 
     def note(self, expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
         """Add what one expert did for some tokens."""
         h, g, lam = h.detach().float(), gate.detach()[:, None], self.weights[token]
         self.sums["heapr"][expert] = heapr_sums(h, self.gradient[token] * g, self.down[expert], lam)
-        phi_sq = (g * h).square() * lam[:, None]
-        self.sums["phi_sq"][expert], self.sums["phi_sq_max"][expert] = phi_sq.sum(dim=0), phi_sq.amax(dim=0)
 
 
 def heapr_sums(h: torch.Tensor, gamma: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,6 @@ Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
     {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
     continue the prompts greedily;
-    {"asked": [settings], "alloc": bool, "repack": bool}: what llama.cpp says about its buffers with these settings; without "alloc" nothing
-    is read but the header, and nothing reserved.
 A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, threads, mmap.
 """
 
@@ -41,28 +39,24 @@ EXACT = {"type_k": F32, "type_v": F32, "flash": FLASH_OFF}
 class Llama:
     """A loaded model with one context."""
 
-    def __init__(self, path: str, context: int, settings: dict[str, Any], *, repack: bool = True, alloc: bool = True) -> None:
+    def __init__(self, path: str, context: int, settings: dict[str, Any], *, repack: bool = True) -> None:
         self._log: list[str] = []
         self._callback = lc.llama_log_callback(lambda level, text, _: self._log.append(text.decode(errors="replace")))
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
         lc.llama_backend_init()
         params = lc.llama_model_default_params()
         params.n_gpu_layers, params.load_mode = 0, LOAD_WITH_MMAP if settings.get("mmap") else LOAD_WITHOUT_MMAP
-        params.use_extra_bufts, params.no_alloc = repack, not alloc
+        params.use_extra_bufts = repack
         self.model = lc.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["the model does not load"])[-1])
-        self.context = None
         self.open(context, settings)
         self.vocab = lc.llama_model_get_vocab(self.model)
         self.n_vocab = lc.llama_vocab_n_tokens(self.vocab)
         self.sampler = lc.llama_sampler_init_greedy()
 
     def open(self, context: int, settings: dict[str, Any]) -> None:
-        """Make a context, in the place of the one before."""
-        if self.context:
-            lc.llama_free(self.context)
-            self._log.clear()
+        """Make the context."""
         self.ubatch = min(context, settings.get("ubatch", UBATCH))
         options = lc.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, self.ubatch, self.ubatch
@@ -182,18 +176,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ask(job: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp's words about its buffers, for each of the settings."""
-    first, *others = job["asked"]
-    llama = Llama(job["path"], first["context"], first, repack=job.get("repack", False), alloc=job.get("alloc", False))
-    said = [llama.buffers()]
-    for settings in others:
-        llama.open(settings["context"], settings)
-        said.append(llama.buffers())
-    return {"said": said}
-
-
 def do(job: dict[str, Any]) -> dict[str, Any]:
     """The job of child_main.py."""
-    does = give_logits if "windows" in job else ask if "asked" in job else measure
-    return does(job)
+    return give_logits(job) if "windows" in job else measure(job)

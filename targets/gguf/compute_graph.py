@@ -20,7 +20,7 @@ def compute_bytes(model: Model, settings: Settings, *, outputs: int = 0) -> int:
     """Bytes of the compute buffer that llama.cpp reserves for a batch.
 
     Args:
-        model: shapes; layers with a recurrent state are not known here (ask_llama_cpp knows them).
+        model: shapes; layers with a recurrent state are not known here.
         settings: of the run.
         outputs: rows of logits that a batch is reserved for; 0: every token's, which is llama.cpp's default.
 
@@ -63,7 +63,7 @@ class _Batch:
     def __init__(self, model: Model, settings: Settings, outputs: int) -> None:
         check(model, settings)
         if any(cache.state for cache in model.caches):
-            raise UsageError("the compute buffer of recurrent layers is not predicted", hint="ask llama.cpp (ask_llama_cpp)")
+            raise UsageError("the compute buffer of recurrent layers is not predicted", hint="plan for a model of attention layers alone")
         self.model, self.settings, self.graph = model, settings, Graph()
         streams = settings.sequences
         self.rows = -(-rows_of(settings) // streams) * streams

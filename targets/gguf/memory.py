@@ -7,14 +7,14 @@ ubatch 512, logits of the last token only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
-from edgemoe.ir.memory import RETAINED, Settings, peak
-from edgemoe.targets.gguf.compute_graph import compute_bytes, touched_bytes, work_bytes
+from edgemoe.ir.memory import RETAINED, Settings
+from edgemoe.targets.gguf.compute_graph import touched_bytes, work_bytes
 from edgemoe.targets.gguf.formats import formats_of_rows, pad, row_bytes
 from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
@@ -110,64 +110,3 @@ def _runtime(model: Model, settings: Settings) -> int:
     nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
     cells = settings.sequences * cells_of(settings)
     return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * nodes
-
-
-def predict_peak(model: Model, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
-    """The most that a process holds which loads a file and decodes a full context.
-
-    From a mapped file, what was repacked is held twice, and needs no staging; when all is loaded, the ends of the file that hold nothing
-    but repacked tensors are unmapped.
-
-    Args:
-        model: of the model.
-        settings: of the run.
-        file_size: of the GGUF in bytes.
-        units: (role, format, bytes) of its tensors, in file order.
-    """
-    tied = all(role != "output" for role, _, _ in units)
-    repacked = [settings.repack and is_repacked(name, role, tied=tied) for role, name, _ in units]
-    second = sum(size for (role, _, size), copied in zip(units, repacked, strict=True) if copied and role == "token_embd")
-    parts = memory_parts(model, settings.context, settings)
-    if not settings.mmap:
-        staging = [staged_bytes(copied, size, role) for (role, _, size), copied in zip(units, repacked, strict=True)]
-        retained = max((size for size in staging if size <= RETAINED), default=0)
-        if parts["kv"] <= retained:  # then the cache is made where the last copies were
-            retained -= parts["kv"]
-        return peak({**parts, "weights": file_size + second, "staging": max(staging, default=0), "retained": retained})
-    copies = sum(size for (_, _, size), copied in zip(units, repacked, strict=True) if copied)
-    stays = [number for number, copied in enumerate(repacked) if not copied or units[number][0] == "token_embd"]
-    ends = sum(size for number, (_, _, size) in enumerate(units) if not stays or not stays[0] <= number <= stays[-1])
-    return max(peak({**parts, "weights": file_size - ends + copies, "staging": 0}), parts["runtime"] + file_size + copies)
-
-
-def split_parts(
-    model: Model, settings: Settings, *, experts: int, embedding: int, others: int, largest_stack: int
-) -> dict[str, dict[str, int]]:
-    """The parts in two pools when expert stacks stay in RAM and all else is in VRAM (`-ngl 99 --cpu-moe`).
-
-    NOT verified on a GPU.  KV cache and states follow the attention into VRAM; the embedding is looked up on the CPU.  A GPU's buffers are
-    held in full, so the whole compute buffer counts there, and with it a copy of one expert stack, because llama.cpp multiplies large
-    batches on the GPU (`op_offload`).  The experts' intermediate results for small batches are in RAM.
-
-    Args:
-        model: of the model.
-        settings: of the run.
-        experts: bytes of all expert stacks.
-        embedding: bytes of the embedding.
-        others: bytes of all other tensors.
-        largest_stack: bytes of the largest expert stack.
-    """
-    parts = memory_parts(model, settings.context, settings)
-    outputs = 0 if settings.every_logit else settings.sequences
-    on_device = {
-        "weights": others,
-        "kv": parts["kv"],
-        "compute": compute_bytes(model, settings, outputs=0) + largest_stack,
-    }
-    in_ram = {
-        "weights": experts + embedding,
-        "compute": compute_bytes(model, settings, outputs=outputs) + work_bytes(model, settings),
-        "output": parts["output"],
-        "runtime": parts["runtime"],
-    }
-    return {"ram": in_ram, "vram": on_device}

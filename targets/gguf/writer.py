@@ -24,7 +24,6 @@ from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.families import find_family
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
-from edgemoe.targets.gguf.ask import write_sparse_header
 from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shape
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
@@ -72,13 +71,6 @@ def header_size(model: Model) -> int:
         _write_header(writer)
         writer.close()
         return pad(path.stat().st_size)
-
-
-def write_hollow(model: Model, count: int, path: Path) -> Path:
-    """A GGUF with the metadata and tensor infos of a plan that keeps `count` experts, and a hole for weights: enough to ask llama.cpp."""
-    writer = _open_writer(path, model, None, None, 0, count)
-    infos = _add_infos(writer, model, lambda unit: "F16", count)
-    return write_sparse_header(writer, list(infos.values()), path)
 
 
 def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Progress | None = None) -> Artifact:
@@ -134,8 +126,8 @@ def _dominant(plan: Plan) -> str:
     return max(sorted(bytes_by), key=lambda kind: bytes_by[kind])
 
 
-def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int, count: int = 0) -> Any:
-    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts, or `count` of them."""
+def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int) -> Any:
+    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts."""
     import gguf
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
@@ -144,7 +136,7 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
     writer.add_name(model.name)
     writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_shape(writer, model, plan.count if plan else count or model.n_experts)
+    add_shape(writer, model, plan.count if plan else model.n_experts)
     add_own_keys(writer, model, family)
     add_vocabulary(writer, read_vocabulary(Path(model.folder), model.vocab_size), arch_vocab_key=False)
     add_provenance(writer, model, stats, plan, len(list_units(model)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,29 @@ from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, load_arrays
 from edgemoe.ir import Model
 from edgemoe.model.inspect import inspect_model
+from edgemoe.model.overlay import save_overlay
+from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.pipeline.request import BuildRequest, Job
+from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.experts import Experts
-from edgemoe.repair.width import UNSEEN, Narrowed, best_neurons, camera_energy, charge, choose_widths, cut, magnitude, narrow_experts
+from edgemoe.repair.width import (
+    FEW_BITS,
+    UNSEEN,
+    Narrowed,
+    best_neurons,
+    charge,
+    choose_widths,
+    cut,
+    magnitude,
+    narrow_experts,
+)
 from edgemoe.stream.gradients import collect_gradients, heapr_sums
 from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.stream.windows import tokenize
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from width import camera_energy, cut_and_refit
 
 WIDTH = 96  # of 160: no multiple of 64, nor half
 
@@ -167,8 +188,9 @@ def test_a_killed_narrowing_goes_on_and_gives_the_same_bytes(sources: dict[str, 
 def test_best_neurons_cost_less_than_random_ones_and_what_is_charged_is_what_was_measured(
     trained: Model, texts: list[Text], tmp_path: Path
 ) -> None:
-    best, random = (narrow_experts(trained, texts, 256, tmp_path, score=score, max_tokens=2048) for score in ("magnitude", "random"))
-    assert sum(best.kl) < 0.8 * sum(random.kl)
+    best = narrow_experts(trained, texts, 256, tmp_path, max_tokens=2048)
+    _, random = cut_and_refit(trained, texts, 256, "random", tmp_path, max_tokens=2048)
+    assert sum(best.kl) < 0.8 * sum(random)
     costs = random_costs(0, "stacks")
     kl = tuple(0.01 * (d + 1) for d in range(len(costs.domains)))
     charged = charge(costs, replace(best, kl=kl))
@@ -194,3 +216,36 @@ def test_auto_tries_what_formats_can_store(trained: Model) -> None:
     assert choose_widths(trained, "") == (512, 256)  # unasked, those that formats of few bits can store
     assert choose_widths(replace(trained, expert_size=192), "") == (192,)
     assert choose_widths(trained, "96") == (96,)
+
+
+def test_unasked_narrower_experts_are_tried_where_bits_are_few_alone(texts: list[Text], tmp_path: Path) -> None:
+    model = inspect_model(make_checkpoint(tmp_path / "source", "mixtral", seed=0, n_experts=4, hidden=256, expert_size=512, layers=1))
+    target, context = find_target("gguf"), 512
+
+    def narrowed(bits: float, asked: str = "") -> list[str]:
+        beside = sum(target.memory_parts(model, context).values())
+        memory = beside + round(bits / 8 * model.n_weights)
+        request = BuildRequest(model="", memory=memory, out=tmp_path, calibration_tokens=1024, repair=False, width=asked)
+        job = Job(
+            request=request,
+            model=model,
+            target=target,
+            context=context,
+            widths=choose_widths(model, asked),
+            top_k=model.top_k,
+            calibration=tuple(texts),
+            heldout=(),
+        )
+        plan_widths(job, tmp_path, lambda stage, done, total: None)
+        return [path.name.split("-")[1] for path in tmp_path.glob("narrow-*")]
+
+    assert narrowed(FEW_BITS + 1) == []
+    assert narrowed(FEW_BITS - 0.5, "full") == []
+    assert narrowed(FEW_BITS - 0.5) == ["256"]
+
+
+def test_a_plan_for_narrower_experts_is_not_written_from_wide_ones(trained: Model, tmp_path: Path) -> None:
+    plan = replace(flat_plan(trained), width=256)
+    with pytest.raises(ModelError, match="256 neurons") as found:
+        emit_artifact(trained, flat_stats(trained, tmp_path / "stats"), plan, gguf, tmp_path / "out")  # type: ignore[arg-type]
+    assert "--width 256" in found.value.hint

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run_cli
+from oracles import child_settings, hear_llama_cpp, predict_peak
 from shapes import Tiny, gqa, write_sparse
 from tiny import make_checkpoint
 
@@ -17,9 +19,8 @@ from edgemoe.ir import Model
 from edgemoe.ir.memory import Settings
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import count_bytes, find_target
-from edgemoe.targets.gguf.ask import child_settings
 from edgemoe.targets.gguf.formats import OFFERED
-from edgemoe.targets.gguf.memory import on_device, predict_peak
+from edgemoe.targets.gguf.memory import on_device
 from edgemoe.targets.gguf.repack import ANY_CPU, held_twice_on, repacked_here
 from edgemoe.targets.gguf.run import run
 
@@ -48,7 +49,7 @@ def test_a_process_with_a_tied_embedding_holds_no_more_than_predicted_and_little
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q6_K", "Q4_K", "Q3_K", "IQ4_NL", "IQ4_XS"])
 def test_ggml_says_which_types_it_repacks_as_llama_cpp_does_it(tmp_path: Path, kind: str) -> None:
     path = write_sparse(tied(kind), tmp_path / "tied.gguf")
-    (lines,) = run(path, {"asked": [child_settings(Settings(context=256))], "alloc": True, "repack": True})["said"]
+    (lines,) = hear_llama_cpp(path, [child_settings(Settings(context=256))], alloc=True, repack=True)
     repacked = [float(size) for line in lines for size in re.findall(r"CPU_REPACK model buffer size = +([\d.]+)", line)]
     assert (sum(repacked) > 0) == (kind in repacked_here())
 

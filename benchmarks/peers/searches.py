@@ -1,6 +1,7 @@
-"""Errors and bytes of every tensor in every type, a size -> a type for each: the searches of others, rebuilt from their descriptions.
+"""Searches of other projects choose a type for every tensor from errors, bytes and a size; they are rebuilt from their descriptions.
 
-All know tensors (an expert stack is one) and types, none knows drops.  U units, F types; what cannot be stored costs infinity.
+All know tensors (an expert stack is one) and types, and none knows drops.  U is the number of units, F of types; what cannot be stored
+costs infinity.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from recipes import row_lengths, unit_bytes
 
 from edgemoe.base.types import F64
 from edgemoe.ir import Model, Stats, Unit
@@ -21,6 +21,7 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets.gguf.formats import FORMATS, NARROW, OFFERED, WIDE, round_rows
 from edgemoe.targets.gguf.writer import fixed_sizes, list_units
+from peers.recipes import row_lengths, unit_bytes
 
 TRIM = 0.01  # of the rows with the least and the largest error, where there are 100 or more
 HALVINGS, DOUBLINGS = 40, 60  # of the price of a bit

@@ -1,15 +1,16 @@
-"""Model, name of a llama-quantize type -> the ggml type of every tensor and the bytes of the file, from shapes alone.
+"""Mixes are llama-quantize's rules for the ggml type of every tensor, and the bytes of the file follow from shapes alone.
 
-What users would take without a planner, hence what a plan has to beat.  A port as data of llama_tensor_get_type_impl and
+Users take them where they have no planner, hence a plan has to beat them.  A port as data of llama_tensor_get_type_impl and
 tensor_type_fallback in src/llama-quant.cpp of llama.cpp 0c1e570 (dense 70B and Falcon rules left out: no such MoE).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgemoe.ir import Model, Unit, tensor_name
+from edgemoe.ir import Model, Tensor, Unit, is_planned, tensor_name
+from edgemoe.model.describe import load_shape, describe
 from edgemoe.targets.gguf.formats import FORMATS, row_bytes
 from edgemoe.targets.gguf.writer import list_units
 
@@ -65,6 +66,10 @@ MIXES: dict[str, dict[str, str]] = {
     "IQ1_S": _LOWEST | {"base": "IQ1_S", "o": "x8:Q5_K IQ2_XXS"},
 }
 
+# Models whose published GGUFs carry a next-token-prediction block after the last layer, which plain decoding never loads: whether the block
+# has an embedding and an output matrix of its own (no field of config.json says it).
+PREDICTION_BLOCKS = {"GLM-4.5-Air": True, "GLM-4.5": True, "GLM-4.6": False, "GLM-5.2": False}
+
 # Kind of a tensor by its role (tensor_get_category: the first name found inside).
 _KINDS = {"output": "output", "token_embd": "embedding", "attn_qkv": "v", "attn_kv_b": "v", "attn_v": "v", "attn_k": "k", "attn_q": "q"}
 _KINDS |= {"attn_output": "o"}
@@ -79,6 +84,20 @@ class _Place:
     n_v: int  # attention values seen before it
     all_v: int
     n_down: int  # down projections seen before it
+
+
+def with_prediction_block(name: str) -> Model:
+    """A shipped shape with the next-token-prediction block of its published GGUFs: one more layer, and what joins it to the others."""
+    config = load_shape(name)
+    n_layers = config["num_hidden_layers"]
+    longer = describe({**config, "num_hidden_layers": n_layers + 1}, name)
+    hidden, vocab = longer.hidden_size, longer.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"nextn.eh_proj": (hidden, 2 * hidden)}
+    shapes |= dict.fromkeys(("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm"), (hidden,))
+    if PREDICTION_BLOCKS[name]:
+        shapes |= dict.fromkeys(("nextn.embed_tokens", "nextn.shared_head_head"), (vocab, hidden))
+    block = [Tensor(name=r, role=r, layer=n_layers, expert=-1, shape=s, dtype="BF16", file="", offset=0) for r, s in shapes.items()]
+    return replace(longer, n_layers=n_layers, tensors=(*longer.tensors, *block))
 
 
 def pure_types(model: Model, base: str) -> dict[str, str]:

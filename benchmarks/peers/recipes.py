@@ -1,4 +1,4 @@
-"""A model's units -> the ggml type of each, and the experts that stay: what peers do, each recipe one function with its source.
+"""Recipes give a model's units their ggml types and say which experts stay; each is one function with its source.
 
 Where a recipe knows more than a GGUF can hold (bits of single experts, attention of another kind), its docstring says how it is projected.
 """
@@ -16,8 +16,8 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.plan.pmq import allocate_bits
 from edgemoe.price.saliency import score_experts
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
-from edgemoe.targets.gguf.mixes import fall_back
 from edgemoe.targets.gguf.writer import fixed_sizes, list_units
+from peers.mixes import fall_back
 
 Kept = tuple[tuple[int, ...], ...]
 PMQ_BITS = (1, 2, 3)
@@ -63,7 +63,7 @@ def reap_count(model: Model, share: float) -> int:
 
 
 def kept_sets(model: Model, stats: Stats, method: str, share: float) -> Kept:
-    """Experts that stay in each layer by a score of edgemoe/scores.py; "random0" and so on by lot.
+    """Experts that stay in each layer by a score of edgemoe/price/saliency.py; "random0" and so on by lot.
 
     "reap" is the published mean over routed tokens of g |f| (arXiv 2510.13999, eq. 9), "reap-sum" its sum, "frequency" the count.
     """

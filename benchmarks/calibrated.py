@@ -1,4 +1,4 @@
-"""Calibration text -> statistics, prices, peers' files and our builds, all of one model and one slice of the text.
+"""A CalibratedModel holds statistics and prices of one model and one slice of the calibration text, and makes files from them.
 
 Our files are what `edgemoe build` makes (pipeline.build_artifact, its defaults); peers' files go through our writer or llama-quantize, with
 the same importance matrix.
@@ -6,7 +6,6 @@ the same importance matrix.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import shutil
@@ -14,16 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import llama_cpp as lc
 import numpy as np
-from recipes import Kept
-from yardstick import Score, Yardstick
+from measure import Reference, Score
+from peers.llama_quantize import imatrix_entries, llama_quantize
+from peers.recipes import Kept
 
 import edgemoe
 from edgemoe.base.errors import VerifyError
 from edgemoe.base.storage import hash_file, hash_json, load_record
 from edgemoe.calibrate.collect import collect_stats
-from edgemoe.ir import Costs, Model, Plan, Report, Stats, tensor_name
+from edgemoe.ir import Costs, Plan, Report, Stats
 from edgemoe.ir.memory import peak
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.build import build_artifact
@@ -35,12 +34,11 @@ from edgemoe.quantize.importance import importance_of
 from edgemoe.rules import ByteLimit
 from edgemoe.stream.texts import Text, choose_texts
 from edgemoe.targets import find_target
-from edgemoe.targets.gguf.formats import floor_importance
 
 SLICES = 4  # of a calibration text, one for each seed: the shipped texts hold more than four times what is used
 LEAST_SHARE = 0.08  # of the checkpoint's bytes: our smallest file, about 1.3 bits a weight
 PROBE_TOKENS = 2048  # of calibration text, for the searches that measure single tensors
-CHECK_CHARACTERS = 2000  # of held-out text that a build checks itself on; the bench measures it afterwards
+CHECK_CHARACTERS = 2000  # of held-out text that a build checks itself on; the benchmark measures it afterwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class Built:
     score: Score
 
 
-class Bench:
+class CalibratedModel:
     """A model and one slice of the calibration texts.
 
     Args:
@@ -79,7 +77,7 @@ class Bench:
         self.check = write_texts(work / "texts-check", (first_words(heldout[0]),))
         self.calibration, _ = choose_texts(self.files, self.check)
         self.names = [t.name for t in heldout]
-        self.held = Yardstick(self.model, self.target, heldout, tokens, work)
+        self.held = Reference(self.model, heldout, tokens, work)
         if min(np.bincount(self.held.windows.domain)) < 2:
             raise SystemExit(f"--tokens {tokens}: each of {len(heldout)} texts needs two windows, or there is no standard error")
         self.context = choose_context(self.model, None)
@@ -90,9 +88,9 @@ class Bench:
         importance = [importance_of(self.model, self.stats, layer) for layer in range(-1, self.model.n_layers)]
         self.imatrix = hash_json([sorted((*k, float(v.sum())) for k, v in found.items()) for found in importance])
 
-    def probe(self) -> Yardstick:
-        """A yardstick of calibration text, for searches that measure: held-out text is for the verdict alone."""
-        return Yardstick(self.model, self.target, self.calibration, PROBE_TOKENS, self.work / f"probe-{self.seed}")
+    def probe(self) -> Reference:
+        """A reference on calibration text, for searches that measure: held-out text is for the verdict alone."""
+        return Reference(self.model, self.calibration, PROBE_TOKENS, self.work / f"probe-{self.seed}")
 
     def least_file(self) -> int:
         """Bytes of our smallest file."""
@@ -156,7 +154,7 @@ class Bench:
             print(f"  note: {error}")
         report = load_record(request.out / "report.json", Report)
         path = request.out / report.artifact.files[0].name
-        score = self.held.run(path)
+        score = self.held.score(path)
         built = Built(count=report.plan.count, predicted=report.plan.predicted_kl, sha256=hash_file(path), score=score)
         shutil.rmtree(request.out)
         return built
@@ -192,33 +190,3 @@ def write_texts(folder: Path, texts: tuple[Text, ...]) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------- llama-quantize
-def imatrix_entries(model: Model, stats: Stats, kept: Kept) -> dict[str, np.ndarray]:
-    """Importance by tensor name, experts in the order of the file."""
-    entries: dict[str, np.ndarray] = {}
-    for layer in range(-1, model.n_layers):
-        found = importance_of(model, stats, layer)
-        for role in {role for role, _ in found}:
-            experts = [-1] if (role, -1) in found else kept[layer]
-            entries[tensor_name(role, layer)] = np.concatenate([floor_importance(found[role, e]) for e in experts])
-    return entries
-
-
-@lc.llama_log_callback
-def _silence(level: int, text: bytes, data: object) -> None:
-    """llama-quantize tells a line of each tensor."""
-
-
-def llama_quantize(source: Path, out: Path, mix: str, entries: dict[str, np.ndarray]) -> Path:
-    """llama-quantize with an importance matrix."""
-    lc.llama_log_set(_silence, ctypes.c_void_p(0))
-    params = lc.llama_model_quantize_default_params()
-    params.ftype = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{mix}")
-    params.nthread = 2
-    array = (lc.llama_model_imatrix_data * (len(entries) + 1))()
-    for slot, (name, values) in zip(array, sorted(entries.items()), strict=False):
-        slot.name, slot.size = name.encode(), values.size
-        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    params.imatrix = ctypes.cast(array, ctypes.POINTER(lc.llama_model_imatrix_data))
-    if lc.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) != 0:
-        raise SystemExit(f"llama-quantize failed for {mix}")
-    return out
