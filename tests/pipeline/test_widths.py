@@ -21,7 +21,7 @@ from edgemoe.model.families import find_family, resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
 from edgemoe.pipeline.emit import emit_artifact
-from edgemoe.pipeline.request import BuildRequest
+from edgemoe.pipeline.request import BuildRequest, Job
 from edgemoe.pipeline.widths import plan_widths
 from edgemoe.repair.width import FEW_BITS, choose_widths
 from edgemoe.stream.texts import SHIPPED, Text, read_text
@@ -109,8 +109,17 @@ def test_unasked_narrower_experts_are_tried_where_bits_are_few_alone(texts: list
         beside = sum(target.memory_parts(model, context).values())
         memory = beside + round(bits / 8 * model.n_weights)
         request = BuildRequest(model="", memory=memory, out=tmp_path, calibration_tokens=1024, repair=False, width=asked)
-        widths = choose_widths(model, asked)
-        plan_widths(request, model, widths, model.top_k, target, context, texts, tmp_path, lambda stage, done, total: None)
+        job = Job(
+            request=request,
+            model=model,
+            target=target,
+            context=context,
+            widths=choose_widths(model, asked),
+            top_k=model.top_k,
+            calibration=tuple(texts),
+            heldout=(),
+        )
+        plan_widths(job, tmp_path, lambda stage, done, total: None)
         return [path.name.split("-")[1] for path in tmp_path.glob("narrow-*")]
 
     assert narrowed(FEW_BITS + 1) == []
