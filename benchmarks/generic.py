@@ -16,7 +16,6 @@ import numpy as np
 from arguments import make_parser
 from distil_priors import fit_curve, n_layers_of, pool_curves, pool_roles, read_curves, read_sensitivities, relative_curve, subtract_floor
 
-from edgemoe.ir import is_planned
 from edgemoe.model.describe import describe, load_shape
 from edgemoe.price.priors import pooled_share
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, formats_of_rows
@@ -81,7 +80,7 @@ def main() -> None:
         guess = np.array([pooled_share(role, layer, layers, pooled) for role, layer in keys])
         rank = float(np.corrcoef(ranks(own), ranks(guess))[0, 1])
         known = describe(load_shape(shape), shape)
-        tensors = [t for t in known.tensors if is_planned(t) and t.expert <= 0]
+        tensors = [t for t in known.tensors if t.planned and t.expert <= 0]
         at = {(t.role, t.layer): (t.n_weights * (known.n_experts if t.expert == 0 else 1), t.shape[1]) for t in tensors}
         weights, cols = (np.array([at[k][i] for k in keys], float) for i in range(2))
         fit = fit_curve(curves.get(model, {}))

@@ -153,7 +153,7 @@ def menu_sets(model: Model, stats: Stats, count: int) -> list[list[int]]:
     counts = offered_counts(model.n_experts, model.top_k)
     sets = []
     for layer in range(model.n_layers):
-        replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
+        replay = make_replay(stats.arrays(layer), stats.weights, model.router)
         sets.append(np.flatnonzero(build_menu(replay, counts).kept[counts.index(count)]).tolist())
     return sets
 

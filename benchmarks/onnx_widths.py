@@ -11,7 +11,6 @@ file is that of everything at 8 bits.  What was measured is kept in the work fol
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import table
 from arguments import make_parser
 from measure import Reference, remembered
 
-from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError
 from edgemoe.base.storage import hash_json
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Plan, counts_text
@@ -29,7 +28,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.infeasible import least_budget
-from edgemoe.plan.presets import Settings, plan_preset
+from edgemoe.plan.presets import PRESETS, Settings, plan_preset
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import ROUNDINGS, discount
 from edgemoe.stream.texts import choose_texts

@@ -104,7 +104,7 @@ def measure(tiny: Tiny, settings: Settings, folder: str) -> tuple[int, int, int,
         size, began = path.stat().st_size, time.monotonic()
         job = {"context": settings.context, "tokens": list(range(1, 1000)), "prompts": [], "generate": 0, "repack": settings.repack}
         peak = run(path, {**job, "settings": child_settings(settings)})["peak"]
-        return size, predict_peak(tiny.layout, settings, size, tiny.units()), peak, time.monotonic() - began
+        return size, predict_peak(tiny.model, settings, size, tiny.units()), peak, time.monotonic() - began
 
 
 def main() -> None:

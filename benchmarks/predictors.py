@@ -86,9 +86,7 @@ class Pricer:
 
     def __init__(self, model: Model, stats: Stats, costs: Costs, forward: Forward) -> None:
         self.model, self.stats, self.costs, self.forward = model, stats, costs, forward
-        self.replays = [
-            make_replay(stats.arrays(n), stats.weights, model.top_k, renormalize=model.renormalize) for n in range(model.n_layers)
-        ]
+        self.replays = [make_replay(stats.arrays(n), stats.weights, model.router) for n in range(model.n_layers)]
         self.drops = [self._menu_prices(layer) for layer in range(model.n_layers)]
         self.units = {(u.role, u.layer): n for n, u in enumerate(costs.units)}
         self.gradients = self._gradients()

@@ -19,6 +19,7 @@ from arguments import make_parser
 from measure import Reference, remembered
 
 from edgemoe.base.storage import hash_json
+from edgemoe.base.work import REVISIONS
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan
 from edgemoe.model.inspect import inspect_model
@@ -28,7 +29,6 @@ from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount
-from edgemoe.repair.survivors import REVISION
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
 
@@ -72,7 +72,7 @@ def measure_row(source: str, work: Path, tokens: int, number: int) -> dict[str, 
             path.unlink()
             return kl
 
-        key = hash_json(model.fingerprint, stats.key, REVISION, plan.kept, plan.formats, reference.windows.tokens.tolist())
+        key = hash_json(model.fingerprint, stats.key, REVISIONS["repair"], plan.kept, plan.formats, reference.windows.tokens.tolist())
         return float(remembered(judged / f"{key[:16]}.json", write_and_measure))
 
     run = Measurer(model, stats, calibration, target, work, max_tokens=DEFAULT_TOKENS, stored_as=stored_as, rounding="feedback")

@@ -13,7 +13,7 @@ import time
 from arguments import make_parser
 from peers.mixes import MIXES, mix_types, pure_types, tensor_bytes, with_prediction_block
 
-from edgemoe.model.describe import load_shape, describe
+from edgemoe.model.describe import describe, load_shape
 
 MAPS = "tensor map"
 IMPURE = "the source's map below 2 bits is no single type: a few tensors are larger"

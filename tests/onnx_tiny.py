@@ -15,9 +15,9 @@ from tiny import flat_plan
 from edgemoe.base.types import F32
 from edgemoe.ir import Artifact, Model, Plan, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.model.families import MODULE_NAMES
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_int8
+from edgemoe.stream.adapter import linear_of, weights_of
 from edgemoe.targets.onnx.formats import input_block, round_rows
 from edgemoe.targets.onnx.writer import write
 
@@ -53,21 +53,22 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
             return torch.from_numpy(round_rows(values, plan.formats[unit], importance.get((tensor.role, tensor.expert))))
 
         block = module.model.layers[layer] if layer >= 0 else None
-        names = {} if block is None else dict(block.named_parameters())
         for (role, expert), tensor in model.of_layer(layer).items():
             unit = f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
             if expert < 0 and unit in plan.formats:
-                (ends[role] if block is None else names[MODULE_NAMES[role]]).data.copy_(rounded(tensor, unit))
+                (ends[role].data if block is None else weights_of(block, role)).copy_(rounded(tensor, unit))
                 if block is not None:
-                    _round_given(block.get_submodule(MODULE_NAMES[role].removesuffix(".weight")), plan.formats[unit], role)
-        if block is not None:
+                    _round_given(linear_of(block, role), plan.formats[unit], role)
+        if block is not None and layer in plan.kept_of:
             found = model.of_layer(layer)
-            kept = plan.kept[layer]
+            kept = plan.kept_of[layer]
             parts = {p: [rounded(found[f"ffn_{p}_exps", e], f"blk.{layer}.ffn_exps.{e}") for e in kept] for p in ("gate", "up", "down")}
             experts, gate = block.mlp.experts, block.mlp.gate
             experts.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)])
             experts.down_proj.data = torch.stack(parts["down"])
             gate.weight.data = gate.weight.data[list(kept)]
+            if model.router.biased:
+                gate.e_score_correction_bias = gate.e_score_correction_bias[list(kept)]
             experts.num_experts = gate.num_experts = len(kept)
             experts.forward = _experts_forward(experts, [plan.formats[f"blk.{layer}.ffn_exps.{e}"] for e in kept])
     head = "output" if "output.weight" in plan.formats else "token_embd"

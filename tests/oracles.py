@@ -14,7 +14,7 @@ from typing import Any
 
 from edgemoe.base.errors import VerifyError
 from edgemoe.ir import Model
-from edgemoe.ir.memory import RETAINED, Layout, Settings, peak
+from edgemoe.ir.memory import RETAINED, Settings, peak
 from edgemoe.targets.child_process import run_job
 from edgemoe.targets.gguf.formats import INSTALL
 from edgemoe.targets.gguf.kv_cache import KV_FORMATS
@@ -100,14 +100,14 @@ def write_hollow(model: Model, count: int, path: Path) -> Path:
     return write_sparse_header(writer, list(infos.values()), path)
 
 
-def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
+def predict_peak(model: Model, settings: Settings, file_size: int, units: Sequence[tuple[str, str, int]]) -> int:
     """The most that a process holds which loads a file and decodes a full context.
 
     From a mapped file, what was repacked is held twice, and needs no staging; when all is loaded, the ends of the file that hold nothing
     but repacked tensors are unmapped.
 
     Args:
-        layout: of the model.
+        model: of the model.
         settings: of the run.
         file_size: of the GGUF in bytes.
         units: (role, format, bytes) of its tensors, in file order.
@@ -115,7 +115,7 @@ def predict_peak(layout: Layout, settings: Settings, file_size: int, units: Sequ
     tied = all(role != "output" for role, _, _ in units)
     repacked = [settings.repack and is_repacked(name, role, tied=tied) for role, name, _ in units]
     second = sum(size for (role, _, size), copied in zip(units, repacked, strict=True) if copied and role == "token_embd")
-    parts = memory_parts(layout, settings.context, settings)
+    parts = memory_parts(model, settings.context, settings)
     if not settings.mmap:
         staging = [staged_bytes(copied, size, role) for (role, _, size), copied in zip(units, repacked, strict=True)]
         retained = max((size for size in staging if size <= RETAINED), default=0)

@@ -1,4 +1,4 @@
-"""Tiny GGUFs of every kind of attention, as llama.cpp's loader wants them, and their layouts written down by hand.
+"""Tiny GGUFs of every kind of attention, as llama.cpp's loader wants them, and their models written down by hand.
 
 The files are sparse: metadata and tensor infos are real, the weights are a hole of the right length (zeros), which is all that memory
 depends on.
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from oracles import write_sparse_header
 
-from edgemoe.ir.memory import Cache, Layout
+from edgemoe.ir import Model
+from edgemoe.ir.model import Attention, Cache, Expert, Layer, Router
 
 Shapes = dict[str, tuple[int, ...]]
 HIDDEN, VOCAB, LAYERS = 512, 1024, 4
@@ -23,12 +24,12 @@ HIDDEN, VOCAB, LAYERS = 512, 1024, 4
 
 @dataclass(frozen=True)
 class Tiny:
-    """One file to be: architecture, metadata, tensors in torch order, and the layout that memory is predicted from."""
+    """One file to be: architecture, metadata, tensors in torch order, and the model that memory is predicted from."""
 
     arch: str
     keys: Mapping[str, Any]
     tensors: Shapes
-    layout: Layout
+    model: Model  # what memory is predicted from
     types: Mapping[str, str] = field(default_factory=dict)  # ggml type of a role's tensors; F32 otherwise
     bpe: bool = False  # a byte-pair vocabulary with merges instead of bare numbers
 
@@ -57,7 +58,7 @@ def write_sparse(tiny: Tiny, path: Path) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(path, tiny.arch)
-    sizes = {"vocab_size": tiny.layout.vocab_size, "context_length": 65536, "block_count": len(tiny.layout.caches)}
+    sizes = {"vocab_size": tiny.model.vocab_size, "context_length": 65536, "block_count": len(tiny.model.caches)}
     for key, value in {**tiny.keys, **sizes}.items():
         name = f"{tiny.arch}.{key}"
         if isinstance(value, list):
@@ -87,12 +88,50 @@ def _add_tokens(writer: Any, tiny: Tiny) -> None:
     if not tiny.bpe:
         writer.add_string("tokenizer.ggml.model", "none")
         return
-    tokens = [f"tok{i:05x}"[:8] for i in range(tiny.layout.vocab_size)]
+    tokens = [f"tok{i:05x}"[:8] for i in range(tiny.model.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges([f"{token[:4]} {token[4:]}" for token in tokens])
+
+
+def bare_model(
+    *,
+    caches: tuple[Cache, ...],
+    hidden_size: int,
+    n_heads: int,
+    key_length: int,
+    value_length: int,
+    vocab_size: int,
+    n_experts: int,
+    top_k: int,
+    expert_size: int,
+    gating: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    expert_bias: bool = False,
+    dense_layers: int = 0,
+    dense_size: int = 0,
+    shared_size: int = 0,
+    latent: int = 0,
+    q_latent: int = 0,
+) -> Model:
+    """A model of which only what memory depends on is said; it has no tensors."""
+    layers = tuple(
+        Layer(attention="mla" if latent else "gqa", ffn="dense" if number < dense_layers else "moe", cache=cache)
+        for number, cache in enumerate(caches)
+    )
+    heads = Attention(
+        heads=n_heads, kv_heads=1, key_length=key_length, value_length=value_length, rotary=key_length, rope_theta=1e4,
+        latent=latent, q_latent=q_latent,
+    )  # fmt: skip
+    return Model(
+        folder="", name="bare", model_type="", config={}, hidden_size=hidden_size, vocab_size=vocab_size, context_length=65536,
+        norm_eps=1e-6, n_experts=n_experts, attention=heads, layers=layers, dense_size=dense_size, shared_size=shared_size,
+        router=Router(top_k=top_k, scoring=gating, renormalize=renormalize, scale=scale),
+        expert=Expert(size=expert_size, biased=expert_bias), tensors=(), fingerprint="",
+    )  # fmt: skip
 
 
 def ends(hidden: int, vocab: int) -> Shapes:
@@ -160,7 +199,7 @@ def gqa(
     tensors = ends(hidden, vocab)
     for layer in range(layers):
         tensors |= in_layer(layer, {**attention(hidden, heads, kv_heads, dim), **norms, **experts(hidden, n_experts, size)})
-    layout = Layout(
+    model = bare_model(
         caches=(Cache(k=kv_heads * dim, v=kv_heads * dim),) * layers,
         hidden_size=hidden,
         n_heads=heads,
@@ -172,7 +211,7 @@ def gqa(
         expert_size=size,
         renormalize=arch != "olmoe",
     )
-    return Tiny(arch, keys, tensors, layout, types or {})
+    return Tiny(arch, keys, tensors, model, types or {})
 
 
 def mla(
@@ -233,7 +272,7 @@ def mla(
             part = {**experts(hidden, n_experts, size), "exp_probs_b.bias": (n_experts,)}
             part |= {f"ffn_{n}_shexp.weight": (size, hidden) for n in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, size)}
         tensors |= in_layer(layer, {**mixer, **part})
-    layout = Layout(
+    model = bare_model(
         caches=(Cache(k=rank + rope),) * layers,
         hidden_size=hidden,
         n_heads=heads,
@@ -251,7 +290,7 @@ def mla(
         dense_size=dense,
         shared_size=size,
     )
-    return Tiny("deepseek2", keys, tensors, layout, types or {})
+    return Tiny("deepseek2", keys, tensors, model, types or {})
 
 
 def sliding(
@@ -289,7 +328,7 @@ def sliding(
         part |= {"ffn_gate_inp.bias": (n_experts,), "ffn_down_exps.bias": (n_experts, hidden)}
         part |= {f"ffn_{n}_exps.bias": (n_experts, size) for n in ("gate", "up")}
         tensors |= in_layer(layer, part)
-    layout = Layout(
+    model = bare_model(
         caches=tuple(Cache(k=kv_heads * dim, v=kv_heads * dim, window=window if layer % 2 == 0 else 0) for layer in range(layers)),
         hidden_size=hidden,
         n_heads=heads,
@@ -303,7 +342,7 @@ def sliding(
         renormalize=False,
         expert_bias=True,
     )
-    return Tiny("gpt-oss", keys, tensors, layout, types or {})
+    return Tiny("gpt-oss", keys, tensors, model, types or {})
 
 
 def granite_hybrid(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, dim: int = 64) -> Tiny:
@@ -344,7 +383,7 @@ def granite_hybrid(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, d
         mixer = mamba if recurrent[layer] else attention(hidden, heads, kv_heads, dim)
         tensors |= in_layer(layer, {**mixer, "ffn_norm.weight": (hidden,), **experts(hidden, n_experts, size)})
     one = Cache(state=(conv - 1) * (inner + 2 * groups * state) + state * inner)
-    layout = Layout(
+    model = bare_model(
         caches=tuple(one if r else Cache(k=kv_heads * dim, v=kv_heads * dim) for r in recurrent),
         hidden_size=hidden,
         n_heads=heads,
@@ -355,7 +394,7 @@ def granite_hybrid(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, d
         top_k=top_k,
         expert_size=size,
     )
-    return Tiny("granitehybrid", keys, tensors, layout)
+    return Tiny("granitehybrid", keys, tensors, model)
 
 
 def short_convolution(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2) -> Tiny:
@@ -391,7 +430,7 @@ def short_convolution(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2
         else:
             part |= {**experts(hidden, n_experts, size), "exp_probs_b.bias": (n_experts,)}
         tensors |= in_layer(layer, part)
-    layout = Layout(
+    model = bare_model(
         caches=tuple(Cache(state=(length - 1) * hidden) if r else Cache(k=kv_heads * dim, v=kv_heads * dim) for r in recurrent),
         hidden_size=hidden,
         n_heads=heads,
@@ -405,4 +444,4 @@ def short_convolution(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2
         dense_layers=1,
         dense_size=dense,
     )
-    return Tiny("lfm2moe", keys, tensors, layout)
+    return Tiny("lfm2moe", keys, tensors, model)

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.ir import Model, Unit, is_planned
+from edgemoe.ir import Model, Unit
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.model.inspect import inspect_model
-from edgemoe.model.describe import load_shape, describe
 from edgemoe.price.saliency import SCORES
 from edgemoe.targets.gguf.formats import FORMATS
 from edgemoe.targets.gguf.writer import list_units
@@ -213,9 +213,17 @@ def write_hollow_gguf(path: Path, model: Model, arch: str, keys: dict[str, Any])
     writer = gguf.GGUFWriter(path, arch)
     layers = 1 + max(t.layer for t in model.tensors)
     common = {"block_count": layers, "context_length": 4096, "embedding_length": model.hidden_size, "expert_count": model.n_experts}
-    common |= {"expert_used_count": model.top_k, "attention.head_count": model.attention.heads, "attention.head_count_kv": model.attention.kv_heads}
+    common |= {
+        "expert_used_count": model.top_k,
+        "attention.head_count": model.attention.heads,
+        "attention.head_count_kv": model.attention.kv_heads,
+    }
     common |= {"feed_forward_length": 4096, "expert_feed_forward_length": model.expert.size, "vocab_size": model.vocab_size}
-    common |= {"rope.dimension_count": model.attention.key_length, "attention.key_length": model.attention.key_length, "attention.value_length": model.attention.key_length}
+    common |= {
+        "rope.dimension_count": model.attention.key_length,
+        "attention.key_length": model.attention.key_length,
+        "attention.value_length": model.attention.key_length,
+    }
     for key, value in {**common, "attention.layer_norm_rms_epsilon": 1e-6, "expert_weights_scale": 1.0, **keys}.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
     end = 0
@@ -224,7 +232,7 @@ def write_hollow_gguf(path: Path, model: Model, arch: str, keys: dict[str, Any])
         name = (f"blk.{tensor.layer}." if tensor.layer >= 0 else "") + tensor.role
         name = name if name.endswith(".bias") else name + ".weight"
         dims = (model.n_experts, *tensor.shape) if tensor.expert == 0 else tensor.shape
-        dtype = np.float16 if is_planned(tensor) else np.float32
+        dtype = np.float16 if tensor.planned else np.float32
         size = int(np.prod(dims)) * np.dtype(dtype).itemsize
         assert name not in units or units[name].n_weights == np.prod(dims)
         writer.add_tensor_info(name, dims, np.dtype(dtype), size)

@@ -18,7 +18,9 @@ from torch import nn
 
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Domain, Model, Plan, Stats, Unit
-from edgemoe.model.families import MODULE_NAMES, find_family
+from edgemoe.model.blocks import Spec
+from edgemoe.model.config import Config
+from edgemoe.model.families import find_family
 from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -56,6 +58,29 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "norm_topk_prob": False,
     },
     "mixtral": lambda sizes: {"intermediate_size": sizes.expert_size, "num_local_experts": sizes.n_experts},
+    "qwen2_moe": lambda sizes: {
+        "intermediate_size": 3 * sizes.expert_size,
+        "moe_intermediate_size": sizes.expert_size,
+        "shared_expert_intermediate_size": 2 * sizes.expert_size,
+        "num_experts": sizes.n_experts,
+        "norm_topk_prob": False,
+    },
+    "glm4_moe": lambda sizes: {
+        "intermediate_size": 3 * sizes.expert_size,
+        "moe_intermediate_size": sizes.expert_size,
+        "n_routed_experts": sizes.n_experts,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "head_dim": 64,
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 
@@ -123,41 +148,53 @@ def _enliven(module: nn.Module, seed: int) -> None:
     """Weights with which every part matters: matrices keep the size of what they are given, norms differ by channel."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in sorted(module.named_parameters()):
+        biases = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("e_score_correction_bias")]
+        for name, weight in sorted([*module.named_parameters(), *biases]):
             values = torch.randn(weight.shape, generator=generator)
             if weight.dim() == 1:
-                weight.copy_(1 + 0.2 * values)
+                weight.copy_(0.2 * values if name.endswith("bias") else 1 + 0.2 * values)
             else:
                 gain = 3.0 if name.endswith("mlp.gate.weight") else 1.0
                 weight.copy_(values * gain / math.sqrt(weight.shape[-1]))
 
 
+def _specs(config: Mapping[str, Any], layer: int) -> dict[str, Spec]:
+    """The tensors of one layer by role."""
+    return {spec.role: spec for block in find_family(config["model_type"]).layer(Config(config), layer) for spec in block.specs}
+
+
 def _stack(folder: Path, family: str, n_experts: int, layers: int) -> None:
     """Rewrite the experts in the stacked layout, which is transformers' own in memory, names included."""
-    spec, file = find_family(family), folder / "model.safetensors"
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     weights = load_file(file)
     for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        take = {p: [weights.pop(prefix + spec.expert_names[p].format(expert=e)) for e in range(n_experts)] for p in STACK}
+        prefix, specs = f"model.layers.{layer}.", _specs(config, layer)
+        if "ffn_gate_inp" not in specs:
+            continue
+        names = {p: prefix + specs[f"ffn_{p}_exps"].names[0] for p in STACK}
+        take = {p: [weights.pop(name.format(expert=e)) for e in range(n_experts)] for p, name in names.items()}
         both = [torch.cat(pair) for pair in zip(take["gate"], take["up"], strict=True)]
-        weights[prefix + spec.stacked_prefix + "gate_up_proj"] = torch.stack(both)
-        weights[prefix + spec.stacked_prefix + "down_proj"] = torch.stack(take["down"])
-        weights[prefix + MODULE_NAMES["ffn_gate_inp"]] = weights.pop(prefix + spec.layer_names["ffn_gate_inp"])
+        weights[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack(both)
+        weights[f"{prefix}mlp.experts.down_proj"] = torch.stack(take["down"])
+        weights[f"{prefix}mlp.gate.weight"] = weights.pop(prefix + specs["ffn_gate_inp"].names[0])
     save_file(weights, file, metadata={"format": "pt"})
 
 
 def slice_experts(source: Path, kept: Sequence[Sequence[int]], out: Path) -> Path:
-    """The checkpoint without the experts that are not in `kept` [layers][count]: what dropping them means, for transformers to run."""
+    """The checkpoint without the experts that are not in `kept` [MoE layers][count]: what dropping them means, for transformers to run."""
     config = json.loads((source / "config.json").read_text())
-    spec = find_family(config["model_type"])
     weights = load_file(source / "model.safetensors")
-    for layer, experts in enumerate(kept):
-        prefix = f"model.layers.{layer}."
-        router = prefix + spec.layer_names["ffn_gate_inp"]
+    layers = [layer for layer in range(config["num_hidden_layers"]) if "ffn_gate_inp" in _specs(config, layer)]
+    for layer, experts in zip(layers, kept, strict=True):
+        prefix, specs = f"model.layers.{layer}.", _specs(config, layer)
+        router = prefix + specs["ffn_gate_inp"].names[0]
         total = len(weights[router])
-        weights[router] = weights[router][list(experts)].clone()
+        for role in ("ffn_gate_inp", "exp_probs_b.bias"):
+            if role in specs:
+                name = prefix + specs[role].names[0]
+                weights[name] = weights[name][list(experts)].clone()
         for projection in STACK:
-            name = prefix + spec.expert_names[projection]
+            name = prefix + specs[f"ffn_{projection}_exps"].names[0]
             old = [weights.pop(name.format(expert=e)) for e in range(total)]
             weights |= {name.format(expert=new): old[e] for new, e in enumerate(experts)}
     config |= {key: len(kept[0]) for key in EXPERT_COUNTS if key in config}
@@ -185,8 +222,9 @@ def flat_plan(
     target: str = "gguf",
 ) -> Plan:
     """A plan that nobody solved: every unit in one format, or in that which a dict gives its name, or a function the unit."""
-    to, sets = find_target(target), tuple(map(tuple, kept)) if kept else (tuple(range(model.n_experts)),) * model.n_layers
-    count, units = len(sets[0]), [u for u in to.list_units(model) if u.expert < 0 or u.expert in sets[u.layer]]
+    to, sets = find_target(target), tuple(map(tuple, kept)) if kept else (tuple(range(model.n_experts)),) * len(model.moe_layers)
+    kept_of = dict(zip(model.moe_layers, sets, strict=True))
+    count, units = len(sets[0]), [u for u in to.list_units(model) if u.expert < 0 or u.expert in kept_of[u.layer]]
     formats = {u.name: fmt if isinstance(fmt, str) else fmt(u) if callable(fmt) else fmt[u.name] for u in units}
     sizes = {u.name: to.unit_size(model, u, formats[u.name], count) for u in units}
     return Plan(
@@ -230,18 +268,19 @@ def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
         return np.ones(shape) if seed is None else generator.exponential(size=shape)
 
     folder.mkdir(exist_ok=True)
-    width, hidden, experts = model.attention.heads * model.attention.key_length, model.hidden_size, model.n_experts
-    save_arrays(folder / array_file(-1), {"token_count": np.ones((1, model.vocab_size), np.int64), "output_in_sq": sums(1, hidden)})
+    experts = model.n_experts
+    save_arrays(
+        folder / array_file(-1), {"token_count": np.ones((1, model.vocab_size), np.int64), "output_in_sq": sums(1, model.hidden_size)}
+    )
     for layer in range(model.n_layers):
-        arrays = {
-            "tokens": np.ones(1),
-            "count": np.full((1, experts), 100, np.int64),
-            "attn_in_sq": sums(1, hidden),
-            "attn_out_sq": sums(1, width),
-            "expert_importance": np.ones(experts),
-            "expert_in_sq": sums(experts, hidden),
-            "expert_mid_sq": sums(experts, model.expert.size),
-        }
+        arrays: dict[str, NDArray[Any]] = {"tokens": np.ones(1)}
+        for step in model.steps(layer):
+            plain = model.plain_roles(layer, step)
+            if plain:
+                arrays[f"in_sq.{step.reads}"] = sums(1, model.get(plain[0], layer).shape[1])
+        if layer in model.moe_layers:
+            arrays |= {"count": np.full((1, experts), 100, np.int64), "expert_importance": np.ones(experts)}
+            arrays |= {"expert_in_sq": sums(experts, model.hidden_size), "expert_mid_sq": sums(experts, model.expert.size)}
         save_arrays(folder / array_file(layer), arrays)
     domain = Domain(name="none", weight=1.0, tokens=model.vocab_size, sha256="d" * 64)
     return Stats(folder=str(folder), model=model.fingerprint, key="a" * 64, settings={}, domains=(domain,), probes=(), cold=())

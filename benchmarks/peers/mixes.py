@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from edgemoe.ir import Model, Tensor, Unit, is_planned, tensor_name
-from edgemoe.model.describe import load_shape, describe
+from edgemoe.ir import Model, Tensor, Unit, tensor_name
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.targets.gguf.formats import FORMATS, row_bytes
 from edgemoe.targets.gguf.writer import list_units
 
@@ -96,8 +96,11 @@ def with_prediction_block(name: str) -> Model:
     shapes |= dict.fromkeys(("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm"), (hidden,))
     if PREDICTION_BLOCKS[name]:
         shapes |= dict.fromkeys(("nextn.embed_tokens", "nextn.shared_head_head"), (vocab, hidden))
-    block = [Tensor(name=r, role=r, layer=n_layers, expert=-1, shape=s, dtype="BF16", file="", offset=0) for r, s in shapes.items()]
-    return replace(longer, n_layers=n_layers, tensors=(*longer.tensors, *block))
+    block = [
+        Tensor(name=r, role=r, layer=n_layers, expert=-1, shape=s, dtype="BF16", file="", offset=0, planned=len(s) > 1)
+        for r, s in shapes.items()
+    ]
+    return replace(longer, layers=longer.layers[:-1], tensors=(*longer.tensors, *block))
 
 
 def pure_types(model: Model, base: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
-from edgemoe.ir import PROJECTIONS, Model, Stats, Unit, is_planned, tensor_name
+from edgemoe.ir import PROJECTIONS, Model, Stats, Unit, tensor_name
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.plan.pmq import allocate_bits
 from edgemoe.price.saliency import score_experts
@@ -30,7 +30,7 @@ PMQ_BATCH = 8 * 2048  # tokens whose error is one norm
 # ------------------------------------------------------------------------------------------------------------------- sizes
 def row_lengths(model: Model) -> dict[str, int]:
     """Columns of each unit, by name."""
-    return {tensor_name(t.role, t.layer): t.shape[1] for t in model.tensors if t.expert <= 0 and is_planned(t)}
+    return {tensor_name(t.role, t.layer): t.shape[1] for t in model.tensors if t.expert <= 0 and t.planned}
 
 
 def storable(model: Model, types: Mapping[str, str]) -> dict[str, str]:

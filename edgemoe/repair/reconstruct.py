@@ -279,7 +279,7 @@ class Reconstruction:
     def _quantize_steps(self, module: Any, layer: int, following: States, attended: States, shared: States | None) -> Packed:
         """Refit and quantize the layer's matrices that are no experts', step by step, on what the changed stream brings each.
 
-        What reads a norm, routers and experts too, is refitted to read what the original's norm gives; what writes the stream is refitted to
+        What reads a norm, routers and experts too, is refitted to read what the original norm gives; what writes the stream is refitted to
         the difference that the original makes there, a shared expert's W_down to what the original's gives.
         """
         assert self.quantize_plan is not None

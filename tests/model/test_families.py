@@ -17,10 +17,15 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, VOCAB_SIZE, flat_plan, flat_stats, make_checkpoint, slice_experts
 
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.model.families import MODULE_NAMES
 from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.adapter import name_of
 from edgemoe.stream.passes import final_states
 from edgemoe.stream.windows import Windows
+
+
+def name_in(module: Any, layer: int, role: str) -> str:
+    """Name of a role's weights in the whole transformers model."""
+    return f"model.layers.{layer}.{name_of(module.model.layers[layer], role)}"
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +40,29 @@ def test_inspect_finds_every_weight_of_the_transformers_model(family: str, sourc
 
     model = inspect_model(sources[family])
     module: Any = AutoModelForCausalLM.from_pretrained(sources[family], dtype=torch.float32)
-    weights, config = {name: weight.detach().numpy() for name, weight in module.named_parameters()}, module.config
+    biases = {name: b for name, b in module.named_buffers() if name.endswith("e_score_correction_bias")}
+    weights, config = (
+        {name: weight.detach().numpy() for name, weight in {**dict(module.named_parameters()), **biases}.items()},
+        module.config,
+    )
     assert (model.model_type, model.n_weights) == (family, sum(weight.size for weight in weights.values()))
     assert (model.n_layers, model.top_k, model.context_length) == (2, config.num_experts_per_tok, config.max_position_embeddings)
     assert (model.attention.heads, model.attention.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
     assert weights["model.embed_tokens.weight"].shape == (model.vocab_size, model.hidden_size)
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}."
-        gate_up, down = (weights[f"{prefix}mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
-        assert down.shape == (model.n_experts, model.hidden_size, model.expert.size)
         assert weights[f"{prefix}self_attn.q_proj.weight"].shape == (model.attention.heads * model.attention.key_length, model.hidden_size)
-        halves = {"ffn_gate_exps": gate_up[:, : model.expert.size], "ffn_up_exps": gate_up[:, model.expert.size :], "ffn_down_exps": down}
+        halves: dict[str, NDArray[np.float32]] = {}
+        if layer in model.moe_layers:
+            gate_up, down = (weights[f"{prefix}mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+            assert down.shape == (model.n_experts, model.hidden_size, model.expert.size)
+            halves = {
+                "ffn_gate_exps": gate_up[:, : model.expert.size],
+                "ffn_up_exps": gate_up[:, model.expert.size :],
+                "ffn_down_exps": down,
+            }
         for (role, e), tensor in model.of_layer(layer).items():
-            expected = halves[role][e] if e >= 0 else weights[prefix + MODULE_NAMES[role]]
+            expected = halves[role][e] if e >= 0 else weights[name_in(module, layer, role)].reshape(tensor.shape)
             np.testing.assert_array_equal(read_tensor(model.folder, tensor), expected, err_msg=tensor.name)
 
 

@@ -17,7 +17,9 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.ir import Model
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.model.families import find_family, resize_experts
+from edgemoe.model.config import Config
+from edgemoe.model.describe import resize_experts
+from edgemoe.model.families import find_family
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
 from edgemoe.pipeline.emit import emit_artifact
@@ -49,14 +51,15 @@ def narrow_by_hand(source: Path, neurons: np.ndarray, out: Path) -> Path:
     """The checkpoint with only some neurons [L, E, width] of its experts, for transformers to run."""
     shutil.copytree(source, out)
     config = json.loads((source / "config.json").read_text())
-    spec, weights = find_family(config["model_type"]), load_file(source / "model.safetensors")
+    family, weights = find_family(config["model_type"]), load_file(source / "model.safetensors")
+    specs = {spec.role: spec for block in family.layer(Config(config), 0) for spec in block.specs}
     for layer, e in np.ndindex(neurons.shape[:2]):
-        for projection, name in spec.expert_names.items():
-            name = f"model.layers.{layer}." + name.format(expert=e)
+        for projection in ("gate", "up", "down"):
+            name = f"model.layers.{layer}." + specs[f"ffn_{projection}_exps"].names[0].format(expert=e)
             index = torch.from_numpy(neurons[layer, e])
             weights[name] = weights[name].index_select(1 if projection == "down" else 0, index).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps({**config, spec.expert_size_key: neurons.shape[2]}))
+    (out / "config.json").write_text(json.dumps({**config, family.expert_size: neurons.shape[2]}))
     return out
 
 

@@ -11,8 +11,8 @@ import torch
 from command import MODEL
 from strategies import smallest_format
 
-from edgemoe.calibrate.probes import STACKS
 from edgemoe.ir import Costs, Model, Stats
+from edgemoe.ir.model import is_stack
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
 from edgemoe.plan.evaluate import describe_choice
@@ -21,6 +21,7 @@ from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount_drops, least_process, price_choices
 from edgemoe.price.priors import price_config
 from edgemoe.quantize.importance import importance_of
+from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.texts import choose_texts
 from edgemoe.stream.windows import tokenize
@@ -109,9 +110,10 @@ def test_prices_of_the_last_layers_experts_rank_them_as_the_kl_does_that_each_al
 
         before, measured, priced = log_p(), [], []
         for expert in range(model.n_experts):
-            views = [stream.expert_slice(module, role, expert) for role in STACKS]
+            roles = [role for role in model.planned_roles(last) if is_stack(role)]
+            views = [weights_of(module, role, expert) for role in roles]
             kept = [view.clone() for view in views]
-            for view, role in zip(views, STACKS, strict=True):
+            for view, role in zip(views, roles, strict=True):
                 view.copy_(torch.from_numpy(TARGET.round_rows(view.numpy(), "INT2_128", importance[role, expert])))
             measured.append(float((before.exp() * (before - log_p())).sum(-1).mean()))
             priced += [costs.cost[0, u, kind] for u, unit in enumerate(costs.units) if (unit.layer, unit.expert) == (last, expert)]
@@ -127,7 +129,7 @@ def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count
 ) -> None:
     stacks, compared = gguf_costs, 0
     for layer in range(model.n_layers):
-        replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
+        replay = make_replay(stats.arrays(layer), stats.weights, model.router)
         menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
         for gone in range(len(menu.order) + 1):
             kept = np.ones(model.n_experts, bool)
@@ -144,7 +146,7 @@ def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count
 
 def test_experts_go_in_the_order_of_the_greedy_path_where_formats_do_not_tell_them_apart(model: Model, stats: Stats, costs: Costs) -> None:
     for layer in range(model.n_layers):
-        replay = make_replay(stats.arrays(layer), stats.weights, model.top_k, renormalize=model.renormalize)
+        replay = make_replay(stats.arrays(layer), stats.weights, model.router)
         order = build_menu(replay, offered_counts(model.n_experts, model.top_k)).order
         prices = costs.weights @ costs.expert_drop[:, layer]
         assert (np.diff(prices[order]) > 0).all()

@@ -14,7 +14,7 @@ from edgemoe.plan.solve import solve_plan
 from edgemoe.price.priors import load_saliency, pooled_share, price_config, price_generic
 from edgemoe.targets import find_target
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from headline import domain_coverage, price_coverage
 

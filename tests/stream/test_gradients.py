@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import EXAMPLES, backpropagate_draws
 
-from edgemoe.model.families import MODULE_NAMES
 from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.adapter import linear_of
 from edgemoe.stream.gradients import collect_gradients, load_gradients, open_gradients
 from edgemoe.stream.states import States
 from edgemoe.stream.texts import SHIPPED, read_text
@@ -42,7 +42,7 @@ def test_gradients_are_what_autograd_of_the_whole_model_says(tmp_path: Path) -> 
     for layer, module in enumerate(whole.model.layers):
         module.register_forward_hook(keep("layer", layer))
         for role in ATTENTION:
-            module.get_submodule(MODULE_NAMES[role].removesuffix(".weight")).register_forward_hook(keep(role, layer))
+            linear_of(module, role).register_forward_hook(keep(role, layer))
     windows = tokenize(model, texts, TOKENS, 512)
     folder = collect_gradients(model, texts, tmp_path, max_tokens=TOKENS)
     sums: dict[tuple[str, int], Any] = {}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgemoe.ir import Router
 from edgemoe.model.routing.kept_sets import (
     COLD_TOKENS,
     Replay,
@@ -35,14 +36,14 @@ def make(logits: np.ndarray, outputs: np.ndarray, top_k: int, *, renormalize: bo
     sorted_outputs = np.take_along_axis(outputs, order[:, :, None], axis=1)
     n = len(logits)
     return Replay(
-        probs=probs,
+        scores=probs,
+        choice=probs,
         candidates=order,
         gram=sorted_outputs @ sorted_outputs.transpose(0, 2, 1),
         weights=np.full(n, 1 / n),
         shares=np.full(n, 1 / n),
         floor=np.zeros(logits.shape[1]),
-        top_k=top_k,
-        renormalize=renormalize,
+        router=Router(top_k=top_k, renormalize=renormalize),
     )
 
 
@@ -104,7 +105,7 @@ def test_a_token_counts_by_its_domain_and_over_the_square_of_its_own_stream() ->
     replay, domain, stream = golden(renormalize=True), np.array([0, 0, 0, 0, 1, 1]), np.array([1.0, 4, 9, 100, 2, 5])
     rows, cols = np.triu_indices(4)
     arrays = {
-        "replay_logits": np.log(replay.probs),
+        "replay_logits": np.log(replay.scores),
         "candidates": replay.candidates,
         "gram": replay.gram[:, rows, cols],
         "replay_domain": domain,
@@ -113,7 +114,7 @@ def test_a_token_counts_by_its_domain_and_over_the_square_of_its_own_stream() ->
         "count": np.full((2, 4), 1000),
         "energy": np.ones((2, 4)),
     }
-    made = make_replay(arrays, np.array([0.75, 0.25]), 2, renormalize=True)
+    made = make_replay(arrays, np.array([0.75, 0.25]), Router(top_k=2))
     kept = np.array([False, True, True, True])
     alone = [set_loss(replace(replay, weights=np.eye(6)[t]), kept)[0] for t in range(6)]  # each token's squared change
     by_hand = sum(share * change / square for share, change, square in zip([0.75 / 4] * 4 + [0.25 / 2] * 2, alone, stream, strict=True))
@@ -167,7 +168,7 @@ def test_experts_without_evidence_are_never_free() -> None:
 @given(n_experts=st.integers(2, 512), top_k=st.integers(1, 16))
 def test_offered_counts_run_from_top_k_to_all(n_experts: int, top_k: int) -> None:
     top_k = min(top_k, n_experts)
-    counts = offered_counts(n_experts, top_k)
+    counts = offered_counts(n_experts, Router(top_k=top_k))
     assert counts[0] == top_k and counts[-1] == n_experts
     assert len(counts) <= 64
     assert list(counts) == sorted(set(counts))

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracles import ask_llama_cpp, child_settings, hear_llama_cpp, predict_peak, write_hollow
 from shapes import Tiny, gqa, granite_hybrid, mla, short_convolution, sliding, write_sparse
 from tiny import FAMILIES, make_checkpoint
@@ -18,11 +16,9 @@ from tiny import FAMILIES, make_checkpoint
 from edgemoe.base.errors import EdgemoeError, UsageError, VerifyError
 from edgemoe.ir.memory import Settings
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.gguf.allocator import OUTSIDE, Graph, Node, inplace, op, view
-from edgemoe.targets.gguf.allocator import given as given_node
 from edgemoe.targets.gguf.compute_graph import compute_bytes
 from edgemoe.targets.gguf.kv_cache import kv_bytes, output_bytes, state_bytes
-from edgemoe.targets.gguf.memory import layout_of, memory_parts
+from edgemoe.targets.gguf.memory import memory_parts
 from edgemoe.targets.gguf.run import run
 
 MIB = 2**20
@@ -76,7 +72,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], dict
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_caches_states_and_outputs_are_as_large_as_llama_cpp_says(said: Any, model: str, name: str) -> None:
-    layout, each, real = MODELS[model]().layout, SETTINGS[name], said(model, False)[name]
+    layout, each, real = MODELS[model]().model, SETTINGS[name], said(model, False)[name]
     assert abs(kv_bytes(layout, each) - real["kv"]) < (1 if kv_bytes(layout, each) % (MIB // 4) == 0 else 2 * HALF)
     assert abs(state_bytes(layout, each) - real["state"]) < HALF
     assert abs(output_bytes(layout, each) - real["output"]) < HALF
@@ -85,7 +81,7 @@ def test_caches_states_and_outputs_are_as_large_as_llama_cpp_says(said: Any, mod
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in RECURRENT])
 def test_the_compute_buffer_is_as_large_as_llama_cpp_says(said: Any, model: str, name: str) -> None:
-    layout, each = MODELS[model]().layout, SETTINGS[name]
+    layout, each = MODELS[model]().model, SETTINGS[name]
     assert abs(compute_bytes(layout, each) - said(model, False)[name]["compute"]) < HALF
     if each.sequences == 1:
         assert abs(compute_bytes(layout, each, outputs=1) - said(model, True)[name]["compute"]) < HALF
@@ -95,7 +91,7 @@ def test_the_compute_buffer_is_as_large_as_llama_cpp_says(said: Any, model: str,
 def test_the_compute_buffer_of_recurrent_layers_is_only_asked_for(said: Any, model: str) -> None:
     assert said(model, False)["default"]["compute"] > MIB
     with pytest.raises(UsageError, match="recurrent") as caught:
-        compute_bytes(MODELS[model]().layout, SETTINGS["default"])
+        compute_bytes(MODELS[model]().model, SETTINGS["default"])
     assert caught.value.hint
 
 
@@ -111,16 +107,16 @@ def test_what_is_asked_for_is_what_a_real_process_reserves(tmp_path: Path, model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layout_of_a_checkpoint_is_that_of_the_file_made_from_it(tmp_path: Path, family: str) -> None:
+def test_a_checkpoint_needs_what_the_file_made_from_it_needs(tmp_path: Path, family: str) -> None:
     model = inspect_model(make_checkpoint(tmp_path / family, family, hidden=512, expert_size=384, top_k=3))
-    layout, chosen = layout_of(model), [SETTINGS[name] for name in ("default", "no flash", "Q8_0")]  # sizes that two decimals say exactly
+    chosen = [SETTINGS[name] for name in ("default", "no flash", "Q8_0")]  # sizes that two decimals say exactly
     for count in (model.n_experts, 5):
         path = write_hollow(model, count, tmp_path / "hollow.gguf")
-        kept = dataclasses.replace(layout, n_experts=count)
+        kept = dataclasses.replace(model, n_experts=count)
         for each, real in zip(chosen, ask_llama_cpp(path, chosen), strict=True):
             assert kv_bytes(kept, each) == real["kv"]
             assert abs(compute_bytes(kept, each) - real["compute"]) < HALF
-            assert compute_bytes(layout, each) >= compute_bytes(kept, each)
+            assert compute_bytes(model, each) >= compute_bytes(kept, each)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +130,7 @@ def test_the_layout_of_a_checkpoint_is_that_of_the_file_made_from_it(tmp_path: P
 )
 def test_settings_that_llama_cpp_refuses_are_refused_with_the_reason(tmp_path: Path, tiny: Callable[[], Tiny], each: Settings) -> None:
     with pytest.raises(UsageError) as caught:
-        kv_bytes(tiny().layout, each)
+        kv_bytes(tiny().model, each)
     assert caught.value.hint
     with pytest.raises(VerifyError):
         ask_llama_cpp(write_sparse(tiny(), tmp_path / "refused.gguf"), [each])
@@ -142,7 +138,7 @@ def test_settings_that_llama_cpp_refuses_are_refused_with_the_reason(tmp_path: P
 
 def test_a_type_that_no_cache_has_is_refused() -> None:
     with pytest.raises(EdgemoeError, match="Q4_K"):
-        kv_bytes(gqa().layout, Settings(context=512, kv_k="Q4_K"))
+        kv_bytes(gqa().model, Settings(context=512, kv_k="Q4_K"))
 
 
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "token_embd", "output")
@@ -164,50 +160,12 @@ def test_a_process_that_fills_its_context_holds_no_more_than_predicted_and_littl
     path = write_sparse(tiny, tmp_path / "process.gguf")
     job = {"context": each.context, "tokens": list(range(1, 200)), "prompts": [], "generate": 0}
     measured = run(path, {**job, "repack": each.repack, "settings": child_settings(each)})["peak"]
-    predicted = predict_peak(tiny.layout, each, path.stat().st_size, tiny.units())
+    predicted = predict_peak(tiny.model, each, path.stat().st_size, tiny.units())
     assert measured <= predicted <= measured + 9 * MIB
 
 
 def test_asking_for_every_logit_costs_what_the_vocabulary_says() -> None:
-    layout = gqa(vocab=65536).layout
+    layout = gqa(vocab=65536).model
     one, every = (memory_parts(layout, 1024, Settings(context=1024, every_logit=flag)) for flag in (False, True))
     assert every["output"] == 512 * one["output"]
     assert every["compute"] - one["compute"] > 0.8 * every["output"]  # logits lie where the experts' results lay
-
-
-# -------------------------------------------------------------------------------------------------------------- the allocator
-@st.composite
-def graphs(draw: st.DrawFn) -> list[Node]:
-    """Random graphs of results, results in place and views."""
-    nodes = [given_node((draw(st.integers(1, 40)),))]
-    for _ in range(draw(st.integers(1, 30))):
-        source = nodes[draw(st.integers(0, len(nodes) - 1))]
-        other = nodes[draw(st.integers(0, len(nodes) - 1))]
-        make = draw(st.sampled_from(["op", "inplace", "view"]))
-        if make == "op":
-            nodes.append(op((draw(st.integers(1, 40)),), source, other, OUTSIDE))
-        else:
-            nodes.append(inplace(source.shape, source, other) if make == "inplace" else view(source, source.shape))
-    return nodes
-
-
-@given(graphs())
-@settings(max_examples=200, deadline=None)
-def test_tensors_that_are_alive_together_never_share_a_place(nodes: list[Node]) -> None:
-    graph = Graph()
-    for node in nodes:
-        graph.expand(node)
-    size = graph.lay_out()
-    order = {id(node): number for number, node in enumerate(graph.nodes)}
-    last = {id(n.root): order.get(id(n.root), -1) for n in graph.nodes}
-    for node in graph.nodes:
-        for source in node.sources:
-            last[id(source.root)] = max(last.get(id(source.root), -1), order[id(node)])
-    placed = [node for node in (*graph.inputs, *graph.nodes) if node.place >= 0]
-    assert all(node.place + node.size <= size for node in placed)
-    for one, two in itertools.combinations(placed, 2):
-        born = {id(n): order.get(id(n), -1) for n in (one, two)}
-        first, second = sorted((one, two), key=lambda n: born[id(n)])
-        together = last[id(first)] > born[id(second)] or (first not in second.sources and last[id(first)] == born[id(second)] >= 0)
-        if together:
-            assert one.place + one.size <= two.place or two.place + two.size <= one.place

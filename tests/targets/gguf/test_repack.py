@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import run_cli
 from oracles import child_settings, hear_llama_cpp, predict_peak
 from shapes import Tiny, gqa, write_sparse
 from tiny import make_checkpoint
@@ -41,7 +40,7 @@ def test_a_process_with_a_tied_embedding_holds_no_more_than_predicted_and_little
     path = write_sparse(tiny, tmp_path / "tied.gguf")
     job = {"context": each.context, "tokens": list(range(1, 200)), "prompts": [], "generate": 0, "settings": child_settings(each)}
     measured = run(path, job)["peak"]
-    predicted = predict_peak(tiny.layout, each, path.stat().st_size, tiny.units())
+    predicted = predict_peak(tiny.model, each, path.stat().st_size, tiny.units())
     copies = 13.5 * MIB if kind in repacked_here() else 0  # what the C library may keep of the copy while repacking, and need not
     assert measured <= predicted <= measured + copies + 9 * MIB
 

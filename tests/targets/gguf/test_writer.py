@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats
 
 from edgemoe.base.errors import MachineError, ModelError
-from edgemoe.ir import Model, Plan, is_planned, tensor_name
+from edgemoe.ir import Model, Plan, tensor_name
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.quantize.importance import importance_of
@@ -64,7 +64,7 @@ def test_a_file_has_the_predicted_bytes_and_holds_what_rounding_says(
     for name, group in groups:
         first, tensor = group[0], stored[name]
         experts = plan.kept[first.layer] if first.layer >= 0 else ()
-        if not is_planned(first):  # norms and routers
+        if not first.planned:  # norms and routers
             values = read_tensor(model.folder, first)
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
             np.testing.assert_array_equal(tensor.data, values[list(experts)] if first.role == "ffn_gate_inp" else values)
@@ -171,5 +171,5 @@ def test_units_are_every_matrix_but_the_routers(sources: dict[str, Path]) -> Non
     assert {u.name for u in list_units(model)} == {
         tensor_name(role, layer) for role, layer in [("token_embd", -1), ("output", -1), *((r, i) for i in range(2) for r in roles)]
     }
-    flat = sum(t.n_weights for t in model.tensors if not is_planned(t))
+    flat = sum(t.n_weights for t in model.tensors if not t.planned)
     assert sum(u.n_weights for u in list_units(model)) + flat == model.n_weights

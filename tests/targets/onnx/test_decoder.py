@@ -13,9 +13,9 @@ from tiny import EXAMPLES, FAMILIES, VOCAB_SIZE, flat_stats
 
 from edgemoe.ir import Unit
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.onnx.writer import list_units
 from edgemoe.targets.onnx.decoder import build_decoder
 from edgemoe.targets.onnx.graph_builder import Sheet
+from edgemoe.targets.onnx.writer import list_units
 
 
 def only_experts(name: str) -> Callable[[Unit], str]:

@@ -19,12 +19,8 @@ from tiny import EXAMPLES, make_checkpoint
 from edgemoe.base.errors import MachineError, ModelError
 from edgemoe.ir import Unit
 from edgemoe.model.inspect import inspect_model
-from edgemoe.targets.onnx.writer import fixed_sizes
-from edgemoe.targets.onnx.writer import list_units
-from edgemoe.targets.onnx.writer import offered_formats
-from edgemoe.targets.onnx.writer import unit_size
-from edgemoe.targets.onnx.writer import write
 from edgemoe.targets.onnx.graph_builder import Sheet
+from edgemoe.targets.onnx.writer import fixed_sizes, list_units, offered_formats, unit_size, write
 
 # -------------------------------------------------------------------------------------------------------------- the files
 PLANS: dict[str, tuple[str | Callable[[Unit], str], Any]] = {
