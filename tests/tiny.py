@@ -72,6 +72,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "n_shared_experts": 1,
         "n_group": 1,
         "topk_group": 1,
+        "num_hidden_layers": 1 + sizes.layers,  # the first has no experts
         "first_k_dense_replace": 1,
         "routed_scaling_factor": 1.5,
         "norm_topk_prob": True,
@@ -119,7 +120,7 @@ def make_checkpoint(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLES / "tiny-moe" / name, folder)
     if stacked:
-        _stack(folder, family, n_experts, layers)
+        _stack(folder, family, n_experts)
     return folder
 
 
@@ -163,11 +164,11 @@ def _specs(config: Mapping[str, Any], layer: int) -> dict[str, Spec]:
     return {spec.role: spec for block in find_family(config["model_type"]).layer(Config(config), layer) for spec in block.specs}
 
 
-def _stack(folder: Path, family: str, n_experts: int, layers: int) -> None:
+def _stack(folder: Path, family: str, n_experts: int) -> None:
     """Rewrite the experts in the stacked layout, which is transformers' own in memory, names included."""
     config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     weights = load_file(file)
-    for layer in range(layers):
+    for layer in range(config["num_hidden_layers"]):
         prefix, specs = f"model.layers.{layer}.", _specs(config, layer)
         if "ffn_gate_inp" not in specs:
             continue

@@ -22,11 +22,11 @@ import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round: w
 from edgemoe.base.threads import count_cores, open_threads
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
-from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.gptq import Hessian, descend_outputs, factor_hessian, mix_hessians, shrink_hessian
 from edgemoe.quantize.importance import importance_of
 from edgemoe.repair.align import PairSums
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, one_thread, refit_down
+from edgemoe.repair.router_gram import add_flips
 from edgemoe.stream.gradients import load_gradients
 from edgemoe.stream.passes import map_ordered
 from edgemoe.targets import Target
@@ -68,27 +68,6 @@ def plan_quantization(model: Model, stats: Stats, plan: Plan, target: Target, gr
     q = float(stats.weights @ np.array([plan.domain_q.get(d.name, 0.0) for d in stats.domains]))
     flips = min(max(plan.predicted_kl - q, 0.0) / (2 * q), FLIPS) if q > 0 else 0.0  # KL = q + kappa sqrt(q), its slope less one
     return QuantizePlan(model=model, stats=stats, target=target, formats=formats, gradients=gradients, flips=flips)
-
-
-def router_gram(model: Model, first: int) -> Gram:
-    """What of an error in the stream parts the logits of the routers from layer `first` on [H, H].
-
-    A token changes its expert where two logits trade places: R' R of each, with R a router's rows less their mean, times the norm's
-    weights, of trace one; all routers of the model count alike (docs/pricing.md, 5).
-    """
-    total = np.zeros((model.hidden_size,) * 2)
-    for layer in model.moe_layers:
-        if layer >= first:
-            rows = read_tensor(model.folder, model.get("ffn_gate_inp", layer))
-            moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, model.norm_of(layer, "ffn_norm"))
-            total += moved.T @ moved / max(float(np.square(moved).sum()), 1e-30) / len(model.moe_layers)
-    return total
-
-
-def add_flips(quantize_plan: QuantizePlan, gram: Gram, routers: Gram) -> Gram:
-    """Hessian of gradients with respect to the stream [H, H], with what they do not see: `quantize_plan.flips` of them, to the routers."""
-    total: Gram = gram + quantize_plan.flips * np.trace(gram) * routers
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------------------- a matrix
@@ -149,22 +128,22 @@ def quantize_matrix(
 
 # ---------------------------------------------------------------------------------------------------------------- the experts
 def quantize_experts(
-    quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int]
+    quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int], routers: Gram
 ) -> tuple[Packed, float]:
     """Pack a layer's survivors; their weights become what the packed ones decode to, the residual what that leaves.
 
-    Gate and up first, then W_down is refitted to them in closed form and packed.
+    Gate and up first, then W_down is refitted to them in closed form and packed; `routers` [H, H] is the RouterGram of those behind.
 
     Returns:
         The packed matrices, and the guard tokens' weighted mean square residual at the end.
     """
     importance = importance_of(quantize_plan.model, quantize_plan.stats, layer)
-    packed, routers = Packed(), router_gram(quantize_plan.model, layer + 1)
+    packed = Packed()
 
     def store(n: int, projections: Sequence[str], layer_gram: Gram | None) -> Packed:
         metrics = expert_metrics(tokens, experts, n, hidden=len(projections) == 1, layer_gram=layer_gram)
         if layer_gram is None and metrics[0].outputs is not None:
-            metrics = [replace(metrics[0], outputs=add_flips(quantize_plan, metrics[0].outputs, routers))]
+            metrics = [replace(metrics[0], outputs=add_flips(metrics[0].outputs, routers, quantize_plan.flips))]
         found = Packed()
         for projection, metric in zip(projections, metrics, strict=True):
             stack, role = getattr(experts, projection), f"ffn_{projection}_exps"
@@ -263,7 +242,7 @@ def quantize_matrices(
         weights: parameters of the layer by role, changed in place.
         layer: its number.
         sums: of their inputs, fitted and guard.
-        routers: of matrices that write the stream, the `router_gram` of what reads it; None: of others.
+        routers: of matrices that write the stream, the sum over the routers that read it [H, H] (RouterGram); None: of others.
     """
     importance, packed = importance_of(quantize_plan.model, quantize_plan.stats, layer), Packed()
     gradients, guard = load_gradients(quantize_plan.gradients, layer), sums[1].gram
@@ -271,7 +250,7 @@ def quantize_matrices(
     with open_threads() as pool:
         for role, view in weights.items():
             rows, kind = view.cpu().numpy(), quantize_plan.format_of(role, layer)
-            outputs = gradients[role] if routers is None else add_flips(quantize_plan, gradients[role], routers)
+            outputs = gradients[role] if routers is None else add_flips(gradients[role], routers, quantize_plan.flips)
             metric = ErrorMetric(inputs=inputs, guard=guard, outputs=outputs)
             found, values = quantize_matrix(quantize_plan.target, rows, kind, importance[role, -1], metric, pool)
             packed[f"{role}.-1"] = found

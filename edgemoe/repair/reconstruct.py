@@ -26,7 +26,8 @@ from edgemoe.model.checkpoint import DTYPES, read_tensor
 from edgemoe.repair.align import PairSums, refit_matrix, sum_pairs
 from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_layer
 from edgemoe.repair.output_map import HeadInputs, descend_map
-from edgemoe.repair.quantize_layer import Packed, QuantizePlan, add_flips, quantize_experts, quantize_matrices, router_gram
+from edgemoe.repair.quantize_layer import Packed, QuantizePlan, quantize_experts, quantize_matrices
+from edgemoe.repair.router_gram import RouterGram, add_flips
 from edgemoe.repair.vocabulary import GROUPS, gradient_sums, group_metrics, group_rows, masses, quantize_rows_by_group
 from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.gradients import open_gradients
@@ -71,7 +72,7 @@ class Reconstruction:
         self.original = LayerStream(model)
         self.changed = self.original if start is model else LayerStream(start)
         self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
-        self.weights = text_weights(texts)
+        self.weights, self.routers = text_weights(texts), RouterGram(start)
         work.mkdir(parents=True, exist_ok=True)
         self.real = windows.real
         self.first = np.concatenate([[0], np.cumsum(windows.lengths)])  # row of each window's first token
@@ -157,7 +158,7 @@ class Reconstruction:
         else:
             fill_residual(tokens, experts, residual)
         if self.quantize_plan:
-            arrays = quantize_experts(self.quantize_plan, layer, tokens, experts, residual, kept)[0]
+            arrays = quantize_experts(self.quantize_plan, layer, tokens, experts, residual, kept, self.routers.from_layer(layer + 1))[0]
         else:
             arrays = {
                 f"ffn_{p}_exps.{expert}": stack[n].cpu().numpy().astype(dtype)
@@ -306,7 +307,7 @@ class Reconstruction:
                 sums = self._sums(before, target, partial(self._pair_outputs, module, step.reads))
                 for view in plain.values():
                     view.copy_(torch.from_numpy(refit_matrix(view.cpu().numpy(), *sums)))
-                routers = router_gram(self.quantize_plan.model, layer if step.reads == "attn_mix" else layer + 1)
+                routers = self.routers.from_layer(layer if step.reads == "attn_mix" else layer + 1)
             if plain:
                 packed |= quantize_matrices(self.quantize_plan, plain, layer, sums, routers)
         before.close()
@@ -346,8 +347,8 @@ class Reconstruction:
         if not self.model.is_tied:
             of_token = group[np.concatenate([w[:n] for w, n in zip(self.windows.tokens, self.windows.lengths, strict=True)])]
             seen = np.bincount(of_token[~self.guard], minlength=GROUPS)
-            sums, routers = gradient_sums(of_token, gradients, self.guard), router_gram(self.quantize_plan.model, 0)
-            fitted, guard = ([add_flips(self.quantize_plan, one[side], routers) for one in sums] for side in (0, 1))
+            sums, routers = gradient_sums(of_token, gradients, self.guard), self.routers.from_layer(0)
+            fitted, guard = ([add_flips(one[side], routers, self.quantize_plan.flips) for one in sums] for side in (0, 1))
             metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
         packed, values = quantize_rows_by_group(self.quantize_plan, "token_embd", weights, group, metrics)
         save_arrays(self.work / array_file(-1), {"token_embd.-1": packed})

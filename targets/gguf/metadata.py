@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import numpy as np
 
 from edgemoe import __version__
@@ -12,7 +13,6 @@ from edgemoe.model.config import Config
 from edgemoe.model.families import Family
 
 NO_HASH = "0" * 64
-SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 
 def add_shape(writer: Any, model: Model, count: int) -> None:
@@ -37,7 +37,7 @@ def add_shape(writer: Any, model: Model, count: int) -> None:
 def _add_router(writer: Any, router: Router) -> None:
     """The rule, where it is not the softmax that llama.cpp takes for granted."""
     if router.scoring == "sigmoid":
-        writer.add_expert_gating_func(SIGMOID)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(router.renormalize)
         writer.add_expert_weights_scale(router.scale)
         if router.groups > 1:

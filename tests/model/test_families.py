@@ -46,7 +46,11 @@ def test_inspect_finds_every_weight_of_the_transformers_model(family: str, sourc
         module.config,
     )
     assert (model.model_type, model.n_weights) == (family, sum(weight.size for weight in weights.values()))
-    assert (model.n_layers, model.top_k, model.context_length) == (2, config.num_experts_per_tok, config.max_position_embeddings)
+    assert (model.n_layers, model.top_k, model.context_length) == (
+        config.num_hidden_layers,
+        config.num_experts_per_tok,
+        config.max_position_embeddings,
+    )
     assert (model.attention.heads, model.attention.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
     assert weights["model.embed_tokens.weight"].shape == (model.vocab_size, model.hidden_size)
     for layer in range(model.n_layers):

@@ -30,7 +30,7 @@ from strategies import (
 )
 
 from edgemoe.base.errors import BudgetError, EdgemoeError, UsageError
-from edgemoe.ir import Costs, Plan, Unit
+from edgemoe.ir import Costs, Plan, Router, Unit
 from edgemoe.model.routing.kept_sets import offered_counts
 from edgemoe.plan.infeasible import least_budget
 from edgemoe.plan.solve import solve_plan
@@ -399,19 +399,24 @@ def test_golden_plan_with_equal_kept_counts(budget: int, expected: float) -> Non
     assert solve_plan(golden_costs(), budget + 1, rules=[equal], gap=GAP).q == pytest.approx(expected, abs=5e-4)
 
 
+GROUPED = Router(top_k=2, groups=4, top_groups=2)
+
+
 def grouped_costs() -> Costs:
     """A layer of twelve experts in four routing groups of three; 1, 3 and 4, of two groups, are the cheapest to drop."""
     costs = dataclasses.replace(random_costs(5, "stacks", layers=1, experts=12, domains=1), top_k=2, n_groups=4)
-    picked = [costs.counts.index(n) for n in offered_counts(12, 2, 4)]
+    picked = [costs.counts.index(n) for n in offered_counts(12, GROUPED)]
     drop = np.full((1, 1, 12), 1.0) + 0.01 * np.arange(12)
     drop[0, 0, [1, 3, 4]] = 1e-6
     by_count = {name: getattr(costs, name)[picked] for name in ("kept", "cost", "input_cost", "size", "extra", "staging", "fixed_size")}
-    return dataclasses.replace(costs, counts=offered_counts(12, 2, 4), expert_drop=drop, drop_cost=costs.drop_cost[:, picked], **by_count)
+    return dataclasses.replace(
+        costs, counts=offered_counts(12, GROUPED), expert_drop=drop, drop_cost=costs.drop_cost[:, picked], **by_count
+    )
 
 
 def test_of_a_grouped_router_as_many_of_each_group_stay() -> None:
     costs = grouped_costs()
-    assert costs.counts == (8, 12) and offered_counts(8, 2, 4) == (8,)  # a group's value is its two best: pairs lose none
+    assert costs.counts == (8, 12) and offered_counts(8, GROUPED) == (8,)  # a group's value is its two best: pairs lose none
     plan = solve_plan(costs, 10**6, rules=[Drop(experts=(1,))], gap=GAP)  # a pin, so that sets are chosen anew
     assert plan.count == 8 and np.bincount(np.array(plan.kept[0]) // 3, minlength=4).tolist() == [2, 2, 2, 2]
     assert sorted(set(range(12)) - set(plan.kept[0])) == [1, 3, 6, 9]  # 3 and 4 share a group: 4 stays, though it is cheap to drop

@@ -7,7 +7,7 @@ import pytest
 from command import MODEL
 
 from edgemoe.base.storage import load_record, save_record
-from edgemoe.ir import Costs, Model
+from edgemoe.ir import Costs, Model, Router
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.routing.kept_sets import offered_counts
 from edgemoe.plan.infeasible import least_budget
@@ -33,7 +33,7 @@ def test_prices_fall_with_bits_and_nothing_is_free_but_keeping(costs: Costs) -> 
         assert by_name["F16"] < 0.01 * by_name["Q8_0"]
     assert (costs.drop_cost[:, -1] == 0).all()
     assert (np.diff(costs.weights @ costs.drop_cost.sum(axis=2)) < 0).all()
-    assert costs.counts == offered_counts(7, 2)
+    assert costs.counts == offered_counts(7, Router(top_k=2))
 
 
 def test_costs_survive_saving(costs: Costs, tmp_path: Path) -> None:

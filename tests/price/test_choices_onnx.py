@@ -130,7 +130,7 @@ def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count
     stacks, compared = gguf_costs, 0
     for layer in range(model.n_layers):
         replay = make_replay(stats.arrays(layer), stats.weights, model.router)
-        menu = build_menu(replay, offered_counts(model.n_experts, model.top_k))
+        menu = build_menu(replay, offered_counts(model.n_experts, model.router))
         for gone in range(len(menu.order) + 1):
             kept = np.ones(model.n_experts, bool)
             kept[menu.order[:gone]] = False
@@ -147,7 +147,7 @@ def test_a_set_of_the_greedy_path_costs_what_it_costs_where_layers_share_a_count
 def test_experts_go_in_the_order_of_the_greedy_path_where_formats_do_not_tell_them_apart(model: Model, stats: Stats, costs: Costs) -> None:
     for layer in range(model.n_layers):
         replay = make_replay(stats.arrays(layer), stats.weights, model.router)
-        order = build_menu(replay, offered_counts(model.n_experts, model.top_k)).order
+        order = build_menu(replay, offered_counts(model.n_experts, model.router)).order
         prices = costs.weights @ costs.expert_drop[:, layer]
         assert (np.diff(prices[order]) > 0).all()
         assert np.delete(prices, order).min() > prices[order[-1]]

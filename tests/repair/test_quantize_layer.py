@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import ROOT
+from numpy.typing import NDArray
 from tiny import EXAMPLES, flat_plan
 
 from edgemoe.base.errors import ModelError, UsageError
@@ -21,7 +22,8 @@ from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
 from edgemoe.quantize.gptq import factor_hessian, objective
-from edgemoe.repair.quantize_layer import ErrorMetric, add_flips, plan_quantization, quantize_matrix, router_gram
+from edgemoe.repair.quantize_layer import ErrorMetric, plan_quantization, quantize_matrix
+from edgemoe.repair.router_gram import RouterGram, add_flips
 from edgemoe.repair.survivors import repair_survivors
 from edgemoe.stream.gradients import collect_gradients
 from edgemoe.stream.texts import SHIPPED, Text, read_text
@@ -61,7 +63,7 @@ def stored(model: Model, texts: list[Text], stats: Stats, plan: Plan, tmp_path_f
 def test_every_matrix_of_the_plan_is_packed_in_its_format(stored: Model, plan: Plan) -> None:
     formats = {(u.role, u.layer): plan.formats[u.name] for u in gguf.TARGET.list_units(stored)}
     for tensor in stored.tensors:
-        survives = tensor.expert < 0 or tensor.expert in plan.kept[tensor.layer]
+        survives = tensor.expert < 0 or tensor.expert in plan.kept_of[tensor.layer]
         assert tensor.packed == (formats.get((tensor.role, tensor.layer), "") if survives else ""), tensor
 
 
@@ -75,7 +77,7 @@ def test_the_file_holds_the_packed_rows(stored: Model, stats: Stats, plan: Plan,
             rows = read_packed(stored.folder, tensor, row_bytes(tensor.packed, tensor.shape[1]))
             name = next(u.name for u in gguf.TARGET.list_units(stored) if (u.role, u.layer) == (tensor.role, tensor.layer))
             data = found[name]
-            mine = data[plan.kept[tensor.layer].index(tensor.expert)] if tensor.expert >= 0 else data
+            mine = data[plan.kept_of[tensor.layer].index(tensor.expert)] if tensor.expert >= 0 else data
             np.testing.assert_array_equal(np.asarray(mine).reshape(rows.shape), rows)
 
 
@@ -114,7 +116,8 @@ def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats
     assert quantize_plan.flips == pytest.approx(0.4)
     assert plan_quantization(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
     gram = np.eye(model.hidden_size)
-    watched = [add_flips(quantize_plan, gram, router_gram(model, first)) for first in range(model.n_layers + 1)]
+    routers = RouterGram(model)
+    watched = [add_flips(gram, routers.from_layer(first), quantize_plan.flips) for first in range(model.n_layers + 1)]
     np.testing.assert_array_equal(watched[-1], gram)
     assert np.trace(watched[0]) == pytest.approx(1.4 * np.trace(gram))
     assert np.trace(watched[1]) == pytest.approx(1.2 * np.trace(gram))  # one of two routers is behind
@@ -125,6 +128,25 @@ def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats
     assert norm is not None
     still = even / read_tensor(model.folder, norm)
     assert still @ watched[1] @ still == pytest.approx(still @ still, rel=1e-3)
+
+
+def test_the_routers_ahead_are_the_same_after_a_killed_run(model: Model) -> None:
+    one = RouterGram(model)
+    for layer in range(model.n_layers + 1):
+        passed = one.from_layer(layer).copy()
+        np.testing.assert_array_equal(passed, RouterGram(model).from_layer(layer))
+        np.testing.assert_allclose(passed, alone(model, layer), atol=1e-15)
+    np.testing.assert_array_equal(one.from_layer(0), RouterGram(model).from_layer(0))  # asked out of order
+
+
+def alone(model: Model, first: int) -> NDArray[np.float64]:
+    """What RouterGram adds up, written down."""
+    total = np.zeros((model.hidden_size,) * 2)
+    for layer in range(first, model.n_layers):
+        rows = read_tensor(model.folder, model.get("ffn_gate_inp", layer)).astype(np.float64)
+        moved = (rows - rows.mean(axis=0)) * read_tensor(model.folder, model.get("ffn_norm", layer))
+        total += moved.T @ moved / np.square(moved).sum() / model.n_layers
+    return total
 
 
 def test_without_feedback_or_drops_weights_stay_where_they_are(model: Model, texts: list[Text], stats: Stats, tmp_path: Path) -> None:

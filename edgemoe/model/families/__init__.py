@@ -46,7 +46,8 @@ def no_keys(_: Config) -> Mapping[str, Any]:
 def grouped_queries(c: Config) -> Attention:
     """Heads of grouped-query attention, a share of each rotated."""
     head = c.head_size
-    rotary = int(head * float(c.get("partial_rotary_factor", _rope(c).get("partial_rotary_factor", 1.0))))
+    share = rotary_share(c)
+    rotary = int(head * float(1.0 if share is None else share))
     theta = float(rope_theta(c) or 0.0)
     return Attention(heads=c.heads, kv_heads=c["num_key_value_heads"], key_length=head, value_length=head, rotary=rotary, rope_theta=theta)
 
@@ -151,6 +152,11 @@ def refuse_common(c: Config, *, biases: bool = False) -> str | None:
     if c.get("quantization_config"):
         return "quantization_config: quantized checkpoints of this family are not supported; give the original weights"
     return None
+
+
+def rotary_share(c: Config) -> Any:
+    """Share of each head that is rotated, wherever this version of the config keeps it; None where it says nothing."""
+    return c.get("partial_rotary_factor", _rope(c).get("partial_rotary_factor"))
 
 
 def rope_theta(c: Config) -> Any:

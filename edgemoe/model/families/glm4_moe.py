@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms, shared
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, refuse_common, sigmoid_router
+from edgemoe.model.families import Family, refuse_common, rotary_share, sigmoid_router
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
@@ -24,12 +24,20 @@ def layer(c: Config, number: int) -> Iterator[Block]:
     yield shared(c, c["n_shared_experts"] * size, "mlp.shared_experts.{}_proj.weight")
 
 
+def refuse(c: Config) -> str | None:
+    """Beside what all refuse, a config that leaves the rotated share of a head to the default, which differs by version of transformers."""
+    reason = refuse_common(c, biases=True)
+    if reason is None and rotary_share(c) is None:
+        return "partial_rotary_factor is missing, and its default differs by version of transformers"
+    return reason
+
+
 FAMILY = Family(
     model_types=("glm4_moe",),
     gguf="glm4moe",
     layer=layer,
     router=lambda c: sigmoid_router(c, renormalize=bool(c.get("norm_topk_prob", True))),
-    refuse=lambda c: refuse_common(c, biases=True),
+    refuse=refuse,
     gguf_names={"ffn_norm": "post_attention_norm"},
     gguf_keys=lambda c: {
         "feed_forward_length": c["intermediate_size"],

@@ -11,6 +11,7 @@ from edgemoe.ir import Unit
 from edgemoe.model.routing.flips import additive_part, fit_flips, routers_behind, without_flips
 
 LAYERS = 4
+ROUTERS = range(LAYERS)
 ROLES = ("attn_q", "attn_output", "ffn_gate_exps", "ffn_down_exps")
 UNITS = [Unit(name=r, role=r, layer=-1, n_weights=1) for r in ("token_embd", "output")]
 UNITS += [Unit(name=f"blk.{n}.{r}", role=r, layer=n, n_weights=1) for n in range(LAYERS) for r in ROLES]
@@ -22,23 +23,26 @@ def test_a_probe_without_its_flips_gives_the_probe_again(q: float, kappa: float)
 
 
 def test_a_change_moves_the_routers_after_it_and_no_other() -> None:
-    assert routers_behind("token_embd", -1, LAYERS).tolist() == [1, 1, 1, 1]
-    assert routers_behind("attn_v", 2, LAYERS).tolist() == [0, 0, 1, 1]
-    assert routers_behind("ffn_up_exps", 2, LAYERS).tolist() == [0, 0, 0, 1]
-    assert routers_behind("output", -1, LAYERS).tolist() == routers_behind("ffn_down_exps", 3, LAYERS).tolist() == [0, 0, 0, 0]
+    assert routers_behind("token_embd", -1, ROUTERS).tolist() == [1, 1, 1, 1]
+    assert routers_behind("attn_v", 2, ROUTERS).tolist() == [0, 0, 1, 1]
+    assert routers_behind("ffn_up_exps", 2, ROUTERS).tolist() == [0, 0, 0, 1]
+    assert routers_behind("output", -1, ROUTERS).tolist() == routers_behind("ffn_down_exps", 3, ROUTERS).tolist() == [0, 0, 0, 0]
+
+    assert routers_behind("ffn_up", 0, [1, 3]).tolist() == [1, 1]  # layers without experts have none
+    assert routers_behind("attn_q", 2, [1, 3]).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.01, 0.06, 0.3])
 def test_kappa_is_found_again_in_a_model_that_follows_the_formula(kappa: float) -> None:
     rng = np.random.default_rng(1)
     q = rng.lognormal(-6, 1, len(UNITS))
-    behind = np.array([routers_behind(u.role, u.layer, LAYERS) for u in UNITS])  # [U, L]
+    behind = np.array([routers_behind(u.role, u.layer, ROUTERS) for u in UNITS])  # [U, L]
     probed = q + kappa * behind.mean(axis=1) * np.sqrt(q)
     whole = []
     for size in (0.2, 0.01):
         sums = size * (q[:, None] * behind).sum(axis=0)
         whole.append((size * probed, float(size * q.sum() + kappa * np.sqrt(sums).mean())))
-    found, short = fit_flips(UNITS, LAYERS, probed, whole)
+    found, short = fit_flips(UNITS, ROUTERS, probed, whole)
     assert found == pytest.approx(kappa, rel=0.03, abs=1e-4)
     prices = float(additive_part(probed, found * behind.mean(axis=1)).sum())
     predicted = [size * prices + short * np.sqrt(size * prices) for size in (0.2, 0.01)]
@@ -54,4 +58,4 @@ def test_one_kappa_fits_the_published_toy_at_three_widths() -> None:
 
 
 def test_without_probes_of_the_whole_model_nothing_is_assumed() -> None:
-    assert fit_flips(UNITS, LAYERS, np.ones(len(UNITS)), []) == (0.0, 0.0)
+    assert fit_flips(UNITS, ROUTERS, np.ones(len(UNITS)), []) == (0.0, 0.0)

@@ -18,12 +18,13 @@ from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats
 from edgemoe.base.errors import MachineError, ModelError
 from edgemoe.ir import Model, Plan, tensor_name
 from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.describe import describe, load_shape
 from edgemoe.model.inspect import inspect_model
 from edgemoe.quantize.importance import importance_of
 from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, dequantize, round_rows
 from edgemoe.targets.gguf.run import check_tokenizer
-from edgemoe.targets.gguf.writer import _open_writer, group_tensors, list_units, prepare, write
+from edgemoe.targets.gguf.writer import _open_writer, fixed_sizes, group_tensors, list_units, prepare, write
 
 
 def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Path]) -> None:
@@ -63,11 +64,13 @@ def test_a_file_has_the_predicted_bytes_and_holds_what_rounding_says(
     assert list(stored) == [name for name, _ in groups]
     for name, group in groups:
         first, tensor = group[0], stored[name]
-        experts = plan.kept[first.layer] if first.layer >= 0 else ()
+        experts = plan.kept_of.get(first.layer, ())
         if not first.planned:  # norms and routers
             values = read_tensor(model.folder, first)
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
-            np.testing.assert_array_equal(tensor.data, values[list(experts)] if first.role == "ffn_gate_inp" else values)
+            np.testing.assert_array_equal(
+                tensor.data, values[list(experts)] if first.role in ("ffn_gate_inp", "exp_probs_b.bias") else values
+            )
             continue
         kind, importance = plan.formats[name], importance_of(model, stats, first.layer)
         assert tensor.tensor_type == FORMATS[kind].id
@@ -83,7 +86,7 @@ def test_a_file_has_the_predicted_bytes_and_holds_what_rounding_says(
                 assert kind == "F16" or np.abs(expected - weights).max() > 0
     assert reader.get_field(f"{reader.get_field('general.architecture').contents()}.expert_count").contents() == plan.count
     flags = np.array(reader.get_field("edgemoe.experts_kept").contents()).reshape(model.n_layers, model.n_experts)
-    assert [tuple(np.flatnonzero(row)) for row in flags] == [tuple(k) for k in plan.kept]
+    assert [tuple(np.flatnonzero(row)) for row in flags] == [plan.kept_of.get(layer, ()) for layer in range(model.n_layers)]
     assert reader.get_field("edgemoe.model").contents() == model.fingerprint
 
 
@@ -173,3 +176,10 @@ def test_units_are_every_matrix_but_the_routers(sources: dict[str, Path]) -> Non
     }
     flat = sum(t.n_weights for t in model.tensors if not t.planned)
     assert sum(u.n_weights for u in list_units(model)) + flat == model.n_weights
+
+
+def test_a_shape_has_a_fixed_size_though_it_has_no_tokenizer() -> None:
+    model = describe(load_shape("GLM-5.2"))
+    routers = 75 * 4 * (6144 + 1)  # bytes for each expert: its router row and its selection bias
+    assert fixed_sizes(model, [256])[0] - fixed_sizes(model, [128])[0] == 128 * routers
+    assert 5e6 < fixed_sizes(model, [256])[0] - 256 * routers < 2e7  # header, vocabulary and norms: published files have 5 to 20 MB

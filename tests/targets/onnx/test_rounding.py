@@ -68,7 +68,7 @@ def test_the_artifact_holds_the_packed_rows(tmp_path: Path) -> None:
     plan = replace(hand_plan(model, lambda u: widths[u.expert] if u.expert >= 0 else "INT4_32", kept), repair=True)
     stored = store_weights(model, texts, stats, plan, tmp_path / "work", max_tokens=TOKENS)
     for tensor in stored.tensors:
-        survives = tensor.expert < 0 or tensor.expert in plan.kept[tensor.layer]
+        survives = tensor.expert < 0 or tensor.expert in plan.kept_of[tensor.layer]
         planned = len(tensor.shape) == 2 and tensor.role != "ffn_gate_inp"
         assert tensor.packed == ((widths[tensor.expert] if tensor.expert >= 0 else "INT4_32") if survives and planned else "")
     artifact = emit(stored, stats, plan, tmp_path / "out")

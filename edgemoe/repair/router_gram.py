@@ -1,0 +1,49 @@
+"""Routers -> what of an error in the stream makes tokens change their experts, layer after layer in a time that grows with the layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgemoe.base.types import F64
+from edgemoe.ir import Model
+from edgemoe.model.checkpoint import read_tensor
+
+
+class RouterGram:
+    """R'R of the routers that a change in the stream still reaches, with R a router's rows less their mean, times its norm's weights.
+
+    A token changes its expert where two logits trade places, so an error e of the stream matters to a router by |R e|^2; each R'R has trace
+    one over the number of routers (docs/pricing.md, 5).  A sum made anew for each of L layers would take L^2 / 2 products; the sum over all,
+    less those of the layers that were passed, takes 2 L.  Layers are subtracted in their order, so a build that was killed and resumed
+    computes with the same bits.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._ahead = list(model.moe_layers)
+        self._total: F64 | None = None
+
+    def from_layer(self, first: int) -> F64:
+        """The sum over the routers from layer `first` on [H, H]; valid until the next call.  Layers are asked for in their order."""
+        if self._total is None or (self._ahead or [first])[0] > first:
+            self._ahead, self._total = list(self.model.moe_layers), np.zeros((self.model.hidden_size,) * 2)
+            for layer in self._ahead:
+                self._total += self._of(layer)
+        while self._ahead and self._ahead[0] < first:
+            self._total -= self._of(self._ahead.pop(0))
+        if not self._ahead:
+            self._total[:] = 0  # and not what rounding left
+        return self._total
+
+    def _of(self, layer: int) -> F64:
+        rows = read_tensor(self.model.folder, self.model.get("ffn_gate_inp", layer))
+        moved = (rows - rows.mean(axis=0)) * read_tensor(self.model.folder, self.model.norm_of(layer, "ffn_norm"))
+        gram: F64 = (moved.T @ moved).astype(np.float64)
+        gram /= max(float(np.square(moved).sum()), 1e-30) * len(self.model.moe_layers)
+        return gram
+
+
+def add_flips(gram: F64, routers: F64, flips: float) -> F64:
+    """Gradients with respect to the stream G [H, H], with what they do not see: `flips` of them, spread as the routers' sum says."""
+    total: F64 = gram + flips * np.trace(gram) * routers
+    return total
