@@ -20,6 +20,8 @@ from edgemoe.ir import Model
 from edgemoe.model.describe import describe, load_shape
 from edgemoe.repair.router_gram import RouterGram
 
+COMMAND = "python benchmarks/router_gram.py"
+
 
 def with_routers(model: Model, folder: Path) -> Model:
     """The model with its routers and their norms in a file of random numbers, and without its other tensors."""
@@ -52,9 +54,9 @@ def main() -> None:
     lines = [
         f"# The sum over the routers ahead, {args.shape}",
         "",
-        f"{len(layers)} routers of {model.n_experts} experts, hidden size {model.hidden_size:,}: {made_by('python benchmarks/router_gram.py', 'cores')}.",
-        f"Peak of the process: {format_bytes(peak)}.  A sum made anew takes one product for each router ahead, so its time is extrapolated from",
-        f"that of the first sum, {one:.2f} s a product.",
+        f"{len(layers)} routers of {model.n_experts} experts, hidden size {model.hidden_size:,}; {made_by(COMMAND, 'cores')}.",
+        f"The process held {format_bytes(peak)} at its peak.  A sum made anew takes one product for each router ahead, so its time is",
+        f"extrapolated from the first sum, which took {one:.2f} s a product.",
         "",
         *head(["way", "products", "seconds of a build"]),
         row(["made anew, twice a layer", f"{len(layers) ** 2:,}", f"{one * len(layers) ** 2:,.0f}"]),

@@ -1,9 +1,6 @@
 """edgemoe: a Mixture-of-Experts checkpoint and a memory budget go in, the best model file that really fits comes out."""
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
+from edgemoe.base.lazy import offer
 
 __version__ = "0.1.0"
 
@@ -29,15 +26,4 @@ _PUBLIC = {  # name -> module; imported when first used, so that `edgemoe --help
     "EdgemoeError": "base.errors",
 }
 __all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"edgemoe.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """Public names."""
-    return sorted(__all__)
+__getattr__ = offer(__name__, _PUBLIC)

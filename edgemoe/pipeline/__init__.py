@@ -1,1 +1,13 @@
-"""TODO."""
+"""The stages in their order, from what the user asked for to the folder with the finished artifact."""
+
+from edgemoe.base.lazy import offer
+
+_OFFERED = {
+    "BuildRequest": "request",
+    "build_artifact": "build",
+    "emit_artifact": "emit",
+    "estimate_needs": "estimate",
+    "price_model": "build",
+}
+__all__ = list(_OFFERED)
+__getattr__ = offer(__name__, _OFFERED)

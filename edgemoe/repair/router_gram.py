@@ -13,8 +13,8 @@ class RouterGram:
     """R'R of the routers that a change in the stream still reaches, with R a router's rows less their mean, times its norm's weights.
 
     A token changes its expert where two logits trade places, so an error e of the stream matters to a router by |R e|^2; each R'R has trace
-    one over the number of routers (docs/pricing.md, 5).  A sum made anew for each of L layers would take L^2 / 2 products; the sum over all,
-    less those of the layers that were passed, takes 2 L.  Layers are subtracted in their order, so a build that was killed and resumed
+    one over the number of routers (docs/pricing.md, 5).  A sum made anew for each of L layers would take L^2 / 2 products; the sum over
+    all, less those of the layers that were passed, takes 2 L.  Layers are subtracted in their order, so a build that was killed and resumed
     computes with the same bits.
     """
 

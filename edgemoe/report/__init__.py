@@ -1,1 +1,13 @@
-"""TODO."""
+"""A Plan or Report -> what people read: lines of the terminal, a page with pictures, a model card."""
+
+from edgemoe.base.lazy import offer
+
+_OFFERED = {
+    "render_card": "model_card",
+    "render_html": "page",
+    "summarize_plan": "terminal",
+    "summarize_report": "terminal",
+    "write_report": "page",
+}
+__all__ = list(_OFFERED)
+__getattr__ = offer(__name__, _OFFERED)

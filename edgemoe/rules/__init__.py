@@ -1,3 +1,43 @@
-"""What a user may ask of a plan."""
+"""Rules: what a user asks of a plan beside the budget, as records, as a recipe file, or as a Python function."""
 
-from edgemoe.rules.records import *  # noqa: F403
+from edgemoe.rules.records import (
+    ActiveBytes,
+    ByteLimit,
+    DomainKept,
+    Drop,
+    GroupKept,
+    Keep,
+    KeptCount,
+    MaxFormats,
+    MeanBits,
+    Pin,
+    Protect,
+    Rule,
+    SameFormat,
+    Speed,
+    Vram,
+    apply_rules,
+    describe_rule,
+    rule_name,
+)
+
+__all__ = [
+    "ActiveBytes",
+    "ByteLimit",
+    "DomainKept",
+    "Drop",
+    "GroupKept",
+    "Keep",
+    "KeptCount",
+    "MaxFormats",
+    "MeanBits",
+    "Pin",
+    "Protect",
+    "Rule",
+    "SameFormat",
+    "Speed",
+    "Vram",
+    "apply_rules",
+    "describe_rule",
+    "rule_name",
+]

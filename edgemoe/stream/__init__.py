@@ -1,1 +1,13 @@
-"""TODO."""
+"""The original model as a stream: texts become windows of tokens, and their hidden states pass through one layer in memory at a time."""
+
+from edgemoe.base.lazy import offer
+
+_OFFERED = {
+    "LayerStream": "layers",
+    "choose_texts": "texts",
+    "collect_gradients": "gradients",
+    "final_states": "passes",
+    "tokenize": "windows",
+}
+__all__ = list(_OFFERED)
+__getattr__ = offer(__name__, _OFFERED)

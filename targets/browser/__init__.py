@@ -18,7 +18,7 @@ __all__ = ["TARGET"]
 LAYOUT = "transformers.js"
 
 
-def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
+def _offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
     """Formats that can store a unit and that WebAssembly runs.
 
     Raises:
@@ -27,7 +27,7 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
     return tuple(name for name in onnx.TARGET.offered_formats(model, unit) if allowed(name, LAYOUT))
 
 
-def launch_lines(report: Report) -> list[str]:
+def _launch_lines(report: Report) -> list[str]:
     """JavaScript that runs what the plan is for."""
     return [
         'import path from "node:path";',
@@ -43,13 +43,13 @@ TARGET = replace(
     onnx.TARGET,
     name="browser",
     offered=tuple(name for name in onnx.TARGET.offered if allowed(name, LAYOUT)),
-    offered_formats=offered_formats,
+    offered_formats=_offered_formats,
     write=partial(write, layout=LAYOUT),
     words=replace(
         onnx.TARGET.words,
         library="transformers.js",
         language="js",
         launch_note="As a module in the folder of this file:",
-        launch_lines=launch_lines,
+        launch_lines=_launch_lines,
     ),
 )

@@ -1,1 +1,14 @@
-"""TODO."""
+"""The router's rule without torch: whom a token chooses when experts are dropped, which sets to keep, what a changed choice costs."""
+
+from edgemoe.base.lazy import offer
+
+_OFFERED = {
+    "build_menu": "kept_sets",
+    "fit_flips": "flips",
+    "make_replay": "kept_sets",
+    "offered_counts": "kept_sets",
+    "open_experts": "rule",
+    "weigh_scores": "rule",
+}
+__all__ = list(_OFFERED)
+__getattr__ = offer(__name__, _OFFERED)
