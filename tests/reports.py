@@ -55,8 +55,8 @@ def make_plan(units: list[Unit], n_layers: int, n_experts: int, count: int, name
     )
     return Plan(
         model="a" * 64, model_name=name, costs="b" * 64, target="gguf", budget=int(memory["peak"] * 1.012), context=8192,
-        solver="ilp-highs", n_experts=n_experts, top_k=min(4, count), kept=kept, formats=formats, sizes=sizes, file_size=size,
-        memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, price=1e-9, counts=counts,
+        solver="ilp-highs", n_experts=n_experts, top_k=min(4, count), kept=kept, units=tuple(units), formats=formats, sizes=sizes,
+        file_size=size, memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, price=1e-9, counts=counts,
         objective="mean", vram=(), domain_q={"english": 0.02, "math": 0.03}, rules=(), repair=False, origin="",
     )  # fmt: skip
 
@@ -87,7 +87,7 @@ def make_report(n_layers: int = 4, n_experts: int = 16, *, count: int = 12, name
     )
     file = ArtifactFile(name=f"tiny-moe-E{count}-Q3_K.gguf", size=plan.file_size, sha256="c" * 64)
     return Report(
-        model=model, plan=plan, artifact=Artifact(folder="/tmp/out", target="gguf", plan="d" * 64, files=(file,)), units=tuple(units),
+        model=model, plan=plan, artifact=Artifact(folder="/tmp/out", target="gguf", plan="d" * 64, files=(file,)),
         scores=scores, measured_kl=0.0371, measured_peak=int(plan.memory["peak"] * 0.987), beside_kl=0.0402,
         prompt_tokens_per_second=812.4, decode_tokens_per_second=73.25,
         decode_ceiling=140.0, samples=samples, frontier=frontier, problems=(),
@@ -157,7 +157,7 @@ def make_onnx_report(n_layers: int = 4, n_experts: int = 16) -> Report:
     report, rng = make_report(n_layers, n_experts), np.random.default_rng(7)
     kept = tuple(tuple(sorted(rng.choice(n_experts, n_experts - 2 * layer, replace=False).tolist())) for layer in range(n_layers))
     names = ("INT2_128", "INT3_128", "INT8_32")
-    units = [u for u in report.units if not u.role.endswith("_exps")]
+    units = [u for u in report.plan.units if not u.role.endswith("_exps")]
     units += [
         Unit(name=f"blk.{layer}.ffn_exps.{e}", role="ffn_exps", layer=layer, expert=e, n_weights=3 * 128 * 256)
         for layer, row in enumerate(kept)
@@ -169,10 +169,11 @@ def make_onnx_report(n_layers: int = 4, n_experts: int = 16) -> Report:
     memory = {**report.plan.memory, "weights": size + 5000}
     memory["peak"] = sum(v for part, v in memory.items() if part != "peak")
     plan = replace(
-        report.plan, target="onnx", n_experts=n_experts, kept=kept, formats=formats, sizes=sizes, file_size=size, memory=memory, counts=(),
+        report.plan, target="onnx", n_experts=n_experts, kept=kept, units=tuple(units), formats=formats, sizes=sizes, file_size=size,
+        memory=memory, counts=(),
         budget=memory["peak"] + 10_000,
     )  # fmt: skip
     listed = (("model.onnx", 90_000), ("model.onnx.data", size - 90_000), ("tokenizer.json", 12_345))
     files = tuple(ArtifactFile(name=n, size=s, sha256="c" * 64) for n, s in listed)
     artifact = replace(report.artifact, target="onnx", files=files)
-    return replace(report, plan=plan, units=tuple(units), artifact=artifact, runtime="onnxruntime 1.32.0")
+    return replace(report, plan=plan, artifact=artifact, runtime="onnxruntime 1.32.0")

@@ -38,10 +38,22 @@ def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
 
 
 def _facts(model: Model) -> dict[str, Any]:
-    names = ("name", "model_type", "n_layers", "n_experts", "top_k", "expert_size", "hidden_size", "vocab_size", "context_length")
     experts = sum(t.n_weights for t in model.tensors if t.expert >= 0)
-    sizes = {"weights": model.n_weights, "in experts": f"{experts / model.n_weights:.1%}", "bytes": format_bytes(model.n_bytes)}
-    return {**{n: getattr(model, n) for n in names}, **sizes, "fingerprint": model.fingerprint}
+    return {
+        "name": model.name,
+        "model_type": model.model_type,
+        "n_layers": model.n_layers,
+        "n_experts": model.n_experts,
+        "top_k": model.top_k,
+        "expert_size": model.expert.size,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "context_length": model.context_length,
+        "weights": model.n_weights,
+        "in experts": f"{experts / model.n_weights:.1%}",
+        "bytes": format_bytes(model.n_bytes),
+        "fingerprint": model.fingerprint,
+    }
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.calibrate.observer import LayerObserver
 from edgemoe.ir import Costs, Domain, Stats
+from edgemoe.ir.model import Expert
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.saliency import SCORES, drops_by_score, output_spread, score_experts, top_logits
 from edgemoe.stream.windows import Windows
@@ -48,7 +49,7 @@ def watched(tmp_path: Path, *, renormalize: bool) -> Stats:
     gates = np.take_along_axis(PROBS, CHOSEN, axis=1)
     gates = gates / gates.sum(axis=1, keepdims=True) if renormalize else gates
     windows = Windows(tokens=np.zeros((1, TOKENS), np.int64), lengths=np.array([TOKENS]), domain=np.zeros(1, np.int64))
-    shape = cast(Any, SimpleNamespace(n_experts=EXPERTS, hidden_size=HIDDEN, expert_size=2))
+    shape = cast(Any, SimpleNamespace(n_experts=EXPERTS, hidden_size=HIDDEN, expert=Expert(size=2)))
     sums = LayerObserver(shape, windows, 1, np.ones(1))
     for e in range(EXPERTS):
         token, slot = np.nonzero(e == CHOSEN)

@@ -74,8 +74,8 @@ def test_map_draws_as_many_cells_as_there_are_experts() -> None:
 
 def test_map_labels_layers_by_their_number_in_the_model_when_the_first_is_dense() -> None:
     report = make_report()
-    units = tuple(replace(u, layer=u.layer + 1) if u.layer >= 0 else u for u in report.units)
-    page = render_html(replace(report, units=units))
+    units = tuple(replace(u, layer=u.layer + 1) if u.layer >= 0 else u for u in report.plan.units)
+    page = render_html(replace(report, plan=replace(report.plan, units=units)))
     assert "<title>layer 4, expert" in page
     assert "<title>layer 0, expert" not in page
 

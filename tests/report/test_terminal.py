@@ -23,7 +23,7 @@ def test_summary_prints_promised_and_measured_numbers() -> None:
     words = ("acme/tiny-moe", "as predicted", "Q3_K", "german", "12.308", "proven by ilp-highs", "report.html")
     for expected in (*numbers, *words):
         assert expected in text
-    weights = sum(u.n_weights * (0.75 if u.role.endswith("exps") else 1) for u in report.units)
+    weights = sum(u.n_weights * (0.75 if u.role.endswith("exps") else 1) for u in report.plan.units)
     assert f"{8 * sum(report.plan.sizes.values()) / weights:.3f}" in text
 
 
