@@ -31,8 +31,9 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.kept_sets import build_menu, make_replay, offered_counts
 from edgemoe.repair.experts import Experts, Tokens
-from edgemoe.repair.reconstruct import Change, Reconstruction
+from edgemoe.repair.reconstruct import Change, refit_layer, resume
 from edgemoe.repair.survivors import EPOCHS, repair_survivors
+from edgemoe.repair.two_streams import TwoStreams
 from edgemoe.stream.texts import Text, choose_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -164,9 +165,9 @@ def changed(model: Model, texts: list[Text], plan: Plan, work: Path, name: str, 
     made = open_overlay(model, folder, {})
     if made is not None:
         return made
-    reconstruction = Reconstruction(model, model, texts, tokens, folder, name)
-    for layer in reconstruction.resume(None):
-        reconstruction.refit_layer(layer, plan.kept[layer], epochs=epochs, change=change)
+    streams = TwoStreams(model, model, texts, tokens, folder, name)
+    for layer in resume(streams, None):
+        refit_layer(streams, layer, plan.kept[layer], epochs=epochs, change=change)
     return save_overlay(model, folder, {})
 
 

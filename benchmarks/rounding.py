@@ -30,7 +30,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.repair.experts import Experts, Tokens
 from edgemoe.repair.quantize_layer import ErrorMetric, expert_metrics, quantize_matrix, sum_grams
-from edgemoe.repair.reconstruct import GUARD_EVERY
+from edgemoe.repair.two_streams import GUARD_EVERY
 from edgemoe.stream.gradients import collect_gradients, open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, recording
 from edgemoe.stream.passes import map_ordered

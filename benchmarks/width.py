@@ -35,8 +35,9 @@ from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import discount
 from edgemoe.repair.experts import Experts, Tokens
-from edgemoe.repair.reconstruct import Reconstruction
+from edgemoe.repair.reconstruct import refit_layer, resume
 from edgemoe.repair.survivors import EPOCHS
+from edgemoe.repair.two_streams import TwoStreams
 from edgemoe.repair.width import best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
 from edgemoe.stream.gradients import WINDOW, collect_gradients, load_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, recording
@@ -151,16 +152,16 @@ def cut_and_refit(
     """Every expert cut by a score and W_down refitted in closed form as a build does it; KL on the windows that nothing was fitted to."""
     folder = (work / f"refit-{width}-{score}-{max_tokens}").absolute()
     value, base = scorer(model, texts, score, max_tokens, work), resize_experts(model, width)
-    reconstruction = Reconstruction(model, model, texts, max_tokens, folder, score)
+    streams = TwoStreams(model, model, texts, max_tokens, folder, score)
 
     def change(layer: int, _: Tokens, experts: Experts) -> Experts:
         return cut(experts, best_neurons(value(layer, experts), magnitude(experts), width))
 
     made = open_overlay(base, folder, {})
     if made is None:
-        for layer in reconstruction.resume(None):
-            reconstruction.refit_layer(layer, range(model.n_experts), epochs=0, change=change)
-        (folder / "kl.json").write_text(json.dumps(list(reconstruction.measure())))
+        for layer in resume(streams, None):
+            refit_layer(streams, layer, range(model.n_experts), epochs=0, change=change)
+        (folder / "kl.json").write_text(json.dumps(list(streams.measure())))
         made = save_overlay(base, folder, {})
     return made, json.loads((folder / "kl.json").read_text())
 

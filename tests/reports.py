@@ -56,7 +56,8 @@ def make_plan(units: list[Unit], n_layers: int, n_experts: int, count: int, name
     return Plan(
         model="a" * 64, model_name=name, costs="b" * 64, target="gguf", budget=int(memory["peak"] * 1.012), context=8192,
         solver="ilp-highs", n_experts=n_experts, top_k=min(4, count), kept=kept, units=tuple(units), formats=formats, sizes=sizes,
-        file_size=size, memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True, price=1e-9, counts=counts,
+        file_size=size, memory=memory, q=0.0221, drop_q=0.0093, predicted_kl=0.0312, bound=0.02209, gap=0.00045, proven=True,
+        price=1e-9, counts=counts,
         objective="mean", vram=(), domain_q={"english": 0.02, "math": 0.03}, rules=(), repair=False, origin="",
     )  # fmt: skip
 

@@ -40,7 +40,17 @@ from edgemoe.cli.plan import read_rules
 from edgemoe.cli.progress import print_rich, show_progress
 
 if TYPE_CHECKING:
-    from edgemoe.pipeline.request import Job
+    from edgemoe.pipeline.request import BuildRequest
+
+
+WorkOpt = Annotated[
+    Path | None, typer.Option("--work", metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
+]
+RepairOpt = Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")]
+RefineOpt = Annotated[
+    int, typer.Option("--refine", min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
+]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")]
 
 
 def build(
@@ -60,17 +70,13 @@ def build(
     gap: GapOpt = 1e-4,
     time_limit: TimeOpt = None,
     shard_max: ShardOpt = None,
-    work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
-    ] = None,
-    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Refit the surviving experts to what dropped ones leave.")] = True,
+    work: WorkOpt = None,
+    repair: RepairOpt = True,
     rounding: RoundingOpt = "feedback",
-    refine: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Measure the plan, rescale its prices, solve again; at most so many times.")
-    ] = 0,
+    refine: RefineOpt = 0,
     width: WidthOpt = None,
     top_k: TopKOpt = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and the least budget; write nothing.")] = False,
+    dry_run: DryRunOpt = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -80,8 +86,7 @@ def build(
     """
     (budget, box), name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
     rules, aim = read_rules(recipe, rule, objective)
-    from edgemoe.pipeline.build import build_artifact
-    from edgemoe.pipeline.request import BuildRequest, prepare
+    from edgemoe.pipeline.request import BuildRequest
 
     request = BuildRequest(
         model=model,
@@ -107,19 +112,26 @@ def build(
         work=work,
         force=force,
     )
+    command = _command_of(request, name, memory or f"{budget}B", _told(recipe, objective, rule))
+    (print_needs if dry_run else _build)(replace(request, command=command), as_json=as_json)
+
+
+def _told(recipe: Path | None, objective: str | None, rules: list[str] | None) -> list[str]:
+    """The options that a request no longer holds, as they were given."""
     told = [*(["--recipe", recipe.name] if recipe else []), *(["--objective", objective] if objective else [])]
-    told += [part for text in rule or () for part in ("--rule", text)]
-    request = replace(request, command=_command_of(request, name, memory or f"{budget}B", told))
-    if dry_run:
-        print_needs(prepare(request), as_json=as_json)
-        return
+    return told + [part for text in rules or () for part in ("--rule", text)]
+
+
+def _build(request: BuildRequest, *, as_json: bool) -> None:
+    """Build, and print the report."""
+    from edgemoe.pipeline.build import build_artifact
+    from edgemoe.report.terminal import summarize_report
+
     with show_progress() as progress:
         report = build_artifact(request, progress)
     if as_json:
-        print((output / "report.json").read_text(encoding="utf-8"), end="")
+        print((request.out / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        from edgemoe.report.terminal import summarize_report
-
         print_rich(summarize_report(report))
 
 
@@ -134,15 +146,16 @@ def _command_of(request: Any, model: str, memory: str, told: list[str]) -> str:
     return shlex.join(["edgemoe", "build", model, "--memory", memory, *asked, *told, "-o", request.out.name])
 
 
-def print_needs(job: Job, *, as_json: bool) -> None:
+def print_needs(request: BuildRequest, *, as_json: bool) -> None:
     """Say what a build would take, and refuse a budget that no plan can meet.
 
     Raises:
         BudgetError: names the least budget.
     """
     from edgemoe.pipeline.estimate import estimate_needs
-    from edgemoe.pipeline.request import check_budget, warn_of_context
+    from edgemoe.pipeline.request import check_budget, prepare, warn_of_context
 
+    job = prepare(request)
     model, needs = job.model, estimate_needs(job)
     if as_json:
         print(json.dumps(asdict(needs), indent=1))

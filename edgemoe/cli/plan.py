@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,46 +32,63 @@ from edgemoe.cli.progress import print_rich, show_progress
 if TYPE_CHECKING:
     from edgemoe.ir import Costs, Plan
     from edgemoe.rules import Rule
+    from edgemoe.targets import Target
 
 DEFAULT_GAP = 1e-4  # of plan/solve.py, which --help does not import
+PRESET_ITSELF = {"--recipe", "--rule", "--objective", "--solver", "--near", "--explain", "--why", "--sweep"}  # says a preset itself
+SWEEP_ITSELF = {"--memory", "--device", "--time-limit", "--near", "--explain", "--why", "--export"}  # have no meaning for many budgets
+
+
+CostsArg = Annotated[Path | None, typer.Argument(metavar="COSTS", help="File that price made.")]
+PlanOutOpt = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="OUT", help="Write the plan here; with --sweep: a folder for table and page.")
+]
+NoRepairOpt = Annotated[
+    bool, typer.Option("--no-repair", help="Price drops as they are without the survivors' repair, which emit then leaves out.")
+]
+NearOpt = Annotated[Path | None, typer.Option("--near", metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")]
+GenericOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--generic", metavar="NAME|CONFIG", help="Plan a model that nobody measured: a known shape (deepseek-v3 ...) or a config.json."
+    ),
+]
+ExplainOpt = Annotated[bool, typer.Option("--explain", help="Say what each rule costs and what more memory buys (solves again).")]
+WhyOpt = Annotated[
+    list[str] | None,
+    typer.Option("--why", metavar="TENSOR|LAYER:EXPERT", help="Say why a tensor has its format, or an expert went; repeatable."),
+]
+SweepOpt = Annotated[str | None, typer.Option("--sweep", metavar="LOW:HIGH:STEP", help="Plans for many budgets, e.g. 64GB:192GB:8GB.")]
+DiffOpt = Annotated[tuple[Path, Path] | None, typer.Option("--diff", metavar="A B", help="Say what changed between two plans.")]
+ExportOpt = Annotated[
+    Path | None, typer.Option("--export", metavar="DIR", help="Write a keep list and a --tensor-type-file for llama-quantize.")
+]
 
 
 def plan(
-    costs: Annotated[Path | None, typer.Argument(metavar="COSTS", help="File that price made.")] = None,
+    costs: CostsArg = None,
     memory: MemoryOpt = None,
     device: DeviceOpt = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Write the plan here; with --sweep: a folder for table and page.")
-    ] = None,
+    output: PlanOutOpt = None,
     recipe: RecipeOpt = None,
     rule: RuleOpt = None,
     objective: ObjectiveOpt = None,
     solver: SolverOpt = "highs",
     gap: GapOpt = DEFAULT_GAP,
     time_limit: TimeOpt = None,
-    no_repair: Annotated[
-        bool, typer.Option("--no-repair", help="Price drops as they are without the survivors' repair, which emit then leaves out.")
-    ] = False,
+    no_repair: NoRepairOpt = False,
     rounding: RoundingOpt = "feedback",
-    near: Annotated[Path | None, typer.Option(metavar="PLAN", help="Change as little of this plan as costs (nearly) nothing.")] = None,
+    near: NearOpt = None,
     preset: PresetOpt = None,
     stats: StatsOpt = None,
-    generic: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|CONFIG", help="Plan a model that nobody measured: a known shape (deepseek-v3 ...) or a config.json."),
-    ] = None,
+    generic: GenericOpt = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
-    explain: Annotated[bool, typer.Option("--explain", help="Say what each rule costs and what more memory buys (solves again).")] = False,
-    why: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TENSOR|LAYER:EXPERT", help="Say why a tensor has its format, or an expert went; repeatable."),
-    ] = None,
-    sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH:STEP", help="Plans for many budgets, e.g. 64GB:192GB:8GB.")] = None,
-    diff: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Say what changed between two plans.")] = None,
-    export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a keep list and a --tensor-type-file for llama-quantize.")
-    ] = None,
+    explain: ExplainOpt = False,
+    why: WhyOpt = None,
+    sweep: SweepOpt = None,
+    diff: DiffOpt = None,
+    export: ExportOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Solve for the best plan within a budget: which experts stay, and the format of every tensor.
@@ -83,69 +99,73 @@ def plan(
     if diff is not None:
         _print_lines(_diff(*diff), as_json=as_json)
         return
-    if preset is not None:
-        asked: dict[str, object] = {
-            "--recipe": recipe,
-            "--rule": rule,
-            "--objective": objective,
-            "--solver": solver != "highs",
-            "--near": near,
-        }
-        asked |= {"--explain": explain, "--why": why, "--sweep": sweep}
-        asked |= {"--time-limit": time_limit, "--gap": gap != DEFAULT_GAP, "--generic": generic} if preset == "pmq" else {"--stats": stats}
-        _check_preset(preset, asked)
-    elif stats is not None:
-        raise UsageError("--stats goes with --preset pmq", hint="every other plan takes all that it needs from COSTS")
+    asked: dict[str, object] = {"--recipe": recipe, "--rule": rule, "--objective": objective, "--solver": solver != "highs"}
+    asked |= {"--near": near, "--explain": explain, "--why": why, "--sweep": sweep, "--time-limit": time_limit, "--stats": stats}
+    asked |= {"--gap": gap != DEFAULT_GAP, "--generic": generic, "--memory": memory, "--device": device, "--export": export}
+    _check_together(preset, {option for option, value in asked.items() if value})
     rules, aim = read_rules(recipe, rule, objective)
     budget, box = (0, None) if sweep is not None else choose_budget(memory, device)
     prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
     if box is not None:
-        from edgemoe.targets import find_target
-
-        prices = find_target(prices.target).on_device(prices, box)
-    _check_outputs(output, export, folder=sweep is not None)
-    if export and prices.form != "stacks":
-        raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
-    from edgemoe.base.storage import load_record, save_record
-    from edgemoe.ir import Plan
-
+        prices = _find_target(prices.target).on_device(prices, box)
+    _check_outputs(prices, output, export, folder=sweep is not None)
     if sweep is not None:
-        if memory or device or time_limit is not None or near or explain or why or export:
-            others = "--memory, --device, --time-limit, --near, --explain, --why and --export"
-            raise UsageError(f"--sweep names the budgets and solves for each; leave {others} out")
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
     if preset is not None:
         solved = _plan_preset(preset, prices, budget, stats, gap, time_limit, origin)
     else:
-        from edgemoe.plan.solve import solve_plan
-
-        before = load_record(near, Plan) if near else None
-        solved = solve_plan(
-            prices, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=time_limit, near=before, costs_hash=origin
-        )
-    if output:
-        save_record(output, solved)
+        solved = _solve(prices, budget, rules, aim, solver, gap, time_limit, near, origin)
+    _save(solved, output, export)
     _show(prices, solved, rules, why or [], gap if explain else None, as_json=as_json)
-    if export:
-        from edgemoe.targets.gguf.export import export_plan
-
-        export_plan(solved, export)
 
 
-def _check_preset(name: str, asked: Mapping[str, object]) -> None:
-    """Refuse a preset that is not known, and options that have no meaning beside it.
+def _check_together(preset: str | None, given: set[str]) -> None:
+    """Refuse options that have no meaning beside each other, and a preset that is not known.
 
     Raises:
-        UsageError: names the presets that there are, or the options.
+        UsageError: names the options, or the presets that there are.
     """
+    if preset is None:
+        if "--stats" in given:
+            raise UsageError("--stats goes with --preset pmq", hint="every other plan takes all that it needs from COSTS")
+        if "--sweep" in given and given & SWEEP_ITSELF:
+            raise UsageError(f"--sweep names the budgets and solves for each; leave {', '.join(sorted(given & SWEEP_ITSELF))} out")
+        return
     from edgemoe.plan.presets import find_preset
 
-    find_preset(name)
-    given = [option for option, value in asked.items() if value]
-    if given:
+    find_preset(preset)
+    wrong = given & (PRESET_ITSELF | ({"--time-limit", "--gap", "--generic"} if preset == "pmq" else {"--stats"}))
+    if wrong:
         hint = "a preset says itself what is decided, and nothing is proven of its plan; rules and reasons are for plans without --preset"
-        raise UsageError(f"--preset {name} does not go with {', '.join(given)}", hint=hint)
+        raise UsageError(f"--preset {preset} does not go with {', '.join(sorted(wrong))}", hint=hint)
+
+
+def _find_target(name: str) -> Target:
+    from edgemoe.targets import find_target
+
+    return find_target(name)
+
+
+def _solve(
+    costs: Costs, budget: int, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, limit: float | None, near: Path | None, key: str
+) -> Plan:
+    from edgemoe.base.storage import load_record
+    from edgemoe.ir import Plan
+    from edgemoe.plan.solve import solve_plan
+
+    before = load_record(near, Plan) if near else None
+    return solve_plan(costs, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=limit, near=before, costs_hash=key)
+
+
+def _save(solved: Plan, output: Path | None, export: Path | None) -> None:
+    from edgemoe.base.storage import save_record
+    from edgemoe.targets.gguf.export import export_plan
+
+    if output:
+        save_record(output, solved)
+    if export:
+        export_plan(solved, export)
 
 
 def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap: float, seconds: float | None, costs_hash: str) -> Plan:
@@ -157,7 +177,7 @@ def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap:
     return plan_preset(name, costs, budget, Settings(stats=stats, gap=gap, seconds=seconds), costs_hash=costs_hash)
 
 
-def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) -> None:
+def _check_outputs(costs: Costs, output: Path | None, export: Path | None, *, folder: bool) -> None:
     """Refuse what cannot be written before anything is solved.
 
     Raises:
@@ -168,6 +188,8 @@ def _check_outputs(output: Path | None, export: Path | None, *, folder: bool) ->
             raise UsageError(f"{path}: is a file, not a folder", hint="choose another folder")
     if output is not None and not folder and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UsageError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}", hint="choose another -o")
+    if export and costs.form != "stacks":
+        raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
 
 
 def _open_costs(

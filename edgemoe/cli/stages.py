@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     from edgemoe.ir import Model
 
 
+SameTextsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE[:WEIGHT]",
+        help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]",
+    ),
+]
+SameTokensOpt = Annotated[
+    int | None,
+    typer.Option("--calibration-tokens", metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]"),
+]
+
+
 def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
     """What a checkpoint holds, from its headers alone."""
     from edgemoe.model.inspect import inspect_model
@@ -78,15 +92,8 @@ def emit(
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="Folder that calibrate made.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File that plan made.")],
     output: OutOpt,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:WEIGHT]", help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]"
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]")
-    ] = None,
+    calibration: SameTextsOpt = None,
+    calibration_tokens: SameTokensOpt = None,
     shard_max: ShardOpt = None,
     rounding: RoundingOpt = "feedback",
     force: ForceOpt = False,

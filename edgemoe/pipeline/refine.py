@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MEASURE_TOKENS = 16_384
 BEYOND = 7 * DEFAULT_TOKENS  # so far behind the calibrated tokens, of all texts together, the measuring text is looked for
-SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (reconstruction.GUARD_EVERY, from its half on)
+SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (GUARD_EVERY of repair/two_streams.py, from its half on)
 # KL on held-out text over KL on windows among fitted ones, whose documents refits and feedback have learned; and how far predictions,
 # and texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
 UNSEEN = 1.4

@@ -11,16 +11,12 @@ from edgemoe.base.types import F64
 from edgemoe.ir import Costs, Plan
 from edgemoe.ir.memory import peak
 
+Mask = NDArray[np.bool_]
+Memory = Mapping[str, int] | None  # parts of memory by name
+
 
 def describe_choice(
-    costs: Costs,
-    budget: int,
-    kept: NDArray[np.bool_],
-    formats: NDArray[np.int64],
-    *,
-    solver: str,
-    in_vram: NDArray[np.bool_] | None = None,
-    beside: Mapping[str, int] | None = None,
+    costs: Costs, budget: int, kept: Mask, formats: NDArray[np.int64], *, solver: str, in_vram: Mask | None = None, beside: Memory = None
 ) -> Plan:
     """A choice as a plan, of which nothing is proven: bytes, memory and nats of it.
 

@@ -79,10 +79,9 @@ def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective
     base = np.concatenate([blocked, *pools], axis=1)
     cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
     held = costs.size[c] + costs.extra[c]  # what the process holds is what the room is for
-    size = np.concatenate([np.zeros((len(main), 1), np.int64), held, *([np.zeros_like(held)] if constraints.vram else [])], axis=1)
-    staging = np.concatenate(
-        [np.zeros((len(main), 1), np.int64), costs.staging[c], np.zeros_like(size[:, : size.shape[1] - 1 - len(costs.formats)])], axis=1
-    )
+    dropped, nothing = np.zeros((len(main), 1), np.int64), np.zeros_like(held)
+    size = np.concatenate([dropped, held, *([nothing] if constraints.vram else [])], axis=1)
+    staging = np.concatenate([dropped, costs.staging[c], *([nothing] if constraints.vram else [])], axis=1)
     rows = [_row(costs, constraints, bound, c) for bound in constraints.bounds]
     if constraints.vram is not None:
         rows.append(_vram_row(costs, constraints, c))

@@ -64,11 +64,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
-        nats: ByCause[ErrorsByFormat] | ByCause[dict[str, F64]]
-        if u in matrices:
-            scale, nats = share[unit.role, unit.layer], matrices[u]
-        else:
-            scale, nats = 1.0, layers[unit.layer].price(unit, {role: share[role, unit.layer] for role in layers[unit.layer].slope})
+        scale, nats = (share[unit.role, unit.layer], matrices[u]) if u in matrices else (1.0, _of_experts(layers[unit.layer], unit, share))
         for f in np.flatnonzero(sizes.offered[u]):
             input_cost[:, u, f] = nats.inputs[target.offered[f]] * scale
             cost[:, u, f] = nats.weights[target.offered[f]] * scale + input_cost[:, u, f]
@@ -98,6 +94,11 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         n_groups=kept_groups(model.router),
         **drops,
     )
+
+
+def _of_experts(layer: Layer, unit: Unit, share: Parts) -> ByCause[dict[str, F64]]:
+    """Nats of a unit of experts in every format, without the flips that its probes had."""
+    return layer.price(unit, {role: share[role, unit.layer] for role in layer.slope})
 
 
 def _price_probes(

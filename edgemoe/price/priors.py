@@ -103,14 +103,7 @@ def price_config(source: str, context: int | None = None, target: str = "gguf", 
     return price_generic(model, find_target(target), context or min(DEFAULT_CONTEXT, model.context_length), prior=prior, also=also)
 
 
-def price_generic(
-    model: Model,
-    target: Target,
-    context: int,
-    *,
-    prior: str = "pooled",
-    also: Sequence[int] = (),
-) -> Costs:
+def price_generic(model: Model, target: Target, context: int, *, prior: str = "pooled", also: Sequence[int] = ()) -> Costs:
     """Price a model of which only the shapes are known.
 
     Args:

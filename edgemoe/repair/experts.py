@@ -231,7 +231,7 @@ def _step(tokens: Tokens, experts: Experts, change: Callable[[int, Tensors], Non
         pass
 
 
-def refit_layer(
+def refit_experts(
     tokens: Tokens, experts: Experts, residual: F32, *, epochs: int, ridge: float = RIDGE, store: Callable[[Experts], None]
 ) -> tuple[float, float, float]:
     """Closed form, then descent, each kept as far as the guard tokens' residual falls; then round as stored.

@@ -12,7 +12,9 @@ from edgemoe.ir import Model, Plan
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.repair.experts import RATE, RIDGE
 from edgemoe.repair.quantize_layer import QuantizePlan
-from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
+from edgemoe.repair.quantize_steps import quantize_output
+from edgemoe.repair.reconstruct import refit_layer, resume
+from edgemoe.repair.two_streams import DOMAIN_POWER, GUARD_EVERY, TwoStreams
 from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, texts_key
 from edgemoe.stream.windows import WINDOW
@@ -66,12 +68,12 @@ def repair_survivors(
     formats = quantize_plan.formats if quantize_plan else {}
 
     def make() -> Model:
-        reconstruction = Reconstruction(model, base, texts, max_tokens, folder, key, quantize_plan)
-        for layer in reconstruction.resume(progress):
-            reconstruction.refit_layer(layer, plan.kept_of.get(layer, ()), epochs=epochs)
+        streams = TwoStreams(model, base, texts, max_tokens, folder, key, quantize_plan)
+        for layer in resume(streams, progress):
+            refit_layer(streams, layer, plan.kept_of.get(layer, ()), epochs=epochs)
             if progress:
                 progress(layer + 1, model.n_layers)
-        reconstruction.quantize_output()
+        quantize_output(streams)
         return save_overlay(base, folder, formats)
 
     return open_or_make(folder, lambda: open_overlay(base, folder, formats), make)

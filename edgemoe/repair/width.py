@@ -25,7 +25,8 @@ from edgemoe.model.describe import resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
-from edgemoe.repair.reconstruct import DOMAIN_POWER, GUARD_EVERY, Reconstruction
+from edgemoe.repair.reconstruct import refit_layer, resume
+from edgemoe.repair.two_streams import DOMAIN_POWER, GUARD_EVERY, TwoStreams
 from edgemoe.stream.gradients import collect_gradients, load_gradients
 from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import Text, texts_key
@@ -164,7 +165,7 @@ def narrow_experts(
 
     def make() -> Model:
         scores = None if whole else collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
-        reconstruction = Reconstruction(model, start, texts, max_tokens, folder, key)
+        streams = TwoStreams(model, start, texts, max_tokens, folder, key)
 
         def change(layer: int, _: Tokens, experts: Experts) -> Experts:
             if scores is None:
@@ -172,10 +173,10 @@ def narrow_experts(
             heapr = np.asarray(load_gradients(scores, layer)["heapr"], np.float64)
             return cut(experts, best_neurons(heapr, magnitude(experts), width))
 
-        for layer in reconstruction.resume(lambda done, _: tell(steps - layers + done)):
-            reconstruction.refit_layer(layer, range(model.n_experts), epochs=epochs, change=change)
+        for layer in resume(streams, lambda done, _: tell(steps - layers + done)):
+            refit_layer(streams, layer, range(model.n_experts), epochs=epochs, change=change)
             tell(steps - layers + layer + 1)
-        write_text(folder / "kl.json", json.dumps(reconstruction.measure()))
+        write_text(folder / "kl.json", json.dumps(streams.measure()))
         return save_overlay(base, folder, {})
 
     made = open_or_make(folder, lambda: open_overlay(base, folder, {}), make)

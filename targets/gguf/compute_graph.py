@@ -57,6 +57,26 @@ def work_bytes(model: Model, settings: Settings) -> int:
     return max(2 * dense, 2 * experts + 8 * chosen, 2 * scores)
 
 
+def _norm(x: Node) -> Node:
+    return inplace(x.shape, inplace(x.shape, x), OUTSIDE)
+
+
+def _matmul(x: Node, width: int) -> Node:
+    return op((width, *x.shape[1:]), OUTSIDE, x)
+
+
+def _dense(x: Node, size: int) -> Node:
+    """Gate, up, down (build_ffn)."""
+    up, gate = _matmul(x, size), _matmul(x, size)
+    return _matmul(op(up.shape, gate, up), x.shape[0])
+
+
+def _turn(x: Node, turn: Node) -> Node:
+    """Rotation that makes rows easier to quantize (llama_mul_mat_hadamard)."""
+    flat = (turn.shape[0], math.prod(x.shape) // turn.shape[0])
+    return view(op(flat, turn, view(x, flat)), x.shape)
+
+
 class _Batch:
     """The graph of one batch of tokens through all layers."""
 
@@ -98,34 +118,23 @@ class _Batch:
             found["v_turn"] = given((64, 64))
         return found
 
-    def _norm(self, x: Node) -> Node:
-        return inplace(x.shape, inplace(x.shape, x), OUTSIDE)
-
-    def _matmul(self, x: Node, width: int) -> Node:
-        return op((width, *x.shape[1:]), OUTSIDE, x)
-
     def _layer(self, hidden: Node, number: int) -> Node:
         model, cache = self.model, self.model.caches[number]
-        mixed = (self._latent_attention if model.attention.latent else self._attention)(self._norm(hidden), cache)
+        mixed = (self._latent_attention if model.attention.latent else self._attention)(_norm(hidden), cache)
         if number == len(model.caches) - 1 and not self.late:
             mixed, hidden = self._pick(mixed), self._pick(hidden)
         total = inplace(mixed.shape, mixed, hidden)
-        x = self._norm(total)
+        x = _norm(total)
         if model.layers[number].ffn == "dense":
-            return inplace(total.shape, self._dense(x, model.dense_size), total)
+            return inplace(total.shape, _dense(x, model.dense_size), total)
         out = self._experts(x)
         if model.shared_size:
-            out = inplace(out.shape, out, self._dense(x, model.shared_size))
+            out = inplace(out.shape, out, _dense(x, model.shared_size))
         return inplace(total.shape, out, total)
 
     def _pick(self, x: Node) -> Node:
         """The rows whose logits are wanted."""
         return op((x.shape[0], self.outputs), x, self.out_ids)
-
-    def _dense(self, x: Node, size: int) -> Node:
-        """Gate, up, down (build_ffn)."""
-        up, gate = self._matmul(x, size), self._matmul(x, size)
-        return self._matmul(op(up.shape, gate, up), self.model.hidden_size)
 
     def _attention(self, x: Node, cache: Cache) -> Node:
         """Grouped-query attention (build_qkv, build_attn)."""
@@ -133,10 +142,10 @@ class _Batch:
         kv_heads = cache.k // model.attention.key_length
 
         def project(heads: int, length: int) -> Node:
-            return view(self._matmul(x, heads * length), (length, heads, self.rows))
+            return view(_matmul(x, heads * length), (length, heads, self.rows))
 
         def rotate(part: Node) -> Node:
-            return inplace(part.shape, self._norm(part), self.positions)
+            return inplace(part.shape, _norm(part), self.positions)
 
         q, k, v = (
             project(model.attention.heads, model.attention.key_length),
@@ -145,22 +154,17 @@ class _Batch:
         )
         q, k = rotate(q), rotate(k)
         if "k_turn" in inputs:
-            q, k = self._turn(q, inputs["k_turn"]), self._turn(k, inputs["k_turn"])
+            q, k = _turn(q, inputs["k_turn"]), _turn(k, inputs["k_turn"])
         if "v_turn" in inputs:
-            v = self._turn(v, inputs["v_turn"])
+            v = _turn(v, inputs["v_turn"])
         for part in (q, k, v) if cache.window else (q, v, k):
             self.graph.expand(part)
         self._store(k, inputs["k_ids"])
         self._store(v, inputs["v_ids"])
         mixed = self._attend(q, cache, kv_heads, model.attention.value_length)
         if "v_turn" in inputs:
-            mixed = self._turn(mixed, inputs["v_turn"])
-        return self._matmul(mixed, model.hidden_size)
-
-    def _turn(self, x: Node, turn: Node) -> Node:
-        """Rotation that makes rows easier to quantize (llama_mul_mat_hadamard)."""
-        flat = (turn.shape[0], math.prod(x.shape) // turn.shape[0])
-        return view(op(flat, turn, view(x, flat)), x.shape)
+            mixed = _turn(mixed, inputs["v_turn"])
+        return _matmul(mixed, model.hidden_size)
 
     def _store(self, part: Node, ids: Node) -> None:
         flat = view(part, (part.shape[0] * part.shape[1], part.shape[2]))
@@ -207,11 +211,11 @@ class _Batch:
         """MLA with absorbed matrices: every head attends to the same latent row (deepseek2.cpp)."""
         model, inputs, heads, rows = self.model, self.inputs[cache.window], self.model.attention.heads, self.rows
         rank, rope = model.attention.latent, cache.k - model.attention.latent
-        narrow = self._norm(self._matmul(x, model.attention.q_latent)) if model.attention.q_latent else x
-        q = view(self._matmul(narrow, heads * model.attention.key_length), (model.attention.key_length, heads, rows))
-        both = self._matmul(x, cache.k)
+        narrow = _norm(_matmul(x, model.attention.q_latent)) if model.attention.q_latent else x
+        q = view(_matmul(narrow, heads * model.attention.key_length), (model.attention.key_length, heads, rows))
+        both = _matmul(x, cache.k)
         k_rope = inplace((rope, 1, rows), view(both, (rope, 1, rows), strided=True), self.positions)
-        latent = self._norm(view(both, (rank, rows), strided=True))
+        latent = _norm(view(both, (rank, rows), strided=True))
         q_rope = inplace((rope, heads, rows), view(q, (rope, heads, rows), strided=True), self.positions)
         plain = view(
             view(q, (model.attention.key_length - rope, heads, rows), strided=True),
@@ -225,13 +229,13 @@ class _Batch:
         for part in (q, v, k):
             self.graph.expand(part)
         self._store(k, inputs["k_ids"])
-        return self._matmul(self._attend(q, cache, 1, rank), model.hidden_size)
+        return _matmul(self._attend(q, cache, 1, rank), model.hidden_size)
 
     def _experts(self, x: Node) -> Node:
         """Router, the chosen experts, their weighted sum (build_moe_ffn)."""
         model, rows = self.model, x.shape[1]
         k, size = model.top_k, model.expert.size
-        logits = self._matmul(x, model.n_experts)
+        logits = _matmul(x, model.n_experts)
         if model.expert.biased:
             logits = inplace(logits.shape, logits, OUTSIDE)
         shares = logits if model.router.scoring == "chosen" else inplace(logits.shape, logits)
@@ -266,8 +270,8 @@ class _Batch:
         return gates if model.router.scale in (0.0, 1.0) else inplace(shape, gates)
 
     def _head(self, hidden: Node) -> None:
-        last = self._norm(hidden)
+        last = _norm(hidden)
         last.output = True
-        logits = self._matmul(last, self.model.vocab_size)
+        logits = _matmul(last, self.model.vocab_size)
         logits.output = True
         self.graph.expand(logits)

@@ -18,7 +18,7 @@ from edgemoe.repair.experts import (
     fill_residual,
     normal_sums,
     refit_down,
-    refit_layer,
+    refit_experts,
 )
 
 H, M = 6, 5
@@ -124,7 +124,7 @@ def test_a_whole_refit_improves_the_guard_tokens_and_reports_what_is_stored() ->
     tokens, experts = make_problem(1, n=2000)
     residual = np.zeros_like(tokens.x)
     halve = lambda e: e.down.copy_((e.down * 8).round() / 8)  # noqa: E731
-    before, closed, after = refit_layer(tokens, experts, residual, epochs=40, store=halve)
+    before, closed, after = refit_experts(tokens, experts, residual, epochs=40, store=halve)
     assert before > closed > 0
     assert after == pytest.approx(loss_of(tokens, experts, guard=True), rel=1e-4)
     assert after < 0.9 * closed
@@ -136,7 +136,7 @@ def test_descent_that_the_guard_tokens_do_not_confirm_is_taken_back() -> None:
     target = np.where(tokens.guard[:, None], output_of(tokens.x, tokens.chosen, tokens.gates, experts), tokens.target)
     tokens = Tokens(**{**{n: getattr(tokens, n) for n in tokens.__dataclass_fields__}, "target": target.astype(np.float32)})
     before = experts.copy()  # already right for the guard tokens: anything else is worse
-    refit_layer(tokens, experts, np.zeros_like(tokens.x), epochs=3, store=lambda e: None)
+    refit_experts(tokens, experts, np.zeros_like(tokens.x), epochs=3, store=lambda e: None)
     assert all(torch.equal(a, b) for a, b in zip(experts.stacks, before.stacks, strict=True))
 
 
@@ -144,7 +144,7 @@ def test_descent_that_the_guard_tokens_do_not_confirm_is_taken_back() -> None:
 def test_the_number_of_cores_does_not_matter(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refit() -> Experts:
         tokens, experts = make_problem(5, n=5000)
-        refit_layer(tokens, experts, np.zeros_like(tokens.x), epochs=1, store=lambda e: None)
+        refit_experts(tokens, experts, np.zeros_like(tokens.x), epochs=1, store=lambda e: None)
         return experts
 
     expected = refit()
