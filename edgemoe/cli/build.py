@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -84,10 +84,9 @@ def build(
 
     A killed build goes on where it stopped when the same command is given again.
     """
-    (budget, box), name = choose_budget(memory, device), Path(model).name if Path(model).exists() else model
-    rules, aim = read_rules(recipe, rule, objective)
     from edgemoe.pipeline.request import BuildRequest
 
+    (budget, box), (rules, aim) = choose_budget(memory, device), read_rules(recipe, rule, objective)
     request = BuildRequest(
         model=model,
         memory=budget,
@@ -112,7 +111,7 @@ def build(
         work=work,
         force=force,
     )
-    command = _command_of(request, name, memory or f"{budget}B", _told(recipe, objective, rule))
+    command = _command_of(request, memory or f"{budget}B", _told(recipe, objective, rule))
     (print_needs if dry_run else _build)(replace(request, command=command), as_json=as_json)
 
 
@@ -135,8 +134,9 @@ def _build(request: BuildRequest, *, as_json: bool) -> None:
         print_rich(summarize_report(report))
 
 
-def _command_of(request: Any, model: str, memory: str, told: list[str]) -> str:
+def _command_of(request: BuildRequest, memory: str, told: list[str]) -> str:
     """The command that makes the same again, as it is published: options where they are not the default, no paths of this machine."""
+    model = Path(request.model).name if Path(request.model).exists() else request.model
     usual = {f.name: f.default for f in fields(request)}
     shown = ("target", "context", "calibration_tokens", "solver", "gap", "shard_max", "rounding", "refine", "width", "top_k")
     names = {f"--{name.replace('_', '-')}": name for name in shown} | {"--time-limit": "seconds"}
