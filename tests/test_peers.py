@@ -92,7 +92,7 @@ def shape(layers: int) -> Model:
     roles = ("attn_q", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     places = [("token_embd", -1), ("output", -1), *((role, layer) for layer in range(layers) for role in roles)]
     tensors = tuple(
-        SimpleNamespace(role=r, layer=n, expert=0 if "exps" in r else -1, shape=(256, 256), n_weights=65536, dtype="BF16")
+        SimpleNamespace(role=r, layer=n, expert=0 if "exps" in r else -1, shape=(256, 256), n_weights=65536, dtype="BF16", planned=True)
         for r, n in places
     )
     return SimpleNamespace(n_layers=layers, n_experts=1, top_k=1, tensors=tensors)  # type: ignore[return-value]

@@ -135,7 +135,7 @@ def test_the_routers_ahead_are_the_same_after_a_killed_run(model: Model) -> None
     for layer in range(model.n_layers + 1):
         passed = one.from_layer(layer).copy()
         np.testing.assert_array_equal(passed, RouterGram(model).from_layer(layer))
-        np.testing.assert_allclose(passed, alone(model, layer), atol=1e-15)
+        np.testing.assert_allclose(passed, alone(model, layer), atol=1e-8)  # products are of float32
     np.testing.assert_array_equal(one.from_layer(0), RouterGram(model).from_layer(0))  # asked out of order
 
 
