@@ -20,15 +20,17 @@ class RouterGram:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._ahead = list(model.moe_layers)
+        self._ahead: list[int] = []
         self._total: F64 | None = None
+        self._first = 0
 
     def from_layer(self, first: int) -> F64:
         """The sum over the routers from layer `first` on [H, H]; valid until the next call.  Layers are asked for in their order."""
-        if self._total is None or (self._ahead or [first])[0] > first:
+        if self._total is None or first < self._first:
             self._ahead, self._total = list(self.model.moe_layers), np.zeros((self.model.hidden_size,) * 2)
             for layer in self._ahead:
                 self._total += self._of(layer)
+        self._first = first
         while self._ahead and self._ahead[0] < first:
             self._total -= self._of(self._ahead.pop(0))
         if not self._ahead:
