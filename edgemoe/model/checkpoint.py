@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ PACKED = "U8"  # how our own files hold packed rows; no checkpoint's
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a file that can be read to its end: a pipe would make its reader wait for ever.
+
+    Raises:
+        ModelError: not a regular file.
+        OSError: missing, or not to be looked at.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path}: not a regular file")
+    return found.st_size
+
+
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file whose size is checked first.
 
@@ -28,8 +42,8 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
         ModelError: missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > limit:
-            raise ModelError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file")
+        if (size := regular_size(path)) > limit:
+            raise ModelError(f"{path}: {size} bytes is too large for a JSON file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
@@ -68,7 +82,7 @@ def read_header(path: Path, dtypes: Collection[str] = DTYPES) -> dict[str, tuple
     Raises:
         ModelError: malformed, or shorter than its header says.
     """
-    size = path.stat().st_size
+    size = regular_size(path)
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")

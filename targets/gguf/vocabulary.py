@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.base.errors import ModelError
-from edgemoe.model.checkpoint import read_json
+from edgemoe.model.checkpoint import read_json, regular_size
 from edgemoe.targets.gguf import vocabulary_bpe, vocabulary_spm
 from edgemoe.targets.gguf.vocabulary_check import check_vocabulary
 from edgemoe.targets.tokenizer.tokens import MAX_TOKENIZER, TokenList, expect, flatten, list_added, read_added
@@ -234,8 +234,8 @@ def _read_template(files: _Files) -> str | None:
     file = files.folder / "chat_template.jinja"
     if file.exists():
         try:
-            if file.stat().st_size > MAX_TEMPLATE:
-                raise ModelError(f"{file}: {file.stat().st_size} bytes is too large for a chat template")
+            if (size := regular_size(file)) > MAX_TEMPLATE:
+                raise ModelError(f"{file}: {size} bytes is too large for a chat template")
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{file}: cannot be read: {error}") from error

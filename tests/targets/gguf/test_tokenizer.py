@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -501,6 +502,16 @@ def test_files_that_are_no_json_object_are_refused(raw: bytes, tmp_path: Path) -
 def test_more_tokens_than_rows_are_refused(bpe: Path) -> None:
     with pytest.raises(ModelError, match="the model's embedding has 100 rows"):
         read_vocabulary(bpe, 100)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, bpe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bpe, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: not a regular file"):
+        read_vocabulary(folder, SIZE)
 
 
 def test_huge_tokenizer_is_refused_before_it_is_read(tmp_path: Path) -> None:

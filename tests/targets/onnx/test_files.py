@@ -25,7 +25,12 @@ TINY = EXAMPLES / "tiny-moe"
 
 def plan_for(model: Model, *, kept: tuple[int, ...] = (16, 16, 16, 16), fmt: str = "INT4_32") -> Plan:
     """A plan that keeps the first experts of each layer, every unit in one format."""
-    return replace(flat_plan(model), context=200, kept=tuple(tuple(range(n)) for n in kept), formats={"blk.0.ffn_exps.0": fmt})
+    return replace(
+        flat_plan(model, "INT4_32", target="onnx"),
+        context=200,
+        kept=tuple(tuple(range(n)) for n in kept),
+        formats={"blk.0.ffn_exps.0": fmt},
+    )
 
 
 def copy_of_tiny(folder: Path) -> Path:
