@@ -187,6 +187,3 @@ def write_texts(folder: Path, texts: tuple[Text, ...]) -> tuple[str, ...]:
         if not path.exists() or path.read_text(encoding="utf-8") != words:  # builds that run at once read them
             path.write_text(words, encoding="utf-8")
     return tuple(str(folder / f"{text.name}.txt") for text in texts)
-
-
-# ---------------------------------------------------------------------------------------------------------- llama-quantize

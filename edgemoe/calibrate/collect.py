@@ -1,9 +1,9 @@
 """Model, texts -> Stats: one streamed pass over the layers, with perturbed copies of the stream carried along.
 
-For each layer: the calibration windows run through the original layer while its experts are watched; then every probe does. A probe is a
-copy of a few windows that differs from the original in one thing (one tensor rounded, or experts dropped, in one layer): the KL it ends
-with tells what an error of that size in that place costs (docs/pricing.md, 4).  After each layer everything is on disk, so a killed
-run goes on with the next layer and gives the same numbers.
+In each layer the calibration windows run through the original layer while its experts are watched.  Then every probe runs through the
+layer.  A probe is a copy of a few windows with one change: one tensor rounded, experts dropped in one layer, or every matrix rounded.  The
+KL of the probe after the last layer tells what this change costs (docs/pricing.md, 4 and 5).  After each layer everything is on disk, so a
+killed run goes on with the next layer and gives the same numbers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from edgemoe.stream.states import States
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights, texts_key
 from edgemoe.stream.windows import WINDOW, Windows, tokenize
 
-REPLAY_TOKENS = 2048
-PROBE_TOKENS = 4096
+REPLAY_TOKENS = 2048  # of all texts: tokens whose expert inputs are stored, to price kept sets from
+PROBE_TOKENS = 4096  # at most, in the windows of a probe
+
 PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens
 
 
@@ -52,12 +53,13 @@ def collect_stats(
     Args:
         model: from `inspect_model`.
         texts: calibration texts with weights; statistics are kept per text.
-        work: folder for the result (in a subfolder named by what it was made from) and for what a killed run goes on from.
-        max_tokens: of all texts together; every text gets the same number.
+        work: folder in which the result gets a subfolder, named by a hash of model, texts and settings; the state of a killed run lies
+            there too.
+        max_tokens: most tokens of all texts together; every text gives the same share at most.
         progress: called with (layers done, all layers).
 
     Raises:
-        ModelError: the texts give no tokens, or the model gives NaN.
+        ModelError: a text gives no tokens, or the model gives NaN or infinite states.
     """
     windows = tokenize(model, texts, max_tokens, WINDOW)
     settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
@@ -69,7 +71,7 @@ def collect_stats(
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
     }
-    if model.top_k != model.own_top_k:  # said only then: keys of what was calibrated as it came stay as they are
+    if model.top_k != model.own_top_k:  # said only then, so that the keys of all other calibrations do not change
         settings["top_k"] = model.top_k
     key = key_of("stats", model.fingerprint, texts_key(texts), settings)
     folder = path_of(work, "stats", key)
@@ -90,7 +92,7 @@ def _observe_all(
     settings: dict[str, Any],
     progress: Progress | None,
 ) -> Stats:
-    """What `collect_stats` returns, made now."""
+    """Run the calibration, save the Stats in `work`, and delete the stream's files."""
     work.mkdir(parents=True, exist_ok=True)
     tokens = [int(windows.lengths[windows.domain == d].sum()) for d in range(len(texts))]
     domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
@@ -108,7 +110,11 @@ def _observe_all(
 
 
 def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArray[np.int64]:
-    """Windows for the probes, all domains alike; their number keeps the probes' cost within PROBE_EFFORT main passes."""
+    """Choose the windows of the probes, equally many of each domain.
+
+    Together the probes should cost at most PROBE_EFFORT main passes.  On average a probe runs through half of the layers, hence the 2.
+    At least 512 tokens and one window of each domain are taken, even if they cost more.
+    """
     all_tokens = int(windows.lengths.sum())
     affordable = PROBE_EFFORT * all_tokens * 2 / max(count_probes(model), 1)
     n_windows = round(min(PROBE_TOKENS, max(affordable, 512)) / windows.tokens.shape[1])
@@ -121,7 +127,7 @@ def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArr
 
 
 def _choose_replay(windows: Windows, weights: F64) -> NDArray[np.int64]:
-    """(window, position) of the replay tokens [N, 2]: evenly spaced in each text, as many as its weight."""
+    """Choose the replay tokens [N, 2] (window, position): evenly spaced in each text, and the share of each text is its weight."""
     rows = []
     for d, weight in enumerate(weights):
         mine = np.flatnonzero(windows.domain == d)
@@ -132,6 +138,7 @@ def _choose_replay(windows: Windows, weights: F64) -> NDArray[np.int64]:
 
 
 def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
+    """Find the experts, as (layer, expert), that fewer than COLD_TOKENS calibration tokens chose."""
     cold = []
     for layer in model.moe_layers:
         count = load_arrays(work / array_file(layer))["count"].sum(axis=0)
@@ -141,7 +148,7 @@ def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
 
 # --------------------------------------------------------------------------------------------------------------- the pass
 def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tuple[Probe, ...]:
-    """All layers and the head; returns the probes with their KL."""
+    """Run the main stream and the probes through all layers and the head; return the probes with their KL."""
     model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
     probe_shape = (len(run.probe_index), *shape[1:])
     steps = Steps(run.work, key)
@@ -158,7 +165,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
         following = States(run.work / f"main-{layer + 1}.bin", shape)
         save_arrays(run.work / array_file(layer), observe_layer(run, module, layer, main, following))
         for number, probe in enumerate(probes):
-            if probe.kind != "all":
+            if probe.kind != "all":  # `add_probes` carries those, with every matrix of the layer rounded
                 advance(run, module, number, layer, probe_shape)
         probes += add_probes(run, module, layer, main, probes, probe_shape)
         run.stream.unload_layer(layer)
@@ -176,7 +183,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
 
 
 def _resume(run: CalibrationRun, steps: Steps) -> tuple[list[Probe], int]:
-    """Probes so far and the next layer, from a run that was killed; else a fresh start."""
+    """Return the probes so far and the next layer, if a killed run left them; else delete old files of the stream and start at layer 0."""
     saved = steps.read()
     if saved["done"]:
         return [Probe(**{**p, "kept": tuple(p["kept"]), "kl": ()}) for p in saved["probes"]], int(saved["done"])

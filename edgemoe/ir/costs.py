@@ -1,8 +1,4 @@
-"""The six records that the stages pass on: Model -> Stats -> Costs -> Plan -> Artifact -> Report.
-
-Every record is made by one stage and never changed after.  storage.py saves them and opens them again.
-Sizes are bytes, costs are nats of KL(original || compressed) per token, counts are tokens.
-"""
+"""Costs: the price list, with the nats and bytes of every choice.  Costs are nats of KL(original || compressed) per token, sizes bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +10,6 @@ from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
 from edgemoe.ir.check_costs import check_costs
-
-# ---------------------------------------------------------------------------------------------------------------- Model
-
-
-# ---------------------------------------------------------------------------------------------------------------- Stats
 
 
 # ---------------------------------------------------------------------------------------------------------------- Costs
@@ -135,9 +126,3 @@ class Costs:
     def predict_kl(self, q: float) -> float:
         """KL in nats per token that is expected of a plan whose costs add up to `q`."""
         return q + self.kappa * math.sqrt(max(q, 0.0))
-
-
-# ----------------------------------------------------------------------------------------------------------------- Plan
-
-
-# ------------------------------------------------------------------------------------------------------ Artifact, Report

@@ -1,6 +1,9 @@
-"""Costs, a budget, rules -> Plan: programs of all kept counts, solved and proven; the plan is then checked on its own numbers.
+"""Costs, a budget, rules -> Plan: one program for each kept count is built and solved, with a proven bound.
 
-Budgets are of the process, so what loading copies (staging) and what a second pool holds are part of the search.
+The finished plan is then checked against budget and rules, from the bytes and formats that it lists.
+
+A budget limits the memory of the whole process.  Therefore the search also counts the copies that loading makes (staging) and what lies in
+GPU memory instead of main memory.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from edgemoe.solvers.search import SOLVERS
 
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
-NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+NEAR_NATS = 1e-5  # share of the earlier plan's nats that each decision which differs from it costs (1e-6 to 1e-4 were tried)
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "solve_plan", "sweep_sizes"]
 
 
@@ -41,18 +44,21 @@ def solve_plan(
     near: Plan | None = None,
     costs_hash: str = "",
 ) -> Plan:
-    """The plan with least predicted KL whose process never holds more than `budget` bytes.
+    """Find the plan with the least predicted KL among those whose process never holds more than `budget` bytes.
 
     Args:
         costs: the price list; its memory parts say what the process needs beside the weights.
         budget: bytes of the process at its peak (with the rule Vram: of main memory).
-        rules: what the plan must keep: records of rules.py, expressions of recipe.py, functions of a Problem.
-        objective: least mean over the calibration domains by weight, or least cost of the "worst" domain.
+        rules: conditions on the plan: records (rules/records.py), expressions (rules/recipe.py), or functions of a Problem
+            (rules/functions.py).
+        objective: what is made least: "mean", the mean over the calibration domains by weight, or "worst", the cost of the domain that
+            loses most.
         solver: highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive.
         gap: relative distance to the optimum that is good enough.
-        seconds: wall-clock limit; then the best plan so far is returned with its proven gap (a solve under way may take some longer).
-        near: stay close to this plan where it costs (nearly) nothing.
-        costs_hash: what to record as the plan's origin.
+        seconds: wall-clock limit.  After it the best plan so far is returned with its proven gap; a solve that has begun may end somewhat
+            later.
+        near: an earlier plan.  Its decisions are kept wherever keeping them costs (nearly) no nats.
+        costs_hash: hash of the price list, recorded in `Plan.costs`; empty: the key of its Stats.
 
     Raises:
         BudgetError: nothing fits; names the least budget, and rules that conflict.
@@ -83,7 +89,10 @@ def _near(costs: Costs, plan: Plan | None) -> Near | None:
 
 
 def _price_without_near(task: Task, budget: int, solution: Solution, compiled: Compiled) -> tuple[Solution, Compiled]:
-    """The same choice at its own price, bounded by the best plan of all: the nats of staying near are no part of what is promised."""
+    """Price a choice that was found with `near` again, without the nats of differing from the earlier plan.
+
+    A plan promises real nats only.  The bound comes from solving without `near`.
+    """
     free = replace(task, near=None, made={})
     best = solve_with_staging(free, budget)
     if best is None:
@@ -92,9 +101,6 @@ def _price_without_near(task: Task, budget: int, solution: Solution, compiled: C
     cost = own.program.objective(solution.picks)
     bounded = replace(solution, cost=cost, bound=min(cost, best[0].bound), per_count=best[0].per_count)
     return replace(bounded, proven=bounded.gap <= task.gap), own
-
-
-# ---------------------------------------------------------------------------------------------------------------- staging
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
@@ -121,13 +127,13 @@ def _as_plan(task: Task, budget: int, solution: Solution, compiled: Compiled, co
 
 
 def _bytes_on_gpu(costs: Costs, plan: Plan) -> int:
-    """Bytes of weights that GPU memory holds."""
+    """Count the bytes of weights in GPU memory: the units placed there, and a tied embedding, which both memories hold."""
     twice = [unit.name for unit, held in zip(costs.units, held_by_gpu(costs), strict=True) if held]
     return sum(plan.sizes[name] for name in (*plan.vram, *twice))
 
 
 def _rule_uses(task: Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:
-    """Every rule with the room that it leaves: how far its expression is from its limit (None: it is no limit)."""
+    """List every rule with its slack, the distance of its expression from its limit.  None: the rule has no limit, such as a pin."""
     left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.constraints.bounds) if not b.expression.soft}
     if task.constraints.vram is not None:
         left[task.constraints.vram.name] = vram_room(task.costs, task.constraints.vram) - _bytes_on_gpu(task.costs, plan)
@@ -135,10 +141,10 @@ def _rule_uses(task: Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, 
 
 
 def _check(task: Task, plan: Plan, budget: int) -> None:
-    """Every promise of a finished plan, from its own numbers: bytes, counts, pins, ties and every linear rule.
+    """Check a finished plan against budget, pins, offered formats, ties and every linear rule, from the numbers in the plan.
 
     Raises:
-        EdgemoeError: the solver's answer breaks one; it is not returned.
+        EdgemoeError: the plan breaks one of these.
     """
     costs, constraints = task.costs, task.constraints
     problems = []
@@ -166,20 +172,17 @@ def _check(task: Task, plan: Plan, budget: int) -> None:
 
 
 def _scale(expression: Linear, plan: Plan) -> float:
-    """What the sums of a rule can be as large as, for the rounding of floats; the programs were held to their own numbers, exactly."""
+    """Bound how large the terms of a rule can be: `_check` allows 1e-8 of this for the rounding of floats."""
     sizes = float(np.abs(expression.size).max() + np.abs(expression.active).max()) * plan.file_size
     counts = float(np.abs(expression.keep).sum() + np.abs(expression.use).sum())
     return max(abs(expression.constant), sizes, counts, 1e-300)
 
 
-# ------------------------------------------------------------------------------------------------------------- infeasible
-
-
 # ------------------------------------------------------------------------------------------------------------------ sweep
 def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """File size and predicted KL of a near-best plan whose weights take so many bytes of the process, for each of these sizes.
+    """For each size, find a near-best plan whose weights take at most so many bytes of the process; return its file size and predicted KL.
 
-    Lagrangian answers: within a fraction of a per cent.
+    The solver is "lagrange", whose plans are within a fraction of a per cent of the best.  Sizes that no plan fits are left out.
     """
     found = []
     task = make_task(costs, Constraints(costs), "mean", None, "lagrange", DEFAULT_GAP, None)

@@ -1,8 +1,9 @@
-"""Model, a changed Model, texts -> the changed one's experts, refitted a layer at a time (docs/pricing.md, 10, 12 and 15).
+"""Refit a changed model to the original one, layer by layer, and quantize its matrices on the way (docs/pricing.md, 10, 12 and 15).
 
-Two streams run side by side: the original, and the changed one as refitted so far.  In each layer the experts that are left are fitted so
-that the changed stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the work
-folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
+Two streams run side by side: that of the original model, and that of the changed model with all earlier layers refitted.  In each layer the
+experts that stay are fitted so that the changed stream after the layer equals the original stream.  This also corrects errors of earlier
+layers.  New weights lie in the work folder, one file per layer.  After each layer everything is on disk, so a run that was killed goes on
+with the next layer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from edgemoe.stream.layers import Recorder, only_experts, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
 
-Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts see, its experts -> those to refit
+Change = Callable[[int, Tokens, Experts], Experts]  # (layer, tokens that its experts see, its experts) -> the experts to refit
 
 
 def resume(streams: TwoStreams, progress: Progress | None) -> range:
-    """The layers still to do, after a fresh start or a killed run."""
+    """Return the layers still to do; on a fresh start, write the states of both streams before the first layer."""
     start = int(streams.steps.read()["done"])
     if start == 0:
         original, changed = streams.states("original", 0), streams.states("changed", 0)
@@ -50,13 +51,14 @@ def resume(streams: TwoStreams, progress: Progress | None) -> range:
 
 
 def refit_layer(streams: TwoStreams, layer: int, kept: Sequence[int], *, epochs: int, change: Change | None = None) -> None:
-    """Run both streams through a layer, refit and quantize what is asked for, leave weights and states on disk.
+    """Run both streams through a layer, refit its experts, quantize its matrices if asked to, and write weights and states.
 
     Args:
         streams: the two models.
-        layer: the next one.
+        layer: its number; all layers before it are done.
         kept: experts that stay; none where the layer has no experts.
-        epochs: of descent after the closed form; 0 refits W_down alone, -1 nothing.
+        epochs: passes of descent over the tokens, after the closed form, where experts were dropped or changed.  0: W_down alone is
+            refitted. -1: this refit is left out; quantizing still refits matrices.
         change: what is done to the experts before they are refitted.
     """
     module = streams.original.load_layer(layer)
@@ -85,7 +87,7 @@ def refit_layer(streams: TwoStreams, layer: int, kept: Sequence[int], *, epochs:
 def _refit_experts(
     streams: TwoStreams, module: Any, layer: int, kept: Sequence[int], following: States, *, epochs: int, change: Change | None
 ) -> Packed:
-    """Refit the experts if any went or were changed, quantize them, and write the changed stream as they leave it."""
+    """Refit the experts if some were dropped or changed, quantize them if asked to, and write the changed stream after them."""
     tokens = _run_changed(streams, module, layer, np.array(kept), following)
     views = [weights_of(module, f"ffn_{p}_exps") for p in PROJECTIONS]
     gate, up, down = (view[list(kept)] for view in views)
@@ -117,7 +119,7 @@ def _refit_experts(
 
 
 def _run_original(streams: TwoStreams, module: Any, layer: int, following: States, attended: States, shared: States | None) -> None:
-    """Write the original's states after the layer; where matrices are quantized, also after attention, and what shared experts give."""
+    """Write the original's states after the layer; to quantize matrices, also those after attention and what a shared expert gives."""
     before = streams.states("original", layer)
 
     def run(index: NDArray[np.int64]) -> None:
@@ -136,7 +138,7 @@ def _run_original(streams: TwoStreams, module: Any, layer: int, following: State
 
 
 def _run_dense(streams: TwoStreams, module: Any, layer: int) -> None:
-    """Write the changed stream as a layer without experts leaves it."""
+    """Run the changed stream through a layer without experts, and write its states after the layer."""
     before, after = streams.states("changed", layer), streams.states("changed", layer + 1)
     run = partial(streams.changed.run_layer, module)
     chunks, device = streams.windows.chunks(), streams.changed.device
@@ -147,7 +149,7 @@ def _run_dense(streams: TwoStreams, module: Any, layer: int) -> None:
 
 
 def _run_changed(streams: TwoStreams, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
-    """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
+    """Collect what the survivors receive in the changed stream, and the output with which it would equal the original after the layer."""
     before, k, hidden = streams.states("changed", layer), streams.changed.model.top_k, streams.model.hidden_size
     x, target = streams.array("input", hidden), streams.array("target", hidden)
     gradients = streams.read_gradients(layer)
@@ -185,6 +187,6 @@ def _run_changed(streams: TwoStreams, module: Any, layer: int, kept: NDArray[np.
 
 
 def _round(experts: Experts, dtype: Any) -> None:
-    """As the files hold them: in the checkpoint's own type, so that a repair costs no more bytes than what it repairs."""
+    """Round the experts in place to the checkpoint's own type: repaired weights take no more bytes than original ones."""
     for stack in experts.stacks:
         stack.copy_(torch.from_numpy(stack.cpu().numpy().astype(dtype).astype(np.float32)))
