@@ -20,7 +20,7 @@ from edgemoe.ir import Model
 from edgemoe.model.describe import describe, load_shape
 from edgemoe.repair.router_gram import RouterGram
 
-COMMAND = "python benchmarks/router_gram.py"
+COMMAND = "python benchmarks/routers.py"
 
 
 def with_routers(model: Model, folder: Path) -> Model:
@@ -36,7 +36,7 @@ def with_routers(model: Model, folder: Path) -> Model:
 
 def main() -> None:
     """Time both ways and save the table."""
-    parser = make_parser(__doc__, results="router_gram.md")
+    parser = make_parser(__doc__, results="routers.md")
     parser.add_argument("--shape", default="DeepSeek-V3", help="name of a shipped shape")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def main() -> None:
         row(["kept up from layer to layer", 2 * len(layers), f"{took:,.0f}"]),
         "",
     ]
-    print(save(args.results, "router_gram.md", lines))
+    print(save(args.results, "routers.md", lines))
 
 
 if __name__ == "__main__":
