@@ -69,7 +69,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "intermediate_size": 3 * sizes.expert_size,
         "moe_intermediate_size": sizes.expert_size,
         "n_routed_experts": sizes.n_experts,
-        "n_shared_experts": 1,
+        "n_shared_experts": 3,
         "n_group": 1,
         "topk_group": 1,
         "num_hidden_layers": 1 + sizes.layers,  # the first has no experts

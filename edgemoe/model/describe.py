@@ -117,6 +117,11 @@ def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else values
 
 
+def can_resize(model: Model, width: int) -> bool:
+    """Whether a config can say that experts have `width` neurons: not where a shared expert, which stays, would be no multiple of it."""
+    return not find_shape(model.model_type).shared_count or model.shared_size % width == 0
+
+
 def resize_experts(model: Model, width: int) -> Model:
     """The record of the model with `width` neurons in every expert: config and shapes are those of such a checkpoint.
 
@@ -126,7 +131,10 @@ def resize_experts(model: Model, width: int) -> Model:
         return model
     gate, down = (width, model.hidden_size), (model.hidden_size, width)
     tensors = tuple(replace(t, shape=down if t.role == "ffn_down_exps" else gate) if t.expert >= 0 else t for t in model.tensors)
-    config = {**model.config, find_shape(model.model_type).expert_size: width}
+    family = find_shape(model.model_type)
+    config = {**model.config, family.expert_size: width}
+    if family.shared_count:
+        config[family.shared_count] = model.shared_size // width
     return replace(model, config=config, expert=replace(model.expert, size=width), tensors=tensors)
 
 

@@ -21,7 +21,7 @@ from edgemoe.base.storage import write_text
 from edgemoe.base.types import F64
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model
-from edgemoe.model.describe import resize_experts
+from edgemoe.model.describe import can_resize, resize_experts
 from edgemoe.model.overlay import open_overlay, save_overlay
 from edgemoe.model.routing.flips import without_flips
 from edgemoe.repair.experts import RATE, RIDGE, Experts, Tokens
@@ -69,13 +69,14 @@ def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, 
     """
     if asked in ("full", str(model.expert.size)) or (not asked and form == "experts"):
         return (model.expert.size,)
-    possible = range(BLOCK, model.expert.size, BLOCK)
+    possible = [width for width in range(BLOCK, model.expert.size, BLOCK) if can_resize(model, width)]
     if asked in ("", "auto"):
         wanted, block = [round(model.expert.size * share) for share in AUTO_SHARES], BLOCK if asked else SUPER_BLOCK
         return tuple(w for w in wanted if w == model.expert.size or (w in possible and w % block == 0))
     if not asked.isdecimal() or int(asked) not in possible:
         best = [str(w) for w in possible if w % SUPER_BLOCK == 0]
-        every = f"multiples of {BLOCK} below {model.expert.size}" if len(possible) > 16 else ", ".join(map(str, possible)) or "none"
+        all_possible = len(possible) == (model.expert.size - 1) // BLOCK > 16
+        every = f"multiples of {BLOCK} below {model.expert.size}" if all_possible else ", ".join(map(str, possible)) or "none"
         hint = f"give auto, full, or one of: {every}"
         raise UsageError(
             f"--width {asked}: {model.name} has experts of {model.expert.size} neurons and cannot have such ones",

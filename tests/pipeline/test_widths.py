@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,18 +48,20 @@ def texts() -> list[Text]:
     return [read_text(str(SHIPPED / "calibration" / f"{name}.txt")) for name in ("english", "python")]
 
 
-def narrow_by_hand(source: Path, neurons: np.ndarray, out: Path) -> Path:
-    """The checkpoint with only some neurons [L, E, width] of its experts, for transformers to run."""
+def narrow_by_hand(source: Path, layers: Sequence[int], neurons: np.ndarray, out: Path) -> Path:
+    """The checkpoint with only some neurons [MoE layers, E, width] of its experts, for transformers to run."""
     shutil.copytree(source, out)
     config = json.loads((source / "config.json").read_text())
     family, weights = find_family(config["model_type"]), load_file(source / "model.safetensors")
-    specs = {spec.role: spec for block in family.layer(Config(config), 0) for spec in block.specs}
-    for layer, e in np.ndindex(neurons.shape[:2]):
+    specs = {spec.role: spec for block in family.layer(Config(config), layers[0]) for spec in block.specs}
+    for row, e in np.ndindex(neurons.shape[:2]):
         for projection in ("gate", "up", "down"):
-            name = f"model.layers.{layer}." + specs[f"ffn_{projection}_exps"].names[0].format(expert=e)
-            index = torch.from_numpy(neurons[layer, e])
+            name = f"model.layers.{layers[row]}." + specs[f"ffn_{projection}_exps"].names[0].format(expert=e)
+            index = torch.from_numpy(neurons[row, e])
             weights[name] = weights[name].index_select(1 if projection == "down" else 0, index).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    if family.shared_count:  # of the shared expert, in routed experts
+        config[family.shared_count] = config[family.shared_count] * config[family.expert_size] // neurons.shape[2]
     (out / "config.json").write_text(json.dumps({**config, family.expert_size: neurons.shape[2]}))
     return out
 
@@ -66,11 +69,11 @@ def narrow_by_hand(source: Path, neurons: np.ndarray, out: Path) -> Path:
 def narrow_by_overlay(model: Model, neurons: np.ndarray, work: Path) -> Model:
     """The same through our own record."""
     work.mkdir()
-    for layer in range(model.n_layers):
+    for row, layer in enumerate(model.moe_layers):
         arrays = {}
         for (role, e), tensor in model.of_layer(layer).items():
             if e >= 0:
-                arrays[f"{role}.{e}"] = np.take(read_tensor(model.folder, tensor), neurons[layer, e], axis=int(role == "ffn_down_exps"))
+                arrays[f"{role}.{e}"] = np.take(read_tensor(model.folder, tensor), neurons[row, e], axis=int(role == "ffn_down_exps"))
         save_arrays(work / array_file(layer), arrays)
     return save_overlay(resize_experts(model, neurons.shape[2]), work, {})
 
@@ -85,7 +88,7 @@ def test_a_narrowed_file_gives_the_logits_of_the_sliced_original(family: str, so
     narrow = narrow_by_overlay(model, neurons, tmp_path / "work")
     plan = replace(flat_plan(narrow), width=WIDTH)
     artifact = emit_artifact(narrow, flat_stats(narrow, tmp_path / "stats"), plan, gguf, tmp_path / "out")  # type: ignore[arg-type]
-    by_hand = narrow_by_hand(sources[family], neurons, tmp_path / "sliced")
+    by_hand = narrow_by_hand(sources[family], model.moe_layers, neurons, tmp_path / "sliced" / family)  # named alike
     tokens = tokenize(model, [read_text(str(SHIPPED / "heldout" / "english.txt"))], 256, 256).tokens
     whole = AutoModelForCausalLM.from_pretrained(by_hand, dtype=torch.float32).eval()
     with torch.inference_mode():

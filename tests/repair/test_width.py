@@ -18,6 +18,7 @@ from tiny import EXAMPLES, FAMILIES, backpropagate_draws, make_checkpoint
 from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, load_arrays
 from edgemoe.ir import Model
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.repair.experts import Experts
 from edgemoe.repair.width import (
@@ -209,3 +210,13 @@ def test_auto_tries_what_formats_can_store(trained: Model) -> None:
     assert choose_widths(trained, "") == (512, 256)  # unasked, those that formats of few bits can store
     assert choose_widths(replace(trained, expert=replace(trained.expert, size=192)), "") == (192,)
     assert choose_widths(trained, "96") == (96,)
+
+
+def test_a_width_that_would_change_a_shared_expert_is_not_offered(sources: dict[str, Path]) -> None:
+    model = inspect_model(sources["glm4_moe"])  # a shared expert of 3 x 160 neurons, which the config counts in routed experts
+    with pytest.raises(UsageError, match="--width 128") as caught:
+        choose_widths(model, "128")
+    assert "one of: 32, 96" in caught.value.hint
+    assert choose_widths(model, "auto") == (160,)
+    assert resize_experts(model, 96).config["n_shared_experts"] == 5
+    assert choose_widths(inspect_model(sources["qwen2_moe"]), "128") == (128,)  # whose config gives the shared expert's size by itself

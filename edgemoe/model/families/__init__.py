@@ -28,6 +28,7 @@ class Family:
     layer: Callable[[Config, int], Iterable[Block]]
     router: Callable[[Config], Router]
     expert_size: str = "moe_intermediate_size"  # the config's field
+    shared_count: str = ""  # the config's field, where a shared expert is so many times as wide as a routed one
     attention: Callable[[Config], Attention] = field(default_factory=lambda: grouped_queries)
     # ------------------------------------------------------------------------------------------------------- to be built
     refuse: Callable[[Config], str | None] | None = None  # a reason why this config is not supported, naming the field

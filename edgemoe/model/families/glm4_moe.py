@@ -38,6 +38,7 @@ FAMILY = Family(
     layer=layer,
     router=lambda c: sigmoid_router(c, renormalize=bool(c.get("norm_topk_prob", True))),
     refuse=refuse,
+    shared_count="n_shared_experts",
     gguf_names={"ffn_norm": "post_attention_norm"},
     gguf_keys=lambda c: {
         "feed_forward_length": c["intermediate_size"],
