@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_tiny import KEPT, Runner, hand_plan, mean_kl, reference, reference_logits
 from parity import UNEVEN, agrees, emit, heldout_tokens, judge, llama_logits, original_logits, stream_logits, tensor_hashes
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCAB_SIZE, flat_plan, flat_stats, make_checkpoint, slice_experts
+from tiny import FAMILIES, VOCAB_SIZE, edit_config, flat_plan, flat_stats, make_checkpoint, slice_experts
 
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
@@ -167,3 +168,21 @@ def test_onnxruntime_in_floats_gives_the_logits_of_transformers(
     got = Runner(artifact.path, model).step(ids)
     assert np.abs(got - want).max() <= 1e-3
     assert mean_kl(want, got) <= 1e-6
+
+
+def test_a_router_with_groups_chooses_everywhere_as_in_transformers(ids: NDArray[np.int64], tmp_path: Path) -> None:
+    """GLM-4.5's class can choose groups of experts first, as DeepSeek-V3's does; as many of each group stay."""
+    folder = edit_config(make_checkpoint(tmp_path / "glm4_moe", "glm4_moe", seed=3), n_group=2, topk_group=1)
+    model, kept = inspect_model(folder), [(0, 2, 3, 5, 6, 7), (0, 1, 2, 4, 5, 7)]
+    assert (model.router.groups, model.router.top_groups) == (2, 1)
+    whole = original_logits(folder)
+    sliced = original_logits(slice_experts(folder, kept, tmp_path / "sliced"))
+    ungrouped = original_logits(edit_config(Path(shutil.copytree(folder, tmp_path / "ungrouped")), n_group=1))
+    assert not agrees(judge(whole, ungrouped))  # groups matter
+    for expected, sets in ((whole, None), (sliced, kept)):
+        assert agrees(judge(expected, stream_logits(model, tmp_path / "work", sets)))
+        artifact = emit(model, tmp_path / f"gguf-{sets is None}", flat_plan(model, kept=sets))
+        assert agrees(judge(expected, llama_logits(artifact.path, model)))
+        stats, plan = flat_stats(model, tmp_path / "stats"), hand_plan(model, "F32", sets)
+        onnx = onnx_tiny.emit(model, stats, plan, tmp_path / f"onnx-{sets is None}")
+        assert mean_kl(reference_logits(reference(model, stats, plan), ids), Runner(onnx.path, model).step(ids)) <= 1e-6

@@ -1,4 +1,4 @@
-"""Checkpoints whose embedding is the output matrix too are built to the report."""
+"""Checkpoints of another form than the bundled models are built to the report: a tied embedding, shared experts, a dense first layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from edgemoe.stream.texts import SHIPPED
 
 
 @pytest.mark.parametrize(("target", "room"), [("gguf", 1_500_000), ("onnx", 2_500_000)])
-def test_a_tied_checkpoint_is_built_to_the_report(tmp_path: Path, target: str, room: int) -> None:
-    source = make_checkpoint(tmp_path / "model", "mixtral", n_experts=4, hidden=128, expert_size=128, tied=True)
+@pytest.mark.parametrize(("family", "tied"), [("mixtral", True), ("qwen2_moe", False), ("glm4_moe", False)])
+def test_a_checkpoint_is_built_to_the_report(tmp_path: Path, family: str, tied: bool, target: str, room: int) -> None:
+    source = make_checkpoint(tmp_path / "model", family, n_experts=4, hidden=128, expert_size=128, tied=tied)
     heldout = tmp_path / "heldout.txt"
     heldout.write_text((SHIPPED / "heldout" / "english.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
     least = json.loads(run_cli("build", source, "--memory", "1GB", "--target", target, "--dry-run", "--json", "-o", tmp_path / "x").stdout)
