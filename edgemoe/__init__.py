@@ -6,24 +6,24 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module; imported when first used, so that `edgemoe --help` stays fast
     "BuildRequest": "pipeline.build",
+    "EdgemoeError": "base.errors",
     "build_artifact": "pipeline.build",
-    "price_model": "pipeline.build",
-    "inspect_model": "model.inspect",
+    "choose_texts": "stream.texts",
     "collect_stats": "calibrate.collect",
+    "emit_artifact": "pipeline.emit",
+    "find_target": "targets",
+    "inspect_model": "model.inspect",
+    "load_recipe": "rules.recipe",
+    "load_record": "base.storage",
+    "parse_bytes": "base.units",
     "price_choices": "price.choices",
+    "price_model": "pipeline.build",
+    "repair_survivors": "repair.survivors",
+    "save_record": "base.storage",
     "solve_plan": "plan.solve",
     "sweep_budgets": "plan.sweep",
-    "load_recipe": "rules.recipe",
-    "repair_survivors": "repair.survivors",
-    "emit_artifact": "pipeline.emit",
     "verify_artifact": "verify.artifact",
     "write_report": "report.page",
-    "choose_texts": "stream.texts",
-    "find_target": "targets",
-    "load_record": "base.storage",
-    "save_record": "base.storage",
-    "parse_bytes": "base.units",
-    "EdgemoeError": "base.errors",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [*_PUBLIC, "__version__"]
 __getattr__ = offer(__name__, _PUBLIC)
