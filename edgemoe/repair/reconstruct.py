@@ -1,8 +1,8 @@
-"""Model, a changed Model, texts -> the changed one's experts, refitted a layer at a time (docs/pricing.md, 10, 12 and 15).
+"""This module reconstructs a compressed model layer by layer (docs/pricing.md, 10, 12 and 15).
 
-Two streams run side by side: the original, and the changed one as refitted so far.  In each layer the experts that are left are fitted so
-that the changed stream leaves the layer as the original does, which also undoes what earlier layers left.  New weights lie in the work
-folder, one file per layer; after each layer everything is on disk, so a killed run goes on with the next and gives the same bytes.
+The original and the compressed model run side by side over the texts, and the kept experts of each layer are refitted so that both models
+leave the layer alike.  This also corrects the errors of earlier layers.  New weights lie in the work folder, one file per layer.  After
+each layer everything is on disk, so a run that was killed goes on with the next layer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Change = Callable[[int, Tokens, Experts], Experts]  # layer, what its experts se
 
 
 def resume(streams: TwoStreams, progress: Progress | None) -> range:
-    """The layers still to do, after a fresh start or a killed run."""
+    """The layers that are still to do, after a fresh start or after a run that was killed."""
     start = int(streams.steps.read()["done"])
     if start == 0:
         original, changed = streams.states("original", 0), streams.states("changed", 0)
@@ -50,13 +50,13 @@ def resume(streams: TwoStreams, progress: Progress | None) -> range:
 
 
 def refit_layer(streams: TwoStreams, layer: int, kept: Sequence[int], *, epochs: int, change: Change | None = None) -> None:
-    """Run both streams through a layer, refit and quantize what is asked for, leave weights and states on disk.
+    """Run both streams through a layer, refit and quantize its matrices as asked, and leave weights and states on disk.
 
     Args:
         streams: the two models.
         layer: the next one.
-        kept: experts that stay; none where the layer has no experts.
-        epochs: of descent after the closed form; 0 refits W_down alone, -1 nothing.
+        kept: experts that stay; empty if the layer has no experts.
+        epochs: of descent after the closed form; 0 refits W_down alone, -1 refits nothing.
         change: what is done to the experts before they are refitted.
     """
     module = streams.original.load_layer(layer)
@@ -85,7 +85,7 @@ def refit_layer(streams: TwoStreams, layer: int, kept: Sequence[int], *, epochs:
 def _refit_experts(
     streams: TwoStreams, module: Any, layer: int, kept: Sequence[int], following: States, *, epochs: int, change: Change | None
 ) -> Packed:
-    """Refit the experts if any went or were changed, quantize them, and write the changed stream as they leave it."""
+    """Refit the experts if any were dropped or changed, quantize them, and write the changed stream after the layer."""
     tokens = _run_changed(streams, module, layer, np.array(kept), following)
     views = [weights_of(module, f"ffn_{p}_exps") for p in PROJECTIONS]
     gate, up, down = (view[list(kept)] for view in views)
@@ -117,7 +117,7 @@ def _refit_experts(
 
 
 def _run_original(streams: TwoStreams, module: Any, layer: int, following: States, attended: States, shared: States | None) -> None:
-    """Write the original's states after the layer; where matrices are quantized, also after attention, and what shared experts give."""
+    """Write the original's states after the layer; to quantize, also those after attention and the outputs of shared experts."""
     before = streams.states("original", layer)
 
     def run(index: NDArray[np.int64]) -> None:
@@ -136,7 +136,7 @@ def _run_original(streams: TwoStreams, module: Any, layer: int, following: State
 
 
 def _run_dense(streams: TwoStreams, module: Any, layer: int) -> None:
-    """Write the changed stream as a layer without experts leaves it."""
+    """Write the changed stream after a layer without experts."""
     before, after = streams.states("changed", layer), streams.states("changed", layer + 1)
     run = partial(streams.changed.run_layer, module)
     chunks, device = streams.windows.chunks(), streams.changed.device
@@ -147,7 +147,7 @@ def _run_dense(streams: TwoStreams, module: Any, layer: int) -> None:
 
 
 def _run_changed(streams: TwoStreams, module: Any, layer: int, kept: NDArray[np.int64], original: States) -> Tokens:
-    """What the survivors receive in the changed stream, and what they would have to give for it to leave the layer as the original."""
+    """Inputs of the survivors in the changed stream, and the outputs with which it would leave the layer as the original does."""
     before, k, hidden = streams.states("changed", layer), streams.changed.model.top_k, streams.model.hidden_size
     x, target = streams.array("input", hidden), streams.array("target", hidden)
     gradients = streams.read_gradients(layer)
@@ -185,6 +185,6 @@ def _run_changed(streams: TwoStreams, module: Any, layer: int, kept: NDArray[np.
 
 
 def _round(experts: Experts, dtype: Any) -> None:
-    """As the files hold them: in the checkpoint's own type, so that a repair costs no more bytes than what it repairs."""
+    """Round the experts to the checkpoint's own type, so that repaired weights take no more bytes than the original ones."""
     for stack in experts.stacks:
         stack.copy_(torch.from_numpy(stack.cpu().numpy().astype(dtype).astype(np.float32)))
