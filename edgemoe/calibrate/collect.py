@@ -1,9 +1,9 @@
-"""Model, texts -> Stats: one streamed pass over the layers, with perturbed copies of the stream carried along.
+"""This module collects Stats from a Model and texts in one streamed pass over the layers, which also carries the probes.
 
-For each layer: the calibration windows run through the original layer while its experts are watched; then every probe does. A probe is a
-copy of a few windows that differs from the original in one thing (one tensor rounded, or experts dropped, in one layer): the KL it ends
-with tells what an error of that size in that place costs (docs/pricing.md, 4).  After each layer everything is on disk, so a killed
-run goes on with the next layer and gives the same numbers.
+In each layer, the calibration windows run through the original layer while observers watch its experts; then every probe runs through it.
+A probe is a copy of a few windows that differs from the original in one thing: one tensor is rounded, or experts are dropped, in one layer.
+Its KL at the end says what an error of this size at this place costs (docs/pricing.md, 4).  After each layer everything is on disk, so a
+run that was killed goes on with the next layer and gives the same numbers.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models g
 def collect_stats(
     model: Model, texts: Sequence[Text], work: Path, *, max_tokens: int = DEFAULT_TOKENS, progress: Progress | None = None
 ) -> Stats:
-    """Watch the original model on `texts`; see Stats for what is kept.
+    """Watch the original model on `texts`, and return the Stats.
 
     Args:
         model: from `inspect_model`.
         texts: calibration texts with weights; statistics are kept per text.
-        work: folder for the result (in a subfolder named by what it was made from) and for what a killed run goes on from.
+        work: folder for the result (in a subfolder named by a hash of the inputs) and for the state of a killed run.
         max_tokens: of all texts together; every text gets the same number.
         progress: called with (layers done, all layers).
 
@@ -69,7 +69,7 @@ def collect_stats(
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
     }
-    if model.top_k != model.own_top_k:  # said only then: keys of what was calibrated as it came stay as they are
+    if model.top_k != model.own_top_k:  # named only in this case, so that keys of models with their own top-k stay the same
         settings["top_k"] = model.top_k
     key = key_of("stats", model.fingerprint, texts_key(texts), settings)
     folder = path_of(work, "stats", key)
@@ -90,7 +90,7 @@ def _observe_all(
     settings: dict[str, Any],
     progress: Progress | None,
 ) -> Stats:
-    """What `collect_stats` returns, made now."""
+    """Make the Stats that `collect_stats` returns."""
     work.mkdir(parents=True, exist_ok=True)
     tokens = [int(windows.lengths[windows.domain == d].sum()) for d in range(len(texts))]
     domains = tuple(Domain(name=t.name, weight=t.weight, tokens=n, sha256=t.sha256) for t, n in zip(texts, tokens, strict=True))
@@ -108,7 +108,7 @@ def _observe_all(
 
 
 def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArray[np.int64]:
-    """Windows for the probes, all domains alike; their number keeps the probes' cost within PROBE_EFFORT main passes."""
+    """Windows for the probes, the same number of each domain; the number keeps the probes' cost within PROBE_EFFORT main passes."""
     all_tokens = int(windows.lengths.sum())
     affordable = PROBE_EFFORT * all_tokens * 2 / max(count_probes(model), 1)
     n_windows = round(min(PROBE_TOKENS, max(affordable, 512)) / windows.tokens.shape[1])
@@ -121,7 +121,7 @@ def _choose_probe_windows(model: Model, windows: Windows, weights: F64) -> NDArr
 
 
 def _choose_replay(windows: Windows, weights: F64) -> NDArray[np.int64]:
-    """(window, position) of the replay tokens [N, 2]: evenly spaced in each text, as many as its weight."""
+    """(window, position) of the replay tokens [N, 2], evenly spaced in each text; their number is in proportion to the text's weight."""
     rows = []
     for d, weight in enumerate(weights):
         mine = np.flatnonzero(windows.domain == d)
@@ -141,7 +141,7 @@ def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
 
 # --------------------------------------------------------------------------------------------------------------- the pass
 def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tuple[Probe, ...]:
-    """All layers and the head; returns the probes with their KL."""
+    """Run all layers and the head, and return the probes with their KL."""
     model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
     probe_shape = (len(run.probe_index), *shape[1:])
     steps = Steps(run.work, key)
@@ -176,7 +176,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
 
 
 def _resume(run: CalibrationRun, steps: Steps) -> tuple[list[Probe], int]:
-    """Probes so far and the next layer, from a run that was killed; else a fresh start."""
+    """The probes so far and the next layer, from a run that was killed or for a fresh start."""
     saved = steps.read()
     if saved["done"]:
         return [Probe(**{**p, "kept": tuple(p["kept"]), "kl": ()}) for p in saved["probes"]], int(saved["done"])
