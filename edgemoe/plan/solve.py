@@ -1,6 +1,6 @@
-"""Costs, a budget, rules -> Plan: programs of all kept counts, solved and proven; the plan is then checked on its own numbers.
+"""This module solves the programs of all kept counts for a budget and rules, and checks the finished Plan on its own numbers.
 
-Budgets are of the process, so what loading copies (staging) and what a second pool holds are part of the search.
+A budget limits the whole process, so the search includes the copies made while loading (staging) and the bytes in a second pool.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgemoe.solvers.search import SOLVERS
 
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
-NEAR_NATS = 1e-5  # of the total, for each decision that differs from the plan to stay near to (planner experiments: 1e-6 to 1e-4)
+NEAR_NATS = 1e-5  # share of the total nats that each difference from the `near` plan costs (planner experiments: 1e-6 to 1e-4)
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "solve_plan", "sweep_sizes"]
 
 
@@ -46,17 +46,17 @@ def solve_plan(
     Args:
         costs: the price list; its memory parts say what the process needs beside the weights.
         budget: bytes of the process at its peak (with the rule Vram: of main memory).
-        rules: what the plan must keep: records of rules.py, expressions of recipe.py, functions of a Problem.
+        rules: that the plan must keep: records (rules/records.py), expressions (rules/recipe.py), or functions of a Problem.
         objective: least mean over the calibration domains by weight, or least cost of the "worst" domain.
         solver: highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive.
         gap: relative distance to the optimum that is good enough.
-        seconds: wall-clock limit; then the best plan so far is returned with its proven gap (a solve under way may take some longer).
-        near: stay close to this plan where it costs (nearly) nothing.
-        costs_hash: what to record as the plan's origin.
+        seconds: wall-clock limit, after which the best plan so far is returned with its proven gap (a running solve may take longer).
+        near: a plan to stay close to where this costs (nearly) nothing.
+        costs_hash: recorded as the plan's origin.
 
     Raises:
-        BudgetError: nothing fits; names the least budget, and rules that conflict.
-        UsageError: unknown solver or objective, or a rule that is no rule.
+        BudgetError: no plan fits; the message names the least budget, and rules that contradict each other.
+        UsageError: the solver or the objective is unknown, or a rule is of no known kind.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")
@@ -83,7 +83,7 @@ def _near(costs: Costs, plan: Plan | None) -> Near | None:
 
 
 def _price_without_near(task: Task, budget: int, solution: Solution, compiled: Compiled) -> tuple[Solution, Compiled]:
-    """The same choice at its own price, bounded by the best plan of all: the nats of staying near are no part of what is promised."""
+    """The same choice at its own price, bounded by the best plan of all; the nats of staying near are no part of the promise."""
     free = replace(task, near=None, made={})
     best = solve_with_staging(free, budget)
     if best is None:
@@ -127,7 +127,7 @@ def _bytes_on_gpu(costs: Costs, plan: Plan) -> int:
 
 
 def _rule_uses(task: Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, ...]:
-    """Every rule with the room that it leaves: how far its expression is from its limit (None: it is no limit)."""
+    """Every rule with the room that it leaves: the distance of its expression from its limit (None if it has no limit)."""
     left = {b.name: -b.expression.value(task.costs, plan) for b in reversed(task.constraints.bounds) if not b.expression.soft}
     if task.constraints.vram is not None:
         left[task.constraints.vram.name] = vram_room(task.costs, task.constraints.vram) - _bytes_on_gpu(task.costs, plan)
@@ -135,10 +135,10 @@ def _rule_uses(task: Task, plan: Plan, rules: Sequence[Rule]) -> tuple[RuleUse, 
 
 
 def _check(task: Task, plan: Plan, budget: int) -> None:
-    """Every promise of a finished plan, from its own numbers: bytes, counts, pins, ties and every linear rule.
+    """Check every promise of a finished plan on its own numbers: bytes, counts, pins, ties and every linear rule.
 
     Raises:
-        EdgemoeError: the solver's answer breaks one; it is not returned.
+        EdgemoeError: the solver's answer breaks a promise, and is therefore not returned.
     """
     costs, constraints = task.costs, task.constraints
     problems = []
@@ -166,7 +166,7 @@ def _check(task: Task, plan: Plan, budget: int) -> None:
 
 
 def _scale(expression: Linear, plan: Plan) -> float:
-    """What the sums of a rule can be as large as, for the rounding of floats; the programs were held to their own numbers, exactly."""
+    """The largest possible size of a rule's sums, for the rounding of floats; the programs themselves keep their own numbers exactly."""
     sizes = float(np.abs(expression.size).max() + np.abs(expression.active).max()) * plan.file_size
     counts = float(np.abs(expression.keep).sum() + np.abs(expression.use).sum())
     return max(abs(expression.constant), sizes, counts, 1e-300)
@@ -177,9 +177,9 @@ def _scale(expression: Linear, plan: Plan) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------ sweep
 def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """File size and predicted KL of a near-best plan whose weights take so many bytes of the process, for each of these sizes.
+    """File size and predicted KL of a near-best plan for each of these sizes, which are bytes of weights in the process.
 
-    Lagrangian answers: within a fraction of a per cent.
+    The plans come from the Lagrangian relaxation, and lie within a fraction of a per cent of the best.
     """
     found = []
     task = make_task(costs, Constraints(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
