@@ -1,4 +1,4 @@
-"""The integer program of planning, and ways to solve it: PuLP with HiGHS or CBC, exhaustive search, and bounds by Lagrange prices."""
+"""This package defines the integer program of planning and solves it: PuLP with HiGHS or CBC, exhaustive search, Lagrangian bounds."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,8 +1,9 @@
-"""Column generation: whole-layer plans as columns, the PuLP master picks one for each layer.
+"""This module solves large programs by column generation: columns are plans of whole layers, and a PuLP master picks one for each layer.
 
-Everything that couples the experts of a layer is inside a column, so the master is small whatever the number of experts.  The linear master
-gives prices; `lagrange.minimise` finds the cheapest layer plan at these prices exactly; new plans join until none is cheaper: then the
-master's value is the bound of all of them (Dantzig & Wolfe 1960).  The integer master then picks among the columns found, and some around.
+All constraints between the experts of a layer are inside a column, so the size of the master does not depend on the number of experts.  The
+linear master gives prices, and `lagrange.minimise` finds the exactly cheapest layer plan at these prices.  New plans join until none is
+cheaper; then the master's value bounds all plans (Dantzig & Wolfe 1960).  The integer master then picks among the columns found, and among
+some columns near them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from edgemoe.solvers.lagrange import Relaxed, absorb, minimise
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 ROUNDS = 80
-EXCEEDED = 1e-6  # of scaled rows: what the solvers take for nothing
+EXCEEDED = 1e-6  # of scaled rows, the tolerance of the solvers
 CLOSE = 1e-6  # relative distance of master and bound at which generation stops
-AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # byte prices, times the best, that fill the pool at the end
-NEARBY = 2000  # options beside the relaxation's that single experts and tensors are chosen among where objectives compete
-FIRST = (1e-3, 0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0, 10.0, 1e3)  # ... and at the beginning
-TOGETHER = 8  # other units that are one set of columns in the linear master
+AROUND = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)  # multiples of the best byte price, whose plans join at the end
+NEARBY = 2000  # options near the relaxation's, among which single experts and tensors are chosen if objectives compete
+FIRST = (1e-3, 0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0, 10.0, 1e3)  # multiples of a known byte price, whose plans are the first columns
+TOGETHER = 8  # units outside blocks that share one set of columns in the linear master
 
 
 class ColumnPool:
-    """Plans of every layer, and of every handful of the other units, each once."""
+    """Plans of every layer, and of every group of TOGETHER other units, each stored once."""
 
     def __init__(self, program: Program) -> None:
         assert program.blocks is not None
@@ -40,7 +41,7 @@ class ColumnPool:
         self.seen: set[tuple[int, bytes]] = set()
 
     def add(self, picks: Picks) -> int:
-        """Add the parts of a choice; returns how many were new."""
+        """Add the parts of a choice, and return how many of them were new."""
         fresh = 0
         for s, units in enumerate(self.sets):
             mine = picks[units].astype(np.int16)
@@ -86,9 +87,9 @@ def all_items(program: Program, pool: ColumnPool | None, known: Relaxed | None =
 
 
 def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple[Relaxed, ColumnPool | None, bool]:
-    """Bound and prices of the linear relaxation with all rows; the pool of columns; and False when budget and rules cannot hold together.
+    """Bound and prices of the linear relaxation with all rows; the pool of columns; and False if budget and rules cannot hold together.
 
-    A solver that fails leaves what is known as it is: only a proof says that there is no choice.
+    A failure of the solver leaves the known values as they are, because only a proof shows that there is no choice.
     """
     if program.blocks is None:
         return _relax_items(program, known, engine)
@@ -109,7 +110,7 @@ def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple
         found = prices_of(program, model)
         expected = master = _master_value(program, model)
         fresh = 0
-        for asked in (found, _between(prices, found)):  # duals jump about; half way to the best so far is often better (Wentges 1997)
+        for asked in (found, _between(prices, found)):  # duals oscillate; half way to the best so far is often better (Wentges 1997)
             value, picks = minimise(program, asked)
             fresh += pool.add(picks)
             if value > bound:
@@ -125,7 +126,7 @@ def _between(one: Prices, two: Prices) -> Prices:
 
 
 def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, ColumnPool | None, bool]:
-    """The same without blocks: all options are items, so one linear program says it all."""
+    """As `generate`, for a program without blocks: all options are items, so one linear program is enough."""
     expected = known.cost if np.isfinite(known.cost) else known.bound
     model = build(program, all_items(program, None), expected)
     outcome = run(model.problem, engine, mip=False)
@@ -144,10 +145,10 @@ def _master_value(program: Program, model: LinearModel) -> float:
 
 
 def _reach_feasible(program: Program, pool: ColumnPool, engine: str) -> bool:
-    """Add layer plans until some mixture of them keeps budget and rules; False when none can.
+    """Add layer plans until some mixture of them keeps budget and rules; return False if none can.
 
-    The same generation with no costs: what is minimised is by how much rows are exceeded.  Prices at which even the cheapest choice costs
-    more than nothing prove that no choice keeps them (Farkas).
+    This generation has no costs and minimises by how much rows are exceeded.  If even the cheapest choice costs more than zero at some
+    prices, no choice keeps the rows (Farkas).
     """
     blocks = program.blocks
     assert blocks is not None
@@ -176,9 +177,9 @@ def _reach_feasible(program: Program, pool: ColumnPool, engine: str) -> bool:
 def solve_columns(
     program: Program, known: Relaxed, pool: ColumnPool, engine: str, gap: float, seconds: float | None = None
 ) -> Relaxed | None:
-    """The best choice among the generated layer plans and some around them; if none of these fit together, among all there are.
+    """The best choice among the generated layer plans and some near them; if no combination of these fits, among all plans.
 
-    None: proven that there is no choice.
+    The result is None if it is proven that there is no choice.
     """
     if len(program.cost) > 1:
         found = solve_items(program, nearby_items(program, known.prices, NEARBY), known, engine, gap, exact=False, seconds=seconds)
@@ -198,11 +199,11 @@ def solve_columns(
 
 # ------------------------------------------------------------------------------------------- options near the relaxation's
 def nearby_items(program: Program, prices: Prices, most: int) -> Items:
-    """What the relaxation picks and the `most` options nearest to it, a set for every unit.
+    """The relaxation's picks and the `most` options nearest to them, as a set for every unit.
 
-    At the prices of the relaxation every option has a distance: by how much it is dearer, in reduced nats, than what the relaxation picks.
-    The answer among the nearest is near-best, and the relaxation's bound says how near.  Single experts change places this way, which
-    whole-layer columns cannot express: several objectives need that.
+    At the prices of the relaxation, an option's distance is its reduced cost in nats less that of the relaxation's pick.  The best choice
+    among the nearest options is near-best, and the relaxation's bound says how near.  Single experts can change places this way, which
+    whole-layer columns cannot express and programs with several objectives need.
     """
     distance = _distances(program, prices)
     others = np.sort(distance[np.isfinite(distance) & (distance > 0)])
@@ -212,7 +213,7 @@ def nearby_items(program: Program, prices: Prices, most: int) -> Items:
 
 
 def _distances(program: Program, prices: Prices) -> F64:
-    """By how much each option is dearer than the relaxation's own [U, O]; dropping and keeping are compared across an expert's layer."""
+    """Distance of each option from the relaxation's pick [U, O]; dropping and keeping are compared across an expert's layer."""
     plain = program if program.is_plain else absorb(program, prices)
     reduced = plain.cost[0] + prices.byte * program.size
     picks = minimise(program, prices)[1]
@@ -229,7 +230,7 @@ def _distances(program: Program, prices: Prices) -> F64:
         last = np.where(gone, saves, -np.inf).max(axis=1)
         first = np.where(gone, np.inf, saves).min(axis=1)
         edge = np.where(np.isfinite(last) & np.isfinite(first), (last + first) / 2, np.where(np.isfinite(first), first, last))
-        flip = np.abs(saves - edge[:, None])  # what it takes to change an expert's fate
+        flip = np.abs(saves - edge[:, None])  # the price change with which an expert changes from dropped to kept, or back
         flip[~np.isfinite(saves)] = np.inf
         flip = flip.ravel()
         distance[:n, DROP] = np.where(gone.ravel(), 0.0, flip)

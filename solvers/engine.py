@@ -1,7 +1,8 @@
-"""A PuLP problem -> solved, by HiGHS or CBC, with the status told apart and the bound that was proven.
+"""This module solves a PuLP problem by HiGHS or CBC, and returns an exact status and the proven bound.
 
-PuLP hands HiGHS a model column by column, 50 microseconds each; here it is handed over whole (HiGHS's passModel), with a known solution to
-start from.  PuLP reports a time-limited or failed solve with all values 0.0, so what counts is `Outcome.solved`.
+PuLP hands a model to HiGHS column by column, which takes 50 microseconds each.  This module hands it over as a whole (HiGHS's passModel),
+with a known solution as a start.  PuLP reports a time-limited or failed solve with all values 0.0, so callers must look at
+`Outcome.solved`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ ENGINES = ("highs", "cbc")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a solve ended: `solved` says that the variables hold a feasible solution, `infeasible` that there is none."""
+    """The end of a solve: `solved` says that the variables hold a feasible solution, `infeasible` that there is none."""
 
     solved: bool
     infeasible: bool
-    bound: float  # of the objective; -inf when nothing was proven
+    bound: float  # of the objective; -inf if nothing was proven
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         mip: False for the linear relaxation.
         start: values of all variables in the order of `problem.variables()`, to start from (HiGHS).
         seconds: wall-clock limit.
-        target: an objective that is good enough whatever the gap (HiGHS).
+        target: an objective at which to stop even if the gap is larger (HiGHS).
 
     Raises:
         MachineError: the engine is not installed.
@@ -61,11 +62,11 @@ def run(
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces 4.0
         try:
             status = problem.solve(_make(engine, gap, mip=mip, start=start, seconds=seconds, target=target))
-        except (KeyError, pulp.PulpSolverError):  # a status that PuLP does not know; an engine that crashed
+        except (KeyError, pulp.PulpSolverError):  # PuLP does not know the status, or the engine crashed
             return Outcome(solved=False, infeasible=False, bound=-np.inf)
     solved = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and status == pulp.LpStatusOptimal
     if not solved:
-        # that no whole units fit is in the status alone where CBC found it out
+        # if CBC proved that no whole units fit, only the status says so
         nothing = problem.sol_status == pulp.LpSolutionInfeasible or (engine == "cbc" and status == pulp.LpStatusInfeasible)
         return Outcome(solved=False, infeasible=nothing, bound=-np.inf)
     value = float(problem.objective.value())
@@ -73,13 +74,13 @@ def run(
         return run(problem, engine, gap=gap, mip=mip, seconds=seconds, target=target)
     if engine == "highs":
         bound = float(problem.solverModel.getInfo().mip_dual_bound) + problem.objective.constant if mip else value
-    else:  # CBC tells no bound: what is known is the gap that was asked for, if it ended by itself
+    else:  # CBC gives no bound; if it ended by itself, the gap that was asked for holds
         bound = value - gap * abs(value) if problem.sol_status == pulp.LpSolutionOptimal else -np.inf
     return Outcome(solved=True, infeasible=False, bound=bound)
 
 
 def _contradicts_itself(problem: Any) -> bool:
-    """Whether HiGHS tells another objective than its values have: with a start, highspy 1.16.0 does on some tiny programs."""
+    """Whether HiGHS reports an objective that its values do not have; with a start, highspy 1.16.0 does so on some tiny programs."""
     told = float(problem.solverModel.getInfo().objective_function_value)
     value = float(problem.objective.value()) - problem.objective.constant
     return bool(abs(told - value) > 1e-6 * max(1.0, abs(value)))
@@ -98,7 +99,7 @@ def _make(engine: str, gap: float, *, mip: bool, start: Any, seconds: float | No
         made = _fast_highs()(msg=False, mip=mip, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=seconds, random_seed=0, **extra)
         made.start = start
     elif engine == "cbc":
-        path = getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", "cbc")  # the one that PuLP 3 brings, else one on the PATH
+        path = getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", "cbc")  # the engine that PuLP 3 brings, else one on the PATH
         made = pulp.COIN_CMD(path=path, msg=False, mip=mip, threads=1, gapRel=gap, timeLimit=seconds)
     else:
         raise MachineError(f"solver {engine!r} is not known", hint=f"use {' or '.join(ENGINES)}")

@@ -1,4 +1,4 @@
-"""Every plan there is, for programs small enough to be sure: the oracle of the other solvers."""
+"""This module tries every plan of a small program, and is the oracle of the other solvers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_PLANS = 2_000_000
 
 
 def solve(programs: Programs, n_counts: int) -> Solution | None:
-    """The best of all plans; None when nothing fits.
+    """The best of all plans, or None if no plan fits.
 
     Raises:
         UsageError: more than two million plans.

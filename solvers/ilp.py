@@ -1,9 +1,9 @@
-"""The program in PuLP, unit by unit or by columns.
+"""This module writes the program in PuLP, unit by unit or by columns.
 
-sets         every unit is a set of items, its options; or a whole block is a set whose items are complete layer plans (columns.py)
+sets         every unit is a set whose items are its options; or a whole block is a set whose items are complete layer plans (columns.py)
 variables    x[i] in {0, 1}                                       item i is taken
-minimise     scale * sum_i cost[i] x[i] + soft variables          scaled so that the best known plan costs 10^4: solvers go wrong on
-             coefficients near their tolerances, silently
+minimise     scale * sum_i cost[i] x[i] + soft variables          scaled so that the best known plan costs 10^4, because solvers give
+             wrong answers without a warning if coefficients are near their tolerances
              or t, with t >= scale * (constant_k + sum_i cost[k, i] x[i]) for every objective k
 subject to   sum_{i in set} x[i] = 1                              for each set
              sum_i size[i] / room x[i] <= 1                       bytes, and every rule scaled by its largest coefficient
@@ -25,14 +25,14 @@ from edgemoe.solvers.lagrange import Relaxed, absorb, fill, minimise
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
 
 SCALE = 1e4  # of the objective
-CLEAREST = 1e7  # scaled objectives further than this from 10^4 are scaled again: they were expected to be smaller
-TRIES = 4  # solves of one program: a choice that keeps a row only within the solver's tolerance is cut off, and the row solved again
-MARGIN = 2.0  # times that by which a row was exceeded: what it is then tightened by
+CLEAREST = 1e7  # a scaled objective above this was expected to be smaller, and the program is scaled again
+TRIES = 4  # solves of one program; a choice that keeps a row only within the solver's tolerance is cut off, and the program solved again
+MARGIN = 2.0  # an exceeded row is tightened by this factor times its excess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """What can be taken, I items in sets: each is a choice for the units `units[i]`."""
+    """I items in sets, of which one is taken from each set; item i is a choice for the units `units[i]`."""
 
     owner: NDArray[np.int64]  # [I] set
     units: list[NDArray[np.int64]]  # [I] the units that the item decides
@@ -45,7 +45,7 @@ class Items:
 
 @dataclass(slots=True)
 class LinearModel:
-    """A PuLP problem and where its parts are."""
+    """A PuLP problem and its parts."""
 
     problem: Any
     x: list[Any]
@@ -57,7 +57,7 @@ class LinearModel:
 
 
 def unit_items(program: Program, units: NDArray[np.int64], known: Relaxed | None = None) -> Items:
-    """The options of each of these units, a set each; options that cannot be part of a better choice than the known one are left out."""
+    """The options of each of these units, one set for each; options that cannot improve on the known choice are left out."""
     offered = _promising(program, known)
     owner, option = np.nonzero(offered[units])
     index = units[owner]
@@ -74,9 +74,9 @@ def unit_items(program: Program, units: NDArray[np.int64], known: Relaxed | None
 
 
 def _promising(program: Program, known: Relaxed | None) -> NDArray[np.bool_]:
-    """Options [U, O] that no other beats in costs, bytes and every rule, and with which the bound stays below the known choice.
+    """Options [U, O] that no other option beats in costs, bytes and every rule, and with which the bound stays below the known choice.
 
-    The second is reduced-cost fixing: an option that raises the relaxation past the known cost is in no better choice.
+    The second condition is reduced-cost fixing: an option that raises the relaxation above the known cost is part of no better choice.
     """
     offered: NDArray[np.bool_] = np.asarray(np.isfinite(program.cost).all(axis=0))
     n = program.n_experts
@@ -87,7 +87,7 @@ def _promising(program: Program, known: Relaxed | None) -> NDArray[np.bool_]:
         offered[n:] &= reduced - reduced.min(axis=1, keepdims=True) <= margin
     if program.max_formats:
         return offered
-    first = 1 if n else 0  # dropping an expert is no format that could be beaten
+    first = 1 if n else 0  # dropping an expert is no format, so no format can beat it
     traits = np.stack([*np.where(np.isfinite(program.cost), program.cost, 0.0), program.size, *(r.coef for r in program.rows)])
     for o in range(first, offered.shape[1]):
         for other in range(first, offered.shape[1]):
@@ -99,7 +99,7 @@ def _promising(program: Program, known: Relaxed | None) -> NDArray[np.bool_]:
 
 
 def join(first: Items, second: Items) -> Items:
-    """Items of both, as separate sets."""
+    """The items of both, with their sets kept apart."""
     return Items(
         owner=np.concatenate([first.owner, second.owner + first.n_sets]),
         units=first.units + second.units,
@@ -116,10 +116,10 @@ def build(program: Program, items: Items, best_cost: float, *, tighter: F64 | No
 
     Args:
         program: the numbers.
-        items: what can be taken.
+        items: that can be taken.
         best_cost: a known (or expected) objective, for the scale.
         tighter: by how much the scaled rows are tightened [1 + R], bytes first.
-        elastic: minimise how far rules and budget are broken; costs do not matter.
+        elastic: minimise by how much rules and budget are exceeded, and ignore costs.
     """
     import pulp
 
@@ -158,7 +158,7 @@ def build(program: Program, items: Items, best_cost: float, *, tighter: F64 | No
 
 
 def _scale(program: Program, items: Items, best_cost: float) -> float:
-    """What makes a plan of the best cost known 10^4, constants aside; never so large that a coefficient is infinite to the solver."""
+    """The factor that makes the best known cost 10^4, without constants; it is limited so that no coefficient is infinite to the solver."""
     constant = float(program.constant[0]) if len(program.constant) == 1 else 0.0
     largest = float(np.abs(items.cost).max(initial=0.0))
     return SCALE / max(abs(best_cost - constant), 1e-12 * largest, 1e-200)
@@ -179,7 +179,7 @@ def _row(terms: list[tuple[Any, float]], limit: float, sense: int = -1) -> Any:
 
 
 def _limit_formats(program: Program, items: Items, model: LinearModel) -> None:
-    """At most so many formats: y[f] says that format f is used."""
+    """Limit the number of formats; y[f] says that format f is used."""
     if not program.max_formats or program.format_of is None:
         return
     import pulp
@@ -197,7 +197,7 @@ def _limit_formats(program: Program, items: Items, model: LinearModel) -> None:
 
 
 def add_block_rules(program: Program, items: Items, model: LinearModel) -> None:
-    """Kept counts, groups and the curve of blocks whose experts are sets of their own (the first sets)."""
+    """Add kept counts, groups and the curve of blocks whose experts are sets of their own (the first sets)."""
     blocks, problem = program.blocks, model.problem
     if blocks is None:
         return
@@ -217,7 +217,7 @@ def add_block_rules(program: Program, items: Items, model: LinearModel) -> None:
 
 
 def _add_curve(program: Program, model: LinearModel, b: int, gone: list[tuple[Any, float]]) -> None:
-    """The curve of one block: steps z[j] in [0, 1] where it is convex, else one binary for each count."""
+    """Add the curve of one block: by steps z[j] in [0, 1] if it is convex, else by one binary for each count."""
     import pulp
 
     assert program.blocks is not None
@@ -267,15 +267,15 @@ def solve_items(
     exact: bool,
     seconds: float | None = None,
 ) -> Relaxed | None:
-    """The best choice among these items; never worse than the known one.  None: proven that there is no choice.
+    """The best choice among these items, never worse than the known one; None if it is proven that there is no choice.
 
     Args:
         program: the numbers.
-        items: what can be taken.
+        items: that can be taken.
         known: bound and choice so far.
         engine: highs or cbc.
         gap: at which to stop.
-        exact: the items are all there are, so the solver's bound (and its word that nothing fits) holds for the program.
+        exact: the items are complete, so the solver's bound, or its proof that nothing fits, holds for the program.
         seconds: wall-clock limit.
     """
     best, cost, bound = known.picks, known.cost, known.bound
@@ -286,13 +286,13 @@ def solve_items(
         if items.n_sets == program.cost.shape[1]:  # unit by unit
             add_block_rules(program, items, model)
         start = None if best is None else _start(program, items, model, best)
-        enough = bound + 0.9 * gap * abs(bound)  # what is known already would prove it
+        enough = bound + 0.9 * gap * abs(bound)  # with this value, the known bound proves the gap
         target = (enough - (float(program.constant[0]) if len(program.cost) == 1 else 0.0)) * model.scale
         outcome = run(model.problem, engine, gap=0.9 * gap, start=start, seconds=seconds, target=target)
         if outcome.infeasible and exact and not tighter.any():
             if best is None:
                 return None
-            bound = cost  # what is left out is no better than the known choice, and the rest is nothing
+            bound = cost  # options left out are no better than the known choice, and the others hold no choice
         if exact and not tighter.any() and outcome.bound > -np.inf:
             bound = max(bound, _in_nats(program, model, outcome))
         if not outcome.solved:
@@ -309,7 +309,7 @@ def solve_items(
         elif (exceeded > 0).any():
             tighter = np.where(exceeded > 0, tighter + MARGIN * exceeded, tighter)
         else:
-            break  # no row is to blame: the solver's values are no choice at all
+            break  # no row is exceeded, so the solver's values are no choice at all
     return Relaxed(bound=min(bound, cost), cost=cost, picks=best, prices=known.prices)
 
 
@@ -323,7 +323,7 @@ def _exceeded(program: Program, model: LinearModel, picks: Picks) -> F64:
 
 
 def _in_nats(program: Program, model: LinearModel, outcome: Outcome) -> float:
-    """The solver's bound, less what its tolerance of 1e-6 on the objective of 10^4 could be worth."""
+    """The solver's bound in nats, less the effect of its tolerance of 1e-6 on the objective of 10^4."""
     constant = float(program.constant[0]) if len(program.cost) == 1 else 0.0
     return (outcome.bound - 1e-6) / model.scale + constant
 

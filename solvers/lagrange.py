@@ -1,8 +1,8 @@
-"""Lagrangian relaxation: a valid lower bound and a good feasible choice in milliseconds.
+"""This module solves the Lagrangian relaxation, which gives a valid lower bound and a good feasible choice in milliseconds.
 
-With prices for bytes (lam), rows (pi) and weights of the objectives (w), every unit picks alone the option of least reduced cost
-r = w . cost + lam size + pi . coef, and every block drops those experts where that saves most.  Whatever the prices (>= 0, w summing to 1),
-the sum of these minima less lam room and pi . limit is a lower bound (Everett 1963).  Without rows the best lam is found by `relax`.
+With prices for bytes (lam) and rows (pi) and weights of the objectives (w), every unit picks alone the option of least reduced cost
+r = w . cost + lam size + pi . coef, and every block drops the experts whose drop saves most.  For any prices (>= 0, w summing to 1), the
+sum of these minima less lam room and pi . limit is a lower bound (Everett 1963).  For programs without rows, `relax` finds the best lam.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from edgemoe.base.types import F64
 from edgemoe.solvers.program import DROP, Blocks, Picks, Prices, Program
 
 STEPS = 200
-NEAR = 4.0  # ratio of the ends of the price interval below which lines are crossed, above which it is halved (prices span 20 decades)
-CLOSE = 1e-13  # relative distance to the crossing of two lines that is rounding
+NEAR = 4.0  # if the ends of the price interval have a smaller ratio, their lines are crossed; if a larger one, the interval is halved
+CLOSE = 1e-13  # relative distance to the crossing of two lines that counts as rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxed:
-    """Bound, and the best feasible choice known (None: none found) with its cost."""
+    """A bound, and the best known feasible choice with its cost (None if none was found)."""
 
     bound: float
     cost: float
@@ -35,7 +35,7 @@ def plain_prices(program: Program, byte: float) -> Prices:
 
 
 def mix_objectives(program: Program, weights: F64) -> F64:
-    """Costs [U, O] under a weighted mean of the objectives; inf where an option is not offered, whatever the weights."""
+    """Costs [U, O] under a weighted mean of the objectives; an option that is not offered stays at inf, also under a weight of 0."""
     if len(program.cost) == 1:
         only: F64 = program.cost[0]
         return only
@@ -44,7 +44,7 @@ def mix_objectives(program: Program, weights: F64) -> F64:
 
 
 def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
-    """The relaxation's value (a lower bound in nats; -inf if the prices are no good for the soft variables) and its choice."""
+    """The relaxation's value (a lower bound in nats; -inf if the prices are too high for the soft variables) and its choice."""
     plain = program if program.is_plain else absorb(program, prices)
     reduced = plain.cost[0] + prices.byte * program.size
     value = float(plain.constant[0]) - prices.byte * (program.room - program.fixed)
@@ -58,7 +58,7 @@ def minimise(program: Program, prices: Prices) -> tuple[float, Picks]:
 
 
 def absorb(program: Program, prices: Prices) -> Program:
-    """The program with its rules in the costs, at these prices, and one objective: whatever bounds it bounds the program."""
+    """The program with its rules in the costs, at these prices, and one objective; its bounds also bound the original program."""
     cost, limits, slopes = mix_objectives(program, prices.objectives), 0.0, np.array([s.price for s in program.soft])
     for price, row in zip(prices.rows, program.rows, strict=True):
         cost, limits, slopes = cost + price * row.coef, limits + price * row.limit, slopes + price * row.soft
@@ -70,13 +70,13 @@ def absorb(program: Program, prices: Prices) -> Program:
 
 
 def _minimise_blocks(blocks: Blocks, reduced: F64) -> tuple[float, Picks]:
-    """Each block's cheapest choice, exactly: drop in the order of what dropping saves, as many as pays."""
+    """Each block's exactly cheapest choice: drop experts in the order of the nats that a drop saves, as long as it saves any."""
     r = reduced.reshape(blocks.n, blocks.size, -1)
     best = 1 + r[:, :, 1:].argmin(axis=2)
     keep = np.take_along_axis(r, best[:, :, None], axis=2)[:, :, 0]
     drop = r[:, :, DROP]
     with np.errstate(invalid="ignore"):
-        saves = np.where(np.isinf(drop), np.inf, np.where(np.isinf(keep), -np.inf, drop - keep))  # by keeping
+        saves = np.where(np.isinf(drop), np.inf, np.where(np.isinf(keep), -np.inf, drop - keep))  # nats saved by keeping
     if blocks.group_least > 0:
         saves = _hold_groups(blocks, saves)
     order = np.argsort(saves, axis=1, kind="stable")
@@ -96,20 +96,20 @@ def _minimise_blocks(blocks: Blocks, reduced: F64) -> tuple[float, Picks]:
 
 
 def _hold_groups(blocks: Blocks, saves: F64) -> F64:
-    """Make undroppable what each routing group must keep: its members that are worth most (greedy is exact on a partition matroid)."""
+    """Forbid to drop the experts that each routing group must keep, its most valuable ones (greedy is exact on a partition matroid)."""
     held = saves.copy()
     for g in np.unique(blocks.group):
         members = np.flatnonzero(blocks.group == g)
         worst = np.argsort(saves[:, members], axis=1, kind="stable")[:, max(len(members) - blocks.group_least, 0) :]
         np.put_along_axis(held, members[worst], np.inf, axis=1)
-    short = ((held == np.inf) & (saves == -np.inf)).any(axis=1)  # a group must keep what has to go: there is no choice
+    short = ((held == np.inf) & (saves == -np.inf)).any(axis=1)  # if a group must keep an expert that has to be dropped, there is no choice
     held[short] = np.nan
     return held
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """An end of the interval of byte prices: the choice that is cheapest there, its nats (mean objective) and bytes."""
+    """An end of the interval of byte prices: its cheapest choice, with nats (mean objective) and bytes."""
 
     price: float
     value: float  # of the relaxation
@@ -125,26 +125,27 @@ def _at(program: Program, price: float) -> _End:
 
 
 def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relaxed | None:
-    """Bound and choice at the best price of a byte; None when even the smallest choice does not fit.
+    """Bound and choice at the best price of a byte; None if even the smallest choice does not fit.
 
-    The relaxation is a concave function of the price, in straight pieces, one for each choice: where the lines of a too large choice
-    and of one that fits cross is the next price to try, and the best one if no choice is below the crossing (Fisher 1981).
+    The relaxation is a concave, piecewise linear function of the price, with one line for each choice.  The next price to try is where the
+    lines of a choice that is too large and of one that fits cross.  If no choice lies below the crossing, this price is the best (Fisher
+    1981).
 
-    Rows are ignored, so with rows only the bound is valid; the choice is returned only where it keeps them.
+    Rows are ignored, so in a program with rows only the bound is valid, and the choice is returned only if it keeps the rows.
 
     Args:
         program: the numbers.
         guess: a price that may be near the best, of a similar program.
-        filled: spend what is left of the room on the choice.
+        filled: spend the rest of the room on improving the choice.
     """
-    if not np.isfinite(program.constant).all():  # absorbed at prices that are no good for a soft variable
+    if not np.isfinite(program.constant).all():  # it was absorbed at prices that are too high for a soft variable
         return Relaxed(bound=-np.inf, cost=np.inf, picks=None, prices=plain_prices(program, 0.0))
     whole, program = program, program if program.is_plain else absorb(program, plain_prices(program, 0.0))  # mixed once, not at every price
     top = float(np.abs(np.where(np.isfinite(program.cost), program.cost, 0.0)).max(initial=0.0))
     top += float(np.abs(program.blocks.curve).max()) if program.blocks else 0.0
-    least, most = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # at `most` a byte is dearer than everything
+    least, most = 1e-18 * max(top, 1e-300) / max(program.room, 1), 16 * max(top, 1e-300)  # at `most`, a byte costs more than any choice
     ends = _bracket(program, least, most, guess)
-    if ends is None or ends[1].value == np.inf:  # no choice at any price, which a guess of the price does not notice by itself
+    if ends is None or ends[1].value == np.inf:  # there is no choice at any price, which a guessed price does not show by itself
         return None
     low, high = ends
     if low is None:
@@ -164,7 +165,7 @@ def relax(program: Program, *, guess: float = 0.0, filled: bool = True) -> Relax
 
 
 def _bracket(program: Program, least: float, most: float, guess: float) -> tuple[_End | None, _End] | None:
-    """A price at which the choice is too large (None: at every price it fits) and one at which it fits; None: no choice fits."""
+    """A price at which the choice is too large (None if it fits at every price) and one at which it fits; None if no choice fits."""
     low = high = None
     price, step = guess, 2.0
     while least < price < most and (low is None or high is None):  # from the guess outwards, in growing steps
@@ -192,9 +193,9 @@ def _relaxed(program: Program, bound: float, picks: Picks, price: float, *, fill
 
 
 def fill(program: Program, picks: Picks) -> Picks:
-    """Spend the bytes that are left on a feasible choice: best improvement per byte first, whatever fits and keeps the rules.
+    """Spend the bytes that are left on improving a feasible choice: best improvement per byte first, as far as it fits and keeps the rules.
 
-    Experts that were dropped stay dropped; with several objectives their mean must fall, and none may rise.
+    Dropped experts stay dropped.  With several objectives their mean must fall, and none may rise.
     """
     picks = picks.copy()
     every = np.arange(len(picks))
@@ -212,7 +213,7 @@ def fill(program: Program, picks: Picks) -> Picks:
     change = np.array([row.coef[unit, option] - row.coef[unit, now] for row in program.rows]).reshape(len(slack), len(unit))
     rise = program.cost[:, unit, option] - program.cost[:, unit, now]
     order = np.argsort(-gain / np.maximum(more, 1), kind="stable")
-    table = np.concatenate([gain[None], more[None], change, rise])[:, order]  # what taking each would change
+    table = np.concatenate([gain[None], more[None], change, rise])[:, order]  # changes from taking each option
     unit, option = unit[order], option[order]
     while True:
         change, rise = table[2 : 2 + len(slack)], table[2 + len(slack) :]

@@ -1,4 +1,4 @@
-"""The integer program, as numbers: pick one option for every unit.
+"""This module holds the integer program as numbers: it picks one option for every unit.
 
     minimise    max_k ( constant_k + sum_u cost[k, u, o_u] + sum_b curve[b, gone_b] )           nats; k: objectives, usually one
     subject to  fixed + sum_u size[u, o_u] <= room                                              bytes
@@ -53,14 +53,14 @@ class Blocks:
     size: int
     least: NDArray[np.int64]  # [B] kept experts
     most: NDArray[np.int64]  # [B]
-    curve: F64  # [B, E + 1] nats when so many are gone, beside their own prices
+    curve: F64  # [B, E + 1] nats when 0, 1, .. experts are dropped, beside their own prices
     group: NDArray[np.int64]  # [E] routing group of each expert
-    group_least: int  # kept experts of each group
+    group_least: int  # least number of kept experts in each group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """The numbers of one program: K objectives, U units, O options; cost is inf where an option is not offered."""
+    """The numbers of one program: K objectives, U units, O options; the cost of an option that is not offered is inf."""
 
     cost: F64  # [K, U, O]
     size: NDArray[np.int64]  # [U, O]
@@ -84,7 +84,7 @@ class Program:
         return len(self.cost) == 1 and not self.rows and not self.max_formats
 
     def evaluate(self, picks: Picks) -> tuple[F64, int]:
-        """Nats under each objective [K] (soft variables aside), and bytes, of a complete choice, added up afresh."""
+        """Nats under each objective [K] (without soft variables) and bytes of a complete choice, added up anew."""
         rows = np.arange(len(picks))
         total: F64 = self.constant + self.cost[:, rows, picks].sum(axis=1)
         if self.blocks:
@@ -93,7 +93,7 @@ class Program:
         return total, self.fixed + int(self.size[rows, picks].sum())
 
     def soft_values(self, picks: Picks) -> F64:
-        """Values [S] of the soft variables for a choice: row by row, the cheapest helper is raised first, until the row holds."""
+        """Values [S] of the soft variables for a choice: row by row, the cheapest variable is raised first, until the row holds."""
         values = np.array([v.low for v in self.soft])
         every = np.arange(len(picks))
         for row in self.rows if self.soft else ():
@@ -106,12 +106,12 @@ class Program:
         return values
 
     def objective(self, picks: Picks) -> float:
-        """What is minimised: the worst objective, and the price of soft rules."""
+        """The minimised value: the worst objective plus the price of soft rules."""
         soft = float(self.soft_values(picks) @ [v.price for v in self.soft]) if self.soft else 0.0
         return float(self.evaluate(picks)[0].max()) + soft
 
     def broken(self, picks: Picks) -> list[str]:
-        """What a choice breaks; empty when it is feasible."""
+        """The constraints that a choice breaks; empty if the choice is feasible."""
         found = []
         cost, size = self.evaluate(picks)
         every = np.arange(len(picks))
@@ -134,7 +134,7 @@ class Program:
         return found + self._broken_blocks(picks)
 
     def _rounding(self, row: Row, picks: Picks) -> float:
-        """What float sums may be off by: nothing where all numbers are whole, as bytes and counts are."""
+        """The possible rounding error of float sums, which is zero if all numbers are whole, as bytes and counts are."""
         used = row.coef[np.arange(len(picks)), picks]
         whole = not row.soft.any() and float(row.limit).is_integer() and bool((used == np.rint(used)).all())
         size = float(np.abs(used).sum()) + abs(row.limit)
@@ -161,7 +161,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """A feasible choice and what is proven about it: no choice costs less than `bound`."""
+    """A feasible choice, and a proven `bound` that no choice goes below."""
 
     count_index: int
     picks: Picks

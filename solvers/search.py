@@ -1,7 +1,7 @@
-"""The whole search: every kept count is bounded by the Lagrangian, those that could still win are solved by PuLP.
+"""This module runs the whole search: the Lagrangian bounds every kept count, and PuLP solves the counts that could still win.
 
-A program with few binaries is solved unit by unit, a large one by columns; a plain one whose Lagrangian choice is within the asked gap of
-its bound is proven already.  With rules, the prices found for one kept count bound all others at once.
+A program with few binaries is solved unit by unit, and a large one by columns.  A plain program whose Lagrangian choice is within the asked
+gap of its bound is proven already.  With rules, the prices found for one kept count bound all others at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgemoe.solvers.lagrange import Relaxed, absorb, fill, relax
 from edgemoe.solvers.program import Program, Programs, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
-STRICTER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)  # prices of rules, times the best, at which choices that keep them are looked for
+STRICTER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)  # multiples of the best prices of rules, at which a choice that keeps them is sought
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
 
 
@@ -31,13 +31,13 @@ def solve(
     solver: str = "highs",
     seconds: float | None = None,
 ) -> Solution | None:
-    """The best choice over all kept counts; None when it is proven that nothing fits budget and rules.
+    """The best choice over all kept counts; None if it is proven that no choice fits budget and rules.
 
     Args:
         programs: the program of each kept count, by its place.
         n_counts: how many kept counts there are.
         gap: relative distance to the optimum at which to stop.
-        solver: highs, cbc, lagrange (the relaxation's answer, no integer program) or exhaustive.
+        solver: highs, cbc, lagrange (the relaxation's answer without an integer program) or exhaustive.
         seconds: wall-clock limit; the best choice so far is returned with its proven gap.
 
     Raises:
@@ -62,9 +62,9 @@ def search(
     seconds: float | None = None,
     cutoff: float = np.inf,
 ) -> tuple[Solution | None, float]:
-    """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice at all goes below.
+    """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice goes below.
 
-    The bound is inf when nothing fits.  Choices within the gap of the cutoff are not looked for.
+    The bound is inf if no choice fits.  Choices within the gap of the cutoff are not sought.
     """
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
@@ -142,7 +142,7 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
 def _bound_with_rules(
     programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float
 ) -> tuple[Relaxed, ColumnPool | None, bool]:
-    """Bound one kept count with all rules; its prices then bound the others."""
+    """Bound one kept count with all rules; the prices found then bound the other counts."""
     program = programs(c)
     relaxed, pool, possible = generate(program, known[c], engine, gap)
     if possible:
@@ -156,7 +156,7 @@ def _bound_with_rules(
 
 
 def _round(program: Program, known: Relaxed) -> Relaxed:
-    """A choice that keeps the rules too, if somewhat higher prices of the rules lead to one."""
+    """A choice that also keeps the rules, if somewhat higher prices of the rules lead to one."""
     found = known
     for factor in STRICTER:
         prices = replace(known.prices, rows=known.prices.rows * factor)
@@ -171,7 +171,7 @@ def _round(program: Program, known: Relaxed) -> Relaxed:
 def solve_program(
     program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: ColumnPool | None = None
 ) -> Relaxed | None:
-    """One program by PuLP, unit by unit or by columns; None when the rules cannot hold."""
+    """Solve one program by PuLP, unit by unit or by columns; return None if the rules cannot hold."""
     if program.is_plain and known.bound >= known.cost - gap * abs(known.cost):
         return known
     binaries = int(np.isfinite(program.cost[0]).sum())

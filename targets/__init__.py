@@ -1,4 +1,4 @@
-"""Where a plan can go: each target states its formats, exact bytes and rules, and can write and run its files."""
+"""This package holds the targets of plans: each states its formats, exact bytes and rules, and writes and runs its files."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ TARGETS = ("gguf", "onnx", "browser")
 class Runs:
     """The settings of a target's jobs (see its child.py) that verification asks for."""
 
-    compared: Mapping[str, bool]  # under which KL is held against the prediction
-    beside: Mapping[str, bool]  # under which the second figure of KL is measured
-    fallback: Mapping[str, bool] | None = None  # what to measure with where the runtime fails on this machine with its defaults
-    fallback_note: str = ""  # what to tell then
+    compared: Mapping[str, bool]  # settings of the KL that is compared with the prediction
+    beside: Mapping[str, bool]  # settings of the second figure of KL
+    fallback: Mapping[str, bool] | None = None  # settings to measure with if the runtime fails on this machine with its defaults
+    fallback_note: str = ""  # note for the user in this case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """What reports and cards say differently of a target."""
+    """The words of reports and cards that differ between targets."""
 
     library: str  # the front matter's library_name
     beside: str  # the second figure of KL
@@ -44,8 +44,8 @@ class Words:
     beside_note: str
     launch_note: str
     language: str  # of the launch lines
-    launch_lines: Callable[[Report], list[str]]  # how to run what the plan is for
-    modelfile: Callable[[Report], list[str]] | None = None  # Ollama's, where it loads such files
+    launch_lines: Callable[[Report], list[str]]  # commands or code that run the artifact
+    modelfile: Callable[[Report], list[str]] | None = None  # Ollama's Modelfile, if Ollama loads such files
 
 
 OnLogits = Callable[[int, F32], None]  # (window number, logits [tokens, vocab])
@@ -64,40 +64,40 @@ class Target:
     runs: Runs
     words: Words
     splits: bool  # whether `write` can split its file
-    fixed_names: tuple[str, ...]  # of files that every artifact has, whatever the model: a folder of other files may have them too
+    fixed_names: tuple[str, ...]  # names of files that are the same for all models, so that foreign files may have them too
 
     # -------------------------------------------------------------------------------------------------------- what it holds
-    list_units: Callable[[Model], list[Unit]]  # all that gets a format, in file order; in the experts form one unit for each expert
+    list_units: Callable[[Model], list[Unit]]  # units that get a format, in file order; in the experts form one for each expert
     offered_formats: Callable[[Model, Unit], tuple[str, ...]]  # that can store a unit
     unit_size: Callable[
         [Model, Unit, str, int], int
     ]  # bytes of a unit in the artifact in a format, padded; of a stack with so many experts
-    unit_extra: Callable[[Model, Unit, str, int], int]  # bytes that the process holds for it beyond those of the file
+    unit_extra: Callable[[Model, Unit, str, int], int]  # bytes that the process holds for a unit beyond those of the file
     unit_staging: Callable[[Model, Unit, str, int], int]  # bytes of the copy that loading a unit of this size needs
-    fixed_sizes: Callable[[Model, Sequence[int]], list[int]]  # bytes of all that gets no format, for each kept count
-    memory_parts: Callable[[Model, int], dict[str, int]]  # what the process needs beside the weights at a context (ir/memory.py)
+    fixed_sizes: Callable[[Model, Sequence[int]], list[int]]  # bytes of everything without a format, for each kept count
+    memory_parts: Callable[[Model, int], dict[str, int]]  # bytes of the process beside the weights, at a context (ir/memory.py)
     on_device: Callable[[Costs, Device], Costs]  # a price list with the bytes that a box holds beyond the file's
 
     # ------------------------------------------------------------------------------------------------------------- rounding
-    round_rows: Callable[[F32, str, F32 | None], F32]  # rows, format, importance of the columns -> what they become
+    round_rows: Callable[[F32, str, F32 | None], F32]  # rows, format, importance of the columns -> rounded rows
     input_block: Callable[[str, str], int]  # format, role -> inputs of a product that kernels round to int8 together; 0: none
     feeds_back: Callable[[str], bool]  # whether `pack_rows` uses a Hessian in this format
     # rows, format, importance, Hessian of the inputs or None -> packed rows [R, bytes]: stock quantizer, or with feedback
     pack_rows: Callable[[F32, str, F32 | None, Hessian | None], NDArray[np.uint8]]
-    # packed rows, format, values [R, C], Hessian, gradient (W - Q) H -> packed rows, every code chosen again; both arrays change in place
+    # packed rows, format, values [R, C], Hessian, gradient (W - Q) H -> packed rows with new codes; values and gradient change in place
     descend_rows: Callable[[NDArray[np.uint8], str, F32, Hessian, F32], NDArray[np.uint8]]
-    unpack_rows: Callable[[NDArray[np.uint8], str, int], F32]  # packed rows, format, columns -> what they stand for
+    unpack_rows: Callable[[NDArray[np.uint8], str, int], F32]  # packed rows, format, columns -> decoded rows
 
     # ------------------------------------------------------------------------------------------------------------------ files
     write: Callable[[Model, Stats, Plan, Path, int, Progress | None], Artifact]  # model, stats, plan, folder, most bytes of a file or 0
     run: Callable[[Path, Mapping[str, Any], OnLogits | None], dict[str, Any]]  # a job in a child process (see child.py)
     check_tokenizer: Callable[[Path, Model, Sequence[str]], list[str]]  # lines that the artifact tokenizes otherwise than the original
-    runtime: Callable[[], str]  # name and version of what runs the artifact
+    runtime: Callable[[], str]  # name and version of the runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Bytes of every choice [C, U, F]: in the file, beyond it in the process, of the copy while loading; and what is offered [U, F]."""
+    """Bytes of every choice [C, U, F]: in the file, in the process beyond the file, of the staging copy; and offered formats [U, F]."""
 
     size: NDArray[np.int64]
     extra: NDArray[np.int64]
@@ -106,7 +106,7 @@ class Sizes:
 
 
 def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Sequence[int]) -> Sizes:
-    """What every unit takes in every format, for each kept count; 0 where a format is not offered."""
+    """Bytes of every unit in every format, for each kept count; 0 if a format is not offered."""
     size = np.zeros((len(counts), len(units), len(target.offered)), np.int64)
     extra, staging, offered = np.zeros_like(size), np.zeros_like(size), np.zeros(size.shape[1:], bool)
     for u, unit in enumerate(units):
@@ -122,7 +122,7 @@ def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Seq
 
 
 def write_whole(folder: Path, plan: Plan, fill: Callable[[Path], Sequence[str]]) -> Artifact:
-    """What `fill` writes into a scratch folder and names, the file to load first; files get their own names only when all are complete.
+    """Let `fill` write files into a scratch folder and name them, the file to load first; they get their names when all are complete.
 
     Raises:
         MachineError: the disk is full or not writable.

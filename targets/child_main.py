@@ -1,8 +1,8 @@
-"""The frame of every child process: a job's file in, the job done by a plain script, its result and peak memory out.
+"""This script is the frame of every child process: it reads a job, lets a plain script do it, and writes the result and peak memory.
 
     python -P child_main.py SCRIPT JOB.json
 
-The script has `do(job) -> dict`; nothing of edgemoe is imported, so that the peak is the runtime's.
+The plain script has `do(job) -> dict`.  The child imports nothing of edgemoe, so that the peak is the runtime's alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Do the job of the second file with the script that is the first."""
+    """Do the job in the second file with the script in the first file."""
     spec = importlib.util.spec_from_file_location("child", sys.argv[1])
     assert spec is not None  # a path that ends in .py
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Run a runtime in a child process -> its result: a crash there is an error here, and its peak memory is its own."""
+"""This module runs a runtime in a child process: a crash of the child becomes an error here, and its peak memory is its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.base.types import F32
 
 FRAME = Path(__file__).with_name("child_main.py")
-LACKING = MachineError.exit_code  # of a child that misses something on this machine
+LACKING = MachineError.exit_code  # exit code of a child that misses something on this machine
 
 OnLogits = Callable[[int, F32], None]
 
@@ -37,8 +37,8 @@ def run_job(
     Args:
         script: has `do(job)`; see child_main.py.
         path: the artifact's first file.
-        job: what to do, plain values; of "windows", float32 logits come through standard output, "vocab_size" for each token.
-        on_logits: called with (window number, logits [tokens, vocab]) as they come.
+        job: the job as plain values; for "windows", float32 logits come through standard output, "vocab_size" for each token.
+        on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
         runtime: its name, for messages.
         hint: how to install it.
         environment: variables that it reads.
@@ -50,7 +50,7 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         log, result, job_file = (Path(folder) / name for name in ("log", "result.json", "job.json"))
         job_file.write_text(json.dumps({"path": str(path), "result": str(result), **job}), encoding="utf-8")
-        command = [sys.executable, "-P", str(FRAME), str(script), str(job_file)]  # plain scripts: nothing of edgemoe is in its memory
+        command = [sys.executable, "-P", str(FRAME), str(script), str(job_file)]  # plain scripts: the child holds nothing of edgemoe
         with (
             log.open("wb") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment}) as child,

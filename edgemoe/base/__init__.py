@@ -1,4 +1,4 @@
-"""What every package stands on: the exception tree, records and arrays on disk, work folders, sizes in words, threads, progress."""
+"""This package holds what all others use: the exception tree, records and arrays on disk, work folders, sizes, threads, progress."""
 
 from edgemoe.base.lazy import offer
 

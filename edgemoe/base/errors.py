@@ -1,4 +1,4 @@
-"""The one exception tree.  `cli.main` turns each kind into its exit code and one clear line.
+"""This module defines the one exception tree; `cli.main` turns each kind into its exit code and one clear line.
 
 EdgemoeError            1   internal: should not happen
 UsageError            2   wrong arguments, OUT not usable, bad recipe
@@ -28,13 +28,13 @@ class UsageError(EdgemoeError):
 
 
 class BudgetError(EdgemoeError):
-    """No plan fits the budget and the rules; the message names the least bytes that would."""
+    """No plan fits the budget and the rules; the message names the least bytes with which one fits."""
 
     exit_code = 3
 
 
 class ConflictError(BudgetError):
-    """Rules exclude each other: no size helps; the message names them."""
+    """Rules contradict each other, so no budget helps; the message names these rules."""
 
 
 class ModelError(EdgemoeError):

@@ -1,4 +1,4 @@
-"""The names that a package offers, imported when they are first asked for: `edgemoe --help` and planning load no torch."""
+"""This module imports a package's public names when they are first used, so that `edgemoe --help` and planning load no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def offer(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: its `__name__`.
-        names: what it offers -> the module of the package that has it.
+        names: each public name -> the module of the package that has it.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(f"{package}.{names[name]}"), name)
-        setattr(sys.modules[package], name, found)  # so that it is asked for once
+        setattr(sys.modules[package], name, found)  # so that the name is looked up only once
         return found
 
     return find

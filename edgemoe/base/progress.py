@@ -1,4 +1,4 @@
-"""How a stage says how far it is."""
+"""This module defines the callbacks by which a stage reports its progress."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Records and arrays -> files, and back: plain values as JSON, arrays as safetensors beside it.
+"""This module writes records and arrays to files and reads them back: plain values as JSON, arrays as safetensors beside the JSON file.
 
-Files appear whole or not at all.  One of another format version, or of another record, is refused.
+Files appear whole or not at all.  A file of another format version, or of another kind of record, is refused.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold what lies at `path` for this process; others that want it wait.  Without locks of files nothing is held."""
+    """Lock `path` for this process, so that other processes wait for it.  On a system without file locks, nothing is locked."""
     try:
         import fcntl
 

@@ -1,7 +1,7 @@
-"""Threads for numpy work: as many as cores, each with one-thread BLAS.
+"""This module opens threads for numpy work, one for each core, and each uses BLAS with one thread.
 
-Threads times BLAS threads would spin against each other (packing a layer took five times the CPU), and sums whose order depends on the
-number of BLAS threads would make bytes depend on the machine.
+BLAS with several threads in each of our threads would compete for the cores (packing a layer took five times the CPU time).  The order of
+sums would also depend on the number of BLAS threads, and so bytes would depend on the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 
 def count_cores() -> int:
-    """Cores that this process may use: those of `taskset`, a batch system or a container's cpuset, where the system says."""
+    """Cores that this process may use; if the system says so, those of `taskset`, a batch system or a container's cpuset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""Names of array types that many modules share."""
+"""This module names the array types that many modules share."""
 
 from __future__ import annotations
 

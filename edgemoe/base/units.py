@@ -1,4 +1,4 @@
-"""Sizes as people write them -> bytes, and back.  kB, MB, GB are powers of 1000; KiB, MiB, GiB powers of 1024."""
+"""This module converts sizes between text and bytes; kB, MB, GB are powers of 1000, and KiB, MiB, GiB are powers of 1024."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def plain(text: object) -> str:
-    """One printable line: no control, escape or direction characters, which a hostile name could carry into a terminal."""
+    """The text as one printable line, without control, escape or direction characters, which a hostile name could send to a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

@@ -1,6 +1,7 @@
-"""Work folders: what was made is found again by what it was made from, and a killed job goes on after its last step.
+"""This module keeps results in work folders under keys that hash their inputs, and lets a killed job go on after its last step.
 
-A key is a hash of everything that decides a result: its kind, that kind's revision here, the version of edgemoe, and what the caller names.
+A key is a hash of everything that decides a result: its kind, the revision of this kind below, the version of edgemoe, and the values that
+the caller names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from edgemoe import __version__
 from edgemoe.base.storage import alone, hash_json, write_text
 
-# Raised when the same inputs give another result of this kind, so that no older one is opened.
+# A revision is raised when the same inputs give another result of its kind, so that no older result is opened.
 REVISIONS = {"stats": 1, "imatrix": 1, "gradients": 1, "costs": 7, "narrow": 1, "repair": 5, "reference": 1, "measured": 5}
 T = TypeVar("T")
 
@@ -25,12 +26,12 @@ def key_of(kind: str, *parts: Any) -> str:
 
 
 def path_of(folder: Path, kind: str, key: str, suffix: str = "") -> Path:
-    """Where a result with this key lies; without a suffix it is a folder."""
+    """The path of a result with this key; without a suffix, the path is that of a folder."""
     return folder / f"{kind}-{key[:16]}{suffix}"
 
 
 def open_or_make(path: Path, read: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What lies at `path` if `read` finds it whole, else what `make` makes; other processes that want the same wait."""
+    """The result at `path` if `read` finds it complete, else the result of `make`; other processes that want the same result wait."""
     with alone(path):
         found = read()
         return make() if found is None else found
@@ -38,13 +39,13 @@ def open_or_make(path: Path, read: Callable[[], T | None], make: Callable[[], T]
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How far a job in a folder is, so that a killed run goes on: notes of another key count for nothing."""
+    """The progress of a job in a folder, so that a killed run can go on; notes under another key are ignored."""
 
     folder: Path
     key: str
 
     def read(self) -> dict[str, Any]:
-        """What was noted last; "done" steps, and whatever else the job needs to go on."""
+        """The last note: the steps "done", and the other values that the job needs to go on."""
         path = self.folder / "progress.json"
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return saved if saved.get("key") == self.key else {"done": 0}

@@ -1,4 +1,4 @@
-"""Model and texts -> Stats: what every expert receives and gives, whom the router chooses, and what probes of the model cost in nats."""
+"""This package runs a Model on texts and collects Stats: inputs and outputs of every expert, routing choices, and the KL of probes."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,4 +1,4 @@
-"""Model, texts -> Stats: one streamed pass over the layers, with perturbed copies of the stream carried along.
+"""This module collects Stats from a Model and texts in one streamed pass over the layers, which also carries the probes.
 
 In each layer the calibration windows run through the original layer while its experts are watched.  Then every probe runs through the
 layer.  A probe is a copy of a few windows with one change: one tensor rounded, experts dropped in one layer, or every matrix rounded.  The
@@ -48,7 +48,7 @@ PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models g
 def collect_stats(
     model: Model, texts: Sequence[Text], work: Path, *, max_tokens: int = DEFAULT_TOKENS, progress: Progress | None = None
 ) -> Stats:
-    """Watch the original model on `texts`; see Stats for what is kept.
+    """Watch the original model on `texts`, and return the Stats.
 
     Args:
         model: from `inspect_model`.

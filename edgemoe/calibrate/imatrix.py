@@ -1,9 +1,9 @@
-"""llama.cpp's imatrix file, Model -> Stats that hold an importance matrix and how often every expert was chosen, and nothing else.
+"""This module turns llama.cpp's imatrix file into Stats that hold an importance matrix and how often every expert was chosen, nothing else.
 
-The file (GGUF, `llama-imatrix`) has two F32 tensors for each matrix W: `W.in_sum2` [matrices, columns], sums of x^2 over the tokens that
-reached each matrix, not weighted by gates; and `W.counts` [matrices, 1], how many these were.  Nothing in it is trusted: the header is
-walked by hand and within a limit (gguf-py's reader loops as often as a length in the file says), and data are read by plain reads of as
-many bytes as the model's own shapes need.
+The file (GGUF, `llama-imatrix`) has two F32 tensors for each matrix W.  `W.in_sum2` [matrices, columns] holds sums of x^2 over the tokens
+that reached each matrix, not weighted by gates.  `W.counts` [matrices, 1] holds the number of these tokens.  The reader does not trust the
+file: it walks the header by hand within a limit (gguf-py's reader loops as often as a length in the file says), and reads only as many
+bytes of data as the model's own shapes need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STACK_ARRAYS = {"ffn_norm": "expert_in_sq", "expert_hidden": "expert_mid_sq"}  #
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where the sums [matrices, columns] and counts [matrices] of one matrix, or stack of them, lie in the file (bytes from its start)."""
+    """Place of the sums [matrices, columns] and counts [matrices] of one matrix or stack in the file, in bytes from its start."""
 
     shape: tuple[int, int]
     sums_at: int
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imatrix:
-    """What the header of an imatrix file says, checked against a model; arrays are read when asked for."""
+    """The header of an imatrix file, checked against a model; arrays are read when a caller asks for them."""
 
     path: Path
     datasets: tuple[str, ...]
@@ -76,7 +76,7 @@ def read_imatrix(path: Path, model: Model) -> Imatrix:
     """Open an imatrix file and check that it can be this model's.
 
     Raises:
-        ModelError: not an imatrix in GGUF, damaged, or of a model of other shapes; names the tensor.
+        ModelError: it is no imatrix in GGUF, is damaged, or belongs to a model of other shapes; the message names the tensor.
     """
     header = _read_header(path)
     if header.values.get("general.type") != "imatrix":
@@ -120,7 +120,7 @@ def _check_model(path: Path, entries: Mapping[str, Entry], model: Model) -> None
 
 
 def read_together(model: Model, layer: int) -> dict[str, tuple[str, ...]]:
-    """Array of Stats -> roles of a layer's matrices that read this input, the sums of any of which will do."""
+    """For each array of Stats, the roles of a layer's matrices that read this input; the sums of any of these roles can be used."""
     found: dict[str, tuple[str, ...]] = {}
     for step in model.steps(layer):
         plain, stacks = model.plain_roles(layer, step), tuple(role for role in step.roles if is_stack(role))
@@ -137,7 +137,7 @@ class _Header:
 
 
 class _Cursor:
-    """Bytes taken from the front of a header; nothing is taken that is not there."""
+    """Takes bytes from the front of a header, and refuses to take more than are left."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -158,7 +158,7 @@ class _Cursor:
         return self.take(self.number("Q")).decode("utf-8")
 
     def value(self) -> Any:
-        """A value, after its type; every item of an array takes at least a byte, so none is longer than the header."""
+        """A value, after its type; every item of an array takes at least a byte, so no array has more items than the header has bytes."""
         kind = self.number("I")
         if kind != ARRAY:
             return self._item(kind)
@@ -179,7 +179,7 @@ def _read_header(path: Path) -> _Header:
     """Values and tensors of a GGUF file of F32 matrices.
 
     Raises:
-        ModelError: not GGUF, damaged, or with other tensors than that.
+        ModelError: the file is not GGUF, is damaged, or has other tensors.
     """
     try:
         size = path.stat().st_size
@@ -231,18 +231,18 @@ def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, tuple[
 
 # ------------------------------------------------------------------------------------------------------------------ Stats
 def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
-    """Write the part of Stats that an imatrix file knows, enough for `emit` and for `price_imported`.
+    """Write the part of Stats that an imatrix file holds, which is enough for `emit` and for `price_imported`.
 
-    There is one domain, "imatrix", and no probe.  Sums are not weighted by gates.  The columns of the output matrix count alike where the
-    file lacks it (llama-imatrix without --process-output).
+    There is one domain, "imatrix", and no probe.  Sums are not weighted by gates.  The columns of the output matrix count alike if the file
+    lacks this matrix (llama-imatrix without --process-output).
 
     Args:
         imatrix: from `read_imatrix` for this model.
-        model: whose it is.
-        work: the result goes into a subfolder, named by what it was made from.
+        model: to which the file belongs.
+        work: the result goes into a subfolder, named by a hash of the inputs.
 
     Raises:
-        ModelError: a value that cannot be.
+        ModelError: the file holds an impossible value.
     """
     digest = hash_file(imatrix.path)
     key = key_of("imatrix", model.fingerprint, digest)
@@ -256,7 +256,7 @@ def save_imported_stats(imatrix: Imatrix, model: Model, work: Path) -> Stats:
         cold += [(layer, int(e)) for e in np.flatnonzero(arrays["count"][0] < COLD_TOKENS)] if "count" in arrays else []
         tokens = max(tokens, int(arrays["tokens"][0]))
     output = imatrix.arrays("output.weight") if "output.weight" in imatrix.entries else (np.ones((1, model.hidden_size)), np.ones(1))
-    seen = np.ones((1, model.vocab_size), np.int64)  # which tokens were read, the file does not say
+    seen = np.ones((1, model.vocab_size), np.int64)  # the file does not say which tokens were read
     save_arrays(folder / array_file(-1), {"token_count": seen, "output_in_sq": output[0] / max(output[1][0], 1.0) * model.vocab_size})
     stats = Stats(
         folder=str(folder),

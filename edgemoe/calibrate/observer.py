@@ -1,4 +1,4 @@
-"""One layer of the calibration stream, watched -> its arrays of Stats: what every expert received and gave, and the replay tokens."""
+"""This module watches one layer of the calibration stream and fills its arrays of Stats, for every expert and for the replay tokens."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CANDIDATES = 64  # experts per replay token whose outputs are computed, so that 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """What all steps of one calibration share."""
+    """The data that all steps of one calibration share."""
 
     model: Model
     stream: LayerStream
     windows: Windows
-    probe_index: NDArray[np.int64]  # which windows the probes use
+    probe_index: NDArray[np.int64]  # the windows that the probes use
     replay: NDArray[np.int64]  # [N, 2] window and position of the replay tokens
     work: Path
     weights: F64
 
 
 def observe_layer(run: CalibrationRun, module: Any, layer: int, main: States, following: States) -> dict[str, NDArray[Any]]:
-    """Run the main stream through a layer and sum up what it saw (arrays of Stats)."""
+    """Run the main stream through a layer, and return the sums over it (arrays of Stats)."""
     windows, domains = run.windows, len(run.weights)
     total: dict[str, NDArray[Any]] = {}
     replayed: list[tuple[NDArray[Any], ...]] = []
@@ -125,7 +125,7 @@ class LayerObserver:
         return out
 
     def input_sums(self) -> dict[str, NDArray[Any]]:
-        """Sums of squares of what matrices that are no experts' received [D, cols], by the activation that they read."""
+        """Sums of squares of the inputs of matrices outside the routed experts [D, cols], by the activation that they read."""
         found: dict[str, NDArray[Any]] = {}
         for activation, x in self.recorder.inputs.items():
             sums = torch.zeros(self.domains, x.shape[1])
@@ -172,7 +172,7 @@ def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDA
 
 
 def save_outer_sums(run: CalibrationRun, main: States) -> None:
-    """Token counts, the output matrix's input statistics, and how much a change of the replay tokens' last states matters."""
+    """Save token counts, statistics of the output matrix's inputs, and the sensitivity of the replay tokens' last states."""
     model, windows = run.model, run.windows
     norm, output, eps = run.stream.head()
     domains = len(run.weights)
@@ -192,11 +192,11 @@ def save_outer_sums(run: CalibrationRun, main: States) -> None:
 
 
 def fisher_of_states(states: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:
-    """How much a change of each token's last state [n, H] matters: KL = 1/2 of this |change|^2, mean over directions [n].
+    """Sensitivity s [n] to a change of each token's last state [n, H]: KL = 1/2 s |change|^2, as a mean over directions.
 
-    With p the token's prediction, w the norm's weights, h_v rows of the output matrix and r the state's root mean square, the Fisher
-    matrix is J' cov_p(h) J with J = diag(w) / r (the norm's own projection is left out: one direction of H).  Its trace over H needs no
-    matrix: tr cov_p(w h) = sum_v p_v |w h_v|^2 - |sum_v p_v w h_v|^2.
+    Let p be the token's prediction, w the norm's weights, h_v rows of the output matrix and r the state's root mean square.  The Fisher
+    matrix is J' cov_p(h) J with J = diag(w) / r; the norm's own projection is left out, which is one direction of H.  The trace over H
+    needs no matrix: tr cov_p(w h) = sum_v p_v |w h_v|^2 - |sum_v p_v w h_v|^2.
     """
     states, weight = states.to(output.device), norm.to(output.device)
     squares = torch.cat([(rows * weight).square().sum(dim=1) for rows in output.split(4096)])  # in parts: as large as the matrix itself

@@ -1,6 +1,6 @@
-"""Probes: copies of the stream that differ from the original in one thing, carried along to the end, where their KL is measured.
+"""This module carries probes to the end of the model and measures their KL; a probe is a copy of the stream with one thing changed.
 
-A probe is one tensor rounded in one layer, experts dropped in one layer, or every matrix rounded (docs/pricing.md, 4).
+The change is one tensor rounded in one layer, experts dropped in one layer, or every matrix rounded (docs/pricing.md, 4).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _probe_chunks(run: CalibrationRun) -> list[NDArray[np.int64]]:
 
 
 def advance(run: CalibrationRun, module: Any, number: int, layer: int, shape: tuple[int, int, int], source: States | None = None) -> None:
-    """Carry one probe through a layer as it now is; `source` (the main stream) for a probe that starts here."""
+    """Carry one probe through a layer with its current weights; a probe that starts here reads `source`, the main stream."""
     before = source or _probe_states(run, number, layer, shape)
     after = _probe_states(run, number, layer + 1, shape)
 
@@ -75,7 +75,7 @@ def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
 
 
 def add_probes(run: CalibrationRun, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
-    """Perturb this layer in one way after another, and let a copy of the stream start from each; carry the whole-model probes."""
+    """Perturb this layer in one way after another and start a probe from each; carry the probes of the whole model."""
     new: list[Probe] = []
     views = {role: weights_of(module, role) for role in run.model.planned_roles(layer)}
     for role, view in views.items():
@@ -110,7 +110,7 @@ def _probe_sets(run: CalibrationRun, layer: int) -> list[NDArray[np.int64]]:
 
 
 class _rounded:
-    """Round a weight in place, and put it back; experts one at a time, so that memory holds one copy of one tensor."""
+    """Round a weight in place, and put it back; experts are rounded one at a time, so that memory holds one copy of one tensor."""
 
     def __init__(self, view: torch.Tensor, bits: int) -> None:
         self.view, self.bits = view, bits
@@ -126,13 +126,13 @@ class _rounded:
 
 
 def _is_bf16(view: torch.Tensor) -> bool:
-    """Whether every weight is exact in bfloat16, as in nearly every checkpoint: the copy to put back is then half as large."""
+    """Whether every weight is exact in bfloat16, as in nearly every checkpoint; the copy to put back is then half as large."""
     return all(torch.equal(p, p.to(torch.bfloat16).float()) for p in (view if view.dim() == 3 else (view,)))
 
 
 # --------------------------------------------------------------------------------------------------------------- the head
 def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
-    """KL of every probe by domain, one of a rounded output matrix added."""
+    """KL of every probe by domain; a probe of the rounded output matrix is added."""
     model, windows, last = run.model, run.windows, run.model.n_layers
     norm, output, eps = run.stream.head()
     tied = model.is_tied

@@ -1,4 +1,4 @@
-"""Boxes and this machine: which memory a process may hold, how fast it can decode, and what is missing to run a stage."""
+"""This package knows boxes and this machine: the memory of a process, the speed of decoding, and missing software."""
 
 from edgemoe.base.lazy import offer
 

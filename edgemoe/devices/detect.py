@@ -1,6 +1,6 @@
-"""This machine as it stands -> a Device: memory within its container's limit, GPUs, instructions, measured bandwidth.
+"""This module describes this machine as a Device: memory within its container's limit, GPUs, instructions, measured bandwidth.
 
-The one idea: ask the system what is left now, and trust the smallest answer.
+It asks the system in several ways how much memory is left now, and takes the smallest answer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from edgemoe.base.errors import MachineError
 from edgemoe.base.threads import count_cores
 from edgemoe.devices.profiles import HERE, MAX_SIZE, Device, MemoryPool
 
-MARGIN = 2**30  # what llama.cpp's --fit keeps free on every device (tools/fit-params/README.md: "margin of 1024 MiB")
+MARGIN = 2**30  # bytes that llama.cpp's --fit keeps free on every device (tools/fit-params/README.md: "margin of 1024 MiB")
 MARGIN_WHY = "1 GiB kept free, the margin of llama.cpp's --fit"
 
 
 def detect_device(root: Path = Path("/"), nvidia_smi: str = "nvidia-smi") -> Device:
-    """This machine as it stands: what is free now, within the limit of its container, on Macs within Metal's working set.
+    """This machine with the memory that is free now, within the limit of its container, and on Macs within Metal's working set.
 
     Args:
-        root: where proc and sys/fs/cgroup lie.
-        nvidia_smi: the program to ask for NVIDIA GPUs; none is asked where it is not there.
+        root: the folder that holds proc and sys/fs/cgroup.
+        nvidia_smi: the program to ask for NVIDIA GPUs; if it is missing, there are none.
     """
     import psutil
 
@@ -53,9 +53,9 @@ def detect_device(root: Path = Path("/"), nvidia_smi: str = "nvidia-smi") -> Dev
 
 
 def cgroup_limit(root: Path) -> tuple[int, int]:
-    """Memory limit of this process's control group (v2 or v1) or of any above it, and what is left of it; 1 PiB where there is none.
+    """Least memory limit of this process's control group (v2 or v1) and those above it, and the memory left; 1 PiB if there is no limit.
 
-    Cache that can be dropped at once (inactive_file) counts as left, as `docker stats` does.
+    Cache that can be dropped at once (inactive_file) counts as left, as in `docker stats`.
     """
     limit = room = MAX_SIZE
     for folder, names in _cgroup_folders(root):
@@ -94,7 +94,7 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-# What ggml's CPU kernels ask for (ggml/src/ggml-cpu/arch), by its name in /proc/cpuinfo.
+# Instructions for which ggml's CPU kernels ask (ggml/src/ggml-cpu/arch), by their names in /proc/cpuinfo.
 CPU_FEATURES = ("avx2", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve", "sve2")
 
 
@@ -116,9 +116,9 @@ def nvidia_pools(program: str, timeout: float = 10) -> tuple[MemoryPool, ...]:
 
 
 def apple_pool(pool: MemoryPool, wired_limit_mb: int) -> MemoryPool:
-    """A Mac's memory within what Metal lets a process wire down.
+    """A Mac's memory, limited to the memory that Metal lets a process wire down.
 
-    Where `iogpu.wired_limit_mb` was not set, macOS gives two thirds up to 36 GB and three quarters or more above (seen: 21,845 of 32,768
+    If `iogpu.wired_limit_mb` is not set, macOS gives two thirds up to 36 GB and three quarters or more above (seen: 21,845 of 32,768
     MiB, llama.cpp #2011; 73,728 of 98,304 MiB, llama.cpp #3213; 84 % of 128 GiB, ds4 #893).
     """
     default = pool.total * 2 // 3 if pool.total <= 36 * 2**30 else pool.total * 3 // 4
@@ -129,10 +129,10 @@ def apple_pool(pool: MemoryPool, wired_limit_mb: int) -> MemoryPool:
 
 
 def _ask(command: list[str], timeout: float = 10) -> str:
-    """What a program prints; empty where it is not there or fails.
+    """The output of a program; empty if the program is missing or fails.
 
     Raises:
-        MachineError: it does not answer.
+        MachineError: the program does not answer.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True).stdout
@@ -143,10 +143,10 @@ def _ask(command: list[str], timeout: float = 10) -> str:
 
 
 def measure_bandwidth(seconds: float = 0.5) -> float:
-    """Bytes per second that this machine's cores move together, measured now: the best of repeated copies, read and write counted.
+    """Bytes per second that this machine's cores move together, measured now: the best of repeated copies, with reads and writes counted.
 
-    As STREAM's "copy" counts (McCalpin 1995).  Every core copies its own half of 512 MiB or of an eighth of free memory, whichever is
-    less: past any cache but those of the largest servers.
+    STREAM's "copy" counts in the same way (McCalpin 1995).  The cores share 512 MiB or an eighth of free memory, whichever is less, and
+    each copies its own part.  All of it is larger than any cache but those of the largest servers.
     """
     import time
     from concurrent.futures import ThreadPoolExecutor

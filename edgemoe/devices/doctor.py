@@ -1,4 +1,4 @@
-"""What this machine has of what each stage needs, and how to get the rest."""
+"""This module checks which needs of each stage this machine meets, and says how to get the rest."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Check:
 
     name: str
     needed_for: str
-    found: str  # version or amount; empty when missing
+    found: str  # version or amount; empty if missing
     remedy: str
-    target: str = ""  # needed for this target alone
+    target: str = ""  # the only target that needs it
 
 
 PACKAGES = (  # distribution, module, needed for, remedy, target
@@ -39,7 +39,7 @@ PACKAGES = (  # distribution, module, needed for, remedy, target
     ("pulp", "pulp", "plan", "pip install pulp", ""),
     ("highspy", "highspy", "plan", "pip install highspy", ""),
 )
-LEAST = {"onnxruntime": (1, 32)}  # older ones lack 3 bits, and unpack 4- and 8-bit experts for every token, 50 times slower
+LEAST = {"onnxruntime": (1, 32)}  # older versions lack 3 bits, and unpack 4- and 8-bit experts for every token, which is 50 times slower
 TOOLS = (("cmake", "building llama-cpp-python"), ("c++", "building llama-cpp-python"))
 
 
@@ -72,7 +72,7 @@ def examine_machine(folder: Path) -> list[Check]:
 
 
 def find_package(distribution: str, module: str) -> str:
-    """The version of an installed package; empty when it is not there, or too old."""
+    """The version of an installed package; empty if it is missing or too old."""
     try:
         found = version(distribution) if importlib.util.find_spec(module) else ""
     except PackageNotFoundError:
@@ -82,7 +82,7 @@ def find_package(distribution: str, module: str) -> str:
 
 
 def list_missing(checks: Sequence[Check]) -> list[str]:
-    """What must be installed before anything can be built: what every target needs, and all that one of them does, the nearest."""
+    """Names of the missing things without which nothing can be built: all that every target needs, and all of the nearest target."""
     targets = {c.target for c in checks if c.target}
     lacking = {t: [c.name for c in checks if c.target == t and not c.found] for t in targets}
     nearest = min(sorted(lacking), key=lambda t: len(lacking[t]))

@@ -1,7 +1,7 @@
-"""A box by its name -> what a process may hold on it, and how fast it could decode at most.
+"""This module gives the memory that a process may hold on a named box, and a ceiling of its decode speed.
 
-The one idea: the budget of a box is neither the number on its sticker nor what is free on paper, but what one process was seen to get
-(`usable`), less a stated reserve.  Profiles are data with their sources (devices.yaml); `machine.detect_device` looks at this machine.
+The budget of a box is the memory that users saw one process get (`usable`), less a stated reserve; it is not the memory that the box is
+sold with.  Profiles are data with their sources (devices.yaml); `detect.detect_device` looks at this machine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.base.units import format_bytes, parse_bytes
 
-HERE = "here"  # the id of what `machine.detect_device` finds
+HERE = "here"  # the id of the device that `detect.detect_device` returns
 RAISED = ":raised"
 MAX_FILE = 2**20  # bytes of a profile file; ours has 10 KiB
 MAX_SIZE = 2**50  # bytes of a pool or of a second's traffic: 1 PiB is past any box
-SLOWER = (1.3, 3.3)  # how many times slower than the ceiling the published runs of tests/devices/test_profiles.py decoded
+SLOWER = (1.3, 3.3)  # the ceiling over the speed of the published runs in tests/devices/test_profiles.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +30,12 @@ class MemoryPool:
 
     name: str  # unified, ram, vram
     total: int
-    usable: int  # what one process may take
-    reserve: int  # kept free inside `usable`
+    usable: int  # bytes that one process may take
+    reserve: int  # bytes kept free inside `usable`
     why: str  # of both
-    raised: int = 0  # `usable` after `raise_with`; 0: nothing known
+    raised: int = 0  # `usable` after `raise_with`; 0 if it is not known
     raise_with: str = ""
-    bandwidth: int = 0  # theoretical peak; 0: unknown
+    bandwidth: int = 0  # theoretical peak; 0 if it is not known
     measured: int = 0
 
     @property
@@ -74,10 +74,10 @@ def budget_of(device: Device) -> int:
 
 
 def find_device(name: str) -> Device:
-    """A shipped profile by its id; "ID:raised" after its limit was raised; "FILE.yaml#ID" of your own.
+    """A shipped profile by its id; "ID:raised" is the box after its limit was raised, and "FILE.yaml#ID" is a profile of the user's.
 
     Raises:
-        UsageError: no such device (with the nearest names), file, or limit to raise.
+        UsageError: there is no such device (the message has the nearest names), file, or limit to raise.
         ModelError: the file is malformed.
     """
     wanted, raised = name.removesuffix(RAISED), name.endswith(RAISED)
@@ -97,7 +97,7 @@ def find_device(name: str) -> Device:
 
 
 def raise_limits(device: Device) -> Device:
-    """The box after its owner raised what a process may take.
+    """The box after its owner raised the memory that a process may take.
 
     Raises:
         UsageError: nothing is known about raising it.
@@ -111,8 +111,8 @@ def raise_limits(device: Device) -> Device:
 def estimate_speed(active_bytes_per_token: int, kv_bytes_read: int, bandwidth: float) -> float:
     """Ceiling of decode speed, tokens per second: bandwidth / bytes read per token.
 
-    A token is decoded no faster than what it needs is read once: the always-on weights (attention, shared experts, router, output matrix,
-    but of the embedding only a row), top-k of the experts, and the cache.  Real decode also computes, launches kernels and waits.
+    Decoding a token takes at least the time to read its data once: the always-on weights (attention, shared experts, router, output matrix,
+    and one row of the embedding), top-k of the experts, and the cache.  Real decoding also computes, launches kernels and waits.
     Published runs, peak bandwidth (tests/devices/test_profiles.py computes them again):
 
         ceiling / real   box, model
@@ -120,7 +120,7 @@ def estimate_speed(active_bytes_per_token: int, kv_bytes_read: int, bandwidth: f
         2.2, 2.3         GB10, Thor: the same file (13.8, 13.1)
         2.1              Pi 5: Qwen3-30B-A3B 9.58 GiB (7.99); 1.4 with the Pi's measured bandwidth
         1.5, 1.7         GB10: Qwen3.5-35B-A3B in F16, Q8_0 (30.4, 52.5)
-        2.3, 3.3         GB10: the same as mixes of 21.3 and 12.2 GiB (62, 74.4); of mixes only the average bits are known
+        2.3, 3.3         GB10: the same as mixes of 21.3 and 12.2 GiB (62, 74.4), whose average bits alone are known
 
     Args:
         active_bytes_per_token: weights read for a token.
@@ -128,7 +128,7 @@ def estimate_speed(active_bytes_per_token: int, kv_bytes_read: int, bandwidth: f
         bandwidth: bytes per second of the memory they lie in.
 
     Raises:
-        UsageError: nothing is read, or nothing can be.
+        UsageError: the bytes or the bandwidth are not positive.
     """
     read = active_bytes_per_token + kv_bytes_read
     if active_bytes_per_token <= 0 or kv_bytes_read < 0 or not 0 < bandwidth < float("inf"):

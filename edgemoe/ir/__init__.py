@@ -1,6 +1,6 @@
-"""The six records that the stages pass on: Model -> Stats -> Costs -> Plan -> Artifact -> Report.
+"""This package defines the six records that the stages pass on: Model, Stats, Costs, Plan, Artifact and Report.
 
-Every record is made by one stage and never changed after.  base/storage.py saves them and opens them again.
+One stage makes each record, and no stage changes it afterwards.  base/storage.py saves the records and opens them again.
 Sizes are bytes, costs are nats of KL(original || compressed) per token, counts are tokens.
 """
 

@@ -1,6 +1,6 @@
-"""A price list -> what is wrong with it: nothing that the planner could not trust, whatever wrote the file.
+"""This module checks a price list, so that the planner can trust it even if another program wrote the file.
 
-A size that is not a number would pass every comparison with a budget, so prices are checked when a `Costs` is made, not when it is used.
+A size that is not a number would pass every comparison with a budget.  So prices are checked when a `Costs` is made, not when it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from edgemoe.base.errors import ModelError
 
 MOST_BYTES = 2**53  # whole numbers up to here are exact in the solvers' floats
-PARTS = ("context", "runtime", "kv", "compute", "output")  # of memory.py, beside the weights
+PARTS = ("context", "runtime", "kv", "compute", "output")  # parts of memory beside the weights (ir/memory.py)
 FORMS = ("stacks", "experts")
 
 
@@ -21,7 +21,7 @@ def check_costs(costs: Any) -> None:
     """Refuse a price list with impossible numbers, shapes or names.
 
     Raises:
-        ModelError: names the field.
+        ModelError: a value is impossible; the message names the field.
     """
     _check_names(costs)
     _check_shapes(costs)

@@ -15,14 +15,14 @@ from edgemoe.ir.check_costs import check_costs
 # ---------------------------------------------------------------------------------------------------------------- Costs
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What gets one format: a matrix; the stack of one projection of all kept experts of a layer; or one expert."""
+    """A part of the model that gets one format: a matrix, the stack of one projection of a layer's kept experts, or one expert."""
 
     name: str  # in the artifact
     role: str
     layer: int
     n_weights: int  # with every expert kept
-    expert: int = -1  # in the experts form: whose matrices these are
-    cols: int = 0  # length of a row; 0 where the matrices differ
+    expert: int = -1  # in the experts form, the expert that has these matrices
+    cols: int = 0  # length of a row; 0 if the matrices have different lengths
 
     @property
     def is_stack(self) -> bool:
@@ -39,17 +39,18 @@ class Unit:
 class Costs:
     """Price list: nats and bytes of every choice.
 
-    Two forms.  "stacks" (stock GGUF): one kept count for all layers, a kept set for each layer, a format for each stack and other tensor.
-    "experts": every expert is dropped or gets a format of its own, kept counts are free; there is one count, with every expert kept.
+    There are two forms.  In the form "stacks" (stock GGUF), all layers have one kept count, each layer has a kept set, and each stack and
+    other tensor has a format.  In the form "experts", every expert is dropped or has a format of its own, and kept counts are free;
+    `counts` then has one entry, with every expert kept.
 
-    D domains, C kept counts, L layers, E experts, U units, F formats.  All costs are nats of KL per token.
-    `cost` [C, U, F] (inf: not offered), mean over domains by weight; in domain d a unit costs `factor[d, u]` times as much.  `input_cost`
-    [C, U, F]: what of it comes from inputs that the runtime's kernels round; 0 where that was not priced apart.
-    `size`, `extra`, `staging` [C, U, F]: bytes in the artifact, those that the process holds beyond them, and of the copy that loading
-    needs.  `fixed_size` [C]: header, norms, routers.
-    `kept` [C, L, E]: the menu, a kept set of each layer for each count; `drop_cost` [D, C, L]: what these sets cost.
-    `expert_drop` [D, L, E]: additive price of each expert, for sets that are not on the menu; `drop_curve` [L, E + 1]: nats on top of it
-    when k experts of a layer are gone.  `usage` [D, L, E]: an expert's share of its layer's output (sum of g |f|) in each domain.
+    There are D domains, C kept counts, L layers, E experts, U units and F formats.  All costs are nats of KL per token.
+    `cost` [C, U, F] is the mean over domains by weight (inf if a format is not offered); in domain d a unit costs `factor[d, u]` times as
+    much.  `input_cost` [C, U, F] is the part of it from inputs that the runtime's kernels round; 0 if this part was not priced apart.
+    `size`, `extra` and `staging` [C, U, F] are bytes: in the artifact, in the process beyond the artifact, and of the copy that loading
+    makes.  `fixed_size` [C] is header, norms and routers.
+    `kept` [C, L, E] is the menu, with a kept set of each layer for each count, and `drop_cost` [D, C, L] is the cost of these sets.
+    `expert_drop` [D, L, E] is the additive price of each expert, for sets that are not on the menu.  `drop_curve` [L, E + 1] is added to
+    these prices when k experts of a layer are gone.  `usage` [D, L, E] is an expert's share of its layer's output (sum of g |f|).
     KL is predicted as Q + kappa sqrt(Q), where Q is the sum of the costs (docs/pricing.md, 5).
     """
 
@@ -64,13 +65,13 @@ class Costs:
     n_experts: int
     top_k: int
     kappa: float
-    memory: dict[str, int]  # what the process needs beside the weights: see memory.py
+    memory: dict[str, int]  # bytes of the process beside the weights, by part (memory.py)
     cold: tuple[tuple[int, int], ...]
     domains: tuple[str, ...]
     domain_weights: tuple[float, ...]  # summing to 1
-    origin: str = ""  # where prices come from when this model was not measured
-    repair: bool = False  # drops are priced as they are after the survivors' repair
-    n_groups: int = 1  # routing groups (consecutive experts) of which as many of each must stay
+    origin: str = ""  # the source of the prices, if this model was not measured
+    repair: bool = False  # whether drops are priced as they are after repair
+    n_groups: int = 1  # routing groups (consecutive experts), which must all keep the same number of experts
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
     cost: F64 = field(compare=False)
     input_cost: F64 = field(compare=False)
@@ -105,10 +106,10 @@ class Costs:
 
     @property
     def inherited(self) -> F64:
-        """Nats that rounding costs the tokens of an expert that goes, by domain [D, L, E]; zeros in the stacks form, where it is in `cost`.
+        """Rounding cost of a dropped expert's tokens by domain [D, L, E]; zeros in the stacks form, where `cost` holds it.
 
-        Others serve them then, rounded too: at what the expert itself would cost in its smallest format.  Without it a drop would seem to
-        save the error that its expert is stored with.
+        Other experts serve these tokens and are quantized as well, so we charge what the dropped expert would have cost in its smallest
+        format.  Without this charge, a drop would seem to save the error of storing the expert.
         """
         found, rows = np.zeros(self.expert_drop.shape), {layer: row for row, layer in enumerate(self.expert_layers)}
         smallest = np.where(np.isfinite(self.cost[0]), self.size[0], np.iinfo(np.int64).max).argmin(axis=1)

@@ -1,4 +1,4 @@
-"""What a process needs beside the weights -> bytes, by part; shared by planner, report and verification.
+"""This module adds up the memory parts of a process to its peak, for planner, report and verification.
 
 A budget is the most that the process may hold at its peak (VmHWM of a process that runs stock llama.cpp without mmap at the full context):
 
@@ -19,7 +19,7 @@ RETAINED = 32 * 2**20  # glibc's largest dynamic mmap threshold on 64-bit machin
 
 
 def peak(parts: Mapping[str, int]) -> int:
-    """Peak bytes of a process whose parts are known; `retained`, where it is known, is what the C library really keeps of `staging`."""
+    """Peak bytes of a process from its parts; `retained`, if it is known, is the part of `staging` that the C library really keeps."""
     return parts["weights"] + _beside_weights(parts, parts["staging"])
 
 
@@ -35,7 +35,7 @@ def _beside_weights(parts: Mapping[str, int], staging: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How the artifact will be run; the defaults are those that budgets are promised for."""
+    """The settings of the run; budgets are promised for the defaults."""
 
     context: int
     kv_k: str = "F16"  # ggml type of the key cache

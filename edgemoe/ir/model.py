@@ -1,7 +1,7 @@
-"""What a checkpoint holds: every tensor as bytes in a file, and what each layer computes with it.
+"""This module defines the Model record: every tensor of a checkpoint as bytes in a file, and its part in the layer's computation.
 
-Nobody asks for the family again once this record is made: tensors say what they read and write, layers of which kinds their attention and
-feed-forward parts are, the router by which rule it chooses.
+Once the record is made, no module asks for the family again.  Tensors say what they read and write, layers name the kinds of their
+attention and feed-forward parts, and the router holds its rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 class Tensor:
     """One matrix or vector of the checkpoint, as bytes in a file; an expert inside a stacked tensor is a Tensor of its own.
 
-    Activations have these names, in the order in which a layer makes them: stream (what the layer receives), attn_norm, attn_mix (the mixed
+    Activations have these names, in the order in which a layer makes them: stream (the layer's input), attn_norm, attn_mix (the mixed
     values), ffn_norm, expert_hidden, shared_hidden or dense_hidden (between up and down), and at the end output_norm.
     """
 
@@ -31,7 +31,7 @@ class Tensor:
     dtype: str  # BF16, F16, F32 or F64
     file: str
     offset: int  # of the first byte in the file
-    packed: str = ""  # format of a target in which the file holds the rows already, ready to be copied; empty: plain `dtype`
+    packed: str = ""  # the target's format in which the file holds the rows, ready to be copied; empty for plain `dtype`
     reads: str = ""  # the activation that this matrix multiplies; empty: none
     writes: str = ""  # of a norm, the activation that it makes; "stream": the product is added to the residual stream
     planned: bool = False  # whether a plan gives it a format; vectors, routers, biases and convolutions stay F32, as in llama-quantize
@@ -49,17 +49,17 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """What one layer remembers of the past, in numbers (not bytes)."""
+    """The cache of one layer, in numbers (not bytes)."""
 
     k: int = 0  # per token: KV heads x key length; latent attention (MLA): rank + rotary part, and no v
     v: int = 0  # per token: KV heads x value length
     window: int = 0  # sliding window in tokens; 0: the whole context
-    state: int = 0  # recurrent layers: F32 numbers of the sequence, whatever its length
+    state: int = 0  # recurrent layers: F32 numbers of a sequence of any length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What kinds of parts a layer has."""
+    """The kinds of a layer's attention and feed-forward parts."""
 
     attention: str  # gqa (grouped queries), mla (latent), delta (gated delta rule: recurrent)
     ffn: str  # moe (routed experts), dense
@@ -82,10 +82,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """How experts are chosen for a token, and weighed.
+    """The rule by which experts are chosen for a token and weighed.
 
-    Scores are the softmax or sigmoid of the logits; the best `top_k` of scores plus bias are chosen.  "chosen" is softmax over the chosen
-    experts' logits alone.
+    Scores are the softmax or sigmoid of the logits, and the `top_k` experts with the largest scores plus bias are chosen.  The scoring
+    "chosen" is a softmax over the chosen experts' logits alone.
     """
 
     top_k: int
@@ -109,15 +109,15 @@ class Expert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Tensors of a layer that read the same activation; experts' stacks by their role, once."""
+    """Tensors of a layer that read the same activation; a stack of experts counts once, by its role."""
 
     reads: str
     roles: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: what it is asked for is indexed once
+@dataclass(frozen=True, kw_only=True)  # without slots, so that cached properties can hold its indices
 class Model:
-    """What the headers of a checkpoint say.  `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
+    """The content of a checkpoint's headers; `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
 
     folder: str
     name: str
@@ -144,7 +144,7 @@ class Model:
 
     @property
     def caches(self) -> list[Cache]:
-        """What each layer remembers."""
+        """The cache of each layer."""
         return [layer.cache for layer in self.layers]
 
     @property
@@ -154,7 +154,7 @@ class Model:
 
     @property
     def own_top_k(self) -> int:
-        """Experts that the checkpoint's router picks, where `top_k` says that fewer are wanted."""
+        """Experts that the checkpoint's own router picks; `top_k` is smaller if fewer are wanted."""
         return int(self.config.get("num_experts_per_tok", self.top_k))
 
     def with_top_k(self, top_k: int) -> Model:
@@ -183,7 +183,7 @@ class Model:
 
     @property
     def output_matrix(self) -> Tensor:
-        """What gives the logits: a matrix of its own, or the embedding."""
+        """The matrix that gives the logits, which is the embedding if there is no other."""
         return self.get("token_embd" if self.is_tied else "output")
 
     def find(self, role: str, layer: int = -1, expert: int = -1) -> Tensor | None:
@@ -191,7 +191,7 @@ class Model:
         return self._by_layer.get(layer, {}).get((role, expert))
 
     def get(self, role: str, layer: int = -1, expert: int = -1) -> Tensor:
-        """The tensor with this role, which is there by the model's own record."""
+        """The tensor with this role, which the model must have."""
         return self._by_layer[layer][role, expert]
 
     def of_layer(self, layer: int) -> dict[tuple[str, int], Tensor]:
@@ -207,7 +207,7 @@ class Model:
         return next(tensor for tensor in self.of_layer(layer).values() if tensor.writes == activation)
 
     def steps(self, layer: int) -> tuple[Step, ...]:
-        """What a layer multiplies, in the order of computation: every matrix beside those that read the same."""
+        """The steps of a layer in the order of computation; matrices that read the same activation are in one step."""
         roles: dict[str, dict[str, None]] = {}
         for (role, _), tensor in self.of_layer(layer).items():
             if tensor.reads:
@@ -215,7 +215,7 @@ class Model:
         return tuple(Step(reads=reads, roles=tuple(found)) for reads, found in roles.items())
 
     def plain_roles(self, layer: int, step: Step) -> tuple[str, ...]:
-        """Roles of a step that get formats and are no experts'."""
+        """Roles of a step that get formats and belong to no routed expert."""
         return tuple(role for role in step.roles if not is_stack(role) and self.get(role, layer).planned)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Which experts stay and how every tensor is stored, with what is promised of it."""
+"""This module defines the Plan record: the experts that stay, the format of every tensor, and the promised figures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from edgemoe.ir.model import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CountBound:
-    """What the search learned about one kept count."""
+    """The bound and the best plan that the search found for one kept count."""
 
     count: int
-    bound: float | None  # no plan with this count costs less (nats); None: cannot fit
+    bound: float | None  # no plan with this count costs less (nats); None if no plan with this count fits
     cost: float | None  # the best plan found with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleUse:
-    """A user's rule in a plan: its name, and how much room it leaves (in the rule's own unit; None where that has no meaning)."""
+    """A user's rule in a plan: its name, and the room that it leaves (in the rule's own unit; None if it has no limit)."""
 
     name: str
     slack: float | None
@@ -29,7 +29,7 @@ class RuleUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which experts stay, and the format of every unit.  `proven`: the solver proved that no plan is better by more than the asked gap."""
+    """The experts that stay and the format of every unit; `proven` says that no plan is better by more than the asked gap."""
 
     model: str
     model_name: str
@@ -58,8 +58,8 @@ class Plan:
     price: float  # nats that one more byte would save (Lagrange multiplier of the budget)
     counts: tuple[CountBound, ...]
     rules: tuple[RuleUse, ...]
-    repair: bool  # the survivors are to be repaired after the drop: that is how it was priced
-    origin: str  # where prices come from when this model was not measured
+    repair: bool  # whether kept experts are repaired after the drop, as the prices assume
+    origin: str  # the source of the prices, if this model was not measured
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
 
     def __post_init__(self) -> None:
@@ -70,10 +70,10 @@ class Plan:
                 raise ModelError(f"plan: layer {layer} keeps {len(kept)} experts, but the router picks {self.top_k}")
 
     def check_experts(self, model: Model) -> None:
-        """Refuse a model whose experts are wider than the plan wants them, or whose router picks another number.
+        """Refuse a model whose experts have another width than the plan's, or whose router picks another number.
 
         Raises:
-            ModelError: names both widths, or both numbers.
+            ModelError: the message names both widths, or both numbers.
         """
         if self.top_k != model.top_k:
             found = f"{model.folder} has {model.top_k}"
@@ -88,12 +88,12 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """Kept experts of a layer; the most of any layer where they differ."""
+        """Kept experts of a layer; the largest number if layers differ."""
         return max(map(len, self.kept), default=0)
 
     @property
     def layers(self) -> list[int]:
-        """Which layers the rows of `kept` are, as tensor names count them (leading dense layers have no experts)."""
+        """Numbers of the layers to which the rows of `kept` belong (leading dense layers have no experts)."""
         return sorted({unit.layer for unit in self.units if unit.of_experts})
 
     @property
@@ -105,7 +105,7 @@ class Plan:
     def active_bytes(self) -> int:
         """Bytes of weights that a token reads: top-k experts of each layer, and all other tensors.
 
-        Of an embedding only a row is read, unless it is the output matrix too.
+        Only a row of an embedding is read, unless it is the output matrix too.
         """
         kept, tied = self.kept_of, all(unit.role != "output" for unit in self.units)
         total = Fraction(0)
@@ -118,10 +118,10 @@ class Plan:
 
     @property
     def has_one_count(self) -> bool:
-        """Whether every layer keeps as many experts."""
+        """Whether every layer keeps the same number of experts."""
         return len(set(map(len, self.kept))) <= 1
 
 
 def counts_text(plan: Plan) -> str:
-    """Kept experts of a layer, "12", or "9-16" where layers differ."""
+    """Kept experts of a layer as text: "12", or "9-16" if layers differ."""
     return str(plan.count) if plan.has_one_count else f"{min(map(len, plan.kept))}-{plan.count}"

@@ -1,4 +1,4 @@
-"""What was written, and what was measured of it."""
+"""This module defines the Artifact record of written files, and the Report record of their measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ArtifactFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """What was written; the first file is the one to load."""
+    """The written files, of which the first is the one to load."""
 
     folder: str
     target: str
@@ -41,13 +41,13 @@ class Artifact:
 
     @property
     def model_size(self) -> int:
-        """Bytes of the files that hold the model: what a plan's file_size promises; small files beside them are not counted."""
+        """Bytes of the files that hold the model, which a plan's file_size promises; small files beside them are not counted."""
         return sum(f.size for f in self.files if f.name.endswith(MODEL_FILES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
-    """How the artifact does on one held-out text, against the original.  KL in nats per token; perplexities per token."""
+    """The artifact compared with the original on one held-out text; KL is in nats per token, and perplexities are per token."""
 
     name: str
     tokens: int
@@ -62,10 +62,10 @@ class TextScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One round of refinement: what a plan and its drops alone should cost by their prices, and after a measurement (nats per token).
+    """One round of refinement: the KL of a plan and of its drops alone, predicted by prices and expected after a measurement.
 
-    `expected`: on other text, after a measurement on calibration text (`refine.expect`).  The factors are those by which prices of drops
-    and of formats were then multiplied.
+    KL is in nats per token.  `expected` is the KL on unseen text, after a measurement on calibration text (`expect` in pipeline/refine.py).
+    The factors are those by which prices of drops and of formats were then multiplied.
     """
 
     predicted: float
@@ -80,7 +80,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was promised and what was measured; everything the report page shows."""
+    """The promised and the measured figures, and everything else that the report page shows."""
 
     model: dict[str, Any]
     plan: Plan
@@ -88,7 +88,7 @@ class Report:
     scores: tuple[TextScore, ...]
     measured_kl: float
     measured_peak: int
-    beside_kl: float  # under the target's other settings (Target.RUNS), from a few windows
+    beside_kl: float  # under the target's other settings (Target.runs), from a few windows
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
     decode_ceiling: float  # tokens per second that this machine's measured bandwidth would allow: an estimate, from bytes read per token
@@ -97,4 +97,4 @@ class Report:
     problems: tuple[str, ...]
     runtime: str
     machine: str
-    rounds: tuple[Round, ...] = ()  # how the plan came about, where it was refined
+    rounds: tuple[Round, ...] = ()  # the rounds of refinement that led to the plan

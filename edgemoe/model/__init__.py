@@ -1,4 +1,4 @@
-"""A checkpoint folder, or a bare config.json -> a Model: every tensor with its role, shape and place, and how the layers are made."""
+"""This package reads a checkpoint folder or a bare config.json into a Model, which holds every tensor's role, shape and place."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,7 +1,7 @@
-"""The kinds of parts that layers are made of: which tensors each has, what they read and write, what it remembers.
+"""This module defines the kinds of blocks that layers consist of: their tensors, what these read and write, and their caches.
 
-A family (families/<model_type>.py) says which parts a layer has; here a part says what that means.  Names in checkpoints follow
-"model.layers.N."; shapes have rows first, and rows are what gets quantized.
+A family (families/<model_type>.py) says which blocks a layer has, and this module says which tensors a block has.  Names in checkpoints
+follow "model.layers.N.".  Shapes have rows first, and quantization runs along rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from edgemoe.model.config import Config
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One tensor that a layer has; of experts' tensors there is one for each, and `names` hold {expert}."""
+    """One tensor that a layer has; a Spec whose `names` hold {expert} stands for one tensor of each expert."""
 
     role: str
     shape: tuple[int, ...]
-    names: tuple[str, ...] = ()  # in the checkpoint, the first that is there; none: known by shape only
+    names: tuple[str, ...] = ()  # in the checkpoint, of which the first that exists counts; empty: known by shape only
     reads: str = ""
     writes: str = ""
     planned: bool = False
@@ -27,7 +27,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a layer: its kind, its tensors, and what it remembers of the past."""
+    """A part of a layer: its kind, its tensors, and its cache of past tokens."""
 
     kind: str  # norm, gqa, mla, delta, moe, shared, dense
     specs: tuple[Spec, ...]
@@ -40,7 +40,7 @@ def matrix(role: str, rows: int, cols: int, name: str, reads: str, writes: str =
 
 
 def norm(c: Config, makes: str, name: str) -> Block:
-    """A norm of the residual stream; `makes` is the activation after it, and its role."""
+    """A norm of the residual stream; `makes` names its role and the activation that it writes."""
     return Block("norm", (Spec(makes, (c["hidden_size"],), (f"{name}.weight",), "", makes),))
 
 
@@ -48,7 +48,7 @@ def norm(c: Config, makes: str, name: str) -> Block:
 def gqa(
     c: Config, *, biased: bool = False, output_biased: bool = False, gated: bool = False, sinks: bool = False, window: int = 0
 ) -> Block:
-    """Grouped-query attention (arXiv 2305.13245); `gated`: queries come with gates of the mixed values, `sinks`: a logit for each head."""
+    """Grouped-query attention (arXiv 2305.13245); `gated` adds gates of the mixed values to the queries, `sinks` a logit for each head."""
     hidden, head, kv = c["hidden_size"], c.head_size, c["num_key_value_heads"]
     rows = {"q": (2 if gated else 1) * c.heads * head, "k": kv * head, "v": kv * head}
     specs = [matrix(f"attn_{p}", n, hidden, f"self_attn.{p}_proj.weight", "attn_norm") for p, n in rows.items()]
@@ -69,7 +69,7 @@ def qk_norms(c: Config, *, wide: bool) -> Block:
 
 
 def mla(c: Config, *, indexer: bool = False) -> Block:
-    """Latent attention (DeepSeek-V2, arXiv 2405.04434), with absorbed matrices as llama.cpp keeps them; `indexer`: of sparse attention."""
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434), with matrices absorbed as in llama.cpp; `indexer` adds that of sparse attention."""
     hidden, heads, rank, rope = c["hidden_size"], c.heads, c["kv_lora_rank"], c["qk_rope_head_dim"]
     nope, value = c["qk_nope_head_dim"], c["v_head_dim"]
     low = c["q_lora_rank"] if c.get("q_lora_rank") else 0
@@ -94,7 +94,7 @@ def mla(c: Config, *, indexer: bool = False) -> Block:
 
 
 def delta(c: Config, *, joint: bool) -> Block:
-    """Gated delta rule (arXiv 2412.06464): a convolution window and a state matrix per head; `joint`: alpha and beta in one matrix."""
+    """Gated delta rule (arXiv 2412.06464): a convolution window and a state matrix per head; `joint` puts alpha and beta in one matrix."""
     hidden, heads = c["hidden_size"], c["linear_num_value_heads"]
     inner = heads * c["linear_value_head_dim"]
     keys = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"]
@@ -125,10 +125,10 @@ def experts(
         c: the config.
         size: neurons of an expert.
         names: of their matrices in the checkpoint, with {expert}, and {} for gate, up or down.
-        router: names of the router's matrix, the first that is there.
-        bias: name of the vector that counts in choosing experts; empty: none.
-        biased: router and experts have biases.
-        letters: what stands in {} for gate, up and down, if not these words.
+        router: names of the router's matrix, of which the first that exists counts.
+        bias: name of the vector that is added to scores when experts are chosen; empty if there is none.
+        biased: whether router and experts have biases.
+        letters: words that replace {} for gate, up and down, if not these three.
     """
     hidden, n = c["hidden_size"], c.experts
     specs = [Spec("ffn_gate_inp", (n, hidden), router, "ffn_norm")]
@@ -145,7 +145,7 @@ def experts(
 
 
 def shared(c: Config, size: int, names: str, *, gate: str = "") -> Block:
-    """An expert that every token passes; `gate`: name of a vector whose sigmoid scales its output."""
+    """An expert that every token passes; `gate` names a vector whose sigmoid scales its output."""
     specs = _glu(c, size, names, "shexp", "shared_hidden")
     if gate:
         specs = (*specs, Spec("ffn_gate_inp_shexp", (c["hidden_size"],), (gate,), "ffn_norm"))
@@ -165,7 +165,7 @@ def _glu(c: Config, size: int, names: str, suffix: str, hidden: str) -> tuple[Sp
 
 # --------------------------------------------------------------------------------------------------- what a config says of layers
 def is_moe(c: Config, layer: int) -> bool:
-    """Whether a layer routes: the four ways in which configs say so."""
+    """Whether a layer has routed experts, from the four fields by which configs say so."""
     if layer < c.get("first_k_dense_replace", c.get("moe_layer_start_index", 0)):
         return False
     if layer in c.get("mlp_only_layers", ()):
@@ -176,7 +176,7 @@ def is_moe(c: Config, layer: int) -> bool:
 
 
 def attention_kind(c: Config, layer: int) -> str:
-    """linear, window or full, as layer_types or full_attention_interval say."""
+    """The kind of a layer's attention, "linear", "window" or "full", from layer_types or full_attention_interval."""
     interval = c.get("full_attention_interval")
     kind = "linear_attention" if interval and (layer + 1) % interval else "full_attention"
     return {"linear_attention": "linear", "sliding_attention": "window"}.get(c.nth("layer_types", layer, kind), "full")

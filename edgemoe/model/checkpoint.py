@@ -1,4 +1,4 @@
-"""Safetensors files -> headers and arrays, by plain reads: no mapping to outlive its use, nothing trusted before it is checked."""
+"""This module reads headers and arrays of safetensors files by plain reads, without mapping them, and checks all of a header first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgemoe.ir import Tensor
 
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 MAX_JSON = 64 * 2**20
-PACKED = "U8"  # how our own files hold packed rows; no checkpoint's
+PACKED = "U8"  # type of packed rows in our own files; checkpoints have no such tensors
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -56,7 +56,7 @@ def list_shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index or its single file.
 
     Raises:
-        ModelError: none there, or one that the index names is missing or lies elsewhere.
+        ModelError: there is none, or the index names a file that is missing or lies elsewhere.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -144,7 +144,7 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
 
 
 def read_packed(folder: str | Path, tensor: Tensor, row_bytes: int) -> NDArray[np.uint8]:
-    """The packed rows of a tensor that has them [R, row_bytes].
+    """The packed rows of a packed tensor [R, row_bytes].
 
     Raises:
         ModelError: the file is too short.

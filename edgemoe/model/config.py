@@ -1,4 +1,4 @@
-"""config.json's fields, checked as they are read: a wrong one is named."""
+"""This module checks the fields of a config.json when they are read, and names a wrong one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Config:
         raise ModelError(f"{self.where}: {' / '.join(names)} is missing")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Any field, as it stands; the default also where it is null."""
+        """Any field, unchecked; the default if the field is missing or null."""
         value = self.values.get(name)
         return default if value is None else value
 

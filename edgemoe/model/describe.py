@@ -1,7 +1,7 @@
-"""A config.json alone -> a Model of shapes: what a model would take, before any weight is downloaded.
+"""This module describes a model from its config.json alone, so that it can be planned for before any weight is downloaded.
 
-Such a Model has no files: it can be planned for, not built.  There is one Tensor for each expert and projection, as in a Model from
-`inspect_model`, which is this one with every tensor found in the files; a trillion weights unfold in well under a second.
+Such a Model has shapes but no files, so it cannot be built.  It has one Tensor for each expert and projection, as a Model from
+`inspect_model`, which starts from this description and finds every tensor in the files.  A trillion weights unfold in well under a second.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _layer(blocks: tuple[Block, ...]) -> Layer:
 
 
 def list_tensors(family: Family, c: Config) -> Iterator[tuple[Spec, Tensor]]:
-    """Every tensor that a model of this config has, in file order, with its names in the checkpoint; the outermost first."""
+    """Every tensor that a model of this config has, in file order, with its names in the checkpoint; tensors outside layers come first."""
     for spec in outer_specs(c):
         if spec.role != OUTPUT or not c.get("tie_word_embeddings", False):
             yield spec, _tensor(spec, -1)
@@ -123,9 +123,9 @@ def can_resize(model: Model, width: int) -> bool:
 
 
 def resize_experts(model: Model, width: int) -> Model:
-    """The record of the model with `width` neurons in every expert: config and shapes are those of such a checkpoint.
+    """The record of the model with `width` neurons in every expert, with the config and shapes of such a checkpoint.
 
-    It says where no weights are that were cut: `repair/width.py` puts files of its own in place.
+    The record has no place for the cut weights; `repair/width.py` adds its own files.
     """
     if width == model.expert.size:
         return model

@@ -1,4 +1,4 @@
-"""A checkpoint folder (or hub id) -> Model, from headers alone: no weights are read, torch is not needed."""
+"""This module inspects a checkpoint folder or hub id and returns a Model, from headers alone, without reading weights or needing torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Header = dict[str, tuple[str, tuple[int, ...], int, str]]  # name -> dtype, shap
 
 
 def inspect_model(source: str | Path) -> Model:
-    """What a checkpoint holds: family, router rule, every tensor's place.
+    """Read the family, the router's rule and every tensor's place from a checkpoint.
 
     Args:
         source: a folder with config.json and safetensors files, or a hub id such as "Qwen/Qwen3-30B-A3B".
 
     Raises:
-        ModelError: not supported or malformed; names the file and the field.
+        ModelError: the checkpoint is not supported or malformed; the message names the file and the field.
         MachineError: a hub id that is not in the cache and cannot be fetched.
     """
     folder = resolve_source(source)
@@ -49,7 +49,7 @@ def inspect_model(source: str | Path) -> Model:
 
 
 def resolve_source(source: str | Path) -> Path:
-    """The local folder of a checkpoint: itself, or a hub snapshot from the cache, else downloaded.
+    """The local folder of a checkpoint: `source` itself, or a hub snapshot from the cache, which is downloaded if it is missing.
 
     Raises:
         UsageError: neither a folder nor a hub id.
@@ -80,13 +80,13 @@ def resolve_source(source: str | Path) -> Path:
 
 
 def _model_name(source: str | Path, folder: Path) -> str:
-    """A name for files and cards; characters that file names or metadata would not bear become dashes."""
+    """A name for files and cards; characters that file names or metadata do not allow become dashes."""
     name = str(source).split("/")[-1] if not Path(source).is_dir() else folder.name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def _find_tensors(model: Model, family: Family, config: Config, header: Header) -> list[Tensor]:
-    """Every tensor that the model needs, at its place; shapes are checked against the config."""
+    """Every tensor that the model needs, with its place; shapes are checked against the config."""
     left, tensors = dict(header), []
     stacks = _Stacks(model, family, left)
     for spec, tensor in list_tensors(family, config):
@@ -108,7 +108,7 @@ def _find_tensors(model: Model, family: Family, config: Config, header: Header) 
 
 
 def _other_output(model: Model, left: Header, embedding: Tensor) -> list[Tensor]:
-    """An output matrix beside a tied embedding: a copy of it is none; one that differs is used, as in transformers 5."""
+    """The output matrix beside a tied embedding: nothing if it is a copy of the embedding, else this matrix, as in transformers 5."""
     name = "lm_head.weight"
     if name not in left:
         return []
@@ -133,7 +133,7 @@ def _hash_data(model: Model, tensor: Tensor) -> bytes:
 
 
 def _take(model: Model, left: Header, name: str, tensor: Tensor) -> Tensor:
-    """Take one tensor out of the header, its shape checked; a vector may be a matrix of one row there."""
+    """Take one tensor out of the header and check its shape; a vector may be a matrix of one row in the header."""
     entry = left.pop(name, None)
     if entry is None:
         raise ModelError(f"{model.folder}: tensor {name} is missing", hint="does config.json belong to these files?")

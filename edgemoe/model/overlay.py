@@ -1,4 +1,4 @@
-"""A Model, files of new weights -> the Model whose tensors lie in them: what a pass over the layers leaves, one file per layer."""
+"""This module lays files of new weights over a Model: a pass over the layers leaves one file per layer, and tensors point into them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Formats = Mapping[tuple[str, int, int], str]  # of packed matrices, by (role, la
 
 
 def save_overlay(base: Model, work: Path, formats: Formats) -> Model:
-    """The record of `base` with the tensors that lie in files of `work` in place of its own; kept as work/model.json."""
+    """The record of `base`, in which tensors from files of `work` replace its own; it is saved as work/model.json."""
     made = replace(base, tensors=_overlay(base, work, formats))
     save_record(work / "model.json", made)
     for scratch in work.glob("*.bin"):
@@ -24,10 +24,10 @@ def save_overlay(base: Model, work: Path, formats: Formats) -> Model:
 
 
 def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
-    """What `save_overlay` saved, refused when it is not of this model or its files have changed; None when it is not there.
+    """The record that `save_overlay` saved, or None if there is none.
 
     Raises:
-        ModelError: made from another checkpoint, or damaged.
+        ModelError: the record belongs to another checkpoint, or its files were changed or damaged.
     """
     path = work / "model.json"
     if not path.exists():
@@ -43,7 +43,7 @@ def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
 
 
 def _overlay(base: Model, work: Path, formats: Formats) -> tuple[Tensor, ...]:
-    """Every tensor: the new one, plain or packed, or the old one where none was made."""
+    """Every tensor: the new one, plain or packed, or the old one if no new one was made."""
     paths = {layer: work / array_file(layer) for layer in {t.layer for t in base.tensors}}
     headers = {layer: read_header(path, (*DTYPES, PACKED)) for layer, path in paths.items() if path.exists()}
     return tuple(_overlay_tensor(t, paths[t.layer], headers.get(t.layer, {}), formats) for t in base.tensors)

@@ -1,4 +1,4 @@
-"""The stages in their order, from what the user asked for to the folder with the finished artifact."""
+"""This package runs the stages in their order, from the user's request to the folder with the finished artifact."""
 
 from edgemoe.base.lazy import offer
 

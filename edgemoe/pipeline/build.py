@@ -1,6 +1,6 @@
-"""The whole job: inspect -> (narrow) -> calibrate -> price -> plan -> (refine) -> repair -> emit -> verify -> report.
+"""This module runs the whole job: inspect, (narrow,) calibrate, price, plan, (refine,) repair, emit, verify, report.
 
-OUT holds the result; OUT/.work (or --work) what a killed run goes on from, keyed by what it was made from.
+OUT holds the result.  OUT/.work (or --work) holds the state from which a killed run goes on, under keys that hash what it was made from.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CURVE_POINTS = 24
 
 
 def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage, done, total: None) -> Report:
-    """Everything from checkpoint to report; goes on where a killed run stopped.
+    """Run everything from checkpoint to report, and go on where a killed run stopped.
 
     Raises:
-        EdgemoeError: every kind in base/errors.py; nothing half-written is left under a final name.
+        EdgemoeError: of every kind in base/errors.py; no half-written file is left under a final name.
     """
     job = prepare(request)
     check_budget(job)
@@ -74,7 +74,7 @@ def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage
 
 
 def refine(job: Job, offer: Offer, plan: Plan, work: Path, progress: StageProgress) -> tuple[Offer, Plan, tuple[Round, ...]]:
-    """The offer with prices scaled to what plans were measured to cost, the plan by these, and how it came about; as asked for."""
+    """Refine as often as the request asks: return the offer with rescaled prices, the best measured plan, and the rounds that led to it."""
     request, priced = job.request, offer.costs
     if not request.refine:
         return offer, plan, ()
@@ -113,7 +113,7 @@ def price_model(
     repair: bool = True,
     rounding: str = "feedback",
 ) -> Costs:
-    """Calibrate and price a checkpoint with the shipped texts; what is in the work folder already is not done again.
+    """Calibrate and price a checkpoint with the shipped texts; results that the work folder holds already are not made again.
 
     Args:
         source: folder of a checkpoint, or a hub id.
@@ -121,7 +121,7 @@ def price_model(
         context: tokens that the process must have memory for; None: as `choose_context`.
         target: what the plan will be written as.
         calibration_tokens: of all texts together.
-        repair: drops are priced as after the repair that `build` does.
+        repair: price drops as they are after the repair that `build` does.
         rounding: how the plan's weights will be rounded, "feedback" or "stock".
 
     Raises:
@@ -135,7 +135,7 @@ def price_model(
 
 
 def frontier_of(costs: Costs, weights: int) -> tuple[dict[str, float], ...]:
-    """Predicted KL where weights take from a third of these bytes of the process to twice as many, for the report's picture."""
+    """Predicted KL of plans whose weights take from a third of these bytes to twice as many, for the report's picture."""
     largest = (costs.size[-1] + costs.extra[-1]).max(axis=1).sum() + costs.fixed_size[-1]
     low, high = weights / 3, min(weights * 2.2, float(largest))
     return sweep_sizes(costs, [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)])

@@ -1,4 +1,4 @@
-"""Model, Stats, Plan, target -> Artifact: checks first, then the target writes, then every byte is counted."""
+"""This module emits an Artifact from Model, Stats, Plan and target: it checks them, lets the target write, and counts every byte."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def emit_artifact(
     shard_max: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Write what the plan says.
+    """Write the artifact of a plan.
 
     Args:
         model: whose weights are stored.
@@ -59,7 +59,7 @@ def emit_artifact(
 
 
 def check_split(target: Target, shard_max: int) -> None:
-    """Refuse to split what cannot be split, before hours of work.
+    """Refuse `shard_max` if the target cannot split its files, before hours of work.
 
     Raises:
         UsageError: names the option.

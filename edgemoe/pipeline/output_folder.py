@@ -1,6 +1,6 @@
-"""The folder OUT: whose it is, what may be replaced, and what lies there when a build is done.
+"""This module guards the folder OUT: it decides what may be replaced, and leaves the finished result there.
 
-OUT holds the result; OUT/.work (or --work) what a killed run goes on from.
+OUT holds the result.  OUT/.work (or --work) holds the state from which a killed run goes on.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ MARKER = "build.json"
 
 
 def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
-    """Refuse an OUT that is not new, empty, our unfinished work or, with `force`, any folder; nothing is changed.
+    """Refuse an OUT that holds files of somebody else; change nothing.
+
+    An OUT is accepted if it is new, empty, or our unfinished work, and with `force` if it is any folder.
 
     Args:
         out: the folder.
-        force: take a folder that holds other files.
-        names: that the target's files will have; no file of this name that somebody else wrote is overwritten, `force` or not.
+        force: accept a folder that holds other files.
+        names: of the target's files; a file of such a name that somebody else wrote is never overwritten, even with `force`.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: the folder is not accepted.
     """
     for parent in (out, *out.parents):
         if parent.exists() and not parent.is_dir():
@@ -49,16 +51,16 @@ def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
 
 
 def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
-    """Make OUT ours, cleared of our last result or of what an unfinished build emitted; arguments as for `check_output`.
+    """Make OUT, or clear it of our last result or of the files of an unfinished build; the arguments are those of `check_output`.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: the folder is not accepted.
         MachineError: it cannot be made.
     """
     check_output(out, force=force, names=names)
     try:
         for folder in (out, out / ".work"):
-            with suppress(ModelError):  # nothing there, not ours, or of another version: it stays
+            with suppress(ModelError):  # if there is no record, or one that is not ours or of another version, its files stay
                 _remove_result(out, find_artifact(folder), names)
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
@@ -80,14 +82,14 @@ def find_artifact(out: Path) -> Artifact:
 
 
 def _remove_result(out: Path, artifact: Artifact, names: Sequence[str]) -> None:
-    """Delete what a record lists: files right in OUT, or those that the target may put below it."""
+    """Delete the files that a record lists, if they lie directly in OUT or where the target may put them below it."""
     for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
         if (Path(name).name == name or name in names) and (out / name).is_file():
             (out / name).unlink()
 
 
 def open_work(out: Path, work: Path | None) -> Path:
-    """The folder for Stats and Costs: OUT/.work, or one that is shared between builds."""
+    """The folder for Stats and Costs: OUT/.work, or a folder that builds share."""
     folder = work or out / ".work"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def open_work(out: Path, work: Path | None) -> Path:
 
 
 def finish_output(out: Path, report: Report) -> None:
-    """Write plan and report beside the artifact; the work folder inside OUT goes."""
+    """Write plan and report beside the artifact, and delete the work folder inside OUT."""
     save_record(out / "plan.json", report.plan)
     write_report(replace(report, artifact=replace(report.artifact, folder=".")), out)  # no path of this machine is published
     shutil.rmtree(out / ".work", ignore_errors=True)

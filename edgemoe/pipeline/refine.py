@@ -1,8 +1,8 @@
-"""Plan -> its KL measured on calibration text -> prices rescaled -> a plan whose prediction holds (docs/pricing.md, 13).
+"""This module measures a plan's KL on calibration text, rescales the prices by it, and solves again (docs/pricing.md, 13).
 
-One idea: a plan knows two sums, what its drops and what its formats should cost.  Both are measured (the drops by running the original
-with only the kept experts, the whole by running the artifact), each sum is scaled to what was found, and the program is solved again.
-Every measurement is kept in the work folder, rounded, so that a rerun chooses the same plans.
+A plan predicts two sums, the cost of its drops and the cost of its formats.  The drops are measured by running the original with the kept
+experts only, and the whole by running the artifact.  Each sum is scaled to its measurement, and the program is solved again.  Every
+measurement is kept in the work folder, rounded, so that a rerun chooses the same plans.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
     from edgemoe.stream.windows import Windows
 
 MEASURE_TOKENS = 16_384
-BEYOND = 7 * DEFAULT_TOKENS  # so far behind the calibrated tokens, of all texts together, the measuring text is looked for
-SKIP, EVERY = 3, 7  # of the windows of a text: those that repair never fits to (GUARD_EVERY of repair/two_streams.py, from its half on)
-# KL on held-out text over KL on windows among fitted ones, whose documents refits and feedback have learned; and how far predictions,
-# and texts, are off (standard deviations of logarithms).  From 14 files of the bundled models (docs/pricing.md, 13)
+BEYOND = 7 * DEFAULT_TOKENS  # tokens behind the calibrated ones, of all texts together, among which the measuring text is chosen
+SKIP, EVERY = 3, 7  # the guard windows of a text: every GUARD_EVERY-th of repair/two_streams.py, the first at half of this distance
+# UNSEEN is KL on held-out text over KL on windows among fitted ones, whose documents refits and feedback have learned.  The others are
+# standard deviations of logarithms, of predictions and between texts.  All come from 14 files of the bundled models (docs/pricing.md, 13).
 UNSEEN = 1.4
 OFF = 0.2
 TEXTS = 0.1
-DIGITS = 3  # significant digits of a measured KL that are used: another processor's last bits must not choose another plan
-LEAST_SHARE = 0.1  # of a plan's cost that drops or formats must have for its factor to be told apart from the whole's
-MOST = 4.0  # the formats' factor stays within this of the whole's
+DIGITS = 3  # significant digits of a measured KL that are used, so that the last bits of another processor choose no other plan
+LEAST_SHARE = 0.1  # share of a plan's cost that drops or formats must have to get a factor other than the whole's
+MOST = 4.0  # the largest ratio between the formats' factor and the whole's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """KL of a plan, and of what it leaves out alone (drops, narrower or fewer active experts); nats per token.
+    """KL of a plan, and KL of its omissions alone (dropped, narrower or fewer active experts), in nats per token.
 
-    `error`: standard error of `kl` over windows, as a share of it.
+    `error` is the standard error of `kl` over windows, as a share of `kl`.
     """
 
     kl: float
@@ -61,7 +61,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refined:
-    """The best measured plan with prices that meet its measurement, and what every round found."""
+    """The best measured plan, prices that agree with its measurement, and the findings of every round."""
 
     plan: Plan
     costs: Costs
@@ -69,17 +69,17 @@ class Refined:
 
 
 def refine_plan(costs: Costs, plan: Plan, rounds: int, solve: Callable[[Costs], Plan], measure: Callable[[Plan], Measured]) -> Refined:
-    """Measure, rescale, solve again, at most `rounds` times or until the plan stays the same; the best measured plan is kept.
+    """Measure, rescale and solve again, at most `rounds` times or until the plan stays the same; return the best measured plan.
 
     Args:
         costs: the prices that `plan` was made from.
         plan: the first plan.
-        rounds: how often to solve again; the last plan is measured too, if it is another.
+        rounds: how often to solve again; the last plan is measured too, if it is new.
         solve: makes a plan from prices.
-        measure: runs a plan, and says what other text should lose.
+        measure: runs a plan, and gives the expected KL on unseen text.
     """
     log: list[Round] = []
-    found: list[tuple[float, Plan, Costs, Plan]] = []  # KL, the plan, prices that meet it, and the best plan by these prices
+    found: list[tuple[float, Plan, Costs, Plan]] = []  # KL, the plan, prices that agree with this KL, and the best plan by these prices
     while True:
         seen = measure(plan)
         before, costs = costs, rescale(costs, plan, seen)
@@ -95,10 +95,10 @@ def refine_plan(costs: Costs, plan: Plan, rounds: int, solve: Callable[[Costs], 
 
 
 def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
-    """Prices by which the plan's prediction, and that of its drops alone, are what was measured.
+    """Rescale prices so that the predictions for the plan and for its drops alone equal the measurements.
 
-    With s = measured / predicted of the whole, costs grow by s and kappa by sqrt(s), since KL = Q + kappa sqrt(Q); of the new sum the drops
-    take what they were measured to cost, the formats the rest.
+    With s = measured / predicted KL of the whole, costs grow by s and kappa by sqrt(s), since KL = Q + kappa sqrt(Q).  Of the new sum, the
+    drops take their measured cost and the formats take the rest.
     """
     whole = max(seen.kl, 1e-12) / max(plan.predicted_kl, 1e-12)
     drop, rounding = whole, whole
@@ -119,16 +119,17 @@ def rescale(costs: Costs, plan: Plan, seen: Measured) -> Costs:
 
 
 def expect(plan: Plan, seen: Measured, fitted: float) -> Measured:
-    """What text of other documents should lose, given what the measuring text did: between that and the prediction.
+    """Expected KL on unseen text: a weighted mean, in logarithms, of predicted and measured KL.
 
-    What was fitted to the measured documents loses UNSEEN times as much there, all else as much.  Where few tokens hold most of the KL
-    (flipped routing), a measurement scatters: it counts by the inverse of its variance beside the prediction's own.
+    The measurement counts less the more it scatters, by the inverse of its variance beside the prediction's.  It scatters where few tokens
+    hold most of the KL (flipped routing).  The part that was fitted to the measured documents is multiplied by UNSEEN, because it costs so
+    much more on other documents.
 
     Args:
-        plan: whose prediction it is.
-        seen: on the measuring text.
-        fitted: share of the plan's Q that refits and feedback have brought down, times that of the measuring text that lies among
-            fitted windows (`Measurer.among`).
+        plan: with the prediction.
+        seen: the measurement on the measuring text.
+        fitted: share of the plan's Q that refits and feedback have lowered, times the share of the measuring text that lies among fitted
+            windows (`Measurer.among`).
     """
     unseen = 1 + (UNSEEN - 1) * fitted
     trust = OFF**2 / (OFF**2 + TEXTS**2 + seen.error**2)
@@ -138,9 +139,9 @@ def expect(plan: Plan, seen: Measured, fitted: float) -> Measured:
 
 
 def fitted_share(plan: Plan, costs: Costs, rounding: str) -> float:
-    """The share of a plan's Q that was brought down on calibration text: repaired drops, and formats rounded with feedback.
+    """The share of a plan's Q that was lowered on calibration text: repaired drops, and formats rounded with feedback.
 
-    What kernels round of their inputs is never fitted.
+    The rounding of inputs in kernels is never fitted.
     """
     c = costs.counts.index(plan.count) if costs.form == "stacks" else 0
     names = {unit.name: u for u, unit in enumerate(costs.units)}
@@ -150,7 +151,7 @@ def fitted_share(plan: Plan, costs: Costs, rounding: str) -> float:
 
 
 def _note(plan: Plan, seen: Measured, before: Costs, after: Costs) -> Round:
-    """One line of the report's table; the factors are this round's."""
+    """One line of the report's table, with the factors of this round."""
     return Round(
         predicted=plan.predicted_kl,
         expected=seen.kl,
@@ -173,7 +174,7 @@ def _same(a: Plan, b: Plan) -> bool:
 
 
 def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
-    """A plan at other prices; by them `optimum` would be better, though it was measured to be worse: so its bound holds, proven or not."""
+    """Describe a plan at other prices, with the bound of `optimum`, the best plan by these prices, which was measured to be worse."""
     c = costs.counts.index(plan.count) if costs.form == "stacks" else 0
     stored = np.array([u for u, unit in enumerate(costs.units) if unit.name in plan.formats])
     chosen = np.array([costs.formats.index(plan.formats[costs.units[u].name]) for u in stored])
@@ -198,9 +199,9 @@ def _reprice(plan: Plan, costs: Costs, optimum: Plan) -> Plan:
 
 # -------------------------------------------------------------------------------------------------------------- measuring
 class Measurer:
-    """Runs plans on the measuring text; what was measured before is read from the work folder.
+    """Runs plans on the measuring text, and reads earlier measurements from the work folder.
 
-    `among`: by the texts' weights, the share of the measuring text that lies among windows which were fitted to.
+    `among` is the share of the measuring text, by the texts' weights, that lies among fitted windows.
     """
 
     def __init__(
@@ -223,9 +224,9 @@ class Measurer:
             stats: what calibration saw.
             texts: calibration texts.
             target: what plans are written as.
-            work: folder for what is made and measured.
+            work: folder for weights, files and measurements.
             max_tokens: of the texts together, as in calibration.
-            stored_as: makes the weights of a plan, by `rounding`, or by what is given beside the plan.
+            stored_as: makes the weights of a plan, by `rounding` or by the rounding that is given beside the plan.
             rounding: how `stored_as` rounds.
             progress: called with (plans measured, plans measured).
         """
@@ -252,7 +253,7 @@ class Measurer:
         stored = self.stored_as(plan)
         try:
             artifact = emit_artifact(stored, self.stats, plan, self.target, folder)
-            alone = replace(self.windows, domain=np.arange(n))  # a text for each window: their scatter says how far to believe the mean
+            alone = replace(self.windows, domain=np.arange(n))  # a text for each window: their scatter says how reliable the mean is
             names, settings = [str(i) for i in range(n)], self.target.runs.compared
             scores = compare_logits(artifact.path, self.model, alone, original, names, self.target, settings=settings)
             kl, error = self._mean([s.kl_mean for s in scores])
@@ -262,7 +263,7 @@ class Measurer:
         return Measured(kl=_rounded(kl), drop_kl=_rounded(drop_kl), error=_rounded(error / max(kl, 1e-12)))
 
     def _mean(self, windows: Sequence[float]) -> tuple[float, float]:
-        """Mean over texts by weight of windows' KL, and its standard error."""
+        """Mean KL over texts by weight, and its standard error over windows."""
         kl, weights = np.array(windows), text_weights(self.texts)
         mean, variance = 0.0, 0.0
         for d in np.unique(self.windows.domain):
@@ -272,7 +273,7 @@ class Measurer:
         return mean, math.sqrt(variance)
 
     def _drops(self, plan: Plan, original: F32, folder: Path) -> list[float]:
-        """KL in each window of what is left, repaired and not rounded, in transformers a layer at a time; 0 where nothing is left out."""
+        """KL in each window of the kept experts, repaired and not rounded, run one layer at a time; 0 if nothing is left out."""
         from edgemoe.stream.passes import final_states
 
         stored = self.stored_as(plan, "stock")
@@ -285,10 +286,10 @@ class Measurer:
 
 
 def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> tuple[Windows, NDArray[np.bool_]]:
-    """Windows of the calibration texts, all texts alike, that no repair was fitted to; never held-out text.
+    """Windows of the calibration texts to which no repair was fitted, the same number from each text; never held-out text.
 
-    What a text has beyond its calibrated tokens, evenly spaced: other documents, as a rule.  A text that ends before gives the windows
-    that repair set aside.
+    A text gives evenly spaced windows behind its calibrated tokens, which usually means other documents.  A text that ends before gives the
+    guard windows that repair set aside.
 
     Returns:
         The windows, and for each text whether its windows lie among fitted ones.

@@ -1,4 +1,4 @@
-"""What the user asked for, and the one door through which every build goes: all checks that need no work."""
+"""This module holds the user's request and `prepare`, which makes all checks that need no work before any build."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from edgemoe.stream.texts import DEFAULT_TOKENS, Text, choose_texts
 from edgemoe.targets import Target, find_target
 
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
-DEFAULT_ROUNDS = 0  # of refinement: each costs one more file written and run
+DEFAULT_ROUNDS = 0  # of refinement; each round costs one more file written and run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What the user asked for."""
+    """The options of a build, as the user gave them."""
 
     model: str
     memory: int
     out: Path
-    device: Device | None = None  # the box, if it is known: what its processor holds twice counts
+    device: Device | None = None  # the box, if it is known; tensors that its processor holds twice count twice
     context: int | None = None
     target: str = "gguf"
     calibration: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class BuildRequest:
     repair: bool = True
     rounding: str = "feedback"
     refine: int = DEFAULT_ROUNDS
-    width: str = ""  # neurons of every expert, "full" or "auto"; empty: narrower ones where bits are few
+    width: str = ""  # neurons of every expert, "full" or "auto"; if empty, narrower experts are tried where bits are few
     top_k: int | None = None  # experts that the router picks; None: as in the checkpoint
     work: Path | None = None
     force: bool = False
@@ -56,28 +56,28 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A request that passed the door: the original model, where it goes, and the texts."""
+    """A request that passed all checks: the original model, its output folder, and the texts."""
 
     request: BuildRequest
     model: Model
     target: Target
     context: int
-    widths: tuple[int, ...]  # of experts, falling: those that are tried
+    widths: tuple[int, ...]  # of experts, falling, that are tried
     top_k: int  # experts that the router picks
     calibration: tuple[Text, ...]
     heldout: tuple[Text, ...]
 
     @property
     def smallest(self) -> Model:
-        """The model with the narrowest experts that are tried, as few of them active as are asked for."""
+        """The model with the narrowest experts that are tried, and with the number of active experts that the request asks for."""
         return resize_experts(self.model.with_top_k(self.top_k), self.widths[-1])
 
 
 def prepare(request: BuildRequest) -> Job:
-    """Check everything that can be checked before work starts, and change nothing; whether the budget is enough is `check_budget`'s.
+    """Check everything that can be checked before work starts, and change nothing; `check_budget` checks the budget.
 
     Raises:
-        EdgemoeError: UsageError, ModelError or MachineError, the first that is found.
+        EdgemoeError: the first UsageError, ModelError or MachineError that is found.
     """
     target = find_target(request.target)
     check_split(target, request.shard_max)
@@ -99,10 +99,10 @@ def prepare(request: BuildRequest) -> Job:
 
 
 def choose_context(model: Model, asked: int | None) -> int:
-    """The context to plan for: what was asked, else the smaller of 8192 and what the model was trained for.
+    """The context to plan for: the context asked for, else the smaller of 8192 and the trained context.
 
     Raises:
-        UsageError: less than a token, or so much that it can only be a mistake.
+        UsageError: the context is less than a token, or so large that it can only be a mistake.
     """
     if asked is None:
         return min(DEFAULT_CONTEXT, model.context_length)
@@ -112,7 +112,7 @@ def choose_context(model: Model, asked: int | None) -> int:
 
 
 def warn_of_context(model: Model, context: int) -> str:
-    """What to tell a user who asks for more context than the model was trained for; empty when there is nothing to tell."""
+    """A warning for a user who asks for more context than the model was trained for, else an empty text."""
     if context <= model.context_length:
         return ""
     return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"

@@ -1,4 +1,4 @@
-"""A plan -> the weights as they will be written: repaired, and rounded with feedback."""
+"""This module makes the weights of a plan as they will be written: repaired, and rounded with feedback."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def store_weights(
     max_tokens: int = DEFAULT_TOKENS,
     progress: Progress | None = None,
 ) -> Model:
-    """The model as `emit` stores it: survivors repaired if the plan was priced so, matrices packed if rounding is by feedback.
+    """The model as `emit` stores it: kept experts are repaired if the plan was priced so, and matrices are packed if feedback rounds them.
 
     Args:
         model: the original.
         texts: calibration texts.
-        stats: what they gave.
-        plan: what stays, and as what.
+        stats: of these texts.
+        plan: says which experts stay, and in which formats.
         work: folder for the gradients of the original, which all plans share, and for the new weights.
-        narrowed: what is stored, if it is a narrowed model; `stats` are then of it, and new weights lie in its folder.
+        narrowed: the narrowed model that is stored, if there is one; `stats` are then of it, and new weights lie in its folder.
         rounding: "feedback" or "stock" (ggml's own, matrix by matrix).
         max_tokens: of all texts together.
         progress: called with (steps done, all steps).
@@ -53,7 +53,7 @@ def store_weights(
         if progress:
             progress(done, backward + model.n_layers)
 
-    if rounding == "feedback" and stats.probes:  # statistics from an imatrix come with no texts: then nothing is run
+    if rounding == "feedback" and stats.probes:  # statistics from an imatrix come without texts, and then nothing is run
         gradients = collect_gradients(model, texts, work, max_tokens=max_tokens, progress=lambda done, _: tell(done))
         quantize_plan = plan_quantization(start, stats, plan, find_target(plan.target), gradients)
     if not quantize_plan and not plan.repair:

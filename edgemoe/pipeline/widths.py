@@ -1,4 +1,4 @@
-"""The best plan over the expert widths that are tried."""
+"""This module finds the best plan over the expert widths that are tried."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgemoe.targets import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """The experts at one width: their weights and where they lie, what calibration saw of them, and their prices."""
+    """The experts at one width: their weights, where these lie, their statistics, and their prices."""
 
     narrowed: Narrowed
     stats: Stats
@@ -30,18 +30,18 @@ class Offer:
 
 
 def in_stage(progress: StageProgress, name: str) -> Progress:
-    """StageProgress of one stage."""
+    """The Progress of one stage, which reports to `progress`."""
     return lambda done, total: progress(name, done, total)
 
 
 def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, Plan]:
-    """The best plan over all widths (falling) that are tried, by predicted KL; and what it was made from.
+    """The plan with the least predicted KL over all widths (falling) that are tried, and the offer that it was made from.
 
-    A width whose narrowing alone costs more than a plan that was found is not calibrated, nor is any below it; unasked, none is tried
-    where the whole width fits with bits to spare.
+    If narrowing to a width alone costs more than a plan that was found, neither this width nor a smaller one is calibrated.  If the user
+    asked for no width, none is tried where the plan at the whole width has enough bits a weight.
 
     Raises:
-        BudgetError: nothing fits at any width; says what the narrowest needs.
+        BudgetError: no plan fits at any width; the message names the bytes that the narrowest width needs.
     """
     request, model, target, texts, top_k = job.request, job.model, job.target, job.calibration, job.top_k
     best: tuple[Offer, Plan] | None = None
@@ -75,7 +75,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, P
 
 
 def solve_request(request: BuildRequest, offer: Offer) -> Plan:
-    """The best plan for these prices, as it was asked for."""
+    """The best plan for these prices under the request's rules and objective."""
     return solve_plan(
         offer.costs,
         request.memory,
@@ -94,7 +94,7 @@ def promised_kl(offer: Offer, plan: Plan) -> float:
 
 
 def price_cached(model: Model, stats: Stats, target: Target, context: int, work: Path, progress: Progress | None) -> tuple[Costs, str]:
-    """Costs from the work folder if they are there, else priced now; and their hash."""
+    """Costs and their hash, from the work folder if they are there, else priced now."""
     path = path_of(work, "costs", key_of("costs", stats.key, target.name, target.offered, context), ".json")
 
     def make() -> Costs:

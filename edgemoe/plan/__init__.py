@@ -1,4 +1,4 @@
-"""Costs, a budget and rules -> a Plan: the integer program is built, solved and proven, and every byte of the answer is counted again."""
+"""This package turns Costs, a budget and rules into a Plan: it solves the integer program and counts the answer's bytes again."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,4 +1,4 @@
-"""Plans for other tools and other plans: what changed between two, and a plan as llama-quantize and pruning scripts read it."""
+"""This module says in words what differs between two plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgemoe.ir import Plan
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:
-    """What is different, in words: bytes, KL, experts, formats.
+    """The differences between two plans in words: bytes, KL, experts, formats.
 
     Raises:
         UsageError: plans of different models.

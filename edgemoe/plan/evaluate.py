@@ -1,4 +1,4 @@
-"""Costs, kept experts, formats -> a Plan: bytes, memory and nats of a choice, whoever made it."""
+"""This module describes any choice of kept experts and formats as a Plan, with its bytes, memory and nats."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Memory = Mapping[str, int] | None  # parts of memory by name
 def describe_choice(
     costs: Costs, budget: int, kept: Mask, formats: NDArray[np.int64], *, solver: str, in_vram: Mask | None = None, beside: Memory = None
 ) -> Plan:
-    """A choice as a plan, of which nothing is proven: bytes, memory and nats of it.
+    """Describe a choice as a plan with its bytes, memory and nats; no bound is proven for it.
 
     Args:
         costs: the price list.
-        budget: that it was made for.
+        budget: for which the choice was made.
         kept: experts [L, E].
-        formats: of every unit [U], by number; -1: a dropped expert.
-        solver: who made it.
+        formats: of every unit [U], by number; -1 marks a dropped expert.
+        solver: name of the solver that made the choice.
         in_vram: units [U] in the second pool.
         beside: memory parts, if not the price list's.
     """
@@ -76,14 +76,14 @@ def describe_choice(
 
 
 def price_choice(costs: Costs, c: int, kept: NDArray[np.bool_], stored: NDArray[np.int64], formats: NDArray[np.int64]) -> tuple[F64, F64]:
-    """Nats of a choice by domain [D], and of them what its drops cost [D]; `stored` units have these formats, both by number."""
+    """Nats of a choice by domain [D], and the part of its drops [D]; `stored` and `formats` are numbers of units and of their formats."""
     drop = drop_costs(costs, c, kept)
     inherited = (costs.inherited * ~kept).sum(axis=(1, 2))
     return costs.factor[:, stored] @ costs.cost[c, stored, formats] + inherited + drop, drop
 
 
 def drop_costs(costs: Costs, c: int, kept: NDArray[np.bool_]) -> F64:
-    """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by single experts where they differ."""
+    """Nats of kept sets [L, E] by domain [D]: the price of the menu's sets of count `c`, corrected by the experts that differ."""
     if costs.form == "experts":
         gone = (~kept).sum(axis=1)
         curve = costs.drop_curve[np.arange(len(gone)), gone].sum()

@@ -1,4 +1,4 @@
-"""A plan and its price list -> why it is so: what rules cost, what more memory buys, why an expert went or a tensor got its format."""
+"""This module explains a plan: the cost of rules, the gain from more memory, and the reasons for an expert's fate or a tensor's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleCost:
-    """A rule, the nats that the plan would cost less without it, and the room that it leaves (None: it is no limit)."""
+    """A rule, the nats that the plan would cost less without it, and the room that it leaves (None if it does not limit the plan)."""
 
     name: str
     nats: float
@@ -29,7 +29,7 @@ class RuleCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class More:
-    """What a larger budget buys: nats saved, from solving again."""
+    """A larger budget and the nats that it saves, from solving again."""
 
     bytes: int
     nats: float
@@ -37,7 +37,7 @@ class More:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One format that a tensor could have had: bytes, nats, and nats with its bytes paid at the plan's price (least wins)."""
+    """One format that a tensor could have: bytes, nats, and nats plus bytes at the plan's price, of which the least wins."""
 
     format: str
     size: int
@@ -82,7 +82,7 @@ def price_memory(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = D
 
 
 def explain_tensor(costs: Costs, plan: Plan, name: str) -> tuple[str, tuple[Option, ...]]:
-    """Every format that a tensor could have, by what it costs with its bytes paid for; and the tensor's full name.
+    """The tensor's full name, and every format that it could have, sorted by nats plus bytes at the plan's price.
 
     Raises:
         UsageError: no such tensor, or several.
@@ -161,7 +161,7 @@ def describe_why(costs: Costs, plan: Plan, what: str) -> list[str]:
 
 
 def describe_plan(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = DEFAULT_GAP) -> list[str]:
-    """What rules cost and more memory buys, in words (solves again for each)."""
+    """The cost of each rule and the gain from more memory, in words; the program is solved again for each."""
     lines = []
     for rule in price_rules(costs, plan, rules, gap):
         binds = "binds" if rule.nats > plan.gap * objective_of(plan) + 1e-12 else "does not bind"
@@ -170,7 +170,7 @@ def describe_plan(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = 
     try:
         for more in price_memory(costs, plan, rules, gap):
             lines.append(f"{format_bytes(more.bytes)} more memory buys {more.nats:.4g} nats")
-    except BudgetError:  # more memory, the same rules: cannot be infeasible unless a rule asks for waste
+    except BudgetError:  # with more memory and the same rules, only a rule that asks for waste can make it infeasible
         lines.append("with more memory these rules cannot be kept")
     lines.append(f"at this budget a megabyte is worth {plan.price * 10**6:.3g} nats")
     return lines

@@ -1,4 +1,4 @@
-"""Nothing fits -> the least budget that would do, or the rules that exclude each other."""
+"""This module explains why no plan fits: it finds the least budget that is enough, or the rules that contradict each other."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def least_budget(costs: Costs, rules: Sequence[Rule] = ()) -> int | None:
 
 
 def least_of_task(task: Task) -> int | None:
-    """Least bytes: the same programs with bytes for costs and room without end; smaller staging copies may be worth larger weights."""
+    """Least bytes of any plan, from programs with bytes as costs; larger weights may be worth it if their staging copy is smaller."""
     parts = memory_beside_weights(task.costs, task.constraints)
 
     def least(limit: int | None) -> tuple[int, int] | None:
-        """Weights and staging copy of the smallest weights whose copies are no larger than the limit."""
+        """Bytes of the smallest weights whose staging copies are no larger than the limit, and of their largest copy."""
         compiled = task.programs(0, limit)
         found = solve(lambda i: _bytes_as_costs(compiled(i).program), len(task.allowed), 1e-9, solver="highs")
         return None if found is None else (round(found.cost), largest_staging(task.costs, compiled(found.count_index), found))
@@ -48,7 +48,7 @@ def least_of_task(task: Task) -> int | None:
 
 
 def _bytes_as_costs(program: Program) -> Program:
-    """The program whose cheapest choice is the smallest."""
+    """The program with bytes as costs, so that its cheapest choice is the smallest."""
     cost = np.where(np.isfinite(program.cost).all(axis=0), program.size.astype(np.float64), np.inf)[None]
     blocks = None if program.blocks is None else replace(program.blocks, curve=np.zeros_like(program.blocks.curve))
     soft = tuple(replace(s, price=0.0) for s in program.soft)
@@ -57,7 +57,7 @@ def _bytes_as_costs(program: Program) -> Program:
 
 
 def explain_infeasible(task: Task, budget: int, rules: Sequence[Rule]) -> BudgetError:
-    """What to tell the user: the least budget that would do, or the rules that exclude each other."""
+    """The error for the user, which names the least budget that is enough, or the rules that contradict each other."""
     costs = task.costs
     least = least_of_task(task)
     if least is not None and budget < least:
@@ -79,7 +79,7 @@ def explain_infeasible(task: Task, budget: int, rules: Sequence[Rule]) -> Budget
 
 
 def minimal_conflict(costs: Costs, rules: Sequence[Rule]) -> list[Rule]:
-    """Rules that no plan keeps together though it could keep any of them without one (deletion filter; Chinneck 1991)."""
+    """A smallest set of rules that no plan keeps together; without any one of them a plan exists (deletion filter; Chinneck 1991)."""
     needed = list(rules)
     for rule in list(rules):
         without = [r for r in needed if r is not rule]

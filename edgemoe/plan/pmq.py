@@ -1,10 +1,10 @@
-"""Importance of experts and their errors by bit width -> bits per expert: the program of PMQ, the pre-loading mixed precision of MC.
+"""This module solves the program of PMQ, the pre-loading mixed precision of MC: bits for each expert from its importance and errors.
 
     minimise    sum_i phi_i w_i^1.5 sum_j eps_ij x_ij               phi: share of tokens, w: share of routing weight, eps: output error
     subject to  sum_j x_ij = 1,  sum_ij bits_j x_ij <= B,  at least one expert at the widest and one at the second widest width
 
-One layer at a time, no expert is dropped.  Source: Huang et al., arXiv 2410.06270 (MC), precision_solver.py of Aaronhuang-778/MC-MoE.
-The paper raises eps to gamma = 2; the released code, whose allocations these are, to 1.
+Each layer is solved alone, and no expert is dropped.  Source: Huang et al., arXiv 2410.06270 (MC), precision_solver.py of
+Aaronhuang-778/MC-MoE.  The paper raises eps to gamma = 2, and the released code to 1; the allocations here follow the code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgemoe.solvers.program import Program, Row
 from edgemoe.solvers.search import solve
 
 ALPHA, BETA = 1.0, 1.5  # exponents of phi and w; defaults of the released code
-SCALE = 1000.0  # of phi, as in the released code: only the objective's unit
+SCALE = 1000.0  # of phi, as in the released code; it changes only the objective's unit
 
 
 def allocate_bits(
@@ -29,13 +29,13 @@ def allocate_bits(
     Args:
         tokens: how many tokens each expert got [E].
         weights: sum of its routing weights [E].
-        errors: error of the layer's output when this expert alone has so many bits [E, J].
+        errors: error of the layer's output if only this expert is rounded to each width [E, J].
         total_bits: B, the most that the experts' bits may add up to.
         bits: J widths, rising.
 
     Raises:
-        UsageError: shapes or numbers that cannot be.
-        BudgetError: the bits do not go round.
+        UsageError: shapes or numbers are impossible.
+        BudgetError: there are fewer bits than the experts need at least.
     """
     cost = pmq_costs(tokens, weights, errors)
     if cost.shape[1] != len(bits) or list(bits) != sorted(set(bits)) or bits[0] < 1:
@@ -56,10 +56,10 @@ def allocate_bits(
 
 
 def pmq_costs(tokens: F64, weights: F64, errors: F64) -> F64:
-    """What each expert costs at each width [E, J]: 1000 phi w^1.5 eps.
+    """The cost of each expert at each width [E, J]: 1000 phi w^1.5 eps.
 
     Raises:
-        UsageError: shapes or numbers that cannot be.
+        UsageError: shapes or numbers are impossible.
     """
     if errors.ndim != 2 or not tokens.shape == weights.shape == errors.shape[:1]:
         raise UsageError(f"pmq: shapes {tokens.shape}, {weights.shape} and {errors.shape} do not belong together")

@@ -1,7 +1,7 @@
-"""Price list, a budget, the name of a preset -> the plan of a narrower way to decide: what our plans are compared with.
+"""This module makes plans as other methods decide them (presets), from our price list and budget, to compare our plans with.
 
-Every preset takes the formats, bytes and prices that our own plans take, so a preset's plan and ours differ only in what was decided.  A
-preset says itself what is decided; it takes no rules, and nothing is proven of its plan.
+Every preset uses the formats, bytes and prices of our own plans, so a preset's plan and ours differ only in their decisions.  A preset
+defines what may be decided, so it takes no rules, and no bound is proven for its plan.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Formats = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What presets may use beside price list and budget."""
+    """The data that presets may use beside price list and budget."""
 
-    stats: Stats | None = None  # what calibration saw of the experts; PMQ alone asks for it
+    stats: Stats | None = None  # calibration's statistics of the experts, which only PMQ needs
     gap: float = DEFAULT_GAP  # relative distance to the preset's own optimum that is good enough; PMQ's small programs are solved exactly
     seconds: float | None = None  # wall-clock limit of the solver, which PMQ has no use for
 
@@ -53,12 +53,12 @@ def plan_preset(name: str, costs: Costs, budget: int, settings: Settings = DEFAU
         name: one of PRESETS.
         costs: the price list.
         budget: bytes of the process at its peak.
-        settings: statistics for PMQ, when to stop for the others.
-        costs_hash: what to record as the plan's origin.
+        settings: statistics for PMQ, stopping rules for the other presets.
+        costs_hash: recorded as the plan's origin.
 
     Raises:
-        UsageError: no such preset, or it cannot work with this price list or without statistics.
-        BudgetError: the preset has no plan of so few bytes; names the least.
+        UsageError: there is no such preset, or it cannot work with this price list or without statistics.
+        BudgetError: the preset has no plan of so few bytes; the message names its least bytes.
         EdgemoeError: the plan takes more than the budget.
     """
     made = find_preset(name)(costs, budget, settings)
@@ -80,23 +80,23 @@ def find_preset(name: str) -> Preset:
 
 # ------------------------------------------------------------------------------------------------------ drops or formats alone
 def plan_types_only(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
-    """Formats alone: every expert stays; each stack, expert and other matrix gets the format that serves the whole best.
+    """Decide formats alone: every expert stays, and each stack, expert and other matrix gets its format from one integer program.
 
-    Mixed precision as one integer program over all matrices: HAWQ-V3 (Yao et al., arXiv 2011.10680); formats have our prices here.
+    HAWQ-V3 chooses mixed precision by such a program over all matrices (Yao et al., arXiv 2011.10680); formats have our prices here.
     """
     return _solve_with(costs, budget, settings, "types-only", KeptCount(at_least=costs.n_experts, name="types-only"))
 
 
 def plan_drops_only(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
-    """Drops alone: every matrix has 8 bits, and which experts stay is decided.
+    """Decide drops alone: every matrix has 8 bits, and the preset chooses which experts stay.
 
-    Expert pruning of a model that is stored plainly: Lu et al., arXiv 2402.14800, and REAP, arXiv 2510.13999; drops have our prices here.
-    The format is Q8_0, for onnxruntime the best one of INT8_32, INT8_64 and INT8_128; a matrix whose rows do not take it has the largest
-    format that they take (F16 in a GGUF).
+    Expert pruning of Lu et al. (arXiv 2402.14800) and REAP (arXiv 2510.13999) decides so; drops have our prices here.  The format is Q8_0,
+    and for onnxruntime the best one of INT8_32, INT8_64 and INT8_128.  A matrix whose rows cannot be stored in it has the largest format
+    that can store them (F16 in a GGUF).
 
     Raises:
         UsageError: the price list has no format of 8 bits.
-        BudgetError: the fewest experts are too many.
+        BudgetError: even the fewest experts take too many bytes.
     """
     eight = [f for f, name in enumerate(costs.formats) if _bits(name) == 8 and np.isfinite(costs.cost[-1, :, f]).any()]
     if not eight:
@@ -108,13 +108,13 @@ def plan_drops_only(costs: Costs, budget: int, settings: Settings = DEFAULTS) ->
         except BudgetError as error:
             failed.append(error)
     if not found:
-        raise failed[-1]  # of the smallest format: they are listed by falling size
+        raise failed[-1]  # the error of the smallest format, because formats are listed by falling size
     return min(found, key=lambda plan: plan.q)
 
 
 @dataclass(frozen=True, slots=True)
 class _OneFormat:
-    """The rule that every matrix is stored in one format or, where its rows do not take that, in the largest that they take."""
+    """The rule that every matrix is stored in one format, or in the largest possible one if its rows cannot be stored in this format."""
 
     number: int
     name: str = "drops-only"
@@ -129,10 +129,10 @@ class _OneFormat:
 
 
 def _solve_with(costs: Costs, budget: int, settings: Settings, name: str, rule: Rule) -> Plan:
-    """The best plan under one rule, as a preset's: its bound holds under the rule alone, so the plan does not carry it.
+    """The best plan under one rule, as a preset's plan; its bound holds only under this rule, so the plan does not carry the bound.
 
     Raises:
-        BudgetError: nothing fits; the message speaks of the preset, as the user gave no rule.
+        BudgetError: no plan fits; the message names the preset, since the user gave no rule.
     """
     try:
         plan = solve_plan(costs, budget, rules=[rule], gap=settings.gap, seconds=settings.seconds)
@@ -144,22 +144,22 @@ def _solve_with(costs: Costs, budget: int, settings: Settings, name: str, rule: 
 
 # ------------------------------------------------------------------------------------------------------ one format for a layer
 def plan_layer_uniform(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
-    """The best plan that stores all experts of a layer alike; which of them go is decided too, and the format of every other matrix.
+    """The best plan in which all kept experts of a layer have one format; it also decides drops and the format of every other matrix.
 
-    What a width by layer can do, the unit in which mixed precision is usually decided (HAWQ-V3, Yao et al., arXiv 2011.10680), with drops.
-    A layer has one option for each format and number of experts that go: at a given format those go whose drop costs least beyond what
-    storing them does, so no other set of that size is cheaper (experts of a layer are equally large).
+    Mixed precision is usually decided layer by layer (HAWQ-V3, Yao et al., arXiv 2011.10680); this preset adds drops.  A layer has one
+    option for each format and each number of dropped experts.  At a given format, the experts are dropped whose drop costs least beyond
+    their storage, so no other set of this size is cheaper (experts of a layer have equal sizes).
 
     Raises:
         UsageError: the price list is not in the experts form, or the experts of a layer have no format in common.
-        BudgetError: nothing fits; names the least bytes.
+        BudgetError: no plan fits; the message names the least bytes.
     """
     place = _expert_units(costs, "layer-uniform")
     drop = np.tensordot(costs.weights, costs.expert_drop + costs.inherited, axes=1)  # [L, E]
     held = costs.size[0] + costs.extra[0]
-    most = costs.n_experts - costs.top_k if costs.n_groups == 1 else 0  # layers choose on their own, so groups would not stay equal
+    most = costs.n_experts - costs.top_k if costs.n_groups == 1 else 0  # layers choose independently, so groups would not stay equal
     n_formats = len(costs.formats)
-    order = np.zeros((*drop.shape, n_formats), np.int64)  # [L, E, F] who goes first
+    order = np.zeros((*drop.shape, n_formats), np.int64)  # [L, E, F] experts in the order in which they are dropped
     cost = np.full((costs.n_layers + len(costs.units), n_formats * (most + 1)), np.inf)
     size = np.zeros(cost.shape, np.int64)
     for row, units in enumerate(place):
@@ -194,15 +194,16 @@ def plan_layer_uniform(costs: Costs, budget: int, settings: Settings = DEFAULTS)
 
 # --------------------------------------------------------------------------------------------------------------------- PMQ
 def plan_pmq(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
-    """PMQ's allocation with the most bits that fit: every expert stays, every layer, alone, gets as many bits, all else one format.
+    """PMQ's allocation with the most bits that fit: every expert stays, every layer gets the same bits, other matrices share one format.
 
-    Huang et al., arXiv 2410.06270 (MC), with 2, 3 and 4 bits for its 1, 2 and 3; the program is in pmq.py.  PMQ decides neither block sizes
-    nor the format of what is no expert (4 or 8 bits): of all that the price list has, the plan that our prices like best.  An expert's
-    error at a width, the norm of what changes in its layer's output, is the root of our price, which is a mean square.
+    PMQ is from Huang et al., arXiv 2410.06270 (MC); 2, 3 and 4 bits take the place of its 1, 2 and 3, and the program is in pmq.py.  PMQ
+    decides neither block sizes nor the format of other matrices (4 or 8 bits); of all that the price list offers, we take the plan with the
+    least price.  PMQ's error of an expert at a width is the norm of the change in its layer's output.  It is the root of our price, which
+    is a mean square.
 
     Raises:
         UsageError: the price list is not in the experts form or lacks a width, or there are no statistics of the experts.
-        BudgetError: the fewest bits are too many; names the least bytes.
+        BudgetError: even the fewest bits do not fit; the message names the least bytes.
     """
     place = _expert_units(costs, "pmq")
     tokens, gates = _routing_sums(costs, settings.stats)
@@ -229,13 +230,13 @@ def plan_pmq(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
 
 
 def _allocate(tokens: F64, gates: F64, errors: F64, total_bits: int) -> NDArray[np.int64]:
-    """Which of PMQ's widths every expert gets [L, E] when each layer has so many bits; errors [L, E, J]."""
+    """PMQ's width of every expert [L, E] if each layer has `total_bits`; errors are [L, E, J]."""
     rows = [allocate_bits(*layer, total_bits, bits=PMQ_WIDTHS)[0] for layer in zip(tokens, gates, errors, strict=True)]
     return np.searchsorted(PMQ_WIDTHS, np.stack(rows))
 
 
 def _most_bits(allocate: Callable[[int], NDArray[np.int64]], size: NDArray[np.int64], room: int) -> tuple[int, NDArray[np.int64] | None]:
-    """Bytes of the allocation with the fewest bits, and the one with the most that fits the room (None: none does); sizes [L, E, J]."""
+    """Bytes of the allocation with the fewest bits, and the one with the most bits that fits (None if none fits); sizes [L, E, J]."""
 
     def total(chosen: NDArray[np.int64]) -> int:
         return int(np.take_along_axis(size, chosen[:, :, None], axis=2).sum())
@@ -276,7 +277,7 @@ def _routing_sums(costs: Costs, stats: Stats | None) -> tuple[F64, F64]:
 
 
 def _common_formats(costs: Costs, bits: Sequence[int], units: NDArray[np.int64], what: str) -> list[int]:
-    """Formats of these widths that all these units take.
+    """Formats of these widths in which all these units can be stored.
 
     Raises:
         UsageError: there is none.
@@ -294,7 +295,7 @@ def _common_formats(costs: Costs, bits: Sequence[int], units: NDArray[np.int64],
 
 # ------------------------------------------------------------------------------------------------------------------ shared
 def _bits(name: str) -> int:
-    """Bits of a format's codes where the name of it says so, as in INT3_128; Q8_0's 8; 0: of another kind."""
+    """Bits of a format's codes, if its name gives them, as in INT3_128; 8 for Q8_0; 0 for every other format."""
     digits = name.removeprefix("INT").partition("_")[0]
     return 8 if name == "Q8_0" else int(digits) if name.startswith("INT") and digits.isdecimal() else 0
 

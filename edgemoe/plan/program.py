@@ -1,8 +1,8 @@
-"""Costs, what rules made of them, a kept count -> the numbers of one program (solvers/program.py), and back.
+"""This module compiles Costs, constraints and a kept count into one program (solvers/program.py), and reads its answer back.
 
-options      0: drop (experts only); then every format in main memory; with a second pool every format in GPU memory
-units        the experts of every layer first where they are chosen one by one, then what gets a format; tied units are one
-objectives   the mean over domains, or every domain's own sum of costs
+options      0 drops an expert; then come all formats in main memory, and with a second pool all formats in GPU memory
+units        first the experts of every layer if they are chosen one by one, then all units that get a format; tied units are one
+objectives   the mean over domains, or the sum of costs of each domain
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from edgemoe.solvers.lagrange import minimise, plain_prices
 from edgemoe.solvers.program import DROP, Blocks, Picks, Program, Row, Soft
 
 SELECT = 1  # option "keep" of an expert whose format is its stack's
-FOREVER_CPU = ("token_embd",)  # llama.cpp looks rows of the embedding up on the CPU, wherever the layers are
+FOREVER_CPU = ("token_embd",)  # llama.cpp looks rows of the embedding up on the CPU, even if the layers are on a GPU
 Bytes = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """A program and how its picks are read."""
+    """A program, and the methods that read its picks."""
 
     program: Program
     c: int  # kept count
@@ -55,17 +55,17 @@ class Compiled:
         return mask
 
     def within(self, room: int, staging: int | None = None) -> Compiled:
-        """The same with other bytes for the weights in main memory, and without formats whose loading copy is larger than `staging`."""
+        """This program with other bytes for weights in main memory, and without formats whose staging copy is larger than `staging`."""
         cost = self.program.cost if staging is None else np.where(self.staging <= staging, self.program.cost, np.inf)
         return replace(self, program=replace(self.program, room=room, cost=cost))
 
 
 def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
-    """The program of one kept count, without room yet: see `Compiled.within`.
+    """The program of one kept count; `Compiled.within` gives it its room.
 
     Args:
         costs: the price list.
-        constraints: what rules made of it.
+        constraints: from the rules.
         c: index of the kept count.
         objective: "mean" over domains or the "worst" domain.
         near: an earlier plan, and the nats that every difference to it costs.
@@ -78,7 +78,7 @@ def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective
     pools = [main] if constraints.vram is None else _two_pools(costs, main)
     base = np.concatenate([blocked, *pools], axis=1)
     cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
-    held = costs.size[c] + costs.extra[c]  # what the process holds is what the room is for
+    held = costs.size[c] + costs.extra[c]  # the room is for the bytes that the process holds
     dropped, nothing = np.zeros((len(main), 1), np.int64), np.zeros_like(held)
     size = np.concatenate([dropped, held, *([nothing] if constraints.vram else [])], axis=1)
     staging = np.concatenate([dropped, costs.staging[c], *([nothing] if constraints.vram else [])], axis=1)
@@ -96,7 +96,7 @@ def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective
         drops = drops + np.where(gone, -near.nats, near.nats)
     units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, constraints, c), costs.kept[c]
     if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in constraints.bounds):
-        chosen = False  # nothing else depends on which experts stay: the best sets are known beforehand
+        chosen = False  # nothing else depends on which experts stay, so the best sets are known before solving
         gain, kept = _best_sets(constraints, blocks, drops)
         constant, cost = constant + (gain if np.isfinite(gain) else 0.0), cost if np.isfinite(gain) else np.full_like(cost, np.inf)
     if costs.form == "experts":
@@ -123,14 +123,14 @@ def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective
 
 
 def _pin(cost: F64, constraints: Constraints) -> None:
-    """Take away the options that pins exclude, of the experts at the beginning of the costs [K, U, O]."""
+    """Remove the options that pins exclude, of the experts, which come first in the costs [K, U, O]."""
     pinned = constraints.pinned.ravel()
     cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
     cost[:, : pinned.size, SELECT:][:, pinned < 0] = np.inf
 
 
 def _best_sets(constraints: Constraints, blocks: Blocks, drops: F64) -> tuple[float, NDArray[np.bool_]]:
-    """Nats of what is dropped, and the kept sets [L, E] for which they are least under pins and groups; inf when there are none."""
+    """The least nats of drops under pins and groups, and the kept sets [L, E] that have them; inf if there are no such sets."""
     n = blocks.n * blocks.size
     cost = np.stack([drops.reshape(1, n), np.zeros((1, n))], axis=2)
     _pin(cost, constraints)
@@ -141,7 +141,7 @@ def _best_sets(constraints: Constraints, blocks: Blocks, drops: F64) -> tuple[fl
 
 
 def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
-    """Format of every option [U, O]; -1 for dropping, and for experts that are only kept or not."""
+    """Format of every option [U, O]; -1 for dropping, and for experts whose format is their stack's."""
     of_option = np.array([-1, *(f % len(costs.formats) for f in range(shape[1] - 1))])
     found = np.tile(of_option, (shape[0], 1))
     if chosen:
@@ -188,7 +188,7 @@ def _vram_row(costs: Costs, constraints: Constraints, c: int) -> Row:
 def _experts_first(
     costs: Costs, cost: F64, size: Bytes, staging: Bytes, rows: list[Row], drops: F64
 ) -> tuple[NDArray[np.int64], F64, Bytes, Bytes, list[Row]]:
-    """The experts form: units reordered so that experts come first, layer by layer, with their price of going."""
+    """Compile the experts form: experts come first, layer by layer, with the price of dropping them."""
     layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
     place = [layers[u.layer] * costs.n_experts + u.expert if u.expert >= 0 else -1 for u in costs.units]
     n = costs.n_layers * costs.n_experts
@@ -206,7 +206,7 @@ def _experts_first(
 def _with_selection(
     costs: Costs, cost: F64, size: Bytes, staging: Bytes, rows: list[Row], drops: F64, bounds: list[Bound]
 ) -> tuple[F64, Bytes, Bytes, list[Row]]:
-    """The stacks form with kept sets chosen: experts come first as units that are dropped or kept and hold no bytes."""
+    """Compile the stacks form with free kept sets: experts come first, as units that are dropped or kept and hold no bytes."""
     n, options = costs.n_layers * costs.n_experts, size.shape[1]
     extra = np.full((len(cost), n, options), np.inf)
     extra[:, :, DROP], extra[:, :, SELECT] = drops.reshape(len(cost), n), 0.0
@@ -221,7 +221,7 @@ def _with_selection(
 
 
 def _blocks(costs: Costs, constraints: Constraints, c: int) -> Blocks:
-    """The layers as blocks: how many experts stay, in all and of each routing group."""
+    """The layers as blocks, with the number of experts that stay in the layer and in each routing group."""
     n_layers, n_experts, count = costs.n_layers, costs.n_experts, costs.counts[c]
     groups, least = constraints.groups
     if constraints.equal_groups:
@@ -240,7 +240,7 @@ def _blocks(costs: Costs, constraints: Constraints, c: int) -> Blocks:
 
 
 def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, constraints: Constraints) -> tuple[Program, NDArray[np.int64], Bytes]:
-    """Tied units become one whose costs, bytes and coefficients are their sums, its copy the largest; experts cannot be tied."""
+    """Join tied units into one unit, whose costs, bytes and coefficients are sums and whose copy is the largest; experts cannot be tied."""
     if not constraints.ties:
         return program, units, staging
     target = np.arange(program.cost.shape[1])
@@ -276,13 +276,13 @@ def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, constraints
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Near:
-    """An earlier plan, and what each difference to it costs in nats."""
+    """An earlier plan, and the nats that each difference from it costs."""
 
     plan: Plan
     nats: float
 
     def of_formats(self, costs: Costs, n_options: int) -> F64:
-        """Nats for every option [U, O] of a unit that is stored in another format than before."""
+        """Nats of every option [U, O] whose format differs from the earlier plan's."""
         before = {name: f for f, name in enumerate(costs.formats)}
         chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
         return np.where((np.arange(n_options) - 1) % len(costs.formats) == chosen[:, None], 0.0, self.nats)

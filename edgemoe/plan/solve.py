@@ -61,8 +61,8 @@ def solve_plan(
         costs_hash: hash of the price list, recorded in `Plan.costs`; empty: the key of its Stats.
 
     Raises:
-        BudgetError: nothing fits; names the least budget, and rules that conflict.
-        UsageError: unknown solver or objective, or a rule that is no rule.
+        BudgetError: no plan fits; the message names the least budget, and rules that contradict each other.
+        UsageError: the solver or the objective is unknown, or a rule is of no known kind.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")

@@ -1,4 +1,4 @@
-"""Copies made while loading: a plan must fit while it loads, so the largest copy is searched over."""
+"""This module searches over the largest copy that loading makes, because a plan must also fit while it loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgemoe.solvers.program import Solution
 
 
 def solve_with_staging(task: Task, budget: int) -> tuple[Solution, Compiled] | None:
-    """Solve with no thought of staging copies; only if that plan does not fit while it loads, search over the largest copy to allow."""
+    """Solve without staging copies first; only if the plan does not fit while it loads, search over the largest allowed copy."""
     parts = memory_beside_weights(task.costs, task.constraints)
     for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
         found = task.solve(room_for_weights(budget, parts, 0), gap)
@@ -34,14 +34,14 @@ def solve_with_staging(task: Task, budget: int) -> tuple[Solution, Compiled] | N
 def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solution, Compiled] | None:
     """Branch and bound over the largest staging copy that the plan may need.
 
-    A plan whose largest copy lies between two limits has at most the room that the lower leaves, and uses only formats up to the upper: the
-    relaxed program with both bounds the whole interval. Intervals are split, lowest bound first, down to single limits, solved exactly.
-    `free` is the answer without thought of staging: its bounds hold here too.
+    A plan whose largest copy lies between two limits has at most the room that the lower limit leaves, and uses only formats up to the
+    upper limit.  The relaxed program with both of these properties therefore bounds the whole interval.  Intervals are split, lowest bound
+    first, down to single limits, which are solved exactly.  `free` is the answer without staging, whose bounds hold here too.
     """
     limits, rooms = _staging_limits(task, budget)
 
     def bound(low: int, high: int, outer: F64) -> F64:
-        """Bounds of the kept counts in an interval, from those of one around it; exact only for the least, which is what counts."""
+        """Bounds of the kept counts in an interval, from those of an interval around it; only the least bound is exact, and it decides."""
         programs = task.programs(rooms[low], limits[high])
         inner = outer.copy()
         for i in np.argsort(outer, kind="stable"):
@@ -56,7 +56,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
     bounds = {(0, len(limits) - 1): known}
     heap = [(float(known.min()), 0, len(limits) - 1)]
     best: tuple[Solution, Compiled] | None = None
-    proven = np.inf  # of what has been solved or cut off
+    proven = np.inf  # least bound of the intervals that were solved or cut off
     while heap:
         least, low, high = heapq.heappop(heap)
         late = task.until is not None and time.monotonic() > task.until
@@ -81,7 +81,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
 
 
 def _staging_limits(task: Task, budget: int) -> tuple[list[int], list[int]]:
-    """Sizes that the largest staging copy may have, rising, and the room for weights with it; of those with the same room the largest."""
+    """Possible sizes of the largest staging copy, rising, and the room for weights with each; of sizes with the same room the largest."""
     parts = memory_beside_weights(task.costs, task.constraints)
     largest = {room_for_weights(budget, parts, limit): limit for limit in np.unique(task.costs.staging).tolist()}
     return list(largest.values()), list(largest)

@@ -1,6 +1,6 @@
-"""Costs, many budgets -> a plan for each: the Pareto curve of predicted KL against bytes, as table, CSV and a page with a slider.
+"""This module makes a plan for each of many budgets: the Pareto curve of KL against bytes, as table, CSV and a page with a slider.
 
-A larger budget never gets a worse plan: where a solver (within its gap) finds none better, the plan of the budget below stands.
+A larger budget never gets a worse plan: if a solver (within its gap) finds no better one, the plan of the budget below is taken.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from edgemoe.plan.solve import DEFAULT_GAP, solve_plan
 from edgemoe.rules import Rule
 
 MAX_BUDGETS = 1000
-_GONE = 255  # what the page reads as an expert that was dropped, where each has a format of its own
+_GONE = 255  # number that marks a dropped expert in the page's data, in the experts form
 COLUMNS = ("budget", "file_size", "peak", "kept", "predicted_kl", "cost", "bound", "gap", "proven", "carried_over")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One budget and its plan (None: nothing fits); `carried_over`: it is the plan of the budget before."""
+    """One budget and its plan (None if no plan fits); `carried_over` says that the plan is that of the budget below."""
 
     budget: int
     plan: Plan | None
@@ -42,7 +42,7 @@ def parse_budgets(text: str) -> list[int]:
     """Budgets "LOW:HIGH:STEP", both ends included.
 
     Raises:
-        UsageError: not such a range.
+        UsageError: the text is no such range.
     """
     parts = text.split(":")
     if len(parts) != 3:
@@ -56,7 +56,7 @@ def parse_budgets(text: str) -> list[int]:
 
 
 def objective_of(plan: Plan) -> float:
-    """What the plan was made to minimise, in nats (prices of soft rules aside)."""
+    """The objective that the plan minimises, in nats, without the prices of soft rules."""
     return max(plan.domain_q.values(), default=plan.q) if plan.objective == "worst" else plan.q
 
 
@@ -71,10 +71,10 @@ def sweep_budgets(
     costs_hash: str = "",
     progress: Progress = lambda done, total: None,
 ) -> tuple[Point, ...]:
-    """A plan for each budget, least first; arguments as for `solve_plan`.
+    """A plan for each budget, from the least up; the arguments are those of `solve_plan`.
 
     Raises:
-        UsageError: a rule that is no rule.
+        UsageError: a rule is of no known kind.
     """
     points: list[Point] = []
     best: Plan | None = None
@@ -118,7 +118,7 @@ def write_csv(points: Sequence[Point]) -> str:
 
 
 def render_sweep(costs: Costs, points: Sequence[Point]) -> str:
-    """A page that shows the plan at each budget: one HTML file that asks the network for nothing.
+    """A page that shows the plan at each budget, as one HTML file that loads nothing from the network.
 
     Raises:
         BudgetError: no budget has a plan.
@@ -159,7 +159,7 @@ def _bits(costs: Costs) -> dict[str, float]:
 
 
 def _plan_data(costs: Costs, order: Sequence[str], budget: int, plan: Plan) -> dict[str, Any]:
-    """What the page shows of one plan; `order` of the formats by which single experts' are numbered."""
+    """The page's data of one plan; `order` numbers the formats of single experts."""
     roles: dict[str, dict[str, int]] = {}
     stacks: dict[int, dict[str, str]] = {}
     rows = {layer: row for row, layer in enumerate(costs.expert_layers)}

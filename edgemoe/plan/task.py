@@ -1,4 +1,4 @@
-"""Everything of a planning problem that stays the same while budgets and staging limits are tried."""
+"""This module holds the parts of a planning problem that stay the same while budgets and staging limits are tried."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from edgemoe.rules.constraints import Constraints
 from edgemoe.solvers.program import Solution
 from edgemoe.solvers.search import search, solve
 
-ROUGH = 0.01  # gap of a first answer that only tells whether staging copies matter
+ROUGH = 0.01  # gap of a first answer that only shows whether staging copies matter
 
 MOST_PROGRAMS = 2**28  # bytes of programs that are kept between their uses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Everything that stays the same while budgets and staging limits are tried."""
+    """The parts that stay the same while budgets and staging limits are tried."""
 
     costs: Costs
     constraints: Constraints
@@ -33,7 +33,7 @@ class Task:
 
     @property
     def left(self) -> float | None:
-        """Seconds that are left; None: without limit."""
+        """Seconds that are left; None if there is no limit."""
         return None if self.until is None else max(0.5, self.until - time.monotonic())
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
@@ -56,7 +56,7 @@ class Task:
         return None if found is None else (found, compiled(found.count_index))
 
     def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
-        """The best choice that needs no larger copies and costs less than `cutoff`, if there is one; and a bound of all such choices."""
+        """The best choice with copies up to `staging` and a cost below `cutoff`, if there is one, and a bound of all such choices."""
         compiled = self.programs(room, staging)
         found, bound = search(
             lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.left, cutoff=cutoff
@@ -67,12 +67,12 @@ class Task:
 def make_task(
     costs: Costs, constraints: Constraints, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None
 ) -> Task:
-    """A task whose kept counts are those that the rules allow, and whose time, if it is limited, runs from now."""
+    """A task with the kept counts that the rules allow; its time limit, if there is one, starts now."""
     until = None if seconds is None else time.monotonic() + seconds
     allowed = tuple(c for c, yes in constraints.counts.items() if yes)
     return Task(costs=costs, constraints=constraints, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
 
 
 def memory_beside_weights(costs: Costs, constraints: Constraints) -> dict[str, int]:
-    """Memory parts of main memory: with a GPU the cache and the buffers are not there."""
+    """Memory parts of main memory; with a GPU the cache and the buffers lie in GPU memory instead."""
     return costs.memory if constraints.vram is None else {**costs.memory, "kv": 0, "compute": 0}

@@ -1,4 +1,4 @@
-"""Model, Stats and target -> Costs: nats and bytes of every choice, so that dropping and quantizing stand on one scale."""
+"""This package turns Model, Stats and target into Costs: nats and bytes of every choice, with dropping and quantizing on one scale."""
 
 from edgemoe.base.lazy import offer
 

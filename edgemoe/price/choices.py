@@ -1,6 +1,7 @@
-"""Model, Stats, target -> Costs: nats and bytes of every choice, drop and quantize on one scale (docs/pricing.md).
+"""This module prices every choice of a plan in nats and bytes, and collects the prices into Costs (docs/pricing.md).
 
-What a choice costs is measured in price_layer.py and price_matrix.py; here layers become one price list, in the form the target stores.
+experts.py and matrices.py price the choices of one layer or matrix.  This module joins them into one price list, in the form in which the
+target stores experts.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from edgemoe.quantize.reference import WHOLE_BITS
 from edgemoe.targets import Target, count_bytes
 
 ROUNDINGS = ("feedback", "stock")
-TRUSTED_KL = 0.2  # nats; above, the second-order picture has ended (docs/pricing.md, 5)
-REPAIRED = 0.5  # what a single expert's drop costs after repair, of before: 0.39 to 0.70, middle 0.47 (benchmarks/results/repair.md)
-FED_BACK = 0.55  # what rounding costs with feedback in the refitted stream, of stock rounding (docs/pricing.md, 12)
-SHRINK = 0.01  # of the layer's mean use, that every expert counts as used in every domain: a factor of 0 would need proof
+TRUSTED_KL = 0.2  # nats, above which KL is no longer of second order in the change (docs/pricing.md, 5)
+REPAIRED = 0.5  # cost of a single expert's drop after repair over before: 0.39 to 0.70, median 0.47 (benchmarks/results/repair.md)
+FED_BACK = 0.55  # cost of rounding with feedback in the refitted stream over that of stock rounding (docs/pricing.md, 12)
+SHRINK = 0.01  # share of the layer's mean use that is added to every expert's use in every domain, so that no factor is 0
 Probes = Mapping[tuple[str, int], Probe]
-Parts = dict[tuple[str, int], float]  # by role and layer: what rounding a stack or matrix adds to a probe of the whole model, alone
+Parts = dict[tuple[str, int], float]  # by role and layer: the part of one stack or matrix in the KL of a probe of the whole model
 
 
 def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
@@ -104,7 +105,7 @@ def _of_experts(layer: Layer, unit: Unit, share: Parts) -> ByCause[dict[str, F64
 def _price_probes(
     model: Model, stats: Stats, target: Target, units: list[Unit], probes: Probes, progress: Progress | None
 ) -> tuple[dict[int, Layer], dict[int, ByCause[ErrorsByFormat]], dict[int, Parts]]:
-    """Everything as if probes' KL grew with the error alone.
+    """Price everything as if the KL of probes grew with the error alone, that is without flips.
 
     Returns:
         The MoE layers; nats by format of every other unit, by number; and the parts of the whole-model probes, by bits.
@@ -145,7 +146,7 @@ def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, 
 
 
 def _enter_drops(drops: dict[str, Any], row: int, priced: Layer, gate_norm: F64, weights: F64, target: Target, kappa: float) -> None:
-    """Enter one layer: the menu where counts are shared, else the curve that brings sums of single prices to the greedy path's."""
+    """Enter the drops of one layer: the menu if layers share a count, else the curve that corrects sums of single prices to the path's."""
     found = priced.price_drops(weights, kappa)
     drops["expert_drop"][:, row] = found.experts
     drops["usage"][:, row] = _shares(gate_norm)
@@ -156,11 +157,11 @@ def _enter_drops(drops: dict[str, Any], row: int, priced: Layer, gate_norm: F64,
 
 
 def discount_drops(costs: Costs) -> Costs:
-    """The same prices for a build that repairs: a set costs less the more experts are gone, a single expert half.
+    """The price list of a build that repairs: the cost of a set is multiplied by 0.3 + 0.38 kept / E, that of a single expert by half.
 
-    factor = 0.3 + 0.38 kept / E: what benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts, .70 .49 .39
-    and .48 .46 .41 (benchmarks/results/repair.md); the line is their fit.  In the experts form the curve takes up the
-    difference, so that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
+    The line is a fit to the factors that benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts: .70 .49
+    .39 and .48 .46 .41 (benchmarks/results/repair.md).  In the experts form, the curve takes up the difference between the two factors, so
+    that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
     """
     factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
     every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. are gone
@@ -176,7 +177,7 @@ def discount_drops(costs: Costs) -> Costs:
 
 
 def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
-    """Measured prices as they are for what a build will do.
+    """Turn measured prices into the prices of a build that repairs, or rounds with feedback.
 
     Raises:
         UsageError: `rounding` is not known.
@@ -200,7 +201,7 @@ def check_rounding(name: str) -> None:
 
 
 def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: F64 | None) -> F64:
-    """How much more a unit's rounding costs in each domain than on average [D]: as its probe's KL; an expert's also as it is used there."""
+    """Cost of a unit's rounding in each domain over the mean [D], from its probe's KL there, and for an expert also from its use there."""
     if unit.expert < 0 or use is None:
         return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
     kl = np.sum([probes[f"ffn_{p}_exps", unit.layer].kl for p in PROJECTIONS], axis=0)
@@ -217,7 +218,7 @@ def _use(stats: Stats, layer: int) -> F64:
 
 
 def _over_mean(values: F64, stats: Stats) -> F64:
-    """Values by domain over their mean by weight; ones where that is nothing."""
+    """Values by domain divided by their weighted mean; ones if the mean is zero."""
     mean = float(stats.weights @ values)
     found: F64 = values / mean if mean > 0 else np.ones(len(values))
     return found
@@ -231,7 +232,7 @@ def _shares(sums: F64) -> F64:
 
 
 def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int, Parts]) -> tuple[float, float, Parts]:
-    """Kappa of the flips, kappa of a sum of prices, and the share of each probe's KL that adds up (flips.py)."""
+    """Kappa of flips, kappa of a sum of prices, and the share of each probe's KL that adds up (model/routing/flips.py)."""
     keys = list(whole[WHOLE_BITS[0]])
     every = [probes[key] for key in keys]
     probed = np.array([probe_kl(stats, probe) for probe in every])
@@ -247,7 +248,7 @@ def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int,
 
 
 def least_process(model: Model, target: Target, context: int) -> int:
-    """Bytes that no plan's process is smaller than, from shapes alone: top-k experts kept, every unit in its smallest format."""
+    """Least bytes of any plan's process, from shapes alone: top-k experts are kept and every unit has its smallest format."""
     count = model.n_experts if target.form == "experts" else model.top_k
     units = target.list_units(model)
     sizes = count_bytes(model, target, units, (count,))

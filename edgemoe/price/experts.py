@@ -1,7 +1,8 @@
-"""One layer's statistics and weights -> nats of every choice in it: kept sets, and each tensor in each format (docs/pricing.md, 3 and 4).
+"""This module prices one MoE layer from its statistics and weights: kept sets, and each tensor in each format (docs/pricing.md, 3 and 4).
 
-The error of a format is what the target's own quantizer does to sampled rows, and its kernels to their inputs, as a mean squared error of
-the output on tokens that were really seen; a slope turns it into nats: KL of the rounding probe over the error of that rounding.
+The error of a format is a mean squared error of the output on tokens that calibration saw.  The target's own quantizer rounds sampled rows,
+and the inputs are rounded as its kernels round them.  A slope turns the error into nats: the KL of the rounding probe over the error of the
+probe's rounding.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import EXPERT_BITS, round_to_int8
 from edgemoe.targets import Target
 
-LEAST_ROWS_ALONE = 32  # of an expert that is stored, and so priced, on its own: prices then scatter by 7 % (docs/pricing.md, 11)
+LEAST_ROWS_ALONE = 32  # rows of an expert that is stored, and so priced, on its own: prices then scatter by 7 % (docs/pricing.md, 11)
 TOKENS_PER_EXPERT = 128
-RISE = 0.01  # by which prices of drops rise along a path beyond what was measured: enough to tell equals apart, too little to matter
+RISE = 0.01  # by which prices of drops rise along a path beyond the measured ones: enough to order equal prices, too little to matter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One MoE layer, priced (D domains, C kept counts, E experts, G experts that went on the greedy path)."""
+    """One priced MoE layer (D domains, C kept counts, E experts, G experts that the greedy path dropped)."""
 
     menu: Menu
     drops: list[tuple[float, F64]]  # loss and KL [D] of each dropping probe, by rising loss
@@ -60,13 +61,13 @@ class Layer:
     stored: dict[tuple[str, int], tuple[str, ...]]  # formats of each unit of experts, by role and expert
 
     def whole(self, role: str, bits: int) -> float:
-        """Nats of a stack's part in the probe of the whole model at these bits, if they grew with the error alone."""
+        """Nats of a stack's part in the probe of the whole model at these bits, if nats grew with the error alone."""
         return self.slope[role] * float(self.use @ self.errors.weights[role][f"whole{bits}"])
 
     def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, F64]]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
 
-        `share`: of a probe's KL, by role, that adds up (flips.py).
+        `share` is the part of a probe's KL, by role, that adds up over tensors; the rest is flips (model/routing/flips.py).
         """
         slope = {role: value * share[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
@@ -82,13 +83,13 @@ class Layer:
     def price_drops(self, weights: F64, kappa: float) -> Drops:
         """Price the menu's sets, those of the greedy path, and single experts.
 
-        An expert's own price is what its step on the greedy path adds, and no less than the dearest before it, a little rising so that
-        the path's order is kept; those that never went cost as much as the last that did, or more by their energy.  `weights` of the
-        domains [D]; `kappa` as in `price_losses`.
+        An expert's own price is the cost of its step on the greedy path.  It is at least the dearest price before it on the path, and rises
+        a little, so that the path's order is kept.  Experts that the path never dropped cost as much as the last dropped one, or more in
+        proportion to their energy.  `weights` are those of the domains [D]; `kappa` is as in `price_losses`.
         """
         menu, n = self.menu, self.menu.kept.shape[1]
         path = price_losses(self.drops, weights, menu.path, kappa)
-        steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # none cheaper than those that went before it
+        steps = np.maximum.accumulate(np.maximum(np.diff(path, axis=1), 0.0), axis=1)  # no step is cheaper than an earlier one
         steps = steps * np.linspace(1.0, 1.0 + RISE, steps.shape[1])
         experts = np.tile((1.0 + RISE) * steps.max(axis=1, initial=0.0)[:, None], (1, n))
         experts *= np.maximum(self.energy / max(float(self.energy[menu.order].max(initial=0.0)), 1e-300), 1.0)
@@ -116,7 +117,7 @@ def price_layer(
     probes: Mapping[tuple[str, int], Probe],
     pool: ThreadPoolExecutor,
 ) -> Layer:
-    """Price one MoE layer: what every expert's formats and every kept set cost.
+    """Price one MoE layer: every format of its experts, and every kept set.
 
     Args:
         model: from `inspect_model`.
@@ -165,9 +166,9 @@ def dropped_points(stats: Stats, layer: int, replay: Replay, n_experts: int) -> 
 
 
 def price_losses(points: list[tuple[float, F64]], weights: F64, losses: F64, kappa: float) -> F64:
-    """Nats by domain of kept sets of a layer with these losses [D, ...]: loss times a slope that is interpolated between the probed losses.
+    """Nats by domain [D, ...] of kept sets with these losses: the loss times a slope that is interpolated between the probed losses.
 
-    `kappa` as in `additive_part`.  Zero where nothing was probed.
+    `kappa` is as in `additive_part`.  The result is zero if nothing was probed.
     """
     if not points:
         return np.zeros((len(weights), *losses.shape))
@@ -196,7 +197,7 @@ class _Sample:
 
 
 def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], domains: F64, sensitivity: F64) -> tuple[F64, F64]:
-    """How much each expert's errors matter, and each replay token in them, by the tokens' sensitivity.
+    """Weights of each expert's errors, and of each replay token in them, by the tokens' sensitivity.
 
     Args:
         replay: of the layer.
@@ -205,9 +206,9 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
         sensitivity: of the replay tokens [N]: KL per squared change (`fisher_of_states`), in any unit.
 
     Returns:
-        Use [E], mean g^2 over all calibration tokens times how sensitive the expert's replay tokens are beside all tokens (shrunk to 1 by
-        SHRINK_TOKENS: they are few, and very unequal); and weights [N, E] of the tokens, where one that an expert was not chosen
-        for counts by its probability, so that no expert is unseen.
+        Use [E]: mean g^2 over all calibration tokens, times the sensitivity of the expert's replay tokens over that of all tokens.  This
+        ratio is shrunk to 1 by SHRINK_TOKENS, because the tokens are few and very unequal.  And weights [N, E] of the tokens; a token that
+        did not choose an expert counts by its probability, so that no expert is unseen.
     """
     relative = sensitivity / max(float(replay.shares @ sensitivity), 1e-300)
     gates, share = soft_gates(replay).copy(), domains / np.maximum(arrays["tokens"].astype(np.float64), 1.0)
@@ -224,9 +225,9 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
 def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, ErrorsByFormat]]:
     """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
 
-    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down;
-    errors of different rows are independent, so sampled rows stand for all.  What rounded inputs add is computed for all rows, because they
-    share their errors.
+    With h = silu(W_gate x) * (W_up x) and f = W_down h, an error dh_j of a hidden channel adds dh_j^2 |w_j|^2, w_j a column of W_down.
+    Errors of different rows are independent, so sampled rows stand for all.  Rounded inputs give all rows the same errors, so their part is
+    computed on all rows.
     """
     expert = tensors["gate"].expert
     tokens, weight = _draw_tokens(sample.weights[:, expert])
@@ -263,7 +264,7 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[
 def _draw_tokens(weight: F64) -> tuple[NDArray[np.int64], F64]:
     """At most TOKENS_PER_EXPERT tokens and their weights, summing to 1: drawn evenly from the running sum, the heaviest first.
 
-    Not the heaviest alone: the importance matrix was made for these, and rounding errs most on the others.
+    The heaviest tokens alone would not do: the importance matrix was made for them, and rounding has larger errors on the others.
     """
     order = np.argsort(-weight, kind="stable")
     running = np.cumsum(weight[order])
@@ -281,7 +282,7 @@ def _input_squares(
     hidden: tuple[F32, F32, F32],
     matrices: Mapping[str, F32],
 ) -> F32:
-    """Squared output error of each token [N] that comes from a projection's inputs, rounded to int8 by blocks of this size (0: not)."""
+    """Squared output error of each token [N] from a projection's inputs, rounded to int8 by blocks of this size (0: not rounded)."""
     if not block:
         return np.zeros(len(x), np.float32)
     a, b, h = hidden

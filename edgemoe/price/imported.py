@@ -1,12 +1,12 @@
-"""Model, imported Stats, target -> Costs from files that people already have: an imatrix, and scores of experts if there are any.
+"""This module prices a model from files that people already have: an imatrix, and a table of expert scores if there is one.
 
-Quantize.  cost(unit, format) = generic cost of the unit in Q4_K * error(format) / error(Q4_K).  The error is what the target's quantizer
-does to sampled rows of the real weights, squared, its columns weighted by the file's mean x^2, the experts of a stack by how often each was
-chosen.  So which format a unit takes best, and which experts are hard to round, are this model's own; how much one unit matters against
-another, and the scale in nats, are other models' (generic.py).
+Quantize.  cost(unit, format) = generic cost of the unit in Q4_K * error(format) / error(Q4_K).  The error is the squared rounding error of
+the target's quantizer on sampled rows of the real weights.  Columns are weighted by the file's mean x^2, and the experts of a stack by how
+often each was chosen.  So the best format of a unit, and which experts are hard to round, are measured on this model.  The weight of one
+unit against another, and the scale in nats, come from other models (priors.py).
 
-Drop.  The generic curve over the share of a layer's score that is lost.  Scores are the user's (saliency), else how often the imatrix file
-saw each expert chosen, a weaker score: it knows nothing of gates and outputs (docs/pricing.md, 7).
+Drop.  The generic curve gives the cost from the dropped share of a layer's scores.  Scores are the user's (saliency).  Without them, the
+score is how often the imatrix file saw each expert chosen, which is weaker, because it leaves out gates and outputs (docs/pricing.md, 7).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from edgemoe.targets import Target
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB
 MAX_DOMAIN = 64  # characters; names are printed in tables
 COLUMNS = ("layer", "expert", "score")
-SAMPLE_WEIGHTS = 2**16  # of each stack or matrix that are really rounded, per format: a quarter of price_matrix.py's, met to 7 %
-REFERENCE_BITS = 4.5  # of Q4_K, in which `whole` of generic.py is known best; the offered format nearest to it is the reference
+SAMPLE_WEIGHTS = 2**16  # weights that are rounded of a stack or matrix, for each format: a quarter of those in matrices.py, within 7 %
+REFERENCE_BITS = 4.5  # bits of Q4_K, for which `whole` of priors.py is known best; the offered format nearest to it is the reference
 Key = tuple[str, int, int]  # domain, layer, expert
 
 
@@ -46,7 +46,7 @@ def read_saliency(path: Path, model: Model) -> Saliency:
     Every expert of every layer has one line in every domain.  Scores are compared inside a layer and domain only, so their unit is free.
 
     Raises:
-        ModelError: too large, malformed, or not one score for each; names the line.
+        ModelError: the file is too large or malformed, or lacks a score; the message names the line.
     """
     scores: dict[Key, float] = {}
     try:
@@ -205,10 +205,10 @@ def _reference_costs(model: Model, target: Target, base: Costs) -> F64:
 
 
 def _relative_errors(model: Model, target: Target, units: list[Unit], errors: list[dict[str, F64]], busy: F64) -> list[dict[str, F64]]:
-    """Errors of each unit over those in its reference format, by format: for each kept count [C], or [1] where that does not matter.
+    """Errors of each unit over those in its reference format, by format: [C] for each kept count, or [1] if the count does not matter.
 
     A stack's experts count by their tokens.  A single expert is compared with the mean expert, one projection after another, because errors
-    of different projections are not in one unit.
+    of different projections have different units.
     """
     means: dict[int, F64] = {}
     alone = [(unit, e) for unit, e in zip(units, errors, strict=True) if unit.expert >= 0]

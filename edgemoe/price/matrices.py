@@ -1,7 +1,7 @@
-"""One matrix's statistics and weights -> nats of storing it in each format (docs/pricing.md, 3 and 4).
+"""This module prices each format of one matrix in nats, from the matrix's statistics and weights (docs/pricing.md, 3 and 4).
 
-The error of a format is what the target's own quantizer does to sampled rows, and its kernels to their inputs, as a mean squared error of
-the output; a slope turns it into nats: KL of the rounding probe over the error of that rounding.
+The error of a format is a mean squared error of the output.  The target's own quantizer rounds sampled rows, and the inputs are rounded as
+its kernels round them.  A slope turns the error into nats: the KL of the rounding probe over the error of the probe's rounding.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.reference import WHOLE_BITS, round_to_int8, round_to_nearest
 from edgemoe.targets import Target
 
-SAMPLE_WEIGHTS = 2**18  # of each stack or matrix that are really rounded, per format
-LEAST_ROWS = 4  # of a matrix, or of each expert in a stack
-INPUT_TOKENS = 64  # that stand for a matrix's inputs where kernels round them
-SEED = 20261126  # of inputs of which only the second moments are known
+SAMPLE_WEIGHTS = 2**18  # weights of each stack or matrix that are really rounded, for each format
+LEAST_ROWS = 4  # rows of a matrix, or of each expert in a stack, that are sampled at least
+INPUT_TOKENS = 64  # tokens that stand for a matrix's inputs where kernels round them
+SEED = 20261126  # of the draw of inputs of which only the second moments are known
 Importance = dict[tuple[str, int], F32]
 ErrorsByFormat = dict[str, float]  # format, or "probe" / "whole6" and so on for the reference roundings -> mean squared error
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByCause(Generic[T]):
-    """What a format does in two parts: by rounded weights, and by kernels that round their inputs."""
+    """The effect of a format in two parts: from rounded weights, and from kernels that round their inputs."""
 
     weights: T
     inputs: T
@@ -39,7 +39,7 @@ class ByCause(Generic[T]):
 def price_matrix(
     model: Model, stats: Stats, target: Target, unit: Unit, importance: Importance, probe: Probe, pool: ThreadPoolExecutor
 ) -> ByCause[ErrorsByFormat]:
-    """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe; and what rounded inputs add.
+    """Nats of storing one matrix, by format: its input-weighted squared error, scaled by its probe, and the part of rounded inputs.
 
     Args:
         model: from `inspect_model`.
@@ -47,8 +47,8 @@ def price_matrix(
         target: whose quantizers and kernels count.
         unit: the matrix.
         importance: mean squares of inputs by (role, expert) of its layer (`importance_of`).
-        probe: what rounding it by itself lost.
-        pool: shares out the rows.
+        probe: of rounding this matrix alone.
+        pool: threads that share the rows.
     """
     matrix = read_tensor(model.folder, model.get(unit.role, unit.layer))
     columns = importance.get((unit.role, -1))
@@ -86,8 +86,9 @@ def price_matrix(
 def _draw_inputs(stats: Stats, layer: int, second_moments: F32) -> F32:
     """Some inputs [64, cols] of a matrix of which calibration kept mean squares only.
 
-    Where they are as wide as the layer's replay tokens (inputs of its MoE block: another norm of nearly the same states), these, each
-    column scaled to its mean square: that keeps how unlike tokens and channels are, which int8 blocks suffer from.  Else normal numbers.
+    If the inputs are as wide as the layer's replay tokens, these tokens are taken, with each column scaled to its mean square.  (Replay
+    tokens are the inputs of the MoE block, another norm of nearly the same states.)  This keeps the differences between tokens and between
+    channels, which make int8 blocks lose accuracy.  Otherwise normal numbers are drawn.
     """
     replay = stats.arrays(layer).get("replay_x")
     if replay is not None and replay.shape[1] == len(second_moments):
@@ -110,7 +111,7 @@ def sample_rows(n: int, wanted: int) -> NDArray[np.int64]:
 
 
 def round_sampled(target: Target, rows: F32, formats: tuple[str, ...], importance: F32 | None, probe_bits: int) -> list[tuple[str, F32]]:
-    """These rows in every offered format, and in the probes' reference roundings."""
+    """These rows rounded to every offered format, and by the probes' reference roundings."""
     found = [(name, target.round_rows(rows, name, importance)) for name in formats]
     whole = [(f"whole{bits}", round_to_nearest(rows, bits)) for bits in WHOLE_BITS]
     return [*found, ("probe", round_to_nearest(rows, probe_bits)), *whole]

@@ -1,29 +1,31 @@
-"""Model, target -> Costs without weights or calibration: prices from what others measured on other models, flagged in `origin`.
+"""This module prices a model without weights or calibration, from measurements of other models; `origin` in Costs says so.
 
-Good enough to plan with before a download, never as good as `price_choices`.  What is measured and what is assumed:
+The prices are good enough to plan with before a download, and never as good as those of `price_choices`.
 
 Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
-- `types`, measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K; medians.  They follow the
-  squared rounding error (which stands in for types that nobody measured).  `whole`, the median nats of Q4_K.
-- share, measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum;
-  means by role and by relative depth, the depth profile at its square root because models differ in it.  Sums of single tensors give the
-  whole model's KLD to a median factor of 0.89 (benchmarks/additivity.py).
-  A layer weighs against embedding and output what it weighs in a model of 61 layers, the
-  median: the measured models (40 to 94) fit this as well as equal shares for all layers together, the bundled ones (2 and 4) much better.
-- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and at every
-  type (rank correlation between probes of 1 to 2.6 bits: 0.96).
-  How many experts stay does not change what rounding costs: the tokens of those that go are served by those that stay.
+- `types` is measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K, as medians.  The medians
+  follow the squared rounding error, which stands in for types that nobody measured.  `whole` is the median nats of Q4_K.
+- share is measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum.
+  It is a mean by role and by relative depth.  The depth profile counts by its square root, because models differ in it.  The sum over
+  single tensors is 0.89 of the whole model's KLD in the median (benchmarks/additivity.py).
+  The weight of a layer against embedding and output is that in a model of 61 layers, which is the median.  The measured models (40 to 94
+  layers) fit this as well as a fixed share for all layers together, and the bundled models (2 and 4 layers) fit this much better.
+- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and for every
+  type (rank correlation between probes of 1 to 2.6 bits: 0.96).  The number of kept experts does not change the cost of rounding, because
+  the kept experts serve the tokens of the dropped ones.
 - Left out: the floor, about 0.006 nats of KLD that any rounding causes by flipped router choices.  So kappa is 0.
 
-Drop.  cost(set of a layer, domain) = nats[domain] * w_layer * (0.14 lost + 0.86 lost^2), lost = the dropped share of the layer's saliency
-(REAP sum) there.
-- Measured, on GLM-5.2 only: the saliency of every expert in ten domains; perplexities of three pruned files on code and on general text,
-  from which two `nats` (of dropping everything: 1.1 and 2.6) and the linear part are fitted.  That fits all six to 14 %, where a third to
-  two thirds of the saliency is lost; smaller drops are an extrapolation.  w_layer, summing to 1, is the share of the layer's expert stacks
-  above: raw saliency grows 2,000-fold with depth while the damage falls, so it is only compared inside a layer.
-- Assumed: mathematics and reasoning behave as general text; another model loses what GLM-5.2 loses for the same lost share, and its experts
-  are as unlike as GLM-5.2's at the same relative depth (drawn from them by a fixed seed: which of them may go says nothing).  Models of few
-  experts use them more evenly (Mixtral-8x7B: Gini 0.06 against 0.22 to 0.53), so the spread of logarithms is a quarter up to 16 experts.
+Drop.  cost(set of a layer, domain) = nats[domain] * w_layer * (0.14 lost + 0.86 lost^2), where lost is the dropped share of the layer's
+saliency (REAP sum) in this domain.
+- Measured, on GLM-5.2 only: the saliency of every expert in ten domains, and perplexities of three pruned files on code and on general
+  text.  The linear part and two `nats` (of dropping everything: 1.1 on code, 2.6 on general text) are fitted to these six perplexities and
+  meet them to 14 %.  The files lose a third to two thirds of the saliency; smaller drops are an extrapolation.  w_layer, summing to 1, is
+  the share of the layer's expert stacks above.  Raw saliency is compared inside a layer only, since it grows 2,000-fold with depth while
+  the damage of a drop falls.
+- Assumed: mathematics and reasoning behave as general text.  Another model loses as much as GLM-5.2 for the same lost share, and its
+  experts differ as much as GLM-5.2's at the same relative depth.  They are drawn from GLM-5.2's by a fixed seed, so the choice of experts
+  has no meaning.  Models of few experts use them more evenly (Mixtral-8x7B: Gini 0.06 against 0.22 to 0.53), so the spread of logarithms is
+  a quarter up to 16 experts.
 - Single experts are priced along the tangent where half of the experts are gone; `drop_curve` adds the rest, as a mean over domains.
 """
 
@@ -87,7 +89,7 @@ def load_saliency() -> Saliency:
 
 
 def price_config(source: str, context: int | None = None, target: str = "gguf", *, also: Sequence[int] = ()) -> Costs:
-    """Generic prices of a known shape (`shapes.load_shape`) or of a config.json (or the folder that holds it).
+    """Generic prices of a known shape (`load_shape` of model/describe.py), of a config.json, or of the folder that holds one.
 
     GLM-5.2 is priced from its own published measurements.  `also`: kept counts to offer beside the usual ones.
 
@@ -115,7 +117,7 @@ def price_generic(model: Model, target: Target, context: int, *, prior: str = "p
 
     Raises:
         UsageError: unknown prior.
-        ModelError: the model has not the shapes of the prior.
+        ModelError: the model's shapes are not those of the prior.
     """
     if prior not in PRIORS:
         raise UsageError(f"prior {prior!r} is not known", hint=f"known: {', '.join(PRIORS)}")
@@ -171,13 +173,13 @@ def _origin(prior: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- quantize
 def layer_nats(units: Sequence[Unit], nats: F64, layers: Sequence[int]) -> F64:
-    """What rounding costs in the experts of each layer [L]."""
+    """Nats of rounding the experts of each layer [L]."""
     experts = [(u, unit.layer) for u, unit in enumerate(units) if unit.of_experts]
     return np.array([sum(nats[u] for u, at in experts if at == layer) for layer in layers])
 
 
 def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int, F64]) -> F64:
-    """Each unit's share of what rounding the whole model costs [U], summing to 1; a single expert's is its part `share` of its stacks'."""
+    """Each unit's share of the cost of rounding the whole model [U], summing to 1; a single expert gets its part `share` of its stacks'."""
     roles, own = _read_priors()["roles"], {} if prior == "pooled" else _read_priors()[prior]["nats"]
 
     def find(role: str, layer: int) -> float:
@@ -217,10 +219,10 @@ def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any])
 
 
 def _type_nats(target: Target, prior: str) -> F64:
-    """What storing the whole model in each format costs [F].
+    """Nats of storing the whole model in each format [F].
 
-    Where a prior lacks a type the pooled models stand in; formats that nobody measured follow Q4_0 by their squared error, rounded inputs
-    included, on normal numbers.
+    If a prior lacks a type, the pooled models stand in.  A format that nobody measured costs as much as Q4_0 times the ratio of their
+    squared errors on normal numbers, rounded inputs included.
     """
     priors = _read_priors()
     own = priors if prior == "pooled" else priors[prior]
@@ -257,7 +259,9 @@ def _expert_shares(saliency: Saliency, n_layers: int, n_experts: int, prior: str
 def price_drops(
     domains: tuple[str, ...], weights: F64, share: F64, layer_weight: F64, counts: tuple[int, ...], groups: int = 1
 ) -> dict[str, Any]:
-    """The menu of kept sets (most saliency, domains by weight, as many of each routing group), and what sets and experts cost by domain.
+    """The menu of kept sets, and the cost of sets and of experts by domain.
+
+    A set keeps the experts with the most saliency (domains by weight), and the same number in each routing group.
 
     Args:
         domains: D names; those that begin with "code" lose what code lost, all others what general text lost.

@@ -1,7 +1,7 @@
-"""Statistics of one layer -> what the field makes of them: published expert scores.
+"""This module computes published scores of experts from the statistics of one layer.
 
-Scores are controls and options (`price --score`), no prices: they have no unit and are comparable within one layer only.  Sums run over
-the routed tokens of every domain, each domain counting by its weight.
+Scores are controls and options (`price --score`) and not prices: they have no unit, and are comparable within one layer only.  Sums run
+over the routed tokens of every domain, and each domain counts by its weight.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def top_logits(logits: NDArray[np.floating], weights: F64) -> F64:
 
 
 def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
-    """The same prices, but experts go in the order of a published score, and a kept set costs in proportion to the scores that go.
+    """Replace the prices of drops, as a control: experts go in the order of a published score, and a set costs in proportion to it.
 
-    One factor for the whole model makes all sets together cost what they did, so that drops and formats stay comparable: a control.
+    One factor for the whole model keeps the sum of all sets' costs as it was, so that drops and formats stay comparable.
 
     Raises:
         UsageError: no such score, or prices of single experts' formats.

@@ -1,4 +1,4 @@
-"""Rounding that belongs to no file format: importance of columns, feedback of errors on the Hessian of the inputs, compiled loops."""
+"""This package holds rounding that belongs to no file format: importance of columns, error feedback on a Hessian, compiled loops."""
 
 from edgemoe.base.lazy import offer
 

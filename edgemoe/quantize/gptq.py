@@ -1,12 +1,13 @@
-"""Weights, Hessian of their inputs, a grid -> codes: rounding that lets later columns take up the error of earlier ones.
+"""This module chooses codes on a grid by error feedback: later columns make up for the errors of earlier ones, weighed by a Hessian.
 
-With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  One group of columns is rounded
-after another; each group's error is passed on to those still to come, which is exact minimisation of the rest (GPTQ, arXiv 2210.17323;
-LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays: stock formats store it per block of columns.
-Then every group is chosen again, all others given (coordinate descent, as in QuantEase, arXiv 2309.01885).  So far rows are independent.
+With X the inputs, the output error of rounding W to Q is |(W - Q) X'|^2 = tr (W - Q) H (W - Q)', H = X'X.  Groups of columns are rounded
+one after the other, and each group's error is passed on to the groups that follow, which minimises the rest exactly (GPTQ, arXiv
+2210.17323; LDLQ, arXiv 2307.13304).  The grid (scales, offsets) is given and stays, because stock formats store it per block of columns.
+Then every group is chosen again while all others stay (coordinate descent, as in QuantEase, arXiv 2309.01885).  So far, rows are
+independent.
 
-What the outputs' errors cost together is their own matter: with G the Hessian of the loss's gradients with respect to them, KL grows
-with tr G (W - Q) H (W - Q)' (the Kronecker factors of YAQA, arXiv 2505.22988).  `descend_outputs` brings that down, some rows at a time.
+Errors of different outputs also matter together: with G the Hessian of the loss's gradients with respect to the outputs, KL grows with
+tr G (W - Q) H (W - Q)' (the Kronecker factors of YAQA, arXiv 2505.22988).  `descend_outputs` lowers this sum, some rows at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from edgemoe.base.types import F32, F64
 from edgemoe.quantize.grids import Grid
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
-TRUST = 256.0  # routed tokens that count as much as the layer's own Hessian
-BELIEF = 0.4  # in products of two inputs, by tokens: see `shrink_hessian` and docs/decisions/0009-feedback-rounding.md
+TRUST = 256.0  # routed tokens whose Hessian counts as much as the layer's
+BELIEF = 0.4  # trust in products of two inputs, by tokens: see `shrink_hessian` and docs/decisions/0009-feedback-rounding.md
 LAZY = 128  # columns after which the rest of a row is corrected in one product
 TURNS = 16  # groups of rows, chosen one after the other
 ROUNDS = 2  # of turns
@@ -32,13 +33,13 @@ Descend = Callable[[NDArray[np.uint8], F32, F32], NDArray[np.uint8]]  # see `des
 
 # ---------------------------------------------------------------------------------------------------------- Hessian
 def mix_hessians(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floating] | None = None) -> F64:
-    """What feedback should believe of an expert's Hessian [C, C], seen on n_own tokens.
+    """The Hessian [C, C] that feedback should use for an expert that saw n_own tokens.
 
     Args:
-        own: of the expert's tokens.
-        n_own: how many.
-        layer: of all experts' tokens together, where all receive the same columns: few tokens lean on it, scaled to the same trace.
-            The neurons of different experts have nothing in common, so for W_down there is none.
+        own: the Hessian of the expert's tokens.
+        n_own: their number.
+        layer: the Hessian of all experts' tokens together, scaled to the same trace; it counts more if the expert has few tokens.  None for
+            W_down, because the neurons of different experts have nothing in common.
     """
     mixed: F64 = np.asarray(own, np.float64)
     if layer is not None:
@@ -51,10 +52,10 @@ def mix_hessians(own: NDArray[np.floating], n_own: float, layer: NDArray[np.floa
 
 
 def shrink_hessian(h: NDArray[np.floating], n: float) -> F64:
-    """Hessian [C, C] of n tokens, what lies off the diagonal brought down by 1 / (1 + BELIEF sqrt(n / C)).
+    """The Hessian [C, C] of n tokens, with its off-diagonal part reduced by a share of 1 / (1 + BELIEF sqrt(n / C)).
 
-    Products of two inputs are less certain than squares, and feedback trusts them where they are least so: in the directions that were
-    hardly seen.  The square root and its factor are measured, not derived.
+    Products of two inputs are less certain than squares, and feedback relies most on the least certain products, those in directions that
+    few tokens have.  The square root and its factor are measured, not derived.
     """
     believed = 1 - 1 / (1 + BELIEF * float(np.sqrt(n / len(h))))
     shrunk: F64 = believed * np.asarray(h, np.float64)
@@ -64,7 +65,7 @@ def shrink_hessian(h: NDArray[np.floating], n: float) -> F64:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """Hessian [C, C] of a matrix's inputs, damped, and the upper factor U of their inverse: H^-1 = U'U (GPTQ's Cholesky form)."""
+    """The damped Hessian [C, C] of a matrix's inputs, and the upper factor U of its inverse: H^-1 = U'U (GPTQ's Cholesky form)."""
 
     h: F32
     upper: F32
@@ -76,7 +77,7 @@ class Hessian:
 
 
 def factor_hessian(h: NDArray[np.floating], damping: float = DAMPING) -> Hessian:
-    """Damp and factor; columns that never saw an input count as the damping alone."""
+    """Damp and factor a Hessian; columns whose inputs were always zero get the damping alone."""
     h = np.asarray(h, np.float64)
     mean = float(h.diagonal().mean())
     if not (mean > 0 and np.isfinite(mean)):
@@ -99,7 +100,7 @@ def _invert_lower(lower: NDArray[np.floating]) -> NDArray[np.floating]:
 
 # ----------------------------------------------------------------------------------------------------------------- rounding
 def round_columns(weights: F32, grid: Grid, hessian: Hessian, columns: slice) -> tuple[NDArray[np.int32], F32, F32]:
-    """Round some columns [R, n] of a matrix, each group's error passed on to the later ones among them.
+    """Round some columns [R, n] of a matrix; each group's error is passed on to the later groups among them.
 
     Returns:
         Codes [R, n / dim], values [R, n], and the correction of all later columns [R, C - columns.stop], to be subtracted.
@@ -119,7 +120,7 @@ def round_columns(weights: F32, grid: Grid, hessian: Hessian, columns: slice) ->
 
 
 def descend_columns(codes: NDArray[np.int32], values: F32, grid: Grid, hessian: Hessian, gradient: F32, columns: slice) -> None:
-    """Choose every group of some columns again, all others given; codes, values and gradient [R, C] are changed in place.
+    """Choose every group of some columns again while all others stay; codes, values and gradient [R, C] are changed in place.
 
     Args:
         codes: [R, n / dim] of these columns.
@@ -140,10 +141,10 @@ def descend_columns(codes: NDArray[np.int32], values: F32, grid: Grid, hessian: 
 
 
 def descend_outputs(weights: F32, packed: NDArray[np.uint8], values: F32, hessian: Hessian, outputs: F32, descend: Descend) -> None:
-    """Bring tr G (W - Q) H (W - Q)' down, G the Hessian of the outputs' gradients; `packed` and `values` are changed in place.
+    """Lower tr G (W - Q) H (W - Q)', with G the Hessian of the outputs' gradients; `packed` and `values` are changed in place.
 
-    Rows take turns.  Those of one group are chosen at the same time, each as if the others of its group stayed; where that overshoots, the
-    group is split.
+    Groups of rows take turns.  The rows of one group are chosen at the same time, each as if the others of its group stayed.  If this
+    raises the sum, the group is split.
 
     Args:
         weights: W [R, C].
@@ -151,7 +152,7 @@ def descend_outputs(weights: F32, packed: NDArray[np.uint8], values: F32, hessia
         values: Q [R, C].
         hessian: of the inputs, H.
         outputs: G [R, R], damped.
-        descend: packed rows, their values, and the gradient (W - Q) H that each row should see -> rows packed anew; values follow.
+        descend: packs rows anew, from packed rows, their values, and the gradient (W - Q) H that each row should see; it updates values.
     """
     size = np.ascontiguousarray(outputs.diagonal())
     left = weights - values
@@ -173,7 +174,7 @@ def descend_outputs(weights: F32, packed: NDArray[np.uint8], values: F32, hessia
 
 
 def _turns(outputs: F32) -> list[NDArray[np.int64]]:
-    """Rows in groups for all rounds: those that share the strongest direction of errors are spread over the groups."""
+    """Groups of rows for all rounds; rows that share the strongest direction of errors are spread over the groups."""
     size = np.sqrt(outputs.diagonal())
     strongest: F32 = np.ones(len(outputs), np.float32)
     for _ in range(POWER):

@@ -1,7 +1,8 @@
-"""What the codes of packed rows stand for, the scales being as they are -> the best code of a column, or of a group of eight.
+"""This module finds the best code of a column, or of a group of eight columns, on grids whose scales are fixed.
 
-A grid rounds a block of columns, each one's error passed on to those after it, or chooses a block's codes again, all others given; what
-columns mean to each other comes from `feedback.py`.  The loops over rows and columns are compiled (`kernels.py`).
+A grid rounds a block of columns and passes each column's error on to the later ones, or it chooses a block's codes again while all others
+stay.  The Hessian that weighs columns against each other comes from `gptq.py`.  The loops over rows and columns are compiled
+(`kernels.py`).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Scalar:
     dim: ClassVar[int] = 1
 
     def round(self, at: slice, work: F32, upper: F32) -> tuple[Codes, F32, F32]:
-        """Round some columns, each one's error passed on to the later ones.
+        """Round some columns, and pass each column's error on to the later ones.
 
         Args:
-            at: which, of the grid's.
-            work: what is to be rounded [R, n].
+            at: the columns, in the grid's numbers.
+            work: weights to round [R, n].
             upper: their corner [n, n] of U, where H^-1 = U'U.
 
         Returns:
-            Codes [R, n / dim], values [R, n], and errors [R, n] such that errors @ U is what later columns should give up.
+            Codes [R, n / dim], values [R, n], and errors [R, n]; errors @ U is to be subtracted from later columns.
         """
         from edgemoe.quantize.kernels import round_columns
 
@@ -46,17 +47,17 @@ class Scalar:
         return codes, values, error
 
     def descend(self, at: slice, codes: Codes, values: F32, gradient: F32, h: F32) -> tuple[Codes, F32]:
-        """Choose the codes of some columns again, all others given.
+        """Choose the codes of some columns again while all others stay.
 
         Args:
-            at: which, of the grid's.
-            codes: as they are [R, n / dim].
-            values: what they stand for [R, n].
+            at: the columns, in the grid's numbers.
+            codes: the codes so far [R, n / dim].
+            values: of these codes [R, n].
             gradient: (weights - values) H at these columns [R, n].
             h: their corner of H [n, n].
 
         Returns:
-            Codes and values anew.
+            The new codes and values.
         """
         from edgemoe.quantize.kernels import descend_columns
 
@@ -72,8 +73,8 @@ class Scalar:
 class Codebook:
     """value = offset + scale * sign * table[index]: `parts` indices, of 8 / parts columns each, and a pattern of signs for eight columns.
 
-    code = the indices (from the lowest bits up), then the pattern's number.  Searched in full; where there is more than one pattern,
-    indices given the signs and signs given the indices are chosen in turn.
+    code = the indices (from the lowest bits up), then the pattern's number.  The codebook is searched in full; if there is more than one
+    pattern, indices and signs are chosen in turn, each with the other given.
     """
 
     scale: F32  # [R, G], of either sign

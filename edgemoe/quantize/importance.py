@@ -1,4 +1,4 @@
-"""Statistics of a layer -> importance of the columns of each matrix: the mean squares of its inputs."""
+"""This module computes the importance of the columns of each matrix of a layer: the mean squares of its inputs, from the statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgemoe.ir import Model, Stats
 
 
 def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], F32]:
-    """Importance of the columns of each matrix of a layer by (role, expert); experts that saw little lean on the layer's mean."""
+    """Importance of the columns of each matrix of a layer by (role, expert); experts with few tokens are shrunk to the layer's mean."""
     arrays = stats.arrays(layer)
     if layer < 0:
         weights = stats.weights / np.maximum(arrays["token_count"].sum(axis=1), 1)
@@ -31,7 +31,7 @@ def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int
 
 
 def shrink(sums: F64, weight: F64, count: NDArray[np.int64], tokens: float = 64.0) -> F32:
-    """Mean squares [E, cols] from sums and their weights; an expert counts like its tokens against `tokens` of the layer's mean."""
+    """Mean squares [E, cols] from sums and their weights; an expert's own mean counts with its tokens, the layer's mean with `tokens`."""
     overall = sums.sum(axis=0) / max(float(weight.sum()), 1e-30)
     own = sums / np.maximum(weight, 1e-30)[:, None]
     trust = (count / (count + tokens))[:, None]

@@ -1,6 +1,6 @@
-"""The inner loops of rounding, compiled: a row at a time, a column (or a group of eight) at a time.
+"""This module compiles the inner loops of rounding, which go row by row and column by column (or by groups of eight columns).
 
-They release the interpreter's lock, and a row's result does not depend on the rows beside it: threads share them out as they like.
+The loops release the interpreter's lock, and a row's result does not depend on the rows beside it, so threads may share rows in any way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result: Callable[..., Any] = numba.njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # nowhere to keep it: compiled anew by every process
+        except RuntimeError:  # no folder can be written, so every process compiles anew
             result = numba.njit(nogil=True, **options)(function)
         return result
 
@@ -59,7 +59,7 @@ def round_columns(work: F32, scale: F32, offset: F32, table: F32, upper: F32, co
 
 @compiled()
 def descend_columns(values: F32, gradient: F32, scale: F32, offset: F32, table: F32, h: F32, codes: Codes) -> None:
-    """Every code of some columns chosen again, all others given; `values`, `gradient` and `codes` [R, n] are changed in place.
+    """Choose every code of some columns again while all others stay; `values`, `gradient` and `codes` [R, n] are changed in place.
 
     Args:
         values: what the codes stand for.
@@ -129,7 +129,7 @@ def round_groups(work: F32, book: tuple[F32, ...], corner: F32, metric: F32, upp
 
 @compiled()
 def descend_groups(values: F32, gradient: F32, book: tuple[F32, ...], inverse: F32, metric: F32, h: F32, codes: Codes) -> None:
-    """As `descend_columns`, a group at a time; the search is not exact, so what is no better is not taken.
+    """As `descend_columns`, a group at a time; the search is not exact, so a code that is no better is not taken.
 
     Args:
         values: what the codes stand for [R, n]; changed.

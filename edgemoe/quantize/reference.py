@@ -1,7 +1,7 @@
-"""Two roundings that belong to no format: the probes' reference perturbation of weights, and kernels' int8 of inputs.
+"""This module holds two roundings that belong to no format: the probes' reference rounding of weights, and the kernels' int8 inputs.
 
-Probes round one tensor to nearest in groups of a row, measure the KL, and so learn what an output error of known size costs; `price`
-computes the same error again on the same rounded weights.  It is no storage format and favours none.
+A probe rounds one tensor to nearest in groups of a row and measures the KL, which says what an output error of known size costs.  `price`
+computes the same error again on the same rounded weights.  The reference rounding is no storage format, so it favours none of them.
 """
 
 from __future__ import annotations

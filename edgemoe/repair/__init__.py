@@ -1,4 +1,4 @@
-"""A Plan -> new weights: survivors make up for dropped experts, and every matrix is rounded with all errors before it in view."""
+"""This package turns a Plan into new weights: kept experts make up for dropped ones, and each rounding makes up for earlier errors."""
 
 from edgemoe.base.lazy import offer
 

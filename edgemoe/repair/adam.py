@@ -1,4 +1,4 @@
-"""Gradient descent as every refit here does it: Adam's steps, sized by what they change, along a half cosine."""
+"""Every refit of this package descends by Adam; its steps are scaled to the tensor that they change, and fall along a half cosine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-DECAY = (0.9, 0.98)  # of Adam's two means
+DECAY = (0.9, 0.98)  # of Adam's two moments
 WARM_UP = 5  # steps over which the rate rises
 
 

@@ -1,8 +1,9 @@
-"""What a matrix receives in the rounded stream, what it should give -> the matrix that gives it best (docs/pricing.md, 12).
+"""This module refits a matrix by least squares, from inputs of the rounded stream to outputs of the original (docs/pricing.md, 12).
 
-Rounding and dropping move the stream that later matrices read.  What of that is linear can be undone before a matrix is rounded itself:
-x ~ M x', with x what the original reads and x' what the rounded stream brings, is folded into every matrix that reads x', router and
-output matrix included; the attention output is refitted to the difference between the two streams.  Only sums over tokens are needed.
+Rounding and dropping move the stream that later matrices read.  The linear part of this move can be undone before a matrix is rounded
+itself.  If x is what the original reads and x' is what the rounded stream brings, the map M of x ~ M x' is folded into every matrix that
+reads x', router and output matrix included.  The attention output is refitted to the difference between the two streams.  A refit needs
+only sums over tokens.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from numpy.typing import NDArray
 
 from edgemoe.base.types import F32, F64
 
-RIDGE = 0.01  # of the mean diagonal, towards the matrix as it was
+RIDGE = 0.01  # of the mean diagonal; it pulls towards the matrix as it was
 Gram = F64
 
 
 @dataclass(frozen=True, slots=True)
 class PairSums:
-    """Over some tokens, by weight: sum x x' [C, C] of what a matrix receives, and sum y x' [R, C] of what it should give."""
+    """Weighted sums over tokens, of a matrix's inputs x and wanted outputs y: sum x x' [C, C] and sum y x' [R, C]."""
 
     gram: Gram
     cross: Gram
 
     def __add__(self, other: PairSums) -> PairSums:
-        """Over the tokens of both."""
+        """The sums over the tokens of both."""
         return PairSums(self.gram + other.gram, self.cross + other.cross)
 
 
@@ -38,7 +39,7 @@ def sum_pairs(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> PairSu
 
 
 def refit_matrix(weights: F32, fitted: PairSums, guard: PairSums, ridge: float = RIDGE) -> F32:
-    """The matrix [R, C] that brings sum |y - W x|^2 down most: ridge regression towards `weights`; these, if the guard tokens prefer them.
+    """Minimise sum |y - W x|^2 by ridge regression towards `weights` [R, C]; return `weights` themselves if the guard tokens prefer them.
 
     W' = (sum y x' + r W) (sum x x' + r I)^-1,  r = ridge * mean(diag sum x x')
     """

@@ -1,8 +1,10 @@
-"""What a pruned layer's experts receive and should give, token by token -> new weights of the survivors (docs/pricing.md, 10).
+"""This module refits the survivors of a pruned layer to the output that each token should get (docs/pricing.md, 10).
 
-First the closed form: W_down of one expert after another is the least-squares answer to what the others leave.  Then descent on the same
-squared error moves all three matrices of all survivors together.  Tokens set aside decide whether either step is kept.
-Work is split by experts and by fixed blocks of tokens, each with one-thread arithmetic, summed in order: the same on any number of cores.
+The survivors are the kept experts.  The first step is a closed form: W_down of one expert after another becomes the least-squares answer to
+the residual that the other experts leave.  The second step is descent on the same squared error, which moves all three matrices of all
+survivors together.  Guard tokens, to which nothing is fitted, decide whether each step is kept.
+Work is split by experts and by fixed blocks of tokens; each piece is computed with one thread, and pieces are summed in order.  So the
+result is the same on any number of cores.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from edgemoe.repair.adam import Adam, rate_at
 from edgemoe.stream.passes import map_ordered
 
 BLOCK = 4096  # tokens of one piece of work
-# What was tried instead of these numbers: docs/decisions/0005-repair.md
+# docs/decisions/0005-repair.md lists what was tried instead of these numbers.
 RIDGE = 0.2  # of the mean diagonal
 SWEEPS = 2  # over the experts
 BATCH = 1024  # tokens of one step of descent
@@ -37,7 +39,7 @@ class Tokens:
     gates: F32  # [N, k]
     weights: F32  # [N] how much each token counts, mean one
     guard: NDArray[np.bool_]  # [N] set aside: never fitted to
-    gradients: F32 | None = None  # [N, H] of the loss with respect to what they give, times the root of the token's weight
+    gradients: F32 | None = None  # [N, H] of the loss with respect to the layer's output, times the root of the token's weight
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Experts:
         return self.gate, self.up, self.down
 
     def copy(self) -> Experts:
-        """The same weights, apart."""
+        """A copy of these weights in memory of its own."""
         return Experts(gate=self.gate.clone(), up=self.up.clone(), down=self.down.clone())
 
     def hidden(self, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ class Experts:
         return torch.nn.functional.silu(x @ self.gate[expert].T) * (x @ self.up[expert].T)
 
     def hidden_gradients(self, expert: int, x: torch.Tensor, gradients: torch.Tensor) -> Tensors:
-        """Hidden activations, and the loss's gradients with respect to W_gate x and W_up x, [tokens, M] all; given those of the output."""
+        """Hidden activations, and the gradients for W_gate x and W_up x (all [tokens, M]), from the gradients for the output."""
         with torch.enable_grad():
             gate, up = ((x @ stack[expert].T).requires_grad_() for stack in (self.gate, self.up))
             h = torch.nn.functional.silu(gate) * up
@@ -81,7 +83,7 @@ def normal_sums(phi: torch.Tensor, residual: torch.Tensor, weights: torch.Tensor
 
 
 def factor_ridge(a: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Cholesky factor of A + ridge mean(diag A) I; of the identity where the expert saw nothing."""
+    """Cholesky factor of A + ridge mean(diag A) I, or of the identity if the expert saw no token."""
     lift = ridge * a.diagonal().mean()
     if not lift > 0:
         return torch.eye(len(a), dtype=a.dtype, device=a.device)
@@ -90,7 +92,7 @@ def factor_ridge(a: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def refit_down(tokens: Tokens, experts: Experts, residual: F32, *, ridge: float = RIDGE, sweeps: int = SWEEPS) -> None:
-    """Refit W_down of one survivor after another (Gauss-Seidel), in place; a change that the guard tokens do not confirm is not made.
+    """Refit W_down of one survivor after another (Gauss-Seidel), in place; a change is made only if the guard tokens confirm it.
 
     Args:
         tokens: what the layer sees.
@@ -100,7 +102,7 @@ def refit_down(tokens: Tokens, experts: Experts, residual: F32, *, ridge: float 
         sweeps: times that every expert gets its turn.
     """
     device = experts.down.device
-    factors: dict[int, torch.Tensor] = {}  # of all survivors together not larger than their weights
+    factors: dict[int, torch.Tensor] = {}  # all factors together are no larger than the survivors' weights
     for _ in range(sweeps):
         for expert in range(len(experts)):
             rows, slots = np.nonzero(tokens.chosen == expert)
@@ -155,7 +157,7 @@ def _accept(
 
 # --------------------------------------------------------------------------------------------------------------- residual
 def fill_residual(tokens: Tokens, experts: Experts, residual: F32) -> tuple[float, float]:
-    """Write target minus output [N, H]; returns its weighted mean square over the tokens that are fitted, and over the guard tokens."""
+    """Write target minus output [N, H]; return its weighted mean square over the fitted tokens and over the guard tokens."""
     device = experts.down.device
 
     def block(rows: slice) -> tuple[float, float]:
@@ -180,7 +182,7 @@ def fill_residual(tokens: Tokens, experts: Experts, residual: F32) -> tuple[floa
 
 # ---------------------------------------------------------------------------------------------------------------- descent
 def descend(tokens: Tokens, experts: Experts, *, epochs: int, rate: float = RATE, seed: int = 0) -> None:
-    """Bring sum_t lambda_t |target - output|^2 down by gradient steps on all three matrices of every survivor, in place.
+    """Lower sum_t lambda_t |target - output|^2 by gradient steps on all three matrices of every survivor, in place.
 
     Routing and gates stay as they are.  The step size rises for some steps, then falls to zero along a half cosine.
     """
@@ -234,7 +236,7 @@ def _step(tokens: Tokens, experts: Experts, change: Callable[[int, Tensors], Non
 def refit_experts(
     tokens: Tokens, experts: Experts, residual: F32, *, epochs: int, ridge: float = RIDGE, store: Callable[[Experts], None]
 ) -> tuple[float, float, float]:
-    """Closed form, then descent, each kept as far as the guard tokens' residual falls; then round as stored.
+    """Refit in closed form, then by descent, keep each step as far as it lowers the guard tokens' residual, then round to the stored type.
 
     Args:
         tokens: what the layer sees.
@@ -259,7 +261,7 @@ def refit_experts(
 
 
 def _search_back(tokens: Tokens, experts: Experts, residual: F32, start: Experts, closed: float) -> None:
-    """Go half the way back towards `start`, at most twice, while the guard tokens are no better off than there; then all the way."""
+    """Go half the way back to `start`, up to twice, while the guard tokens' residual is not below that at `start`; then go all the way."""
     for _ in range(3):
         if fill_residual(tokens, experts, residual)[1] < closed:
             return
@@ -271,7 +273,7 @@ def _search_back(tokens: Tokens, experts: Experts, residual: F32, start: Experts
 
 # ------------------------------------------------------------------------------------------------------------------ pieces
 class one_thread:
-    """Arithmetic whose result does not depend on the number of cores."""
+    """Inside this context, arithmetic uses one thread, so its result does not depend on the number of cores."""
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()

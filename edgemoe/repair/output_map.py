@@ -1,7 +1,7 @@
-"""Last states of the original and of the rounded stream -> the map between them that costs least KL (docs/pricing.md, 12).
+"""This module finds the map M from the rounded stream's last states to the original's that gives the least KL (docs/pricing.md, 12).
 
-The output matrix is the only one whose cost is known in nats, token by token: logits are linear in the state, so the gradient of the KL
-with respect to a map M of the states is a few matrix products.  Starting from the least-squares map, M goes down the KL by Adam.
+The output matrix is the only matrix whose cost is known in nats for each token.  Logits are linear in the state, so the gradient of the KL
+with respect to M is a few matrix products.  M starts as the least-squares map, and Adam lowers its KL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgemoe.repair.adam import Adam, rate_at
 from edgemoe.stream.passes import kl_of_log_probs, map_ordered
 
 EPOCHS = 3
-RATE = 0.1  # of the first steps, in root-mean-squares of M - I at the start: how far the streams are apart
+RATE = 0.1  # of the first steps, in root-mean-squares of M - I at the start, which says how far the streams are apart
 STEP_WINDOWS = 2
 BLOCK = 2**24  # logits at once
 
@@ -53,12 +53,12 @@ def descend_map(
     epochs: int = EPOCHS,
     rate: float = RATE,
 ) -> torch.Tensor:
-    """Bring the KL of the fitted windows down by steps on M; the start stays if the guard windows prefer it.
+    """Lower the KL of the fitted windows by steps on M; return the start if the guard windows prefer it.
 
     Args:
         start: M [H, H].
         output: the output matrix [V, H].
-        read: a window's ends.
+        read: gives the head's inputs of a window.
         fitted: windows to learn from.
         guard: windows that decide.
         epochs: times over the fitted windows.

@@ -1,9 +1,9 @@
-"""A layer of the pruned stream, the plan's formats -> its matrices packed, each rounded with the errors before it in view.
+"""This module packs the matrices of one layer in the plan's formats, each on the inputs that earlier rounding leaves it.
 
-Every matrix is rounded with feedback (`quantize/gptq.py`) on the Hessian of what it receives once all before it are rounded, and of the
-gradients of the loss with respect to what it gives: embedding, then in each layer attention, gate and up, and down, which is first refitted
-to what the rounding of the others left.  Tokens set aside decide for each matrix whether feedback is better than the target's stock
-quantizer (docs/pricing.md, 12).
+Every matrix is rounded with feedback (`quantize/gptq.py`).  The error is weighed by the Hessian of its inputs in the rounded stream, and by
+the Hessian of the loss's gradients with respect to its outputs.  The order is embedding, then in each layer attention, gate and up, and
+down, which is first refitted to the residual that rounding the others left.  Guard tokens decide for each matrix whether feedback is better
+than the target's stock quantizer (docs/pricing.md, 12).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round: without numba a build should end now, not after hours
+import edgemoe.quantize.kernels  # noqa: F401 - grids load it when they round; a build without numba should fail now, not after hours
 from edgemoe.base.threads import count_cores, open_threads
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import PROJECTIONS, Model, Plan, Stats
@@ -32,10 +32,10 @@ from edgemoe.stream.passes import map_ordered
 from edgemoe.targets import Target
 
 BLOCK = 4096  # tokens of one piece of work
-MOMENTS = 6  # square float64 matrices that quantize_plan an expert holds
-MOMENT_BYTES = 2**30  # for those of all experts that are packed at the same time
-FLIPS = 1.0  # at most: more makes the rest of the error dearer than the flips it saves (docs/decisions/0012-outputs.md)
-ROWS = 256  # of a matrix, rounded together: a fixed number, so that bytes do not depend on the number of cores
+MOMENTS = 6  # square float64 matrices that an expert holds while it is packed
+MOMENT_BYTES = 2**30  # bytes of these matrices, over all experts that are packed at the same time
+FLIPS = 1.0  # the largest weight of flips: above it, the rest of the error costs more than the saved flips (docs/decisions/0012-outputs.md)
+ROWS = 256  # rows of a matrix that are rounded together; the number is fixed, so that bytes do not depend on the number of cores
 Gram = F64  # [C, C]
 PackedRows = tuple[NDArray[np.uint8], F32]  # packed rows, and what they decode to
 Packed = dict[str, NDArray[np.generic]]  # "role.expert" -> packed rows [rows, bytes], or what stays unrounded [rows, cols]
@@ -50,7 +50,7 @@ class QuantizePlan:
     target: Target
     formats: Mapping[tuple[str, int, int], str]  # by (role, layer, expert); expert -1 for a matrix or a whole stack
     gradients: Path  # folder that `collect_gradients` left, of the same tokens
-    flips: float = 0.0  # what an error's flips of routing choices cost, of what its gradients say
+    flips: float = 0.0  # cost of the routing choices that an error flips, over the cost that the gradients give
 
     def format_of(self, role: str, layer: int, expert: int = -1) -> str:
         """The format of one matrix."""
@@ -58,7 +58,7 @@ class QuantizePlan:
 
 
 def plan_quantization(model: Model, stats: Stats, plan: Plan, target: Target, gradients: Path) -> QuantizePlan:
-    """What to round with, from what was planned."""
+    """The QuantizePlan of a plan: its formats, and the weight of flips from its prediction."""
     units = target.list_units(model)
     formats: dict[tuple[str, int, int], str] = {}
     for unit in units:
@@ -77,7 +77,7 @@ class ErrorMetric:
 
     inputs: Hessian  # H [C, C] over the tokens that are fitted to
     guard: Gram  # H over those that decide
-    outputs: Gram | None = None  # G [R, R]; None: every output counts the same, by itself
+    outputs: Gram | None = None  # G [R, R]; None stands for the identity: every output counts the same
 
     def loss(self, delta: F32) -> float:
         """The cost of an error [R, C] on the guard tokens, in some unit."""
@@ -93,7 +93,7 @@ def quantize_matrix(
     metric: ErrorMetric | None,
     pool: ThreadPoolExecutor,
 ) -> PackedRows:
-    """Pack a matrix by the better of the stock quantizer and feedback, as the guard tokens have it.
+    """Pack a matrix by the stock quantizer or by feedback, whichever has the smaller error on the guard tokens.
 
     Args:
         target: whose formats.
@@ -130,9 +130,10 @@ def quantize_matrix(
 def quantize_experts(
     quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int], routers: Gram
 ) -> tuple[Packed, float]:
-    """Pack a layer's survivors; their weights become what the packed ones decode to, the residual what that leaves.
+    """Pack a layer's survivors, set their weights to the decoded values, and update the residual.
 
-    Gate and up first, then W_down is refitted to them in closed form and packed; `routers` [H, H] is the RouterGram of those behind.
+    Gate and up are packed first; then W_down is refitted to them in closed form and packed.  `routers` [H, H] is the RouterGram of the
+    layers behind this one.
 
     Returns:
         The packed matrices, and the guard tokens' weighted mean square residual at the end.
@@ -164,19 +165,19 @@ def quantize_experts(
 
 
 def _at_once(experts: Experts) -> int:
-    """How many experts to pack at the same time: Hessian of all would outgrow the layer."""
+    """How many experts to pack at the same time: the Hessians of all of them would be larger than the layer."""
     return min(count_cores(), max(1, MOMENT_BYTES // (MOMENTS * 8 * max(experts.down.shape[1:]) ** 2)))
 
 
 def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None = None) -> list[ErrorMetric]:
-    """Of a survivor's gate and up, or (`hidden`) down: inputs weighted by the squared gradient, outputs' gradients as they are.
+    """The metrics of a survivor's gate and up, or of its down (`hidden`); H weighs inputs by the squared gradient, G all gradients alike.
 
     Args:
         tokens: what the layer's experts see, with gradients.
         experts: the survivors.
-        n: which.
-        hidden: W_down, which receives the hidden activations.
-        layer_gram: Hessian of all survivors' inputs, for those that few tokens choose.
+        n: position of the survivor.
+        hidden: the metric of W_down, whose inputs are the hidden activations.
+        layer_gram: Hessian of all survivors' inputs, which is mixed in for survivors that few tokens choose.
     """
     rows, slots = np.nonzero(tokens.chosen == n)
     _, outer, size = experts.down.shape if hidden else experts.up.shape
@@ -198,7 +199,7 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
 
 
 def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
-    """Hessian of what gate and up of all survivors receive, weighted as in `expert_metrics`, over the fitted tokens."""
+    """Hessian of the inputs of gate and up of all survivors, weighted as in `expert_metrics`, over the fitted tokens."""
     total = np.zeros((experts.down.shape[1],) * 2)
     for n in range(len(experts)):
         rows, slots = np.nonzero(tokens.chosen == n)
@@ -213,7 +214,7 @@ def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
 
 
 def _seen(tokens: Tokens, experts: Experts, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
-    """What an expert receives of some tokens, the gradient with respect to what it gives [n, H] both; and which tokens are set aside."""
+    """Inputs of an expert and gradients for its outputs on some tokens, both [n, H], and which of these are guard tokens."""
     assert tokens.gradients is not None
     given = np.asarray(tokens.gradients[rows]) * tokens.gates[rows, slots][:, None]
     seen = (np.asarray(tokens.x[rows]), given, tokens.guard[rows])
@@ -235,14 +236,14 @@ def _gram(x: torch.Tensor, weights: torch.Tensor) -> Gram:
 def quantize_matrices(
     quantize_plan: QuantizePlan, weights: Mapping[str, torch.Tensor], layer: int, sums: tuple[PairSums, PairSums], routers: Gram | None
 ) -> Packed:
-    """Quantize some of a loaded layer's matrices that read the same; the layer then computes with what the packed ones decode to.
+    """Quantize matrices of a loaded layer that read the same activation; the layer then computes with the decoded values.
 
     Args:
-        quantize_plan: what to pack as.
+        quantize_plan: the formats.
         weights: parameters of the layer by role, changed in place.
         layer: its number.
-        sums: of their inputs, fitted and guard.
-        routers: of matrices that write the stream, the sum over the routers that read it [H, H] (RouterGram); None: of others.
+        sums: of the inputs, over fitted and over guard tokens.
+        routers: for matrices that write the stream, the sum over the routers that read it [H, H] (RouterGram); None for other matrices.
     """
     importance, packed = importance_of(quantize_plan.model, quantize_plan.stats, layer), Packed()
     gradients, guard = load_gradients(quantize_plan.gradients, layer), sums[1].gram

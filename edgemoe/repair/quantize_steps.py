@@ -1,7 +1,8 @@
-"""A loaded layer of the changed stream -> its matrices that are no experts', refitted and packed; embedding and output matrix likewise.
+"""This module refits and packs the matrices of a loaded layer that belong to no routed expert, and the embedding and output matrix.
 
-What reads a norm, routers and experts too, is refitted to read what the original norm gives; what writes the stream is refitted to the
-difference that the original makes there, and the W_down of a shared expert to what the original's gives (docs/pricing.md, 12).
+The layer is one of the changed stream, which carries all earlier rounding.  Matrices that read a norm, routers and experts included, are
+refitted to the output of the original norm.  Matrices that write the stream are refitted to the difference between the two streams, and
+W_down of a shared expert to the output of the original's (docs/pricing.md, 12).
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from edgemoe.stream.states import States
 
 
 def quantize_steps(streams: TwoStreams, module: Any, layer: int, following: States, attended: States, shared: States | None) -> Packed:
-    """Refit and quantize the layer's matrices that are no experts', step by step, on what the changed stream brings each.
+    """Refit and quantize the matrices of the layer that belong to no routed expert, step by step, on the inputs of the changed stream.
 
-    What reads a norm, routers and experts too, is refitted to read what the original norm gives; what writes the stream is refitted to
-    the difference that the original makes there, a shared expert's W_down to what the original's gives.
+    Each step holds the matrices that read one activation; the module's docstring says what each is refitted to.
     """
     assert streams.quantize_plan is not None
     model, packed = streams.changed.model, Packed()
@@ -43,7 +43,7 @@ def quantize_steps(streams: TwoStreams, module: Any, layer: int, following: Stat
         plain = {role: weights_of(module, role) for role in model.plain_roles(layer, step)}
         target = wanted.get(step.reads)
         if target is None:
-            continue  # read by experts alone, which come last
+            continue  # only experts read this activation, and they come last
         if step.reads.endswith("norm"):
             sums = streams.sums(before, target, partial(_pair_norms, streams, module, step.reads))
             readers = {role: weights_of(module, role) for role in step.roles}
@@ -73,14 +73,14 @@ def _attend(streams: TwoStreams, module: Any, states: torch.Tensor) -> tuple[tor
 
 
 def _pair_norms(streams: TwoStreams, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
-    """What a norm gives in both streams: of the layer's input, or of the stream after attention."""
+    """Outputs of a norm in both streams; the norm reads the layer's input, or the stream after attention."""
     if activation == "ffn_norm":
         changed = _attend(streams, module, changed)[0]
     return normed(changed, original, weights_of(module, activation), streams.model.norm_eps)
 
 
 def _pair_outputs(streams: TwoStreams, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
-    """What a matrix that writes the stream reads in the changed one, and what it should add to it."""
+    """Inputs of a matrix that writes the stream, in the changed stream, and the outputs that it should add to this stream."""
     device = streams.changed.device
     if activation == "attn_mix":
         seen, start = _attend(streams, module, changed)[1], changed
@@ -95,12 +95,12 @@ def _pair_outputs(streams: TwoStreams, module: Any, activation: str, changed: to
 def quantize_embedding(
     streams: TwoStreams,
 ) -> F32:
-    """Pack the embedding and leave it on disk; what it decodes to: the changed stream starts from that."""
+    """Pack the embedding, leave it on disk, and return the decoded table, from which the changed stream starts."""
     assert streams.quantize_plan is not None
     weights = read_tensor(streams.model.folder, streams.model.get("token_embd"))
     group, gradients = group_rows(weights), streams.read_gradients(-1)
     assert gradients is not None
-    metrics = None  # of a matrix that is the output's too, what follows is not the whole story
+    metrics = None  # a tied embedding is the output matrix too, and the metrics below would count only half of its errors
     if not streams.model.is_tied:
         of_token = group[np.concatenate([w[:n] for w, n in zip(streams.windows.tokens, streams.windows.lengths, strict=True)])]
         seen = np.bincount(of_token[~streams.guard], minlength=GROUPS)
@@ -115,7 +115,7 @@ def quantize_embedding(
 def quantize_output(
     streams: TwoStreams,
 ) -> None:
-    """Pack the output matrix, if there is one, on what the changed stream brings it; the embedding was packed first of all."""
+    """Pack the output matrix, if there is one, on the last states of the changed stream; a tied embedding was packed already."""
     if streams.quantize_plan and not streams.model.is_tied:
         before, original = (streams.states(name, streams.model.n_layers) for name in ("changed", "original"))
         norm, output, eps = streams.original.head()
@@ -147,11 +147,11 @@ def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, ep
 
 
 def read_map(sums: tuple[PairSums, PairSums]) -> torch.Tensor:
-    """The map [H, H] from what the changed stream brings to what the original reads."""
+    """The map [H, H] from the states of the changed stream to those that the original reads."""
     return torch.from_numpy(refit_matrix(np.eye(len(sums[0].gram), dtype=np.float32), *sums))
 
 
 def fold_map(read_map: torch.Tensor, *matrices: torch.Tensor) -> None:
-    """Let matrices [.., H] read through a map, in place."""
+    """Multiply matrices [.., H] by a map in place, so that they read through it."""
     for matrix in matrices:
         matrix.copy_(matrix @ read_map.to(matrix.device))

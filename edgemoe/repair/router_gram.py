@@ -1,4 +1,4 @@
-"""Routers -> what of an error in the stream makes tokens change their experts, layer after layer in a time that grows with the layers."""
+"""This module sums R'R over the routers that a layer's output still reaches, which weighs errors by the routing choices that they flip."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from edgemoe.model.checkpoint import read_tensor
 class RouterGram:
     """R'R of the routers that a change in the stream still reaches, with R a router's rows less their mean, times its norm's weights.
 
-    A token changes its expert where two logits trade places, so an error e of the stream matters to a router by |R e|^2; each R'R has trace
-    one over the number of routers (docs/pricing.md, 5).  A sum made anew for each of L layers would take L^2 / 2 products; the sum over
-    all, less those of the layers that were passed, takes 2 L.  Layers are subtracted in their order, so a build that was killed and resumed
-    computes with the same bits.
+    A token changes its expert where two logits trade places, so an error e of the stream matters to a router by |R e|^2.  Each R'R is
+    scaled to a trace of one over the number of routers (docs/pricing.md, 5).  A new sum for each of L layers would take L^2 / 2 products.
+    We sum over all layers once and subtract each layer when it is passed, which takes 2 L products.  Layers are subtracted in their order,
+    so a build that was killed and resumed computes with the same bits.
     """
 
     def __init__(self, model: Model) -> None:
@@ -25,7 +25,7 @@ class RouterGram:
         self._first = 0
 
     def from_layer(self, first: int) -> F64:
-        """The sum over the routers from layer `first` on [H, H]; valid until the next call.  Layers are asked for in their order."""
+        """The sum over the routers from layer `first` on [H, H]; valid until the next call.  Callers ask for layers in their order."""
         if self._total is None or first < self._first:
             self._ahead, self._total = list(self.model.moe_layers), np.zeros((self.model.hidden_size,) * 2)
             for layer in self._ahead:
@@ -34,7 +34,7 @@ class RouterGram:
         while self._ahead and self._ahead[0] < first:
             self._total -= self._of(self._ahead.pop(0))
         if not self._ahead:
-            self._total[:] = 0  # and not what rounding left
+            self._total[:] = 0  # exactly zero, without the rounding errors of the subtractions
         return self._total
 
     def _of(self, layer: int) -> F64:
@@ -46,6 +46,6 @@ class RouterGram:
 
 
 def add_flips(gram: F64, routers: F64, flips: float) -> F64:
-    """Gradients with respect to the stream G [H, H], with what they do not see: `flips` of them, spread as the routers' sum says."""
+    """G [H, H] of the stream's gradients plus the flips that gradients do not see: `flips` times G's trace, times the routers' sum."""
     total: F64 = gram + flips * np.trace(gram) * routers
     return total

@@ -1,4 +1,4 @@
-"""Model, texts, Plan -> Model: survivors refitted to what dropped ones leave, and matrices packed in that pass (docs/pricing.md, 10)."""
+"""This module refits the experts that a Plan keeps, packs all matrices in the same pass, and gives the new Model (docs/pricing.md, 10)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, texts_key
 from edgemoe.stream.windows import WINDOW
 
-EPOCHS = 4  # of descent: what was tried instead of it and of the next is in docs/decisions/0005-repair.md
+EPOCHS = 4  # of descent; docs/decisions/0005-repair.md lists what was tried instead
 
 
 def repair_survivors(
@@ -34,17 +34,17 @@ def repair_survivors(
     quantize_plan: QuantizePlan | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and quantize_plan, the model as it is.
+    """Refit the experts that the plan keeps, and pack every matrix in the same pass; without drops and quantize_plan, return the model.
 
     Args:
-        model: the original, from `inspect_model`: what the survivors are fitted to.
+        model: the original, from `inspect_model`, to whose outputs the survivors are fitted.
         texts: calibration texts with weights.
-        plan: says who survives; its formats matter for quantize_plan only.
-        work: folder for the new weights (in a subfolder named by what they are made from) and for what a killed run goes on from.
-        start: the model whose experts are refitted, if it is another: a narrowed one, in a work folder of its own.
+        plan: says which experts stay; its formats matter for quantize_plan only.
+        work: folder for the new weights (in a subfolder named by a hash of the inputs) and for the state of a killed run.
+        start: the model whose experts are refitted, if it is not the original: a narrowed one, in a work folder of its own.
         max_tokens: of all texts together; every text gives the same number.
         epochs: of descent after the closed form; 0 refits W_down alone.
-        quantize_plan: round every matrix to the plan's formats as the stream reaches it (see `pack.py`); None: weights stay unrounded.
+        quantize_plan: if given, every matrix is rounded to its format when the stream reaches it (see `quantize_layer.py`).
         progress: called with (layers done, all layers).
 
     Returns:

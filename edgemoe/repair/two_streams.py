@@ -1,4 +1,4 @@
-"""The original and a changed model, side by side over the calibration texts: states before each layer, sums over both, KL."""
+"""This module runs the original and a changed model side by side over the calibration texts: states, sums over both, and the KL."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from edgemoe.stream.states import States
 from edgemoe.stream.texts import Text, text_weights
 from edgemoe.stream.windows import WINDOW, tokenize
 
-GUARD_EVERY = 7  # windows: one of them decides whether a refit helps, the others are fitted to
-DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5: between equal tokens and equal relative errors
-Pair = tuple[torch.Tensor, torch.Tensor]  # what matrices receive, and what they should give
+GUARD_EVERY = 7  # one window in so many is a guard, which decides whether a refit helps; refits use the others
+DOMAIN_POWER = 0.5  # domains count by (weight / tokens) / residual^0.5, which lies between equal tokens and equal relative errors
+Pair = tuple[torch.Tensor, torch.Tensor]  # inputs of matrices, and their wanted outputs
 
 
 class TwoStreams:
@@ -48,9 +48,9 @@ class TwoStreams:
             start: the changed model as it starts.
             texts: calibration texts.
             max_tokens: of them together.
-            work: folder for what is made.
-            key: of what is made.
-            quantize_plan: round every matrix as the stream reaches it; None: weights stay unrounded.
+            work: folder for the results.
+            key: of the results.
+            quantize_plan: if given, every matrix is rounded when the stream reaches it; else weights stay unrounded.
         """
         self.model, self.work, self.steps, self.quantize_plan = model, work, Steps(work, key), quantize_plan
         self.original = LayerStream(model)
@@ -78,7 +78,7 @@ class TwoStreams:
         return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
 
     def read_gradients(self, layer: int) -> F32 | None:
-        """Gradients of the loss with respect to what leaves a layer, by the root of the token's weight [tokens, H]."""
+        """Gradients of the loss with respect to a layer's output, times the root of the token's weight [tokens, H]."""
         if not self.quantize_plan:
             return None
         rows = self.array("gradients", self.model.hidden_size)
@@ -103,9 +103,9 @@ class TwoStreams:
         pair: Callable[[torch.Tensor, torch.Tensor], Pair],
         factors: F32 | None = None,
     ) -> tuple[PairSums, PairSums]:
-        """What a matrix receives and should give, as `pair` makes it of both streams' states, summed over fitted and guard tokens.
+        """Sums of a matrix's inputs and wanted outputs, which `pair` makes from both streams' states, over fitted and over guard tokens.
 
-        `factors` [tokens], if given, say how much more than by their weight tokens count.
+        `factors` [tokens], if given, multiply the tokens' weights.
         """
         each = self.each if factors is None else self.each * factors
 
@@ -116,10 +116,10 @@ class TwoStreams:
             return sum_pairs(x, y, weights * ~guard), sum_pairs(x, y, weights * guard)
 
         parts: Iterator[tuple[PairSums, PairSums]] = map_ordered(chunk, self.windows.chunks(), device=self.changed.device)
-        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # as they come: each is as large as the matrix
+        return reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), parts)  # added as they come, because each part is as large as the matrix
 
     def leave(self, layer: int, following: States, residual: F32) -> None:
-        """Write the changed stream as it leaves the repaired layer: the original less the residual."""
+        """Write the changed stream after the repaired layer, which is the original's less the residual."""
         changed = self.states("changed", layer + 1)
         for index in self.windows.chunks():
             out = following.read(index)
@@ -128,9 +128,9 @@ class TwoStreams:
         changed.close()
 
     def measure(self) -> tuple[float, ...]:
-        """KL(original || changed) in nats per token, by domain, after the last layer: on the windows that nothing was fitted to.
+        """KL(original || changed) in nats per token, by domain, after the last layer, on the guard windows.
 
-        A text too short to have such windows is measured on what it has.
+        A text that is too short to have guard windows is measured on all of its windows.
         """
         norm, output, eps = self.original.head()
         original, changed = (self.states(name, self.model.n_layers) for name in ("original", "changed"))

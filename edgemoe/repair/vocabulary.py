@@ -1,9 +1,9 @@
-"""Embedding or output matrix, what its rows' tokens see -> packed rows, in groups of alike tokens (docs/pricing.md, 12).
+"""This module packs the embedding and the output matrix, whose rows are grouped by similar direction (docs/pricing.md, 12).
 
-Both matrices have a row for every token of the vocabulary, and no two rows care for the same inputs.  The output matrix's row v costs
-p_v (1 - p_v) (error x)^2 for a token whose distribution is p, so it matters where v is a likely and not a certain word; an embedding's row
-matters where its own token stands, by the gradient there.  Rows in alike directions are of alike words, so each group has a
-Hessian of its own.
+Both matrices have one row for every token of the vocabulary, and errors of different rows matter on different inputs.  An error in row v of
+the output matrix costs p_v (1 - p_v) (error x)^2 for a token whose distribution is p, so it matters where word v is likely but not certain.
+An error in a row of the embedding matters where the row's own token stands, by the gradient there.  Rows of similar direction belong to
+similar words, so each group of rows gets a Hessian of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _directions(rows: F32) -> F32:
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
 def masses(original: torch.Tensor, output: torch.Tensor, group: NDArray[np.int64]) -> F32:
-    """How much each group's logits matter to each token [n, groups]: sum of p (1 - p) over its rows; states [n, H], output [V, H]."""
+    """Weight of each group's logits for each token [n, groups], sum p (1 - p) over the group's rows; states [n, H], output [V, H]."""
     p = (original @ output.T).softmax(-1)
     sums = torch.zeros(len(p), GROUPS, device=p.device)
     sums.index_add_(1, torch.from_numpy(group).to(p.device), p * (1 - p))
@@ -68,7 +68,7 @@ def gradient_sums(group: NDArray[np.int64], gradients: F32, guard: NDArray[np.bo
 
 
 def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> list[ErrorMetric]:
-    """What errors cost in each group: its own Hessian, with those of all groups where few tokens were seen."""
+    """The metric of each group: its own Hessian, mixed with that of all groups together if few tokens were seen."""
     fitted, guard = (np.sum([one[side] for one in sums], axis=0) for side in (0, 1))
     return [
         ErrorMetric(inputs=factor_hessian(mix_hessians(own, n, fitted)), guard=kept if kept.any() else guard)
@@ -80,7 +80,7 @@ def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> l
 def quantize_rows_by_group(
     quantize_plan: QuantizePlan, role: str, weights: F32, group: NDArray[np.int64], metrics: Sequence[ErrorMetric] | None
 ) -> PackedRows:
-    """Pack a matrix [V, H] group by group of its rows, by the stock quantizer without metrics; also what it decodes to."""
+    """Pack a matrix [V, H] group by group of rows, by the stock quantizer if there are no metrics; also return the decoded values."""
     importance = importance_of(quantize_plan.model, quantize_plan.stats, -1).get((role, -1))
     packed: list[NDArray[np.uint8]] = []
     values, order = np.empty_like(weights), [np.flatnonzero(group == i) for i in range(GROUPS)]

@@ -1,7 +1,7 @@
-"""Model, texts, width, top-k -> Model: every expert cut to its best neurons, fewer of them active (docs/pricing.md, 15 and 16).
+"""This module cuts every expert of a Model to its best neurons, lets fewer experts be active, and refits (docs/pricing.md, 15 and 16).
 
-Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan: the program is solved for each
-width that is tried, on that width's own prices, and what narrowing itself costs is a constant in them.
+Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan.  The program is solved for each
+width on the prices of this width, in which the cost of narrowing itself is a constant.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from edgemoe.stream.windows import WINDOW
 
 BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
 AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
-FEW_BITS = 2.75  # of the file for a weight of the checkpoint: with fewer, narrower experts are tried unasked (results/width.md)
-# Held-out KL of a narrowed model over its KL on the windows that nothing was fitted to, relative to how other prices hold on held-out text
-# (1.8 / 1.2 on tiny-moe-b, 1.5 / 0.95 on tiny-moe): those windows are of the documents that were fitted to (docs/decisions/0010-narrow.md).
+FEW_BITS = 2.75  # bits of the file for a weight of the checkpoint, below which narrower experts are tried unasked (results/width.md)
+# Held-out KL of a narrowed model over its KL on guard windows, divided by held-out over predicted KL of plans without narrowing: 1.8 / 1.2
+# on tiny-moe-b, 1.5 / 0.95 on tiny-moe.  Guard windows lie in documents that were fitted to (docs/decisions/0010-narrow.md).
 UNSEEN = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Narrowed:
-    """A narrowed model, what narrowing costs by domain (KL in nats per token, on text that nothing was fitted to), and its work folder."""
+    """A narrowed model, the KL of narrowing by domain (nats per token, on windows that nothing was fitted to), and its work folder."""
 
     model: Model
     kl: tuple[float, ...]
@@ -51,21 +51,22 @@ class Narrowed:
     unseen: float = UNSEEN  # KL expected on other text, over `kl`
 
     def loss(self, costs: Costs, objective: str) -> float:
-        """What narrowing alone is expected to cost on text not seen, by the objective: mean over domains by weight, or worst domain."""
+        """Expected KL of narrowing alone on unseen text, by the objective: the weighted mean over domains, or the worst domain."""
         return self.unseen * (max(self.kl) if objective == "worst" else float(costs.weights @ np.array(self.kl)))
 
 
 # ------------------------------------------------------------------------------------------------------------------ widths
 def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, ...]:
-    """Widths to try, falling: what was asked, or the whole, three quarters and half, where formats can store them.
+    """Widths to try, falling: the width that was asked for, or the whole, three quarters and half, if formats can store them.
 
     Args:
         model: the original.
-        asked: neurons; "full"; "auto": whatever some format can store; nothing: what those of few bits can store too, in the stacks form.
+        asked: a number of neurons; "full"; "auto" for all widths that some format can store; or nothing, for those that formats of few bits
+            can store too, in the stacks form alone.
         form: of the plan, as in Costs.
 
     Raises:
-        UsageError: no such width; names those that are possible.
+        UsageError: the width is not possible; the message names the possible ones.
     """
     if asked in ("full", str(model.expert.size)) or (not asked and form == "experts"):
         return (model.expert.size,)
@@ -86,9 +87,10 @@ def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, 
 
 
 def choose_top_k(model: Model, asked: int | None) -> int:
-    """Experts that the router is to pick: what was asked, or as many as in the checkpoint.
+    """Experts that the router is to pick: the number that was asked for, or the checkpoint's.
 
-    More than the checkpoint's are refused: experts that were never mixed in make the output worse (k + 1 of 4 costs more than k - 1).
+    More experts than the checkpoint's k are refused, because the model was never trained to mix them in (k + 1 costs more than k - 1 where
+    k is 4).
 
     Raises:
         UsageError: less than one, or more than the checkpoint's.
@@ -102,19 +104,19 @@ def choose_top_k(model: Model, asked: int | None) -> int:
 
 # ------------------------------------------------------------------------------------------------------------------ scores
 def magnitude(experts: Experts) -> F64:
-    """Product of the norms of a neuron's gate row, up row and down column [E, M]: it decides where HEAPr's scores are equal."""
+    """Product of the norms of a neuron's gate row, up row and down column [E, M]; it breaks ties between HEAPr's scores."""
     norms = experts.gate.norm(dim=2) * experts.up.norm(dim=2) * experts.down.norm(dim=1)
     return np.asarray(norms.double().cpu().numpy())
 
 
 def best_neurons(score: F64, ties: F64, width: int) -> NDArray[np.int64]:
-    """The `width` best neurons of each expert [E, width], in order; where scores are equal (an expert that saw nothing) by `ties`."""
+    """The `width` best neurons of each expert [E, width], in order; `ties` decides if scores are equal (an expert that saw no token)."""
     order = np.stack([np.lexsort((t, s))[::-1] for s, t in zip(score, ties, strict=True)])
     return np.sort(order[:, :width], axis=1)
 
 
 def cut(experts: Experts, neurons: NDArray[np.int64]) -> Experts:
-    """Only these neurons [E, width] of each expert."""
+    """The experts with only these neurons [E, width] of each."""
     gate, up, down = (
         torch.stack([s.index_select(dim, torch.from_numpy(n).to(s.device)) for s, n in zip(stack, neurons, strict=True)])
         for stack, dim in zip(experts.stacks, (0, 0, 1), strict=True)
@@ -134,9 +136,9 @@ def narrow_experts(
     epochs: int = 0,
     progress: Progress | None = None,
 ) -> Narrowed:
-    """Cut every expert to its best neurons and refit what is left to the original's outputs, layer by layer on the narrowed stream.
+    """Cut every expert to its best neurons and refit these to the original's outputs, layer by layer on the narrowed stream.
 
-    With fewer active experts that stream's router picks so many, and the refit makes good what the others gave.
+    With a smaller top-k, the router of the narrowed stream picks fewer experts, and the refit makes up for the experts that it leaves out.
 
     Args:
         model: the original.
@@ -186,9 +188,9 @@ def narrow_experts(
 
 
 def charge(costs: Costs, narrowed: Narrowed) -> Costs:
-    """The price list of a narrowed model with what narrowing costs added to every plan, spread over the layers.
+    """The price list of a narrowed model, with the cost q of narrowing added to every plan and spread over the layers.
 
-    The sum q is such that a plan that does nothing else is predicted to have `unseen` times the KL measured: q + kappa sqrt(q) = KL.
+    A plan that does nothing else is then predicted to have `unseen` times the measured KL: q + kappa sqrt(q) = unseen * KL.
     """
     kl = narrowed.loss(costs, "mean")
     if not kl:

@@ -1,4 +1,4 @@
-"""A Plan or Report -> what people read: lines of the terminal, a page with pictures, a model card."""
+"""This package shows a Plan or Report to people: as lines of the terminal, as a page with pictures, and as a model card."""
 
 from edgemoe.base.lazy import offer
 

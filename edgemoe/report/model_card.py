@@ -1,4 +1,4 @@
-"""Report -> the model card: README.md beside the artifact, in Markdown, with every untrusted text escaped."""
+"""This module writes a Report's model card, README.md beside the artifact, in Markdown with every untrusted text escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgemoe.targets import find_target
 
 
 def _markdown(text: object) -> str:
-    """Text that Markdown and the HTML inside it show as it is, on one line and in one table cell."""
+    """Text that Markdown and the HTML inside it show unchanged, on one line and in one table cell."""
     return re.sub(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", plain(text))
 
 
@@ -28,7 +28,7 @@ def _table(columns: tuple[str, ...], rows: Iterable[Iterable[object]]) -> str:
 
 
 def render_card(report: Report) -> str:
-    """The model card, README.md beside the artifact: front matter, files, what was done, measured quality, launch lines, limits."""
+    """The model card, README.md beside the artifact: front matter, files, decisions, measured quality, launch lines, limits."""
     import yaml
 
     plan, model, words = report.plan, report.model, find_target(report.plan.target).words

@@ -1,7 +1,7 @@
-"""Report -> report.json, report.html and, through card.py, the model card.
+"""This module writes a Report as report.json and report.html, and through model_card.py as the model card.
 
-One idea: this file turns the record into geometry, `report.html.j2` draws it; nothing is measured or decided here.  The page is one file
-that asks the network for nothing.  Sizes are bytes, KL is nats per token.
+This file turns the record into geometry, and `report.html.j2` draws it; neither measures or decides anything.  The page is one file that
+loads nothing from the network.  Sizes are bytes, KL is nats per token.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from edgemoe.report.words import (
 )
 from edgemoe.targets import find_target
 
-# Bits per weight -> colour, logarithmic, from the fewest in use to the most (but 16-bit formats must not squeeze the others together);
-# few bits are closest to the paper, in light and in dark.
+# The colour of a format follows the logarithm of its bits per weight, from the fewest in use to the most; the range ends at _TOP_BITS, so
+# that 16-bit formats do not make the others look alike.  Few bits are closest to the paper's colour, in light and in dark.
 _TOP_BITS = 9.0
 _LIGHT = ("#f9cb5a", "#f0875a", "#c0508a", "#6b3a9c", "#28225e")
 _DARK = ("#463f8f", "#8f48a3", "#d6587f", "#f59660", "#fde080")
-_LETTER = 7  # units of the map that a letter beside it takes, at most on average
+_LETTER = 7  # units of the map for each letter beside it, an upper limit of the average
 _CHART = {"width": 480, "height": 300, "left": 56, "right": 12, "top": 10, "bottom": 44}
 
 
@@ -83,7 +83,7 @@ def _map_row(units: list[Unit], plan: Plan, keys: dict[str, dict[str, Any]], row
         return f"{'' if unit.expert >= 0 else part + ' '}{plan.formats[unit.name]} {mean_bits([unit], plan):.2f}"
 
     holes = find(dropped)
-    if units and units[0].expert >= 0:  # every expert has a format of its own, and a cell is one colour
+    if units and units[0].expert >= 0:  # every expert has a format of its own, so a cell has one colour
         by_format: dict[str, list[Unit]] = {}
         for unit in units:
             by_format.setdefault(plan.formats[unit.name], []).append(unit)
@@ -112,7 +112,7 @@ def _expert_map(report: Report, keys: dict[str, dict[str, Any]]) -> dict[str, An
     plan, n_layers, n_experts = report.plan, len(report.plan.kept), report.plan.n_experts
     step, band = min(max(1152 // n_experts, 2), 36), min(max(640 // (3 * n_layers), 2), 10)
     pitch = 3 * band + (4 if band > 6 else 1)
-    alone = any(unit.expert >= 0 for unit in report.plan.units)  # then colours say more than a row of words could
+    alone = any(unit.expert >= 0 for unit in report.plan.units)  # in this case colours say more than a row of words can
     beside = pitch >= 13 and n_experts * step <= 760 and not alone
     box = {
         "step": step,
@@ -151,7 +151,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _kl_chart(report: Report) -> dict[str, Any] | None:
-    """Geometry of KL against size, or None when there is no positive KL to draw."""
+    """Geometry of the chart of KL against size, or None if there is no positive KL to draw."""
     plan, allowed = report.plan, allowed_size(report.plan)
     curve = sorted((p["file_size"], p["predicted_kl"]) for p in report.frontier if p["predicted_kl"] > 0)
     marks = {"predicted": (plan.file_size, plan.predicted_kl), "measured": (report.artifact.model_size, report.measured_kl)}
@@ -187,7 +187,7 @@ def _kl_chart(report: Report) -> dict[str, Any] | None:
 
 
 def render_html(report: Report) -> str:
-    """The report as one HTML page: pictures are inline SVG, nothing is fetched, nothing runs."""
+    """The report as one HTML page with inline SVG pictures, which loads nothing and runs no script."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""Plan, sweep, Report -> what the commands print: rich tables, untrusted texts escaped."""
+"""This module prints plans, sweeps and reports as rich tables, with untrusted texts escaped."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _common_facts(plan: Plan, own_top_k: int = 0) -> list[tuple[str, str]]:
 
 
 def summarize_plan(plan: Plan) -> Group:
-    """The plan as `edgemoe plan` prints it: what stays, in which formats, for how many bytes and nats, and what is proven."""
+    """The plan as `edgemoe plan` prints it: kept experts, formats, bytes, nats, and the proven bound."""
     from rich.console import Group
     from rich.text import Text
 
@@ -90,7 +90,7 @@ def summarize_plan(plan: Plan) -> Group:
 
 
 def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> RenderableType:
-    """A sweep as `edgemoe plan --sweep` prints it, a line for each (budget, plan, carried over from the budget below)."""
+    """A sweep as `edgemoe plan --sweep` prints it, with one line for each (budget, plan, carried over from the budget below)."""
     points = list(points)
     large = max((budget for budget, *_ in points), default=0) >= 10**9
     (unit, ten, two) = ("G", 10**9, 2**30) if large else ("M", 10**6, 2**20)
@@ -108,7 +108,7 @@ def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> Renderab
 
 
 def summarize_report(report: Report) -> Group:
-    """The report as `edgemoe build` prints it at the end: promised beside measured, and where everything lies."""
+    """The report as `edgemoe build` prints it at the end: promised beside measured figures, and the places of the files."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,6 +1,7 @@
-"""Plan, Report -> the words and numbers that terminal, page and model card share.
+"""This module makes the words and numbers of a Plan or Report that terminal, page and model card share.
 
-Every text of the model, the samples and the machine is untrusted: it is one printable line here, and escaped where it is shown.
+Every text of the model, the samples and the machine is untrusted.  It becomes one printable line here, and the caller that shows it escapes
+it.
 Sizes are bytes, KL is nats per token.
 """
 
@@ -47,18 +48,18 @@ def ranges(ids: Iterable[int], width: int = 0) -> str:
 
 
 def dropping(plan: Plan, own_top_k: int = 0) -> str:
-    """What, beside rounding, a plan pays for; `own_top_k`: experts that the checkpoint's router picks."""
+    """The causes of a plan's KL beside rounding, in words; `own_top_k` is the number of experts that the checkpoint's router picks."""
     paid = ["dropping experts", "cutting those that stay" if plan.width else "", "picking fewer" if plan.top_k < own_top_k else ""]
     return " and ".join(filter(None, paid))
 
 
 def picks(plan: Plan, own_top_k: int = 0) -> str:
-    """How many experts the router picks, and how many in the checkpoint where those are more."""
+    """The number of experts that the router picks, and the checkpoint's number if that is larger."""
     return f"the router picks {plan.top_k}" + (f" instead of {own_top_k}" if plan.top_k < own_top_k else "")
 
 
 def dropped_experts(plan: Plan, layer: int) -> list[int]:
-    """Experts of a layer that go."""
+    """Experts of a layer that the plan drops."""
     return sorted(set(range(plan.n_experts)) - set(plan.kept[layer]))
 
 
@@ -89,7 +90,7 @@ def mean_bits(units: Iterable[Unit], plan: Plan) -> float:
 
 
 def shares_by_group(plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes of the file by group of roles, then by format; `REST` holds what no unit does."""
+    """Bytes of the file by group of roles, then by format; `REST` holds the bytes outside all units."""
     shares: dict[str, dict[str, int]] = {group: {} for group in GROUP_ORDER}
     for name, size in plan.sizes.items():
         formats = shares[group_of(name)]
@@ -107,7 +108,7 @@ def shares_by_format(plan: Plan) -> dict[str, int]:
 
 
 def allowed_size(plan: Plan) -> int:
-    """Largest file that the budget allows: the budget less everything in memory that is not the file's."""
+    """Largest file that the budget allows: the budget less all memory of the process beside the file."""
     return plan.budget - (plan.memory["peak"] - plan.file_size + sum(plan.sizes[name] for name in plan.vram))
 
 
@@ -117,12 +118,12 @@ def agreement(report: Report) -> float:
 
 
 def proof(plan: Plan) -> str:
-    """What is proven of a plan."""
+    """The proven bound of a plan, in words."""
     return f"proven by {plan.solver}" if plan.proven else f"not proven ({plan.solver})"
 
 
 def bound_words(plan: Plan) -> str:
-    """How far a plan is from the best; of what a preset made nothing is known."""
+    """The distance of a plan from the best plan, in words; for a preset's plan it is not known."""
     if plan.gap >= 1:
         return f"none, nothing is proven of a plan that {plan.solver} made"
     return f"no plan costs less than {plan.bound:.6g}, gap {plan.gap:.3%}, {proof(plan)}"

@@ -1,4 +1,4 @@
-"""Rules: what a user asks of a plan beside the budget, as records, as a recipe file, or as a Python function."""
+"""This package holds the rules that a user gives beside the budget, as records, as a recipe file, or as a Python function."""
 
 from edgemoe.rules.records import (
     ActiveBytes,

@@ -1,4 +1,4 @@
-"""What users' rules make of a price list, collected rule by rule; the planner turns it into programs."""
+"""This module collects the constraints of users' rules on a price list; the planner turns them into programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SoftVariable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuMemory:
-    """A second memory: GPU memory of `size` bytes, of which `reserve` are not for weights, cache or buffers."""
+    """A second pool: GPU memory of `size` bytes, of which `reserve` are kept free of weights, cache and buffers."""
 
     name: str
     size: int
@@ -42,7 +42,7 @@ class GpuMemory:
 
 
 class Constraints:
-    """What rules make of a price list, collected rule by rule; the planner reads it."""
+    """The constraints of all rules on a price list; each rule adds its own, and the planner reads them."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -68,7 +68,7 @@ class Constraints:
         """Add expression <= limit, >= limit or == limit.
 
         Raises:
-            UsageError: a number in it is no number, or bytes are to be equal to something.
+            UsageError: a coefficient is not finite, or the rule asks for an exact number of bytes.
         """
         if not (expression.is_finite and math.isfinite(limit)):
             raise UsageError(f"rule {name!r}: a number in it is not finite")
@@ -80,10 +80,10 @@ class Constraints:
             self.bounds.append(Bound(name, -expression + limit))
 
     def group(self, groups: int, at_least: int, name: str, *, equal: bool) -> None:
-        """Ask for so many kept experts of every routing group, or for as many of each.
+        """Ask for at least this number of kept experts in every routing group, or for the same number in each.
 
         Raises:
-            UsageError: other groups were asked for before.
+            UsageError: an earlier rule asked for other groups.
         """
         if self.groups[0] not in (1, groups):
             raise UsageError(f"rule {name!r}: asks for {groups} groups, another rule for {self.groups[0]}")
@@ -91,10 +91,10 @@ class Constraints:
         self.equal_groups |= equal
 
     def pin(self, mask: NDArray[np.bool_], keep: int, name: str) -> None:
-        """Experts that stay (1) or go (-1).
+        """Pin experts that stay (1) or are dropped (-1).
 
         Raises:
-            UsageError: the opposite was asked for before.
+            UsageError: an earlier rule asked for the opposite.
         """
         clash = mask & (self.pinned == -keep)
         if clash.any():

@@ -1,4 +1,4 @@
-"""A user's Python function -> rules: what it sees is a `Problem`, what it returns or yields are PuLP constraints.
+"""This module turns a user's Python function into rules: the function gets a `Problem`, and returns or yields PuLP constraints.
 
     def keep_mathematics(p):
         for layer in p.layers[:8]:
@@ -13,8 +13,8 @@
         yield p.active_bytes() - over <= 3 * p.GiB
 
 Variables stand for whole quantities (bytes of a tensor, an expert that stays), so the same function works for every kept count and solver.
-PuLP lets some mistakes pass silently: `0 <= x <= 1` keeps only `x <= 1`, `a and b` only b, `x != 3` is True.  They are refused, either by
-what comes out or while the function runs, when a comparison is asked whether it is true.
+PuLP accepts some mistakes silently: `0 <= x <= 1` keeps only `x <= 1`, `a and b` keeps only b, and `x != 3` is True.  We refuse these
+mistakes, either by the function's result or, while it runs, when Python asks whether a comparison is true.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from edgemoe.ir import Costs
 from edgemoe.rules.constraints import Constraints, SoftVariable
 from edgemoe.rules.linear import ARRAYS, Layers, Linear, find_domain, parse_layers, select_experts, select_units, zero
 
-REFUSED = ("__bool__", "__ne__")  # what Python calls where a comparison is taken for a truth value
+REFUSED = ("__bool__", "__ne__")  # methods that Python calls if a comparison is used as a truth value
 
 
 class Ratio:
@@ -218,7 +218,7 @@ def apply_function(constraints: Constraints, function: Callable[..., Any]) -> No
     """Run a user's function on the problem and take what it returns or yields.
 
     Raises:
-        UsageError: what came out is no rule; names the function and the rule.
+        UsageError: the result is no rule; the message names the function and the rule.
     """
     name = function_name(function)
     once, again = (_call(constraints.costs, function, name) for _ in range(2))
@@ -256,10 +256,10 @@ def _call(costs: Costs, function: Callable[..., Any], name: str) -> tuple[Proble
 
 @contextmanager
 def _strict_comparisons(name: str) -> Iterator[None]:
-    """While a user's function runs: refuse to say whether a PuLP comparison is true, and let comparisons keep what they compared.
+    """While a user's function runs, refuse to use PuLP comparisons as truth values, and let each comparison keep a copy of its expression.
 
-    Python asks for it in `0 <= x <= 1`, `a and b`, `not a`, `if x <= 3`; PuLP says yes.  `!=` is plain True.  A comparison
-    refers to its expression, so that `c = x <= 1; x += y` would change c: here it gets a copy.
+    Python asks for a truth value in `0 <= x <= 1`, `a and b`, `not a` and `if x <= 3`, and PuLP answers True.  `!=` is always True.  In
+    PuLP, a comparison refers to its expression, so `c = x <= 1; x += y` would change c; the copy prevents this.
     """
     import pulp
 
@@ -286,12 +286,12 @@ def _strict_comparisons(name: str) -> Iterator[None]:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """How a user's function is called in messages."""
+    """The name of a user's function in messages."""
     return str(getattr(function, "__name__", "") or type(function).__name__)
 
 
 def _check(problem: Problem, constraint: Any, label: str) -> tuple[Linear, str]:
-    """A constraint as expression and sense, with every check of what PuLP lets through."""
+    """A constraint as expression and sense, after checks for all mistakes that PuLP accepts."""
     import pulp
 
     if isinstance(constraint, bool | np.bool_):

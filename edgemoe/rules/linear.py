@@ -1,7 +1,7 @@
-"""What rules are about, as linear expressions over what a plan decides; and how layers, tensors, experts and domains are named.
+"""This module defines linear expressions over the decisions of a plan, and reads the names of layers, tensors, experts and domains.
 
-Whatever way a rule comes (a record, a line of a recipe, a Python function), what couples choices ends as a `Linear` over the same few
-quantities: experts kept, formats used, bytes, weights and bytes read per token of tensors.
+A rule may be a record, a line of a recipe or a Python function.  If it couples choices, it becomes a `Linear` over the same few quantities
+of tensors: experts kept, formats used, bytes, weights and bytes read per token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARRAYS = ("keep", "use", "size", "weights", "active")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """constant + sum of coefficients times what a plan decides (L layers, E experts, U units, F formats)."""
+    """A constant plus the sum of coefficients times the decisions of a plan (L layers, E experts, U units, F formats)."""
 
     keep: F64  # [L, E] 1 if the expert stays
     use: F64  # [U, F] 1 if the unit is stored in the format
@@ -53,22 +53,22 @@ class Linear:
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing that a plan decides is in it."""
+        """Whether the expression depends on no decision of a plan."""
         return not self.soft and not any(getattr(self, n).any() for n in ARRAYS)
 
     @property
     def is_finite(self) -> bool:
-        """Whether all its numbers are."""
+        """Whether all its numbers are finite."""
         numbers = (self.constant, *self.soft.values())
         return all(map(math.isfinite, numbers)) and all(bool(np.isfinite(getattr(self, n)).all()) for n in ARRAYS)
 
     @property
     def needs_experts(self) -> bool:
-        """Whether single experts are in it."""
+        """Whether the expression contains single experts."""
         return bool(self.keep.any())
 
     def value(self, costs: Costs, plan: Plan) -> float:
-        """Its value under a finished plan, from the plan's own bytes (soft variables aside)."""
+        """The value of the expression under a finished plan, from the plan's own bytes, without soft variables."""
         total = self.constant
         for layer, kept in enumerate(plan.kept):
             total += float(self.keep[layer, list(kept)].sum())
@@ -91,11 +91,11 @@ def zero(costs: Costs) -> Linear:
 
 
 def active_rates(costs: Costs, count: int) -> F64:
-    """Share of each unit's bytes that is read for a token [U]: top-k of the kept experts, everything else whole.
+    """Share of each unit's bytes that is read for a token [U]: top-k of the kept experts, and all of the other units.
 
-    Of an embedding only a row is read, unless it is the output matrix too.
+    Only a row of an embedding is read, unless it is the output matrix too.
 
-    In the experts form top-k times the expert's share of its layer's output, which says how often it is picked.
+    In the experts form, an expert's share is top-k times its share of the layer's output, which says how often it is picked.
     """
     rows = {layer: row for row, layer in enumerate(costs.expert_layers)}
     tied = all(unit.role != "output" for unit in costs.units)

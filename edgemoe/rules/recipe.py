@@ -1,4 +1,4 @@
-"""A recipe (YAML) -> rules and options, with an expression language that is checked word by word: nothing in it is ever executed.
+"""This module reads a recipe (YAML) into rules and options; its expressions are checked word by word, and nothing is ever executed.
 
     objective: worst                       # or mean
     rules:
@@ -39,7 +39,7 @@ OBJECTIVES = ("mean", "worst")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a recipe asks for."""
+    """The objective and the rules of a recipe."""
 
     rules: tuple[Rule, ...]
     objective: str
@@ -61,7 +61,7 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises:
         ModelError: it cannot be read.
-        UsageError: it is no recipe; names the place.
+        UsageError: it is no recipe; the message names the place.
     """
     import yaml
 
@@ -88,7 +88,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _plain_loader() -> Any:
-    """yaml.SafeLoader that refuses aliases: they let a few lines grow to gigabytes."""
+    """A yaml.SafeLoader that refuses aliases, because they let a few lines grow to gigabytes."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):

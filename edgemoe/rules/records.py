@@ -1,4 +1,4 @@
-"""Users' rules: records, each of which writes itself into a `Constraints` that the planner turns into programs.
+"""This module defines users' rules as records; each writes itself into a `Constraints`, which the planner turns into programs.
 
 Pin, Keep, Drop, Protect, KeptCount, GroupKept, DomainKept, SameFormat, MaxFormats, MeanBits, ByteLimit, ActiveBytes, Speed, Vram
 """
@@ -24,7 +24,7 @@ from edgemoe.rules.linear import Layers, find_domain, select_experts, select_uni
 # ---------------------------------------------------------------------------------------------------------------- records
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """Tensors are stored in `format`, in no smaller than `at_least`, no larger than `at_most` (bits per weight decide)."""
+    """Tensors are stored in `format`, or in a format from `at_least` to `at_most` (by bits per weight)."""
 
     tensors: tuple[str, ...]
     format: str = ""
@@ -34,7 +34,7 @@ class Pin:
     name: str = ""
 
     def apply(self, constraints: Constraints) -> None:
-        """Mask what is not wanted."""
+        """Mask the other formats."""
         _need(self.name, format=self.format, at_least=self.at_least, at_most=self.at_most)
         costs = constraints.costs
         for wanted in filter(None, (self.format, self.at_least, self.at_most)):
@@ -72,7 +72,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
-    """These experts go."""
+    """These experts are dropped."""
 
     experts: tuple[int, ...]
     layers: Layers = None
@@ -108,7 +108,7 @@ class KeptCount:
     name: str = ""
 
     def apply(self, constraints: Constraints) -> None:
-        """Rule counts out; in the experts form a bound on each layer."""
+        """Exclude counts; in the experts form, bound each layer."""
         costs, most = constraints.costs, self.at_most or constraints.costs.n_experts
         if self.multiple_of < 1 or self.at_least < 0 or self.at_most < 0 or self.at_least > most:
             raise UsageError(f"rule {self.name!r}: no multiple of {self.multiple_of} is at least {self.at_least} and at most {most}")
@@ -124,7 +124,7 @@ class KeptCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupKept:
-    """Routing groups (consecutive experts): of each at least so many stay; `equal`: as many of each, as group-limited routers need."""
+    """Each routing group (consecutive experts) keeps `at_least` experts; with `equal` all keep the same number, as some routers need."""
 
     groups: int
     at_least: int = 0
@@ -132,7 +132,7 @@ class GroupKept:
     name: str = ""
 
     def apply(self, constraints: Constraints) -> None:
-        """Set the groups, and rule out counts that they do not divide."""
+        """Set the groups, and exclude counts that they do not divide."""
         costs = constraints.costs
         if self.groups < 1 or costs.n_experts % self.groups:
             raise UsageError(f"rule {self.name!r}: {costs.n_experts} experts are not {self.groups} equal groups")
@@ -147,7 +147,7 @@ class GroupKept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainKept:
-    """What a domain uses stays: its `top` experts of every layer, or at least this `share` of its use of every layer."""
+    """The experts that a domain uses most stay: its `top` experts of every layer, or at least this `share` of its use of every layer."""
 
     domain: str
     top: int = 0
@@ -174,7 +174,7 @@ class DomainKept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SameFormat:
-    """In every layer these tensors share one format (kernels that fuse gate and up need it)."""
+    """These tensors share one format in every layer, as kernels that fuse gate and up need it."""
 
     tensors: tuple[str, ...] = ("ffn_gate_exps", "ffn_up_exps")
     layers: Layers = None
@@ -194,7 +194,7 @@ class SameFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaxFormats:
-    """At most so many different formats in the file."""
+    """The file has at most this number of different formats."""
 
     at_most: int
     name: str = ""
@@ -208,7 +208,7 @@ class MaxFormats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanBits:
-    """Mean bits per weight of what is left of these tensors, scales included."""
+    """Limits the mean bits per weight of these tensors, after drops and with scales included."""
 
     tensors: tuple[str, ...] = ("*",)
     at_least: float = 0.0
@@ -217,7 +217,7 @@ class MeanBits:
     name: str = ""
 
     def apply(self, constraints: Constraints) -> None:
-        """8 bytes - bits * weights is bounded."""
+        """Bound 8 bytes - bits * weights."""
         _need(self.name, at_least=self.at_least, at_most=self.at_most)
         if not math.isfinite(self.at_least) or not math.isfinite(self.at_most):
             raise UsageError(f"rule {self.name!r}: bits are a finite number")
@@ -231,7 +231,7 @@ class MeanBits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteLimit:
-    """Bytes of these tensors in the file."""
+    """Limits the bytes of these tensors in the file."""
 
     tensors: tuple[str, ...] = ("*",)
     at_least: str = ""
@@ -251,7 +251,7 @@ class ByteLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActiveBytes:
-    """Bytes of weights that a token reads: top-k experts of each layer and everything else once."""
+    """Limits the bytes of weights that a token reads: top-k experts of each layer, and all other tensors once."""
 
     at_most: str
     name: str = ""
@@ -265,9 +265,9 @@ class ActiveBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """A floor for decoding on a box with this memory bandwidth (bytes per second): what a token reads is bounded.
+    """A least speed of decoding on a box with this memory bandwidth (bytes per second), which bounds the bytes that a token reads.
 
-    An estimate: a token takes at least its bytes over the bandwidth; the KV cache, which it reads too, is counted at full context.
+    The speed is an estimate: a token takes at least its bytes over the bandwidth.  The KV cache is read too, and counts at full context.
     """
 
     tokens_per_second: float
@@ -286,9 +286,9 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vram:
-    """A second pool, GPU memory: attention and all other layers' tensors live there with the KV cache, expert stacks where they fit.
+    """A second pool, GPU memory, which holds the KV cache and the layers' tensors; expert stacks lie there as far as they fit.
 
-    `reserve` is what the driver and the GPU runtime take.  The flags for llama.cpp are printed with the plan.
+    `reserve` is the memory of the driver and the GPU runtime.  The flags for llama.cpp are printed with the plan.
     """
 
     size: str
@@ -311,19 +311,19 @@ def _need(name: str, **values: object) -> None:
 
 
 class Record(Protocol):
-    """A rule that writes itself into a constraints: those above, and the expressions of recipe.py."""
+    """A rule that writes itself into a Constraints: the records above, and the expressions of recipe.py."""
 
     @property
     def name(self) -> str:
-        """How messages call it; empty: by its kind."""
+        """The name of the rule in messages; if it is empty, they use its kind."""
         ...
 
     def apply(self, constraints: Constraints) -> None:
-        """Write it into the constraints."""
+        """Write the rule into the constraints."""
         ...
 
 
-Rule = Record | Callable[..., Any]  # a function gets a Problem, and returns or yields PuLP constraints (problem.py)
+Rule = Record | Callable[..., Any]  # a function gets a Problem, and returns or yields PuLP constraints (functions.py)
 RECORDS: dict[str, type] = {
     "pin": Pin,
     "keep": Keep,
@@ -343,7 +343,7 @@ RECORDS: dict[str, type] = {
 
 
 def rule_name(rule: Rule) -> str:
-    """How a rule is called in messages: the name that it was given, else its kind or function."""
+    """The name of a rule in messages: its own name, else its kind or function."""
     kinds = [kind for kind, record in RECORDS.items() if isinstance(rule, record)]
     return str(getattr(rule, "name", "") or (kinds[0] if kinds else getattr(rule, "__name__", "rule")))
 
@@ -358,10 +358,10 @@ def describe_rule(rule: Rule) -> str:
 
 
 def apply_rules(costs: Costs, rules: Sequence[Rule]) -> Constraints:
-    """What all rules together make of a price list.
+    """Collect the constraints of all rules on a price list.
 
     Raises:
-        UsageError: a rule names what is not there, cannot hold, or contradicts another.
+        UsageError: a rule names something that the model lacks, cannot hold, or contradicts another rule.
     """
     constraints = Constraints(costs)
     for rule in rules:

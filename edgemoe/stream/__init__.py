@@ -1,4 +1,4 @@
-"""The original model as a stream: texts become windows of tokens, and their hidden states pass through one layer in memory at a time."""
+"""This package runs a model as a stream: texts become windows of tokens, whose hidden states pass through one layer at a time."""
 
 from edgemoe.base.lazy import offer
 

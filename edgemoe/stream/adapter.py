@@ -1,7 +1,7 @@
-"""Where transformers keeps what a layer's tensors are: the only place that knows its modules' names.
+"""This module maps roles of tensors to the names of transformers' modules; no other module knows these names.
 
-Every class that we run keeps attention in `self_attn` and the feed-forward part in `mlp`; experts are stacked there, whatever the
-checkpoint does.  A role that classes name differently has several names, of which a module has one.
+Every class that we run keeps attention in `self_attn` and the feed-forward part in `mlp`.  Experts are stacked there, even if the
+checkpoint holds them one by one.  If classes name a role differently, the role has several names, and a module has one of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def name_of(module: Any, role: str) -> str:
 
 
 def weights_of(module: Any, role: str, expert: int | slice = slice(None)) -> torch.Tensor:
-    """View of a role's weights in a decoder layer; of one expert's rows, or of all experts'."""
+    """View of a role's weights in a decoder layer, for one expert or for all experts."""
     if not is_stack(role):
         owner, _, leaf = name_of(module, role).rpartition(".")
         values: torch.Tensor = getattr(module.get_submodule(owner), leaf).data

@@ -1,9 +1,10 @@
-"""Model, texts -> gradients of the loss in every layer: one streamed pass forward, one backward, never the whole model in memory.
+"""This module computes the loss's gradients in every layer by one streamed pass forward and one backward, with one layer in memory.
 
-The loss is the cross-entropy of tokens drawn from the model itself: the mean of its gradients' outer products is the Fisher matrix, so a
-change that moves an output by d costs 1/2 (gradient d)^2 of KL, in nats.  Every layer adds to the residual stream, so an expert's output
-has the layer's gradient times its gate: one gradient per token and layer says what matters to all experts.
-What is left on disk serves rounding (quantize_layer.py: which errors of a matrix's rows matter together) and narrowing (width.py).
+The loss is the cross-entropy of tokens drawn from the model itself.  The mean of the gradients' outer products is then the Fisher matrix,
+so a change that moves an output by d costs 1/2 (gradient d)^2 nats of KL.  Every layer adds to the residual stream, so the gradient for an
+expert's output is the layer's gradient times the gate: one gradient per token and layer serves all experts.
+The results stay on disk for rounding (repair/quantize_layer.py, which weighs errors of a matrix's rows together) and narrowing
+(repair/width.py).
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
     Args:
         model: the original.
         texts: calibration texts with weights.
-        work: folder for the result and for what a killed run goes on from.
+        work: folder for the result and for the state of a killed run.
         max_tokens: of all texts together; every text gives the same number.
         progress: called with (steps done, all steps).
 
     Returns:
-        A folder with, for each layer, the gradients with respect to what leaves it (`open_gradients`) and arrays (`load_gradients`):
-        "heapr" [E, M] (nats per token), and for every planned matrix that is no expert's sum lambda g g' [R, R] of the gradients with
-        respect to what it gives.
+        A folder with, for each layer, the gradients for its output (`open_gradients`) and arrays (`load_gradients`): "heapr" [E, M] (nats
+        per token), and for every planned matrix outside the routed experts sum lambda g g' [R, R] of the gradients for its output.
     """
     key = key_of("gradients", model.fingerprint, texts_key(texts), WINDOW, max_tokens)
     folder = path_of(work.absolute(), "gradients", key)
@@ -64,7 +64,7 @@ def load_gradients(folder: Path, layer: int) -> Arrays:
 
 
 def open_gradients(folder: Path, layer: int, windows: Windows, hidden: int) -> States:
-    """Gradients [windows, length, hidden] of the loss with respect to what leaves a layer; of -1, the embedding.
+    """Gradients [windows, length, hidden] of the loss with respect to the output of a layer; layer -1 is the embedding.
 
     Args:
         folder: that `collect_gradients` left.
@@ -85,11 +85,11 @@ class _Pass:
         self.weights = torch.from_numpy(shared.astype(np.float32))  # lambda [windows, length]
 
     def states(self, layer: int) -> States:
-        """What a layer receives."""
+        """The states before a layer."""
         return States(self.work / f"state-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
 
     def gradients(self, layer: int) -> States:
-        """Gradients with respect to what leaves a layer."""
+        """Gradients with respect to the output of a layer."""
         return open_gradients(self.work, layer, self.windows, self.model.hidden_size)
 
     def run(self, progress: Progress | None) -> None:
@@ -145,7 +145,7 @@ class _Pass:
         gradients.close()
 
     def _backward(self, layer: int) -> None:
-        """Sums over a layer's neurons and attention outputs, and the gradient with respect to what the layer received."""
+        """Compute the sums over a layer's neurons and matrix outputs, and the gradient with respect to the layer's input."""
         module, states = self.stream.load_layer(layer), self.states(layer)
         after, before = self.gradients(layer), self.gradients(layer - 1)
         down = weights_of(module, "ffn_down_exps") if layer in self.model.moe_layers else None
@@ -183,7 +183,7 @@ class _NeuronSums:
         self.sums = {"heapr": torch.zeros(down.shape[0], down.shape[2], device=down.device)}
 
     def note(self, expert: int, token: torch.Tensor, _: Any, h: torch.Tensor, __: Any, gate: torch.Tensor) -> None:
-        """Add what one expert did for some tokens."""
+        """Add one expert's part for some tokens."""
         h, g, lam = h.detach().float(), gate.detach()[:, None], self.weights[token]
         self.sums["heapr"][expert] = heapr_sums(h, self.gradient[token] * g, self.down[expert], lam)
 

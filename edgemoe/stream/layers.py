@@ -1,8 +1,8 @@
-"""The original model as a stream: one decoder layer in memory at a time.
+"""This module runs a model with one decoder layer in memory at a time.
 
-The layers are transformers' own modules, filled from safetensors; only the experts run in our function, which is transformers' documented
-hook (`ALL_EXPERTS_FUNCTIONS`) and gives the same numbers, so that a recorder sees what every expert really receives.
-Work is split into fixed chunks of windows, each computed by one thread with one-thread arithmetic and merged in order (passes.py): results
+The layers are transformers' own modules, filled from safetensors.  Only the experts run in our function, which gives the same numbers and
+is installed by transformers' documented hook (`ALL_EXPERTS_FUNCTIONS`), so that a recorder sees the inputs of every expert.
+Work is split into fixed chunks of windows.  Each chunk is computed with one thread, and chunks are merged in order (passes.py), so results
 do not depend on the number of cores.
 """
 
@@ -29,35 +29,35 @@ _local = threading.local()
 
 @dataclass
 class Recorder:
-    """What one chunk saw inside one layer; filled by hooks in the thread that runs the chunk."""
+    """The activations of one chunk inside one layer; hooks fill it in the thread that runs the chunk."""
 
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # activation -> what its readers receive [tokens, cols]
-    outputs: dict[str, torch.Tensor] | None = None  # if wanted, role -> what a planned matrix gives [.., rows], in its graph
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # activation -> inputs of the matrices that read it [tokens, cols]
+    outputs: dict[str, torch.Tensor] | None = None  # if wanted, role -> output of a planned matrix [.., rows], with its graph
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
     moe_output: torch.Tensor | None = None  # of the routed experts [tokens, hidden]
     ffn_output: torch.Tensor | None = None  # of the whole feed-forward part [windows, length, hidden]
-    skip_experts: bool = False  # routed experts give nothing
-    attention_only: bool = False  # stop before the feed-forward part: what leaves the layer is the stream after attention
+    skip_experts: bool = False  # the output of routed experts is zero
+    attention_only: bool = False  # stop before the feed-forward part, and return the stream after attention
     on_expert: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class _AttentionDone(Exception):
-    """No error: it ends a layer's forward pass where the recorder wants no more, and carries the stream after attention."""
+    """Ends a layer's forward pass where the recorder wants no more, and carries the stream after attention; it is no error."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
 
 
 def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Sum of the chosen experts' outputs [tokens, hidden]; tells the recorder (expert, tokens, input, hidden, output, gate)."""
+    """Sum of the chosen experts' outputs [tokens, hidden]; it tells the recorder (expert, tokens, input, hidden, output, gate)."""
     recorder = _recorder()
     out = torch.zeros_like(x)
     if recorder is not None:
         recorder.moe_input, recorder.moe_output = x, out
         if recorder.skip_experts:
             return out
-    kept: torch.Tensor | None = getattr(module, "kept", None)  # set by only_experts: the router counts those that are left
+    kept: torch.Tensor | None = getattr(module, "kept", None)  # set by only_experts, where the router numbers the kept experts alone
     if kept is not None:
         index = kept.to(index.device)[index]
     for expert in index.unique().tolist():
@@ -75,7 +75,7 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Let `recorder` see what this thread runs."""
+    """Let `recorder` see the layers that this thread runs."""
     _local.recorder = recorder
     try:
         yield recorder
@@ -89,12 +89,12 @@ def _recorder() -> Recorder | None:
 
 
 def default_device() -> str:
-    """Where layers run: on a GPU if there is one."""
+    """The device that runs layers: a GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class LayerStream:
-    """Skeleton of a model on no device, and one layer at a time filled from the checkpoint."""
+    """The skeleton of a model without weights; one layer at a time is filled from the checkpoint."""
 
     def __init__(self, model: Model, *, device: str | None = None) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,7 +163,7 @@ class LayerStream:
 
 
 class only_experts:
-    """Let the router see only some experts, as if the others were cut out of the checkpoint: it chooses by its own rule among them."""
+    """Let the router see only some experts, as if the checkpoint had no others; it chooses among them by its own rule."""
 
     def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
         self.router, self.experts, self.kept = router_of(module), experts_of(module), torch.from_numpy(kept)

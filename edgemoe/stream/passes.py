@@ -1,4 +1,4 @@
-"""Work over all windows in a fixed order, and the original model's last states."""
+"""This module maps functions over all windows in a fixed order, and computes a model's last states and KL."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def final_states(
     work: Path,
     kept: Sequence[Sequence[int]] | None = None,
 ) -> F32:
-    """Normed last hidden states of the model [windows, length, hidden], a layer at a time; with `kept` of these experts alone."""
+    """Normed last hidden states of the model [windows, length, hidden], one layer at a time; with `kept`, only these experts run."""
     kept_of = {} if kept is None else dict(zip(model.moe_layers, kept, strict=True))
     stream = LayerStream(model)
     states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))

@@ -1,4 +1,4 @@
-"""Hidden states of all windows in a file between two layers."""
+"""This module keeps the hidden states of all windows in a file between two layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe.base.errors import MachineError
 class States:
     """Hidden states [windows, length, hidden] in a file, read and written a window at a time (pread/pwrite: safe from any thread).
 
-    float32, or `half` of that: bfloat16.
+    The file holds float32, or bfloat16 with `half`.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, half: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""Calibration and held-out texts: files as the user gives them, or the shipped mix -> named, weighted documents.
+"""This module reads calibration and held-out texts, from the user's files or the shipped mix, as named and weighted documents.
 
-Held-out text never reaches calibration: it is `--heldout`, else the last tenth of each calibration file's documents (which are then not
-calibrated on), else the shipped held-out mix.
+Calibration never reads held-out text.  Held-out text is `--heldout`, else the last tenth of each calibration file's documents (which
+calibration then leaves out), else the shipped held-out mix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent / "data"
 DEFAULT_TOKENS = 65_536  # of all calibration texts together
 HELDOUT_SHARE = 0.1
 MAX_BYTES = 2**30
-_SAME_BY_CHANCE = 200  # characters; shorter paragraphs may be equal in different texts
+_SAME_BY_CHANCE = 200  # characters; different texts may share paragraphs that are shorter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def text_weights(texts: Sequence[Text]) -> F64:
 
 
 def texts_key(texts: Sequence[Text]) -> list[tuple[str, float, str]]:
-    """What of texts decides a result that is made from them."""
+    """The properties of texts that decide a result made from them, for its key."""
     return [(t.name, t.weight, t.sha256) for t in texts]
 
 
@@ -77,10 +77,10 @@ def choose_texts(calibration: Sequence[str], heldout: Sequence[str]) -> tuple[tu
 
 
 def recall_texts(stats: Stats, given: Sequence[str]) -> tuple[Text, ...]:
-    """The texts that statistics come from, given again (as FILE or FILE:WEIGHT; none: the shipped mix); whole, or without a held-out tenth.
+    """Read the texts of statistics again (FILE or FILE:WEIGHT, or the shipped mix if none is given), whole or without a held-out tenth.
 
     Raises:
-        UsageError: these are other texts; says which ones it must be.
+        UsageError: these are other texts; the message says which ones the statistics come from.
         ModelError: a file that cannot be read or holds no text.
     """
     known = [(d.name, d.weight, d.sha256) for d in stats.domains]
@@ -98,7 +98,7 @@ def recall_texts(stats: Stats, given: Sequence[str]) -> tuple[Text, ...]:
 
 
 def read_text(spec: str) -> Text:
-    """A text from "FILE" or "FILE:WEIGHT": plain UTF-8 (documents parted by form feeds or, failing these, paragraphs) or JSONL ("text")."""
+    """A text from "FILE" or "FILE:WEIGHT": JSONL ("text"), or plain UTF-8 whose documents are parted by form feeds, else by paragraphs."""
     name, _, weight_text = spec.rpartition(":")
     weight = 1.0
     if name and not Path(spec).exists():

@@ -1,4 +1,4 @@
-"""Texts -> windows of the model's tokens."""
+"""This module cuts texts into windows of the model's tokens."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Windows:
 
 
 def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) -> Windows:
-    """Texts as windows of the model's tokens, each text giving the same number at most.
+    """Cut texts into windows of the model's tokens; each text gives the same number of tokens, or all of its tokens if it has fewer.
 
     Raises:
-        ModelError: no tokenizer, or a text without tokens.
+        ModelError: there is no tokenizer, or a text has no tokens.
     """
     from transformers import AutoTokenizer
 

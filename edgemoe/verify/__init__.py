@@ -1,4 +1,4 @@
-"""An artifact -> a Report: the file runs in its real runtime, and KL, perplexity, bytes and peak memory are held against the promise."""
+"""This package runs an artifact in its real runtime, compares KL, bytes and peak memory with the promise, and makes a Report."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,8 +1,9 @@
-"""Artifact, Model, held-out text -> Report: run the file in the real runtime and compare it with the original.
+"""This module runs an artifact on held-out text in its real runtime, compares it with the original, and returns a Report.
 
-The original's last hidden states come from the layer stream (so it may be larger than memory); logits of both sides are compared a window
-at a time and never kept.  KL is measured under the settings that the target's predictions are for, and once more under others
-(`Target.RUNS`): llama.cpp first so that the error is the weights' alone, then as deployed; onnxruntime as it runs, then with float experts.
+The original's last hidden states come from the layer stream, so the model may be larger than memory.  Logits of both sides are compared
+one window at a time and never kept.  KL is measured under the settings for which the target predicts, and once more under others
+(`Target.runs`).  llama.cpp runs first with the weights' error alone, and then as deployed; onnxruntime runs first as deployed, and then
+with float experts.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from edgemoe.targets import Target
 from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 DEFAULT_TOKENS = 16_384
-BESIDE_WINDOWS = 4  # of the second figure
+BESIDE_WINDOWS = 4  # windows of the second figure
 TOKENIZER_LINES = 200
 GENERATE = 64
-LOOP_SHARE = 0.5  # of repeated 4-grams above which a continuation counts as a loop
-KL_SURPRISE = 3.0  # times the prediction: worth a line in the report
+LOOP_SHARE = 0.5  # share of repeated 4-grams above which a continuation counts as a loop
+KL_SURPRISE = 3.0  # if measured KL is this many times the prediction, the report says so
 
 
 def verify_artifact(
@@ -50,9 +51,9 @@ def verify_artifact(
     Args:
         artifact: from `emit_artifact`.
         model: the original.
-        plan: what was promised.
+        plan: with the promised figures.
         heldout: text that calibration has not seen.
-        target: who runs it.
+        target: that runs the artifact.
         work: folder where the original's hidden states are kept for the next verification.
         max_tokens: held-out tokens of all texts together.
         progress: called with (windows done, all windows).
@@ -88,7 +89,7 @@ def verify_artifact(
 
 
 def _ratio_beside(path: Path, model: Model, windows: Any, states: F32, target: Target, settings: Mapping[str, bool]) -> float:
-    """KL under other settings over that under those of the prediction, on the same few windows: what differs is the settings alone."""
+    """KL under the other settings divided by KL under the prediction's settings, on the same few windows."""
     some = np.unique(np.linspace(0, len(windows.tokens) - 1, BESIDE_WINDOWS).round().astype(int))
     few, names = windows.take(some), [str(number) for number in range(int(windows.domain.max()) + 1)]
     found = [compare_logits(path, model, few, states[some], names, target, settings=each) for each in (settings, None)]
@@ -97,7 +98,7 @@ def _ratio_beside(path: Path, model: Model, windows: Any, states: F32, target: T
 
 
 def _measure(target: Target, artifact: Artifact, job: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Run as a user would; where the runtime fails so on this machine, and the target has a way out, that way and with a note."""
+    """Run the artifact as a user would; if the runtime fails on this machine, use the target's fallback settings and return a note."""
     try:
         return target.run(artifact.path, job, None), []
     except VerifyError as error:
@@ -115,7 +116,7 @@ def _measure_job(plan: Plan, heldout: Sequence[Text], windows: Any) -> dict[str,
 
 
 def repeats(tokens: Sequence[int], n: int = 4) -> bool:
-    """Whether a continuation goes in circles: more than half of its n-grams have been there before."""
+    """Whether a continuation is a loop, that is whether more than half of its n-grams occurred before."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return bool(grams) and 1 - len(set(grams)) / len(grams) > LOOP_SHARE
 
@@ -123,7 +124,7 @@ def repeats(tokens: Sequence[int], n: int = 4) -> bool:
 def _find_problems(
     artifact: Artifact, model: Model, plan: Plan, heldout: Sequence[Text], target: Target, peak: int, kl: float
 ) -> list[str]:
-    """Broken promises first, then surprises."""
+    """The problems for the report: broken promises first, then surprises."""
     problems = []
     if peak > plan.budget:
         problems.append(f"peak memory {format_bytes(peak)} is over the budget of {format_bytes(plan.budget)}")

@@ -1,4 +1,4 @@
-"""Logits of the original and of an artifact -> KL, perplexity and agreement by text."""
+"""This module compares the logits of the original and of an artifact: KL, perplexity and agreement by text."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def compare_logits(
     settings: Mapping[str, bool] | None = None,
     progress: Progress | None = None,
 ) -> tuple[TextScore, ...]:
-    """KL, perplexity and agreement of a file on windows whose original last states [windows, length, hidden] are known, by text.
+    """KL, perplexity and agreement of a file by text, on windows with known last states of the original [windows, length, hidden].
 
-    `settings` of the run: those that predictions are for, if they are not given.
+    `settings` are those of the run; the default are the settings for which the target predicts.
 
     Raises:
-        VerifyError: it does not run, or gives NaN.
+        VerifyError: the file does not run, or gives NaN.
     """
     scores = [_Scores() for _ in names]
     head = read_tensor(model.folder, model.output_matrix)
@@ -132,7 +132,7 @@ def reference_states(model: Model, windows: Any, work: Path) -> F32:
     )
 
     def make() -> F32:
-        scratch = path.with_suffix(".states")  # named by what it holds: what a killed run left is used and deleted by the next
+        scratch = path.with_suffix(".states")  # named by its content, so that the next run uses and deletes what a killed run left
         scratch.mkdir(exist_ok=True)
         try:
             states = final_states(model, windows, scratch)

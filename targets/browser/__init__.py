@@ -1,6 +1,7 @@
-"""ONNX for browsers: what the ONNX target offers but 3 bits, which WebAssembly has no kernel for, with files where transformers.js looks.
+"""The browser target is ONNX without 3 bits, for which WebAssembly has no kernel, with files in the places where transformers.js looks.
 
-Prices, sizes, memory and the measuring run are those of onnxruntime's CPU build, which a host can measure; WebAssembly rounds less.
+Prices, sizes, memory and the measuring run are those of onnxruntime's CPU build, which a host can measure.  That build also rounds inputs
+of 8- and 2-bit products, which WebAssembly does not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
 
 
 def _launch_lines(report: Report) -> list[str]:
-    """JavaScript that runs what the plan is for."""
+    """JavaScript that runs the artifact."""
     return [
         'import path from "node:path";',
         'import { pipeline, env } from "@huggingface/transformers"; // npm install @huggingface/transformers@4',

@@ -1,4 +1,4 @@
-"""GGUF for stock llama.cpp: one kept count for all layers, one ggml type per tensor (an expert stack is one tensor)."""
+"""The GGUF target is for stock llama.cpp: all layers share a kept count, and a tensor has one ggml type (an expert stack is one tensor)."""
 
 from edgemoe.targets import Runs, Target
 from edgemoe.targets.gguf.formats import OFFERED, dequantize, input_block, round_rows
@@ -15,7 +15,7 @@ TARGET = Target(
     form="stacks",
     offered=OFFERED,
     runs=Runs(
-        compared={"exact": True, "repack": False},  # F32 KV, flash attention off, plain weights: what is left is the weights' own error
+        compared={"exact": True, "repack": False},  # F32 KV, flash attention off, plain weights: only the error of the weights remains
         beside={"exact": False, "repack": True},
         fallback={"repack": False},  # seen with AMX
         fallback_note="llama.cpp fails on this machine with repacked weights ({error}); measured without (--no-repack)",

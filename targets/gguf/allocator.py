@@ -1,8 +1,8 @@
-"""Shapes of a graph's tensors -> bytes of its buffer: ggml's graph allocator, replayed without ggml.
+"""This module replays ggml's graph allocator without ggml: the shapes of a graph's tensors give the bytes of its buffer.
 
-llama.cpp reserves its compute buffer by laying the graph's intermediate tensors out in the order of execution, each in the smallest hole
-that takes it, some in the place of an operand that is no longer needed.  No closed formula gives that number for every shape, because holes
-of one size do or do not take tensors of another; but the rules are short (ggml/src/ggml-alloc.c of llama.cpp 0c1e570), and so is this.
+llama.cpp reserves its compute buffer by laying the graph's intermediate tensors out in the order of execution.  Each goes into the smallest
+hole that is large enough, or in the place of an operand that is no longer needed.  No closed formula gives the size for every shape,
+because tensors of one size may or may not fit holes of another.  But the rules are short (ggml/src/ggml-alloc.c of llama.cpp 0c1e570).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ENDLESS = 1 << 62
 
 
 class Node:
-    """A tensor of the graph: an operation's result, a view of another, an input, or something outside the buffer (weights, caches)."""
+    """A tensor of the graph: an operation's result, a view of another, an input, or a tensor outside the buffer (weights, caches)."""
 
     __slots__ = ("children", "inplace", "item", "kind", "offset", "output", "place", "root", "shape", "sources", "unused", "views")
 
@@ -34,7 +34,7 @@ class Node:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes in the buffer."""
+        """Bytes of the tensor in the buffer."""
         return -(-math.prod(self.shape) * self.item // ALIGNMENT) * ALIGNMENT
 
 
@@ -49,7 +49,7 @@ def inplace(shape: Sequence[int], *sources: Node) -> Node:
 
 
 def view(source: Node, shape: Sequence[int], *, strided: bool = False) -> Node:
-    """Another look at a tensor; `strided`: with holes or another order, so that nothing can be written over it."""
+    """A view of a tensor; a `strided` view has holes or another order, so that nothing can be written over it."""
     return Node("strided" if strided else "view", shape, (source,), item=source.item)
 
 
@@ -85,7 +85,7 @@ class Graph:
         return node
 
     def lay_out(self) -> int:
-        """Give every result its place; bytes of the whole (ggml_gallocr_reserve)."""
+        """Give every result its place, and return the bytes of the buffer (ggml_gallocr_reserve)."""
         space = _Space()
         for node in self.inputs:
             node.offset = node.place = space.take(node.size)
@@ -102,7 +102,7 @@ class Graph:
         return space.top
 
     def touched(self, smaller: Graph) -> int:
-        """Bytes that are written when a smaller batch runs in the places of this one: same nodes, some of them with fewer rows."""
+        """Bytes that are written if a smaller batch runs in the places of this one, with the same nodes, some of which have fewer rows."""
         pairs = zip([*self.inputs, *self.nodes], [*smaller.inputs, *smaller.nodes], strict=True)
         end = total = 0
         for place, size in sorted((mine.place, its.size) for mine, its in pairs if mine.place >= 0 and not its.unused):
@@ -119,7 +119,7 @@ class _Space:
         self.top = 0
 
     def take(self, size: int) -> int:
-        """Offset of the smallest hole that is large enough, the last of equals (ggml_dyn_tallocr_alloc)."""
+        """Offset of the smallest hole that is large enough; of equal holes, the last one (ggml_dyn_tallocr_alloc)."""
         fits = [hole for hole in self.holes[:-1] if hole[1] >= size]
         smallest = min((hole[1] for hole in fits), default=0)
         hole = [h for h in fits if h[1] == smallest][-1] if fits else self.holes[-1]
@@ -145,8 +145,8 @@ class _Space:
 
 
 def _place(node: Node, space: _Space) -> None:
-    """Give a result its place: an operand's that nothing else needs, or a hole (ggml_gallocr_allocate_node)."""
-    for parent in node.sources if node.inplace else ():  # a view never is "allocated", so nothing takes the place of what it shows
+    """Give a result its place: that of an operand that no other node needs, or a hole (ggml_gallocr_allocate_node)."""
+    for parent in node.sources if node.inplace else ():  # a view is never "allocated", so nothing takes the place of its source
         reusable = parent.offset >= 0 and not parent.output and parent.children == 1 and not parent.views
         if reusable and parent.shape == node.shape and parent.item == node.item:
             node.offset = node.place = parent.offset
@@ -156,7 +156,7 @@ def _place(node: Node, space: _Space) -> None:
 
 
 def _release(source: Node, space: _Space) -> None:
-    """One use of an operand is over; the last one frees its place."""
+    """Note that one use of an operand is over; the last use frees its place."""
     source.children -= 1
     if source.children or source.views:
         return

@@ -1,4 +1,4 @@
-"""The child process: load a GGUF with llama.cpp, do one job (see child_main.py); logits go to stdout as float32.
+"""This script runs in the child process: it loads a GGUF with llama.cpp and does one job (see child_main.py); logits go to stdout.
 
 Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def _bindings() -> Any:
-    """llama-cpp-python's ctypes bindings alone: the package around them would bring numpy and 24 MiB, which are no part of llama.cpp."""
+    """llama-cpp-python's ctypes bindings alone, because the package around them would load numpy and 24 MiB outside llama.cpp."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit("error: llama-cpp-python is not installed")
@@ -71,7 +71,7 @@ class Llama:
             raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["no context"])[-1])
 
     def buffers(self) -> list[str]:
-        """llama.cpp's own words about the buffers that it made."""
+        """The lines of llama.cpp's log about its buffers."""
         return [line.strip() for line in "".join(self._log).splitlines() if "buffer size" in line or "size = " in line]
 
     def clear(self) -> None:
@@ -79,7 +79,7 @@ class Llama:
         lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
 
     def decode(self, tokens: Sequence[int], start: int, *, every: bool) -> None:
-        """Run tokens at positions from `start`; logits of every one of them or only of the last."""
+        """Run tokens at positions from `start`, with the logits of every token or only of the last."""
         batch = lc.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):

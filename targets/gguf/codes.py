@@ -1,7 +1,7 @@
-"""Where ggml's blocks keep the code of each weight (or group of weights), bit by bit -> codes read and written in place.
+"""This module reads and writes the codes in ggml's blocks in place, from the place of each code bit of a weight or group of weights.
 
-Everything else of a block (scales, minimums, shifts) stays as the stock quantizer chose it, and what a code stands for is asked of ggml's
-own dequantizer, so what is written decodes in llama.cpp to what was chosen.  Layouts: ggml-common.h of llama.cpp 0c1e570.
+The rest of a block (scales, minimums, shifts) stays as the stock quantizer chose it.  ggml's own dequantizer says which value a code stands
+for, so llama.cpp decodes every code to the chosen value.  The layouts come from ggml-common.h of llama.cpp 0c1e570.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgemoe.targets.gguf.formats import FORMATS
 
 @dataclass(frozen=True, slots=True)
 class CodeBits:
-    """`bits` [groups, code bits]: place of each code bit in the block, counted from the low bit of byte 0."""
+    """The code bits of a format; `bits` [groups, code bits] has the place of each in the block, counted from the low bit of byte 0."""
 
     dim: int  # columns of a group
     bits: NDArray[np.int64]

@@ -1,7 +1,7 @@
-"""Model and settings -> bytes of llama.cpp's compute buffer, and how much of it decoding touches.
+"""This module computes the bytes of llama.cpp's compute buffer for a Model and settings, and the bytes of it that decoding touches.
 
-The graph of one batch is built here operation by operation as llama.cpp builds it (src/llama-graph.cpp, src/models/qwen3moe.cpp, olmoe.cpp,
-llama.cpp, deepseek2.cpp, openai-moe.cpp of 0c1e570), with shapes instead of numbers, and laid out as ggml lays it out (graph.py).
+It builds the graph of one batch operation by operation as llama.cpp does (src/llama-graph.cpp, src/models/qwen3moe.cpp, olmoe.cpp,
+llama.cpp, deepseek2.cpp, openai-moe.cpp of 0c1e570), with shapes instead of numbers, and lays it out as ggml does (allocator.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def compute_bytes(model: Model, settings: Settings, *, outputs: int = 0) -> int:
     """Bytes of the compute buffer that llama.cpp reserves for a batch.
 
     Args:
-        model: shapes; layers with a recurrent state are not known here.
+        model: with its shapes; recurrent layers are not supported.
         settings: of the run.
-        outputs: rows of logits that a batch is reserved for; 0: every token's, which is llama.cpp's default.
+        outputs: rows of logits that are reserved for a batch; 0 stands for one row per token, which is llama.cpp's default.
 
     Raises:
         UsageError: a layer is recurrent.
@@ -31,9 +31,9 @@ def compute_bytes(model: Model, settings: Settings, *, outputs: int = 0) -> int:
 
 
 def touched_bytes(model: Model, settings: Settings) -> int:
-    """Bytes of the compute buffer that decoding writes when only the last row's logits are asked for.
+    """Bytes of the compute buffer that decoding writes if only the last row's logits are computed.
 
-    The buffer is laid out for logits of every row; memory is held only where something is written.
+    The buffer is laid out for the logits of every row, but memory is held only where something is written.
     """
     whole = _Batch(model, settings, 0).graph
     size = whole.lay_out()
@@ -43,8 +43,8 @@ def touched_bytes(model: Model, settings: Settings) -> int:
 def work_bytes(model: Model, settings: Settings) -> int:
     """Bytes of ggml's work buffer: the right operand of the largest product, in at most 16 bits (ggml_graph_plan in ggml-cpu.c).
 
-    Products with expert stacks also list which rows each expert gets, 8 bytes a row.  Without flash attention the scores are such an
-    operand, and a quantized or 16-bit cache has them converted.
+    Products with expert stacks also list the rows of each expert, with 8 bytes a row.  Without flash attention the scores are such an
+    operand, and they are converted if the cache is quantized or has 16 bits.
     """
     rows, heads = (
         rows_of(settings),
@@ -93,14 +93,14 @@ class _Batch:
         tokens, embeddings = given((self.rows,)), given((model.hidden_size, self.rows))
         embeddings.unused = True
         hidden = self.graph.expand(op((model.hidden_size, self.rows), OUTSIDE, tokens))
-        self.graph.expand(embeddings)  # the other way in, for embeddings instead of tokens, has its place too
-        self.late = any(cache.window for cache in model.caches)  # gpt-oss picks the wanted rows after the last layer, others before
+        self.graph.expand(embeddings)  # the input for embeddings, instead of tokens, has a place too
+        self.late = any(cache.window for cache in model.caches)  # gpt-oss picks the wanted rows after the last layer, others before it
         for number in range(len(model.caches)):
             hidden = self._layer(hidden, number)
         self._head(self._pick(hidden) if self.late else hidden)
 
     def _attention_inputs(self, window: int) -> dict[str, Node]:
-        """Mask, and where keys and values go."""
+        """The attention mask, and the indices of the cells for keys and values."""
         settings, streams = self.settings, self.settings.sequences
         cells = window_cells(settings, window)
         v_width = 1 if settings.flash else max(cache.v for cache in self.model.caches)
@@ -185,7 +185,7 @@ class _Batch:
             scores = op((cells, each, heads, streams), OUTSIDE, q)
             scores = inplace(scores.shape, scores, mask)
             values = OUTSIDE
-            if self.model.attention.latent:  # the latent rows serve as values too, and must be turned
+            if self.model.attention.latent:  # the latent rows are values too, and must be turned
                 values = op((value_length, cells, kv_heads, streams), OUTSIDE, item=KV_FORMATS[settings.kv_k].block_bytes)
             mixed = op((value_length, each, heads, streams), values, scores)
         return self._flatten(mixed, heads)

@@ -1,4 +1,4 @@
-"""A plan -> files and flags for llama.cpp's own tools."""
+"""This module exports a plan as files and flags for llama.cpp's own tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tensor_type_lines(plan: Plan) -> list[str]:
 
 
 def export_plan(plan: Plan, folder: Path) -> list[Path]:
-    """Write a keep list and a tensor-type file, and how to use them.
+    """Write a keep list, a tensor-type file, and a text that says how to use them.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -49,7 +49,7 @@ def export_plan(plan: Plan, folder: Path) -> list[Path]:
 
 
 def gpu_flags(plan: Plan) -> list[str]:
-    """llama.cpp flags that put a plan with a second pool where it was planned."""
+    """llama.cpp flags that place the tensors of a plan with a second pool as planned."""
     if not plan.vram:
         return []
     by_role: dict[str, list[int]] = {}

@@ -1,6 +1,6 @@
-"""ggml types as data, and the real ggml quantizers through the shared library that llama-cpp-python installs.
+"""This module describes ggml types as data, and calls the real ggml quantizers in the shared library of llama-cpp-python.
 
-Sizes are exact and need no library, so planning works without llama.cpp; only rounding loads it.
+Sizes are exact and need no library, so planning works without llama.cpp; only rounding loads the library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT = 32  # bytes: GGUF pads every tensor to this
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A ggml type: its number, weights and bytes of a block, and whether it must have importance."""
+    """A ggml type: its number, the weights and bytes of a block, and whether its quantizer needs importance."""
 
     id: int
     block: int
@@ -37,7 +37,7 @@ class Format:
         return 8 * self.block_bytes / self.block
 
 
-# From ggml.h / ggml-common.h of llama.cpp 0c1e570.  Dominated types (more error at more bits) are left out where 256 divides the row.
+# From ggml.h / ggml-common.h of llama.cpp 0c1e570.  For rows that 256 divides, a type is left out if another has fewer bits and less error.
 FORMATS = {
     "F32": Format(0, 1, 4),
     "F16": Format(1, 1, 2),
@@ -85,12 +85,12 @@ def row_bytes(name: str, cols: int) -> int:
 
 
 def pad(size: int) -> int:
-    """Bytes that a tensor takes in the file."""
+    """Bytes of a tensor in the file, with its padding."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def library_folder() -> Path:
-    """Where llama-cpp-python keeps its shared libraries.
+    """The folder of llama-cpp-python's shared libraries.
 
     Raises:
         MachineError: not installed.
@@ -120,7 +120,7 @@ def _ggml() -> ctypes.CDLL:
 
 
 def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
-    """Rows [n, cols] in a format: bytes [n, row_bytes].  `importance` [cols] weighs the columns (uniform where a type insists on one)."""
+    """Rows [n, cols] in a format, as bytes [n, row_bytes]; `importance` [cols] weighs columns (uniform if a type needs one)."""
     rows = np.ascontiguousarray(rows, np.float32)
     n, cols = rows.shape
     out = np.empty((n, row_bytes(name, cols)), np.uint8)
@@ -138,7 +138,7 @@ def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float3
 
 
 def floor_importance(importance: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Importance without the zeros that make ggml write zeros: at least a thousandth of the mean, ones when all is zero."""
+    """Importance without zeros, for which ggml writes zeros: at least a thousandth of the mean, or ones if all is zero."""
     values = np.asarray(importance, np.float32)
     mean = float(values.mean())
     if not mean > 0 or not np.isfinite(mean):
@@ -161,12 +161,12 @@ def dequantize(packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.fl
 
 
 def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """What rows [n, cols] become when stored in a format."""
+    """Rows [n, cols] rounded as a format stores them."""
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
 
 
 def input_block(name: str, role: str) -> int:
-    """Inputs that ggml's CPU kernels round to int8 together: as many as the weights' block (Q8_0, Q8_1, Q8_K); 0 from 16 bits on."""
+    """Inputs that ggml's CPU kernels round to int8 together: the size of the weights' block (Q8_0, Q8_1, Q8_K); 0 for 16 bits and more."""
     block = FORMATS[name].block
     return block if block > 1 else 0
 
@@ -174,7 +174,7 @@ def input_block(name: str, role: str) -> int:
 def quantize_parallel(
     parts: Sequence[tuple[NDArray[np.float32], NDArray[np.float32] | None]], name: str, pool: ThreadPoolExecutor, rows_each: int = 256
 ) -> NDArray[np.uint8]:
-    """Quantize matrices (with their importance) one below the other, rows shared out over threads; bytes as from a single call."""
+    """Quantize matrices (with their importance) one below the other by several threads, with the same bytes as from a single call."""
     jobs = [
         pool.submit(quantize, rows[i : i + rows_each], name, importance)
         for rows, importance in parts

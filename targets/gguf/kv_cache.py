@@ -1,6 +1,6 @@
-"""Model and settings -> bytes of llama.cpp's KV cache, recurrent state and output buffer; the compute buffer is batch.py's.
+"""This module computes the bytes of llama.cpp's KV cache, recurrent states and output buffer; compute_graph.py computes the rest.
 
-They are products of shapes (src/llama-kv-cache*.cpp, llama-memory-recurrent.cpp, llama-context.cpp of llama.cpp 0c1e570).
+The bytes are products of shapes (src/llama-kv-cache*.cpp, llama-memory-recurrent.cpp, llama-context.cpp of llama.cpp 0c1e570).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ CELLS = 256  # caches hold multiples of this many tokens (GGML_PAD in llama-cont
 
 
 def cells_of(settings: Settings) -> int:
-    """Tokens that the cache of one sequence holds: the context is shared out among the sequences."""
+    """Tokens that the cache of one sequence holds; the sequences share the context."""
     return _pad(_pad(settings.context) // settings.sequences)
 
 
 def window_cells(settings: Settings, window: int) -> int:
-    """Tokens that a sliding-window layer's cache holds: the window and one batch (llama-kv-cache-iswa.cpp)."""
+    """Tokens that the cache of a sliding-window layer holds: the window and one batch (llama-kv-cache-iswa.cpp)."""
     cells = cells_of(settings)
     return cells if settings.swa_full or not window else _pad(min(cells, window + rows_of(settings)))
 
@@ -33,10 +33,10 @@ def rows_of(settings: Settings) -> int:
 def kv_bytes(model: Model, settings: Settings) -> int:
     """Bytes of keys and values of all layers and sequences.
 
-    Without flash attention V lies transposed, and every layer's is as wide as the widest (TAG_V_CACHE_VARIABLE).
+    Without flash attention V lies transposed, and every layer's V is as wide as the widest (TAG_V_CACHE_VARIABLE).
 
     Raises:
-        UsageError: llama.cpp keeps no cache of this type, or not with these settings.
+        UsageError: llama.cpp has no cache of this type, or not with these settings.
     """
     check(model, settings)
     widest = max(cache.v for cache in model.caches)
@@ -49,18 +49,18 @@ def kv_bytes(model: Model, settings: Settings) -> int:
 
 
 def state_bytes(model: Model, settings: Settings) -> int:
-    """Bytes of the recurrent layers' states: F32, one per sequence, whatever its length."""
+    """Bytes of the recurrent layers' states: one F32 state per sequence, whose size does not depend on the context."""
     return 4 * settings.sequences * sum(cache.state for cache in model.caches)
 
 
 def output_bytes(model: Model, settings: Settings) -> int:
-    """Bytes of the logits that are handed over: one row per sequence, or one per token of a batch."""
+    """Bytes of the returned logits: one row per sequence, or one per token of a batch."""
     rows = rows_of(settings) if settings.every_logit else settings.sequences
     return 4 * model.vocab_size * rows
 
 
 def check(model: Model, settings: Settings) -> None:
-    """Refuse what llama.cpp refuses.
+    """Refuse the settings that llama.cpp refuses.
 
     Raises:
         UsageError: with the reason.

@@ -1,7 +1,7 @@
-"""What a llama.cpp process holds beside the weights, in parts, from shapes alone (docs/decisions/0003-memory.md has the measurements).
+"""This module predicts the bytes that a llama.cpp process holds beside the weights, from shapes alone (docs/decisions/0003-memory.md).
 
-A budget is promised for the defaults of `Settings`: no mmap (what is held cannot be given back), repacking on, KV in F16, flash attention,
-ubatch 512, logits of the last token only.
+The promise holds for the defaults of `Settings`: no mmap (so all memory is held and cannot be reclaimed), repacking on, KV in F16, flash
+attention, ubatch 512, and logits of the last token only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from edgemoe.targets.gguf.formats import formats_of_rows, pad, row_bytes
 from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
 
-# Measured on two installations, docs/decisions/0003-memory.md
-RUNTIME = 27 * 2**20  # bindings, libraries, tokenizer's tables, 2 threads: 24 MiB; 3 MiB for 20 threads more or another installation
-PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables: 245
-PER_CELL = 128  # bytes of one token's entry in the caches' tables: 123
-PER_NODE = 1600  # bytes of one place for a graph's node, three times its tensor and the scheduler's tables: 1526 to 1603
-TENSORS, LATENT_TENSORS = 12, 18  # of a layer, at most, in the families that are written and in DeepSeek's
+# The constants were measured on two installations (docs/decisions/0003-memory.md).
+RUNTIME = 27 * 2**20  # 24 MiB for bindings, libraries, tokenizer's tables and 2 threads; 3 MiB for 20 more threads or another installation
+PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables (245 measured)
+PER_CELL = 128  # bytes of one token's entry in the caches' tables (123 measured)
+PER_NODE = 1600  # bytes of one place for a graph's node: three times its tensor, and the scheduler's tables (1526 to 1603 measured)
+TENSORS, LATENT_TENSORS = 12, 18  # the most tensors of a layer, in the families that can be written and in DeepSeek's
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -33,13 +33,13 @@ def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
 
 
 def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
-    """Bytes of a tensor in the file, padded; of a stack with `count` experts."""
+    """Bytes of a tensor in the file, with padding; a stack has `count` experts."""
     n_weights = unit.n_weights * count // model.n_experts if unit.is_stack else unit.n_weights
     return pad(n_weights // unit.cols * row_bytes(name, unit.cols))
 
 
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
-    """Bytes beyond the file's: the second copy of a tied embedding, in any format that some CPU repacks for the output's product."""
+    """Bytes beyond the file's: the second copy of a tied embedding, if some CPU repacks its format for the output's product."""
     if unit.role != "token_embd" or not model.is_tied:
         return 0
     return unit_size(model, unit, name, count) if _repacks(ANY_CPU, name, unit) else 0
@@ -48,18 +48,18 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
 def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
-    The output matrix is loaded before the layers, so its copy can only matter for what the C library retains of it.
+    The output matrix is loaded before the layers, so only the part of its copy that the C library retains can matter.
     """
     return staged_bytes(is_repacked(name, unit.role, tied=model.is_tied), size, unit.role)
 
 
 def staged_bytes(repacked: bool, size: int, role: str) -> int:
-    """Bytes of the copy while a tensor of this size is repacked, if it is."""
+    """Bytes of the copy that repacking a tensor of this size makes; 0 if the tensor is not repacked."""
     return 0 if not repacked or (role in ("token_embd", "output") and size > RETAINED) else size
 
 
 def is_repacked(name: str, role: str, *, tied: bool) -> bool:
-    """Whether llama.cpp keeps a copy of a tensor in an order that an x86 CPU's vectors like; an embedding only if it is the output too."""
+    """Whether llama.cpp repacks a tensor for the vector instructions of an x86 CPU; an embedding is repacked only if it is tied."""
     return name in X86 and (role != "token_embd" or tied)
 
 
@@ -68,9 +68,9 @@ def _repacks(repacked: Mapping[str, int], name: str, unit: Unit) -> bool:
 
 
 def on_device(costs: Costs, device: Device) -> Costs:
-    """The price list for one box: what is held twice or copied while loading there, not on some CPU.
+    """The price list for one box, with the bytes that this box, and not just some CPU, holds twice or copies while loading.
 
-    A tied embedding is held twice in every format where a GPU computes the output.
+    If a GPU computes the output, a tied embedding is held twice in every format.
     """
     tied = all(unit.role != "output" for unit in costs.units)
     twice, repacked = held_twice_on(device), repacked_on(device)
@@ -88,9 +88,9 @@ def memory_parts(model: Model, context: int, settings: Settings | None = None) -
     """KV cache (with recurrent states), touched compute buffer, output buffer and runtime in bytes.
 
     Args:
-        model: or its model.
-        context: tokens, shared out among the sequences.
-        settings: of the run, if they are not the default; their context is not looked at.
+        model: the shapes.
+        context: tokens, which the sequences share.
+        settings: of the run, if they are not the default; their context is ignored.
 
     Raises:
         UsageError: llama.cpp would refuse these settings.

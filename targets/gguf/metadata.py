@@ -1,4 +1,4 @@
-"""A Model -> the key-values that llama.cpp reads of it: common ones, those of its kinds of attention and feed-forward, its family's own."""
+"""This module writes the key-values that llama.cpp reads of a Model: common keys, the keys of its block kinds, and its family's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_HASH = "0" * 64
 
 
 def add_shape(writer: Any, model: Model, count: int) -> None:
-    """Sizes, heads and rotary frequencies of a model of which `count` experts of each layer stay."""
+    """Add sizes, heads and rotary frequencies of a model that keeps `count` experts in each layer."""
     heads = model.attention
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.hidden_size)
@@ -35,7 +35,7 @@ def add_shape(writer: Any, model: Model, count: int) -> None:
 
 
 def _add_router(writer: Any, router: Router) -> None:
-    """The rule, where it is not the softmax that llama.cpp takes for granted."""
+    """Add the router's rule, unless it is the softmax that llama.cpp assumes."""
     if router.scoring == "sigmoid":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(router.renormalize)
@@ -46,13 +46,13 @@ def _add_router(writer: Any, router: Router) -> None:
 
 
 def add_own_keys(writer: Any, model: Model, family: Family) -> None:
-    """What one architecture wants to know beside that."""
+    """Add the further keys of one architecture."""
     for key, value in family.gguf_keys(Config(model.config)).items():
         writer.add_uint32(f"{family.gguf}.{key}", value)
 
 
 def add_provenance(writer: Any, model: Model, stats: Stats | None, plan: Plan | None, n_units: int) -> None:
-    """What it was made from, and the expert map: one flag per (layer, expert), so the length never changes."""
+    """Add the file's origin, and the expert map with one flag per (layer, expert), so that the length never changes."""
     kept = np.zeros((model.n_layers, model.n_experts), bool)
     for layer, experts in (plan.kept_of if plan else {}).items():
         kept[layer, list(experts)] = True

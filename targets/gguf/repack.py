@@ -1,7 +1,8 @@
-"""Which tensors llama.cpp holds in another order than the file's, because a CPU's vectors like it: by CPU, and as ggml says here.
+"""This module says which tensors llama.cpp repacks, that is holds in another order than the file, for a known CPU or for this machine.
 
-A repacked tensor passes through a copy while it loads.  An embedding that is the output matrix too (tied) is held twice: plain, because its
-rows are looked up, and repacked, because the output's product wants that.  On a GPU the output's copy is always a second one.
+Repacking serves a CPU's vector instructions.  A repacked tensor passes through a copy while it loads.  A tied embedding is held twice:
+plain, because its rows are looked up, and repacked, because the output's product needs this order.  On a GPU, the output's copy is always
+a second one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ ARM: Mapping[str, int] = {
     **dict.fromkeys(("Q4_0", "Q8_0", "IQ4_NL", "MXFP4"), 4),
     **dict.fromkeys(("Q2_K", "Q4_K", "Q5_K", "Q6_K"), 8),
 }
-ANY_CPU: Mapping[str, int] = {**X86, **ARM}  # where nobody says what the file will run on, the worse of both counts
-ANY_DEVICE: Mapping[str, int] = dict.fromkeys(OFFERED, 1)  # a GPU's copy is of every format
+ANY_CPU: Mapping[str, int] = {**X86, **ARM}  # if the CPU is not known, formats count that either kind repacks
+ANY_DEVICE: Mapping[str, int] = dict.fromkeys(OFFERED, 1)  # a GPU holds a copy in every format
 
 CPU_DEVICE, POINTER_BYTES = 0, 8  # GGML_BACKEND_DEVICE_TYPE_CPU; ggml_tensor.buffer lies behind its 4-byte type, aligned
 BATCH = 512  # rows of the other operand in the product that ggml is asked about
 
 
 def repacked_on(device: Device) -> Mapping[str, int]:
-    """Formats that the processor of a box repacks, with what must divide the rows; on this machine ggml is asked, if it is there."""
+    """Formats that the processor of a box repacks, with the number that must divide the rows; on this machine ggml is asked if possible."""
     if device.id == HERE:
         try:
             return repacked_here()
@@ -39,7 +40,7 @@ def repacked_on(device: Device) -> Mapping[str, int]:
 
 
 def held_twice_on(device: Device) -> Mapping[str, int]:
-    """Formats in which a tied embedding is held twice on a box, with what must divide its rows."""
+    """Formats in which a box holds a tied embedding twice, with the number that must divide its rows."""
     return repacked_on(device) if device.backend == "CPU" else ANY_DEVICE
 
 
@@ -87,7 +88,7 @@ def repacked_here(names: Iterable[str] = OFFERED) -> dict[str, int]:
 
 
 def _open_library(stem: str) -> ctypes.CDLL:
-    """A library of ggml, the copy that the others link to (ggml's device registry is a static variable of it)."""
+    """A library of ggml, in the copy that the other libraries link to (its static variable is ggml's device registry)."""
     folder = library_folder()
     names = (f"lib{stem}.so.0", f"lib{stem}.0.dylib", f"lib{stem}.dylib", f"{stem}.dll")
     path = next((folder / name for name in names if (folder / name).exists()), None)

@@ -1,7 +1,7 @@
-"""Rows, a ggml type, Hessian of the inputs -> packed rows: ggml's own scales, codes chosen with feedback (quantize/gptq.py).
+"""This module packs rows in a ggml type with ggml's own scales, and chooses the codes with error feedback (quantize/gptq.py).
 
-A row is done in chunks of 256 columns: the stock quantizer packs what earlier chunks' errors left of the chunk, its scales stay, its codes
-are chosen again.  Then the block scales (float16) are refitted to the codes and the codes to the scales, in turn.
+A row is packed in chunks of 256 columns.  The stock quantizer packs a chunk after the errors of earlier chunks were passed on to it; its
+scales stay, and its codes are chosen again.  Then block scales (float16) are refitted to the codes and codes to the scales, in turn.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)
 
 
 def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> NDArray[np.uint8]:
-    """Rows [R, C] in a format of FED_BACK: bytes [R, row_bytes] that bring (w - q) H (w - q)' of each row down.
+    """Rows [R, C] in a format of FED_BACK, as bytes [R, row_bytes], with codes that lower (w - q) H (w - q)' of each row.
 
     Args:
         rows: weights, finite.
         name: the ggml type.
         hessian: of the matrix's inputs, [C, C].
-        sweeps: of refitted scales and codes after the feedback.
+        sweeps: rounds that refit scales and codes after the feedback.
 
     Raises:
         ModelError: a weight is NaN or infinite (ggml itself would write garbage).
@@ -59,7 +59,7 @@ def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEE
 
 
 def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
-    """Scales refitted and every code chosen again, all others given: packed rows anew; values and gradient change in place.
+    """Refit scales, choose every code again while all others stay, and return the rows packed anew; values and gradient change in place.
 
     Args:
         packed: rows [R, bytes].
@@ -86,13 +86,13 @@ def feeds_back(name: str) -> bool:
 
 
 def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
-    """Rows in a format, by the stock quantizer with this importance, or with feedback where there is a Hessian."""
+    """Rows in a format, by the stock quantizer with this importance, or with feedback if there is a Hessian."""
     return quantize(rows, name, importance) if hessian is None else quantize_fed_back(rows, name, hessian)
 
 
 # -------------------------------------------------------------------------------------------------------------------- grids
 def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
-    """What each code of packed rows [R, bytes] would stand for, the scales being as they are."""
+    """The grid of values that the codes of packed rows [R, bytes] stand for, with their present scales."""
     if name in UNIFORM:
         last = 2 ** code_bits(name).bits.shape[1] - 1
         low, high = _decode_all(packed, name, 0), _decode_all(packed, name, last)
@@ -110,7 +110,7 @@ def grid_of(packed: NDArray[np.uint8], name: str) -> Grid:
 
 
 def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> F32:
-    """Values [R, C] if every code were this one."""
+    """Values [R, C] if all codes were this one."""
     groups = packed.shape[1] // FORMATS[name].block_bytes * len(code_bits(name).bits)
     codes = np.full((len(packed), groups), code, np.int32)
     return dequantize(write_codes(packed, name, codes), name, groups * code_bits(name).dim)
@@ -118,7 +118,7 @@ def _decode_all(packed: NDArray[np.uint8], name: str, code: int) -> F32:
 
 @functools.cache
 def _table_of(name: str) -> F32:
-    """Values [codes, columns] that the codes of a format stand for, up to a factor: read from ggml by decoding one block for each."""
+    """Values [codes, columns] of the codes of a format, up to a factor, which ggml gives by decoding one block for each code."""
     layout, kind = code_bits(name), FORMATS[name]
     block = np.zeros(kind.block_bytes, np.uint8)
     for offset in layout.halves:
@@ -139,7 +139,7 @@ def _table_of(name: str) -> F32:
 
 # ------------------------------------------------------------------------------------------------------------------- scales
 def _refit_scales(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32, columns: slice) -> NDArray[np.uint8]:
-    """Least squares for d (and dmin) of every block, one block after another, the codes being as they are; kept where it helps.
+    """Fit d (and dmin) of every block by least squares to the present codes, one block after the other, and keep each fit if it helps.
 
     `values` and `gradient` [R, C] are changed in place.
     """
@@ -176,7 +176,7 @@ def _half(block: NDArray[np.uint8], offset: int) -> F64:
 
 
 def _part(block: NDArray[np.uint8], name: str, offset: int) -> F32:
-    """Values [R, block] if this float16 were one and the others zero."""
+    """Values [R, block] if this float16 were one and the others were zero."""
     alone = block.copy()
     for other in code_bits(name).halves:
         alone[:, other : other + 2] = ONE if other == offset else 0

@@ -1,4 +1,4 @@
-"""Run a GGUF in a child process with stock llama.cpp: a crash there is an error here, and its peak memory is its own."""
+"""This module runs a GGUF in a child process with stock llama.cpp; a crash of the child becomes an error, and its peak is its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
 
     Args:
         path: first file of the GGUF.
-        job: what to do, plain values.
-        on_logits: called with (window number, logits [tokens, vocab]) as they come.
+        job: the job as plain values.
+        on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
 
     Raises:
-        VerifyError: it does not load, or llama.cpp stopped; with llama.cpp's own last words.
+        VerifyError: the file does not load, or llama.cpp stopped; the message has llama.cpp's last output.
         MachineError: llama-cpp-python is missing.
     """
     library_folder()
@@ -38,7 +38,7 @@ def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]
 
 
 def runtime() -> str:
-    """What runs a GGUF here."""
+    """Name and version of the runtime that runs a GGUF here."""
     try:
         return f"llama.cpp in llama-cpp-python {version('llama-cpp-python')}"
     except PackageNotFoundError:

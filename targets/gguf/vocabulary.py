@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint folder -> the `tokenizer.ggml.*` keys of a GGUF, and the proof that both tokenize alike.
+"""This module turns the tokenizer of a checkpoint folder into the `tokenizer.ggml.*` keys of a GGUF.
 
-Byte-level BPE becomes llama.cpp's "gpt2" (vocabulary_bpe.py), SentencePiece BPE its "llama" (vocabulary_spm.py), and no tokenizer at all
-its "none".
+Byte-level BPE becomes llama.cpp's "gpt2" (vocabulary_bpe.py), SentencePiece BPE becomes "llama" (vocabulary_spm.py), and a checkpoint
+without a tokenizer becomes "none".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KNOWN_ENDS = frozenset((
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What a GGUF says about its tokenizer; `tokens` is as long as the embedding."""
+    """The tokenizer of a GGUF; `tokens` has as many entries as the embedding has rows."""
 
     model: Literal["gpt2", "llama", "none"]
     pre: str = ""  # llama.cpp's name of the pre-tokenizer
@@ -47,7 +47,7 @@ class Vocabulary:
     merges: tuple[str, ...] = ()  # "gpt2" only
     bos_id: int | None = None
     eos_id: int | None = None
-    eot_id: int | None = None  # further ids that end a text, where llama.cpp would not know them by their names
+    eot_id: int | None = None  # further ids that end a text, if llama.cpp does not know them by their names
     eom_id: int | None = None
     unk_id: int | None = None
     pad_id: int | None = None
@@ -59,7 +59,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The files of a folder that say something about its tokenizer; configs that are missing are empty."""
+    """The files of a folder that describe its tokenizer; a missing config is empty."""
 
     folder: Path
     json_file: Path
@@ -96,7 +96,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         vocab_size: rows of the embedding.
 
     Raises:
-        ModelError: malformed, or something that llama.cpp cannot do; names the file and the field.
+        ModelError: a file is malformed, or needs a feature that llama.cpp lacks; the message names the file and the field.
     """
     files = _open_files(folder)
     bpe = files.tokenizer is not None and vocabulary_bpe.is_byte_level(files.json_file, files.tokenizer)
@@ -138,7 +138,7 @@ def _refuse_other_tokenizers(folder: Path) -> None:
 
 
 def _read_spm(files: _Files, tokens: TokenList) -> tuple[bool, dict[str, int | None]]:
-    """Fill the tokens of a SentencePiece family; tokenizer.model knows the true scores, tokenizer.json what transformers does."""
+    """Fill the tokens of a SentencePiece family; tokenizer.model has the true scores, and transformers follows tokenizer.json."""
     if files.tokenizer is not None and not files.model_file.exists():
         vocabulary_spm.read_json_model(files.json_file, files.tokenizer, tokens)
         return vocabulary_spm.read_prefix(files.json_file, files.tokenizer), {}
@@ -172,7 +172,7 @@ def _find_name(files: _Files, kind: str) -> str | None:
 
 
 def _list_ids(files: _Files, kind: str) -> list[tuple[int, str]]:
-    """The ids that the model's configs give a role, each with the name of the file; -1 means none."""
+    """The ids that the model's configs give to a role, each with the name of the file; -1 stands for no id."""
     for name, values in (("generation_config.json", files.generation), ("config.json", files.config)):
         value = values.get(f"{kind}_token_id")
         if value is not None:
@@ -208,7 +208,7 @@ def _find_ids(files: _Files, tokens: TokenList, spare: dict[str, int | None]) ->
 
 
 def _is_added(files: _Files, kind: str, token_id: int | None, texts: Sequence[str], place: int) -> bool:
-    """Whether BOS begins, or EOS ends, what the tokenizer makes of a text."""
+    """Whether the tokenizer puts BOS before, or EOS after, the tokens of a text."""
     value = files.tokenizer_config.get(f"add_{kind}_token")
     file = files.folder / "tokenizer_config.json"
     if value is not None:

@@ -1,8 +1,8 @@
-"""Byte-level BPE: tokenizer.json -> tokens, merges and the name of llama.cpp's pre-tokenizer.
+"""This module reads tokens, merges and the name of llama.cpp's pre-tokenizer from the tokenizer.json of a byte-level BPE.
 
-llama.cpp knows pre-tokenizers only by name (`tokenizer.ggml.pre`); a wrong name loads and silently tokenizes otherwise, so the name is
+llama.cpp knows pre-tokenizers only by name (`tokenizer.ggml.pre`).  A wrong name loads and silently tokenizes otherwise, so the name is
 looked up by the exact steps in the file, and steps that are not in the table are refused.
-Source of names, regexes and flags: llama.cpp's src/llama-vocab.cpp as bundled with llama-cpp-python 0.3.36 (llm_tokenizer_bpe, load).
+The source of names, regexes and flags is llama.cpp's src/llama-vocab.cpp as bundled with llama-cpp-python 0.3.36 (llm_tokenizer_bpe, load).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _GPT2: Step = ("bytes", "gpt2")
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """One name of llama.cpp: what it does, and what else it switches on.  None: this row does not care."""
+    """One of llama.cpp's names, its steps, and the flags that it sets; None marks a flag that does not matter for this name."""
 
     name: str
     steps: tuple[Step, ...]
@@ -84,7 +84,7 @@ TABLE = (
 
 
 def is_byte_level(file: Path, tokenizer: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json works on bytes as GPT-2's does."""
+    """Whether a tokenizer.json works on bytes, as GPT-2's does."""
     return any(step.get("type") == "ByteLevel" for step in flatten(file, "pre_tokenizer", tokenizer.get("pre_tokenizer"), "pretokenizers"))
 
 
@@ -95,7 +95,7 @@ def read_byte_level(file: Path, tokenizer: dict[str, Any], tokens: TokenList, *,
         The pre-tokenizer's name and the merges, best first, each as "left right".
 
     Raises:
-        ModelError: malformed, or something that llama.cpp cannot do.
+        ModelError: the file is malformed, or needs a feature that llama.cpp lacks.
     """
     model = expect(tokenizer.get("model"), dict, file, "model")
     check_model(file, model, byte_fallback=False)
@@ -111,7 +111,7 @@ def read_byte_level(file: Path, tokenizer: dict[str, Any], tokens: TokenList, *,
 
 
 def put_tokens(tokens: TokenList, vocab: dict[str, Any], added: list[AddedToken]) -> None:
-    """Put the model's own tokens, which leave no gap, and those added, which may (the ids of cl100k do)."""
+    """Put the model's own tokens, whose ids have no gap, and the added tokens, whose ids may have gaps (those of cl100k have)."""
     for text, token_id in vocab.items():
         tokens.put(token_id, text, NORMAL, "model.vocab")
     for i, token in enumerate(added):
@@ -121,7 +121,7 @@ def put_tokens(tokens: TokenList, vocab: dict[str, Any], added: list[AddedToken]
 
 
 def check_model(file: Path, model: dict[str, Any], *, byte_fallback: bool) -> None:
-    """Refuse every kind of model, and every option, that llama.cpp has no counterpart of."""
+    """Refuse every kind of model, and every option, for which llama.cpp has no counterpart."""
     kind = model.get("type", "BPE" if "merges" in model else None)  # the oldest files do not say
     if kind != "BPE":
         raise ModelError(f"{file}: model.type is {kind!r:.40}, only BPE is supported")
@@ -153,7 +153,7 @@ def read_merges(file: Path, model: dict[str, Any], vocab: dict[str, Any]) -> lis
 
 
 def _check_normalizer(file: Path, tokenizer: dict[str, Any]) -> bool:
-    """Whether the text is brought to NFC first.  llama.cpp has no NFC: text that already is NFC, as most is, tokenizes the same."""
+    """Whether the text is first normalised to NFC.  llama.cpp has no NFC; text that is NFC already, as most is, tokenizes the same."""
     kinds = [step.get("type") for step in flatten(file, "normalizer", tokenizer.get("normalizer"), "normalizers")]
     for kind in kinds:
         if kind != "NFC":

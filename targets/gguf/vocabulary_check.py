@@ -1,4 +1,4 @@
-"""The proof that a GGUF tokenizes as the checkpoint does: llama.cpp in a child process against the original tokenizer."""
+"""This module proves that a GGUF tokenizes as its checkpoint does: it compares llama.cpp in a child process with the original tokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CHILD = Path(__file__).with_name("vocabulary_child.py")
 
 
 def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> list[str]:
-    """Lines that llama.cpp tokenizes otherwise than the checkpoint's tokenizer; without BOS, special tokens read as plain text.
+    """Lines that llama.cpp tokenizes otherwise than the checkpoint's tokenizer, without BOS and with special tokens read as plain text.
 
     Raises:
-        VerifyError: llama.cpp does not load the GGUF's vocabulary, or stopped; with its own last words.
-        ModelError: no tokenizer to compare with, or it does not load.
+        VerifyError: llama.cpp does not load the GGUF's vocabulary, or stopped; the message has its last output.
+        ModelError: there is no tokenizer to compare with, or it does not load.
         MachineError: a package is missing.
     """
     expected = tokenize_original(folder, lines)
@@ -43,10 +43,10 @@ def check_vocabulary(gguf_path: Path, folder: Path, lines: Sequence[str]) -> lis
 
 
 def tokenize_original(folder: Path, lines: Sequence[str]) -> list[list[int]]:
-    """Tokens of lines by the tokenizer in a folder, without BOS, special tokens read as plain text.
+    """Tokens of lines by the tokenizer in a folder, without BOS and with special tokens read as plain text.
 
     Raises:
-        ModelError: there is none, or it does not load.
+        ModelError: there is no tokenizer, or it does not load.
         MachineError: a package is missing.
     """
     if (folder / "tokenizer.json").exists():

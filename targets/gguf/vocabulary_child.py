@@ -1,4 +1,4 @@
-"""The child process of check_vocabulary: load only the vocabulary of a GGUF, tokenize the lines given on stdin, print the ids as JSON."""
+"""This script is check_vocabulary's child process: it loads a GGUF's vocabulary, tokenizes lines from stdin, and prints ids as JSON."""
 
 from __future__ import annotations
 

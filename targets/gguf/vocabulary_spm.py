@@ -1,7 +1,7 @@
-"""SentencePiece BPE: tokenizer.model, or the tokenizer.json made from one -> tokens and scores of llama.cpp's SPM tokenizer.
+"""This module reads tokens and scores for llama.cpp's SPM tokenizer from a tokenizer.model, or from a tokenizer.json made from one.
 
-llama.cpp merges the neighbours whose union is the token of highest score, leftmost first (src/llama-vocab.cpp, llm_tokenizer_spm_session);
-tokenizer.json merges listed pairs in listed order.  Both agree when the scores follow that order and every split of a token is listed.
+llama.cpp merges the neighbours whose union is the token of highest score, leftmost first (src/llama-vocab.cpp, llm_tokenizer_spm_session).
+A tokenizer.json merges listed pairs in listed order.  Both agree if the scores follow this order and every split of a token is listed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def read_model(file: Path, tokens: TokenList) -> tuple[bool, dict[str, int | Non
 
 
 def _check_bytes(file: Path, tokens: TokenList) -> None:
-    """llama.cpp stops the process at a character that is no token when its bytes are none either."""
+    """Check that every byte is a token, because llama.cpp stops the process at a character if neither it nor its bytes are tokens."""
     missing = sorted(_BYTES - tokens.ids.keys())
     if missing:
         raise ModelError(f"{file}: {len(missing)} of the 256 byte tokens are missing, first {missing[0]}", hint="byte_fallback is needed")
@@ -132,7 +132,7 @@ def read_json_model(file: Path, tokenizer: dict[str, Any], tokens: TokenList) ->
     """Fill the tokens of a tokenizer.json that was made from a SentencePiece BPE; scores follow the order of the merges.
 
     Raises:
-        ModelError: malformed, or its merges are not those that SentencePiece's rule gives.
+        ModelError: the file is malformed, or its merges are not those of SentencePiece's rule.
     """
     model = expect(tokenizer.get("model"), dict, file, "model")
     check_model(file, model, byte_fallback=True)
@@ -158,7 +158,7 @@ def _rank_merges(file: Path, merges: list[tuple[str, str]], texts: set[str]) -> 
     """The order in which tokens are merged.
 
     Raises:
-        ModelError: a token's splits are apart in the list, or one is not listed: merging by score would then tokenize otherwise.
+        ModelError: a token's splits are not adjacent in the list, or one is missing; merging by score would then tokenize otherwise.
     """
     ranks: dict[str, int] = {}
     last = ""
@@ -183,10 +183,10 @@ def _rank_merges(file: Path, merges: list[tuple[str, str]], texts: set[str]) -> 
 def read_prefix(file: Path, tokenizer: dict[str, Any]) -> bool:
     """Whether a tokenizer.json puts a blank before the text; blanks must become U+2581 and the text must stay one piece.
 
-    llama.cpp always puts it; Metaspace with `first` or `always` does not before a text that starts with a blank.
+    llama.cpp always puts the blank; Metaspace with `first` or `always` does not put it before a text that starts with a blank.
 
     Raises:
-        ModelError: it does anything else to the text.
+        ModelError: the tokenizer changes the text in another way.
     """
     normalizers = flatten(file, "normalizer", tokenizer.get("normalizer"), "normalizers")
     prefix = replaced = False
@@ -211,7 +211,7 @@ def read_prefix(file: Path, tokenizer: dict[str, Any]) -> bool:
 
 
 def check_same(file: Path, tokenizer: dict[str, Any], tokens: TokenList) -> None:
-    """Refuse a tokenizer.json that is not of the tokenizer.model beside it."""
+    """Refuse a tokenizer.json that differs from the tokenizer.model beside it."""
     model = expect(tokenizer.get("model"), dict, file, "model")
     check_model(file, model, byte_fallback=True)
     for text, token_id in expect(model.get("vocab"), dict, file, "model.vocab").items():

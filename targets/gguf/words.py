@@ -1,4 +1,4 @@
-"""What reports and cards say of a GGUF: how llama.cpp and Ollama run it."""
+"""This module writes the lines of reports and cards that say how llama.cpp and Ollama run a GGUF."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgemoe.targets import Words
 
 
 def launch_lines(report: Report) -> list[str]:
-    """Commands of llama.cpp that run what the plan is for."""
+    """Commands of llama.cpp that run the artifact."""
     name, context = plain(report.artifact.files[0].name), report.plan.context
     return [f"{tool} -m {shlex.quote(name)} -c {context} --no-mmap -ub 512" for tool in ("llama-server", "llama-cli")]
 

@@ -1,7 +1,7 @@
-"""Plan -> GGUF: tensors in file order, one expert stack in memory at a time, through gguf-py's writer and ggml's quantizers.
+"""This module writes a plan's GGUF by gguf-py's writer and ggml's quantizers, in file order, with one expert stack in memory at a time.
 
-The header's length does not depend on the plan (the expert map is one flag per expert, hashes have fixed length), so the planner knows the
-file's size to the byte before anything is written.
+The header's length does not depend on the plan, because the expert map has one flag per expert and hashes have a fixed length.  So the
+planner knows the file's size to the byte before anything is written.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31
 FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 
 
-# Tensors that stay F32 and have a row or number for each expert.
+# These tensors stay F32 and have a row or number for each expert.
 PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
 # Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
 HEADER_PER_ENTRY = 64
 
 
 def list_units(model: Model) -> list[Unit]:
-    """Everything that gets a format, in file order: one unit per matrix, one per expert stack."""
+    """The units that get a format, in file order: one for each matrix and one for each expert stack."""
     sizes: dict[tuple[str, int, int], int] = {}
     for tensor in model.tensors:
         if tensor.planned:
@@ -51,7 +51,7 @@ def list_units(model: Model) -> list[Unit]:
 
 
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
-    """Bytes of header, metadata, norms and routers when every MoE layer keeps so many experts, for each count."""
+    """Bytes of header, metadata, norms and routers for each kept count of the MoE layers."""
     header, fixed = header_size(model), [t for t in model.tensors if not t.planned]
 
     def size(tensor: Tensor, count: int) -> int:
@@ -61,7 +61,7 @@ def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
 
 
 def header_size(model: Model) -> int:
-    """Bytes before the first tensor, from really writing them; an estimate for a model of which only the shapes are known."""
+    """Bytes before the first tensor, from writing the header; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return pad(HEADER_PER_ENTRY * model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,8 +79,8 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
     Args:
         model: whose weights are stored.
         stats: the importance matrix.
-        plan: what to keep and how.
-        folder: where to; must exist.
+        plan: says which experts stay, and in which formats.
+        folder: must exist.
         shard_max: largest file in bytes before splitting (0: one file).
         progress: called with (bytes written, all bytes).
 
@@ -112,7 +112,7 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
 
 
 def _bits_per_weight(model: Model, plan: Plan) -> float:
-    """Of the file, over the weights that are left."""
+    """Bits of the file divided by the number of weights that are left."""
     kept = plan.kept_of
     gone = sum(t.n_weights for t in model.tensors if t.expert >= 0 and t.expert not in kept[t.layer])
     return 8 * plan.file_size / (model.n_weights - gone)
@@ -127,7 +127,7 @@ def _dominant(plan: Plan) -> str:
 
 
 def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | None, shard_max: int) -> Any:
-    """A GGUFWriter with all metadata; without stats and plan, with placeholders of the same length and all experts."""
+    """A GGUFWriter with all metadata; without stats and plan, it has placeholders of the same length and all experts."""
     import gguf
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
@@ -144,7 +144,7 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
 
 
 def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: int) -> dict[str, int]:
-    """Announce every tensor in file order; returns its bytes by name."""
+    """Announce every tensor in file order, and return the bytes by name."""
     import gguf
 
     units = {unit.name: unit for unit in list_units(model)}
@@ -198,7 +198,7 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
         kept = [group[e] for e in kept_of[first.layer]] if first.expert >= 0 else group
         kind = plan.formats[name]
         rows: list[NDArray[np.uint8]] = []
-        for tensor in kept:  # one expert's float32 at a time; only the packed stack grows
+        for tensor in kept:  # one expert is in float32 at a time, and only the packed stack grows
             if tensor.packed == kind:
                 rows.append(prepare(model, tensor, read_packed(model.folder, tensor, row_bytes(kind, tensor.shape[1]))))
                 continue
@@ -208,7 +208,7 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
 
 
 def prepare(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
-    """Rows (weights or packed) as the target wants them: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
+    """Rows (weights or packed) in the target's order: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
     heads = {"attn_q": model.attention.heads, "attn_k": model.attention.kv_heads}.get(tensor.role)
     if heads is None or not find_family(model.model_type).paired_rotary:
         return weights

@@ -1,4 +1,4 @@
-"""ONNX for onnxruntime: every expert is dropped or has a format of its own; each layer keeps as many experts as it likes."""
+"""The ONNX target is for onnxruntime: every expert is dropped or has a format of its own, and kept counts may differ between layers."""
 
 from edgemoe.targets import Runs, Target
 from edgemoe.targets.onnx.files import COPIED, PLACES
@@ -16,7 +16,7 @@ TARGET = Target(
     form="experts",
     offered=OFFERED,
     runs=Runs(
-        compared={"exact": False},  # as it runs: what kernels round of their inputs is in our prices
+        compared={"exact": False},  # as it runs, because our prices count the rounding of inputs
         beside={"exact": True},
     ),
     words=WORDS,

@@ -1,4 +1,6 @@
-"""The child process: load model.onnx with ONNX Runtime on the CPU, do one job (see child_main.py); logits go to stdout as float32.
+"""This script runs in the child process: it loads model.onnx with ONNX Runtime on the CPU and does one job (see child_main.py).
+
+Logits go to stdout as float32.
 
 Jobs:
     {"windows": [[ids]], "exact": bool}: the logits of every position of every window; exact: 8-bit experts compute in floats;
@@ -6,8 +8,8 @@ Jobs:
     the prompts greedily.
 A job may carry "settings": chunk (tokens that are computed at once), threads.
 
-Keys and values lie in one buffer per layer that is the past and the present of every call, so that nothing is copied and nothing is held
-twice.  The runtime computes all outputs whether they are asked for or not, logits of every token too, so chunks are small.
+Keys and values lie in one buffer per layer, which is the past and the present of every call, so nothing is copied or held twice.  The
+runtime computes all outputs even if no caller asks for them, the logits of every token included, so chunks are small.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def _runtime(needs: Sequence[int], exact: bool) -> Any:
-    """onnxruntime, told how exact it is to be, which it reads from the environment."""
+    """Import onnxruntime with the wanted exactness, which it reads from the environment."""
     if exact:
         os.environ["ORT_QMOE_CPU_QNBIT_GEMM"] = "fp32"
     try:
@@ -53,7 +55,7 @@ class Decoder:
         options = ort.SessionOptions()
         options.log_severity_level = WARNINGS_OFF
         options.intra_op_num_threads = settings.get("threads", min(THREADS, os.cpu_count() or 1))
-        options.enable_mem_pattern = False  # one block for each shape of input, of which decoding has as many as tokens
+        options.enable_mem_pattern = False  # a pattern is kept for each shape of input, and decoding has as many shapes as tokens
         self.session = ort.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.cache = {}
@@ -64,7 +66,7 @@ class Decoder:
         self.logits = np.empty((1, min(self.chunk, context), self.session.get_outputs()[0].shape[-1]), np.float32)
 
     def run(self, tokens: Sequence[int], start: int) -> Any:
-        """Run tokens at positions from `start`; their logits [1, tokens, vocab], until the next run."""
+        """Run tokens at positions from `start`, and return their logits [1, tokens, vocab], which are valid until the next run."""
         np, logits = self.np, self.logits[:, : len(tokens)]
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
@@ -83,7 +85,7 @@ class Decoder:
             yield self.run(tokens[begin : begin + self.chunk], start + begin)
 
     def last(self, tokens: Sequence[int], start: int = 0) -> int:
-        """Run tokens in chunks; the most likely token after the last one."""
+        """Run tokens in chunks, and return the most likely token after the last one."""
         *_, last = (logits[0, -1] for logits in self.every(tokens, start))
         return int(last.argmax())
 

@@ -1,8 +1,8 @@
-"""Model and formats -> the decoder's graph, built node by node; weights are announced, not read.
+"""This module builds the decoder's graph node by node from a Model and formats; it announces weights and does not read them.
 
-Inputs and outputs have the names that onnxruntime-genai, transformers.js and optimum know: input_ids, attention_mask (padding on the
-right), past_key_values.N.key / .value -> logits, present.N.key / .value.  A token's position is the number of tokens before it; its
-rotary angles are computed in the graph, so no table takes bytes or limits the context.
+Inputs and outputs have the names that onnxruntime-genai, transformers.js and optimum know.  Inputs are input_ids, attention_mask (padding
+on the right) and past_key_values.N.key / .value; outputs are logits and present.N.key / .value.  A token's position is the number of tokens
+before it.  The graph computes the rotary angles, so no table takes bytes or limits the context.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from edgemoe.targets.onnx.experts import Group, add_moe, add_weights, code_dims
 from edgemoe.targets.onnx.formats import FORMATS, fits
 from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, INT32, INT64, UINT8, Sheet, import_onnx
 
-# Inputs of matrix products are rounded to int8 by block.  In floats, 8 and 2 bits are 50 to 400 times slower and 4 bits 3 to 7 times, for
-# half a per cent of squared error (docs/decisions/0007-onnx-formats.md).
+# Inputs of matrix products are rounded to int8 by block.  With float inputs, 8 and 2 bits are 50 to 400 times slower and 4 bits 3 to 7
+# times, and the squared error is half a per cent smaller (docs/decisions/0007-onnx-formats.md).
 INT8_INPUTS = 4  # MatMulNBits' accuracy_level
 
 
@@ -28,7 +28,7 @@ def widest_format(cols: int) -> str:
 
 
 def build_decoder(sheet: Sheet, model: Model, groups: Sequence[Sequence[Group]], formats: Mapping[str, str]) -> tuple[list[Any], list[Any]]:
-    """Fill a sheet with the whole decoder; returns its inputs and outputs.
+    """Fill a sheet with the whole decoder, and return its inputs and outputs.
 
     Args:
         sheet: an empty one.
@@ -65,7 +65,7 @@ def _interface(model: Model) -> tuple[list[Any], list[Any]]:
 
 
 def _positions(sheet: Sheet, model: Model) -> dict[str, str]:
-    """What every attention needs: lengths, and the rotary cosines and sines [batch * sequence, head / 2] of this call's tokens.
+    """The inputs that all attention nodes share: lengths, and rotary cosines and sines [batch * sequence, head / 2] of the call's tokens.
 
     inv_freq_i = theta^(-2i/d), angles = position * inv_freq, as in transformers' rotary embedding (arXiv 2104.09864).
     """
@@ -95,13 +95,13 @@ def _positions(sheet: Sheet, model: Model) -> dict[str, str]:
 
 
 def _partial_rotary(model: Model, heads: int) -> dict[str, int]:
-    """What the operator must be told where only a part of each head is rotated."""
+    """Attributes of the rotary operator if only a part of each head is rotated."""
     heads_attributes = {"rotary_embedding_dim": model.attention.rotary, "num_heads": heads}
     return heads_attributes if model.attention.rotary < model.attention.key_length else {}
 
 
 def _attention(sheet: Sheet, model: Model, layer: int, x: str, shared: Mapping[str, str], formats: Mapping[str, str]) -> str:
-    """Grouped-query attention with its cache; norms of queries and keys where the checkpoint has them."""
+    """Grouped-query attention with its cache, and norms of queries and keys if the checkpoint has them."""
     prefix, heads = f"blk.{layer}", {"q": model.attention.heads, "k": model.attention.kv_heads, "v": model.attention.kv_heads}
     part = {}
     for letter, n in heads.items():
@@ -128,7 +128,7 @@ def _attention(sheet: Sheet, model: Model, layer: int, x: str, shared: Mapping[s
 
 
 def _feed_forward(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Group], formats: Mapping[str, str]) -> str:
-    """A dense part, or routed experts and beside them the shared one."""
+    """A dense part, or routed experts with the shared expert beside them."""
     if model.layers[layer].ffn == "dense":
         return _glu(sheet, model, layer, x, "", model.dense_size, formats)
     out = add_moe(sheet, model, layer, x, groups)
@@ -161,7 +161,7 @@ def _norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
 
 
 def _head_norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str:
-    """Norm of queries or keys: over the whole width (OLMoE), or of each head (Qwen3) when the weight is as long as one."""
+    """Norm of queries or keys, over the whole width (OLMoE), or over each head (Qwen3) if the weight is as long as a head."""
     if width != model.attention.key_length:
         return _norm(sheet, model, x, name, width)
     heads = sheet.op("Reshape", [x, sheet.constant("const.heads", [0, 0, -1, width])], f"{name}.heads")
@@ -170,7 +170,7 @@ def _head_norm(sheet: Sheet, model: Model, x: str, name: str, width: int) -> str
 
 
 def _linear(sheet: Sheet, x: str, name: str, rows: int, cols: int, kind: str, out: str) -> str:
-    """Product of x [.., cols] and a matrix [rows, cols] transposed; a matrix that is announced already (a tied embedding) is used again."""
+    """Product of x [.., cols] and a transposed matrix [rows, cols]; a matrix that was announced before (a tied embedding) is used again."""
     fmt = FORMATS[kind]
     if f"{name}.codes" in sheet.places:
         pieces = {piece: f"{name}.{piece}" for piece in ("codes", "scales", "zeros") if f"{name}.{piece}" in sheet.places}

@@ -1,7 +1,7 @@
-"""One MoE layer as nodes: a router, then one expert node for each format in use, and their sum.
+"""This module builds one MoE layer as nodes: a router, then one expert node for each format in use, and the sum of these.
 
-A node mixes its own experts by the columns of the gates that are theirs, so any assignment of formats is exact; experts whose gate is zero
-cost nothing.  An expert keeps gate and up rows interleaved in one matrix, as the operators want them.
+A node mixes its own experts by their columns of the gates, so any assignment of formats is exact, and experts with a gate of zero cost
+nothing.  An expert holds gate and up rows interleaved in one matrix, as the operators want them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from edgemoe.targets.onnx.graph_builder import CONTRIB, FLOAT, FLOAT16, UINT8, S
 from edgemoe.targets.onnx.router import add_router
 
 Group = tuple[str, int]  # format, and how many experts have it
-_LEAST_LOG = -1e4  # of a gate that is zero: exp of it is zero
+_LEAST_LOG = -1e4  # the logarithm that stands for a gate of zero, since its exp is zero
 
 
 def group_experts(kept: Sequence[int], formats: Mapping[int, str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Kept experts of a layer by format, in the order of their rows in the router: the order of FORMATS, then of their numbers."""
+    """Kept experts of a layer by format, in the order of their rows in the router: first by FORMATS, then by their numbers."""
     found = [(name, tuple(e for e in kept if formats[e] == name)) for name in FORMATS]
     return [(name, experts) for name, experts in found if experts]
 
@@ -30,7 +30,7 @@ def code_dims(kind: str, cols: int) -> tuple[int, int]:
 
 
 def add_weights(sheet: Sheet, name: str, kind: str, lead: tuple[int, ...], cols: int, *, by_block: bool = False) -> dict[str, str]:
-    """Announce the pieces of a matrix, or of a stack of them, of `lead` rows; returns their names by piece.
+    """Announce the pieces of a matrix or stack with `lead` rows, and return the names by piece.
 
     The bytes are the same for all operators; `by_block` shapes the codes as MatMulNBits wants them.
     """
@@ -71,7 +71,7 @@ def add_moe(sheet: Sheet, model: Model, layer: int, x: str, groups: Sequence[Gro
 
 
 def _quantized(sheet: Sheet, name: str, kind: str, k: int, x: str, gates: str, fc1: dict[str, str], fc2: dict[str, str]) -> str:
-    """A QMoE node.  Given `router_weights` it mixes by them as they are."""
+    """A QMoE node, which mixes by the given `router_weights` without changing them."""
     fmt = FORMATS[kind]
     attributes: dict[str, int | str] = {"expert_weight_bits": fmt.bits, "block_size": fmt.block, "k": k}
     attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 0}
@@ -86,7 +86,7 @@ def _quantized(sheet: Sheet, name: str, kind: str, k: int, x: str, gates: str, f
 
 
 def _plain(sheet: Sheet, name: str, _: str, k: int, x: str, gates: str, fc1: dict[str, str], fc2: dict[str, str]) -> str:
-    """A MoE node.  It has no `router_weights` but takes the softmax of logits: their logarithms, and their sum is multiplied back."""
+    """A MoE node, which has no `router_weights`: it takes the softmax of the gates' logarithms, and the gates' sum is multiplied back."""
     logs = sheet.op("Log", [gates], f"{name}.log")
     logits = sheet.op("Max", [logs, sheet.constant("const.least_log", _LEAST_LOG)], f"{name}.logits")
     attributes = {"activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 0, "k": k}

@@ -1,7 +1,8 @@
-"""Model, Plan -> the small files beside an ONNX graph, so that each runtime finds the folder as it expects it.
+"""This module writes the small files beside an ONNX graph, so that each runtime finds the folder that it expects.
 
-Two layouts hold the same graph.  "onnx": model.onnx and model.onnx.data side by side, for ONNX Runtime, onnxruntime-genai, onnxruntime-web.
-"transformers.js": the same two under onnx/, named as that library asks for them.  Bytes depend on checkpoint and plan alone.
+Two layouts hold the same graph.  "onnx" puts model.onnx and model.onnx.data side by side, for ONNX Runtime, onnxruntime-genai and
+onnxruntime-web.  "transformers.js" puts both under onnx/ with the names that this library expects.  Bytes depend on checkpoint and plan
+alone.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.ir import Model, Plan
 from edgemoe.model.checkpoint import read_json
 
-# Layout -> the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
+# For each layout, the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
 # transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".
 PLACES = {"onnx": ("model.onnx", "model.onnx.data"), "transformers.js": ("onnx/model.onnx", "onnx/model.onnx_data")}
 # Widths that a layout's runtimes cannot run: QMoE in wasm refuses 3 bits ("must be 2, 4, or 8"; onnxruntime-web 1.30 and 1.31-dev).
 REFUSED_BITS = {"onnx": (), "transformers.js": (3,)}
 # transformers.js 4.3.1 learns from `model_type` which keys hold the shape of the cache, and refuses types that it does not list ("mixtral",
-# "olmoe").  The graph needs nothing else of it, so all our families pass there as this one, which has the keys that they have.
+# "olmoe").  The graph needs nothing else from the field, so all our families use this type, which has the same keys.
 TRANSFORMERS_JS_TYPE = "qwen3_moe"
-# What is copied as it is: what tokenizers are made of, by the libraries that load them, and how to sample; with the most bytes that we take
-# (the largest known tokenizer.json has 34 MB).
+# These files are copied unchanged: the files from which libraries load tokenizers, and the sampling settings; with the largest size that we
+# accept (the largest known tokenizer.json has 34 MB).
 COPIED = {
     "added_tokens.json": 2**24,
     "chat_template.jinja": 2**20,
@@ -58,7 +59,7 @@ def check_layout(formats: Iterable[str], layout: str) -> None:
     """Refuse a plan's formats that the layout's runtimes cannot run.
 
     Raises:
-        UsageError: no such layout, or a width that it has no kernel for.
+        UsageError: the layout is unknown, or its runtimes have no kernel for a width.
     """
     refused = sorted({name for name in formats if not allowed(name, layout)})
     if refused:
@@ -79,7 +80,7 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
 
     Args:
         model: whose folder the files come from.
-        plan: how many experts are left, and the context whose cache was planned for.
+        plan: with the kept experts and the planned context.
         folder: where the graph lies, or will lie, as `PLACES` says; must exist.
         layout: a name in `PLACES`.
 
@@ -87,7 +88,7 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
         The names written, sorted.
 
     Raises:
-        UsageError: no such layout, or the plan has a width that it cannot run.
+        UsageError: the layout is unknown, or the plan has a width that it cannot run.
         ModelError: a file of the checkpoint is too large, is no JSON, or leads out of the folder.
         MachineError: the disk is full or not writable.
     """
@@ -106,11 +107,12 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
 
 
 def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any]:
-    """The checkpoint's config.json for what is left of it.
+    """The checkpoint's config.json, changed to describe the compressed model.
 
-    Where layers keep different numbers of experts, the expert count is that of the fullest, and `edgemoe` says how many each layer has.
-    Weights enter and leave the graph as float32 whatever they were; `auto_map` would send loaders to code that is not here.  In the layout
-    of transformers.js `model_type` is one that this library knows, and `edgemoe` has the true one.
+    If layers keep different numbers of experts, the expert count is that of the fullest layer, and `edgemoe` says how many each layer has.
+    The type of values is float32, because the graph computes in float32 for every checkpoint.  `auto_map` is removed, because it would send
+    loaders to code that is not in the folder.  In the layout of transformers.js, `model_type` is a type that this library knows, and
+    `edgemoe` has the true one.
     """
     config = {key: value for key, value in model.config.items() if key not in ("auto_map", "dtype", "torch_dtype", "quantization_config")}
     counts = [len(kept) for kept in plan.kept]
@@ -131,16 +133,16 @@ def make_config(model: Model, plan: Plan, layout: str = "onnx") -> dict[str, Any
 
 
 def make_genai_config(model: Model, generation: Mapping[str, Any], context: int, layout: str = "onnx") -> dict[str, Any]:
-    """What onnxruntime-genai wants to know; "decoder" is its type for a graph that it need not recognize.
+    """The configuration of onnxruntime-genai; its type "decoder" is for graphs that the library need not recognize.
 
-    It allocates the cache of `max_length` tokens at once (`past_present_share_buffer`), so that is the planned context; who sets more has
-    the room.
+    The library allocates the cache of `max_length` tokens at once (`past_present_share_buffer`), so this is the planned context; a user may
+    set more if there is memory for it.
 
     Args:
-        model: the shape, and the special tokens where `generation` has none.
+        model: with its shape, and its special tokens if `generation` has none.
         generation: of generation_config.json, may be empty.
-        context: tokens whose cache was planned for.
-        layout: where the graph lies.
+        context: the planned context in tokens.
+        layout: says where the graph lies.
     """
     ids = {key: _token_ids(model, generation, f"{key}_token_id") for key in ("bos", "eos", "pad")}
     special: dict[str, Any] = {f"{key}_token_id": found[0] if len(found) == 1 else found for key, found in ids.items() if found}
@@ -200,7 +202,7 @@ def _dump(value: Mapping[str, Any]) -> bytes:
 
 
 def _read_bytes(folder: Path, name: str, limit: int) -> bytes | None:
-    """A file of the checkpoint that is to be copied, or None where it has none.
+    """A file of the checkpoint that is to be copied, or None if the checkpoint has no such file.
 
     Raises:
         ModelError: larger than `limit` bytes, or a .json that holds no object.
@@ -219,9 +221,10 @@ def _read_bytes(folder: Path, name: str, limit: int) -> bytes | None:
 
 
 def _locate(folder: Path, name: str) -> Path | None:
-    """Where a file of the checkpoint really lies, or None where it has none.
+    """The real place of a file of the checkpoint, or None if the checkpoint has no such file.
 
-    What we copy may be published, so a link must not lead elsewhere; the hub's cache links from snapshots/REVISION to its own blobs/.
+    Copied files may be published, so a link must not lead out of the checkpoint; the hub's cache links from snapshots/REVISION to its own
+    blobs/.
 
     Raises:
         ModelError: a link out of the checkpoint, or no regular file.

@@ -1,12 +1,12 @@
-"""ONNX Runtime's weight formats as data: grids, bit packing and exact bytes.
+"""This module describes ONNX Runtime's weight formats: grids, bit packing and exact bytes.
 
-A format is a width, a block of columns that shares a scale, and whether each block has a zero point of its own:
+A format has a width, a number of columns that share a scale (a block), and a zero point for each block or none:
 
-    weight = (code - zero) * scale,  zero = 2^(bits-1) where none is stored
+    weight = (code - zero) * scale,  zero = 2^(bits-1) if none is stored
 
 Expert nodes (QMoE), matrix products (MatMulNBits) and the embedding (GatherBlockQuantized) read the same bytes: codes of a row LSB first, a
-scale per block, zero points packed like the codes.  Which formats are offered was measured (docs/decisions/0007-onnx-formats.md).
-Nothing here needs onnx or onnxruntime.
+scale per block, zero points packed like the codes.  Measurements decided which formats are offered (docs/decisions/0007-onnx-formats.md).
+This module needs neither onnx nor onnxruntime.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Format:
     bits: int
     block: int = 0
     zeros: bool = False
-    scale_bytes: int = 4  # as the graph's floats; QMoE of 3 bits runs in float16 only
+    scale_bytes: int = 4  # float32, as the graph's values; QMoE of 3 bits runs in float16 only
 
     @property
     def bpw(self) -> float:
@@ -54,7 +54,7 @@ FORMATS = {
     "INT2_64": Format(bits=2, block=64, zeros=True),
     "INT2_128": Format(bits=2, block=128, zeros=True),
 }
-# What is offered of each width, best measured error for its bytes; where none of these fits, all that do.
+# The formats offered for each width have the least measured error for their bytes; if none of these fits, all formats that fit are offered.
 MENU = {8: ("INT8_32", "INT8_128"), 4: ("INT4_32", "INT4_64", "INT4_128"), 3: ("INT3_128",), 2: ("INT2_128",)}
 OFFERED = tuple(name for name in FORMATS if name != "F32")
 
@@ -68,7 +68,7 @@ class Packed:
     zeros: NDArray[np.uint8] | None = None
 
     def pieces(self) -> dict[str, NDArray[np.uint8]]:
-        """What goes to the file, by name, as bytes [n, bytes]."""
+        """The pieces that the file holds, by name, as bytes [n, bytes]."""
         parts = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
         return {name: part.view(np.uint8) for name, part in parts.items() if part is not None}
 
@@ -80,13 +80,13 @@ def pad(size: int) -> int:
 
 
 def fits(name: str, cols: int) -> bool:
-    """Whether rows of this length can be stored: whole blocks, and more than one (a single block misses the fast kernels)."""
+    """Whether rows of this length can be stored: in whole blocks, and in more than one (fast kernels do not run single blocks)."""
     block = FORMATS[name].block
     return block == 0 or (cols % block == 0 and cols > block)
 
 
 def choose_menu(cols: Sequence[int], widths: Sequence[int]) -> tuple[str, ...]:
-    """Formats that can store rows of all these lengths: for each width those of the menu, or what else fits."""
+    """Formats that can store rows of all these lengths: for each width those of the menu, or the others that fit if none of these does."""
     found: list[str] = []
     for bits in widths:
         fitting = [name for name, kind in FORMATS.items() if kind.bits == bits and all(fits(name, n) for n in cols)]
@@ -149,7 +149,7 @@ def unpack(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]
 
 # ------------------------------------------------------------------------------------------------------------ quantization
 def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> Packed:
-    """Rows [n, cols] in a format; `importance` [cols] weighs the columns' squared errors (uniform where there is none).
+    """Rows [n, cols] in a format; `importance` [cols] weighs the columns' squared errors (uniform if there is none).
 
     Raises:
         ModelError: the block does not divide the row.
@@ -192,20 +192,20 @@ def dequantize(packed: Packed, name: str, cols: int) -> NDArray[np.float32]:
 
 
 def round_rows(rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """What rows [n, cols] become when stored in a format."""
+    """Rows [n, cols] rounded as a format stores them."""
     return dequantize(quantize(rows, name, importance), name, rows.shape[1])
 
 
 def quantize_parallel(
     rows: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor, rows_each: int = 256
 ) -> list[Packed]:
-    """Rows in a format, shared out over threads: the pieces from top to bottom, bytes as from a single call."""
+    """Rows in a format, quantized by several threads: the pieces from top to bottom, with the same bytes as from a single call."""
     starts = range(0, len(rows), rows_each)
     return list(pool.map(lambda i: quantize(rows[i : i + rows_each], name, importance), starts))
 
 
 def _floor_importance(importance: NDArray[np.floating] | None, cols: int) -> NDArray[np.float32]:
-    """Importance of mean 1 and at least a thousandth; ones where there is none or all of it is zero."""
+    """Importance of mean 1 and at least a thousandth; ones if there is no importance or all of it is zero."""
     values = np.ones(cols, np.float32) if importance is None else np.asarray(importance, np.float32)
     mean = float(values.mean())
     if not mean > 0 or not np.isfinite(mean):
@@ -219,11 +219,11 @@ Grid = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]  # codes
 def _search(x: NDArray[np.float32], weights: NDArray[np.float32], kind: Format) -> Grid:
     """Codes, scale and zero point of each block.
 
-    For given codes q the scale of least weighted squared error is sum(w q x) / sum(w q^2), and the error then
-    sum(w x^2) - sum(w q x)^2 / sum(w q^2): every grid is judged by that.  But least squares shrinks: what is lost is missing from the
-    projection on the original, so every output loses the same share, and three matrices in a row add it up.  The scale that is stored,
-    sum(w x^2) / sum(w q x), keeps the projection, as stochastic rounding would; the error is then independent of the output.  KL falls by
-    30 to 40 % at 2 bits (docs/decisions/0007-onnx-formats.md).
+    For given codes q, the scale of least weighted squared error is sum(w q x) / sum(w q^2), and its error is
+    sum(w x^2) - sum(w q x)^2 / sum(w q^2), by which every grid is judged.  But least squares shrinks the weights: the error is missing from
+    the projection on the original, so every output loses the same share, and the losses of three matrices in a row add up.  The stored
+    scale, sum(w x^2) / sum(w q x), keeps the projection, as stochastic rounding would, and the error is then independent of the output.  It
+    lowers KL by 30 to 40 % at 2 bits (docs/decisions/0007-onnx-formats.md).
     """
     best_gain = np.full(len(x), -1, np.float32)
     scale, zero = np.ones(len(x), np.float32), np.full(len(x), 2 ** (kind.bits - 1), np.float32)
@@ -247,7 +247,7 @@ def _codes(x: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.
 
 
 def _fit(x: NDArray[np.float32], weights: NDArray[np.float32], q: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """How much error the best scale takes away, and that scale [B]."""
+    """The error that the best scale removes, and this scale [B]."""
     weighted = weights * q
     dot, square = np.einsum("ij,ij->i", weighted, x), np.einsum("ij,ij->i", weighted, q)
     fitted = dot / np.maximum(square, np.float32(1e-30))
@@ -255,14 +255,14 @@ def _fit(x: NDArray[np.float32], weights: NDArray[np.float32], q: NDArray[np.flo
 
 
 def _storable(scale: NDArray[np.float32], kind: Format) -> NDArray[np.float32]:
-    """Scales as the file holds them: never zero, and of 3 bits a positive float16 (the operator's own condition)."""
+    """Scales as the file holds them: never zero, and positive float16 for 3 bits (the operator's own condition)."""
     if kind.scale_bytes == 2:
         smallest, largest = np.float32(2.0**-14), np.float32(65504)  # normal numbers of float16
         return np.clip(scale, smallest, largest).astype(np.float16).astype(np.float32)
     return np.where(np.abs(scale) < 1e-30, np.float32(1), scale)
 
 
-# Scales that are tried, as shares of the one that just spans the block's values: the fewer codes, the more clipping pays.
+# Scales that are tried, as shares of the scale that just spans the block's values; with fewer codes, more clipping pays.
 _SHRINK = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
 
 
@@ -293,10 +293,10 @@ def _grids(x: NDArray[np.float32], kind: Format) -> Iterator[tuple[NDArray[np.fl
 
 # ------------------------------------------------------------------------------------------------------------ activations
 def input_block(name: str, role: str = "ffn_exps") -> int:
-    """Inputs of a product with weights in this format that are rounded to int8 together (`round_to_int8`); 0: none.
+    """Inputs of a product with weights in this format that are rounded to int8 together (`round_to_int8`); 0 if none are rounded.
 
-    So do QMoE of 8 bits and MatMulNBits of accuracy_level 4, which all matrices have, to the last bit.  QMoE of 2 bits rounds sums of four
-    inputs instead, with an error a little smaller than this.  QMoE of 4 and 3 bits computes in floats.  `role` tells experts from matrices.
+    QMoE of 8 bits and MatMulNBits of accuracy_level 4, which all matrices have, round exactly so.  QMoE of 2 bits rounds sums of four
+    inputs instead, with a slightly smaller error.  QMoE of 4 and 3 bits computes in floats.  `role` tells experts from matrices.
     """
     kind = FORMATS[name]
     return 0 if role.endswith("_exps") and kind.bits in (3, 4) else kind.block

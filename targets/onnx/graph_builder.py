@@ -1,7 +1,7 @@
-"""A graph while it is built: nodes, small constants, and the places of weights in the data file; no weights are read.
+"""This module builds a graph: nodes, small constants, and the places of weights in the data file; it reads no weights.
 
-Places are handed out in the order in which weights are announced, so the graph alone says where every byte goes.  The writer then fills
-them, and the planner learns the graph's own size without writing anything.
+Weights get their places in the order in which they are announced, so the graph alone says where every byte goes.  The writer then fills the
+places, and the planner learns the graph's own size without writing anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def import_onnx() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight lies in the data file."""
+    """The place of a weight in the data file."""
 
     offset: int
     size: int
@@ -48,10 +48,10 @@ class Place:
 
 @dataclass(slots=True)
 class Sheet:
-    """What has been built so far.  `hollow`: offsets and lengths are placeholders of the most digits."""
+    """The graph as built so far; in a `hollow` sheet, offsets and lengths are placeholders with the most digits."""
 
     hollow: bool = False
-    data_file: str = DATA_FILE  # as the graph names it
+    data_file: str = DATA_FILE  # name of the data file in the graph
     nodes: list[Any] = field(default_factory=list)
     initializers: list[Any] = field(default_factory=list)
     places: dict[str, Place] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Sheet:
     _constants: dict[str, bytes] = field(default_factory=dict)
 
     def weight(self, name: str, kind: int, dims: Sequence[int]) -> str:
-        """Announce a weight of the data file; returns its name."""
+        """Announce a weight of the data file, and return its name."""
         size = ITEM_BYTES[kind] * int(np.prod(dims))
         self.places[name] = Place(self.end, size)
         self.end += pad(size)
@@ -80,7 +80,7 @@ class Sheet:
         self.initializers.append(tensor)
 
     def constant(self, name: str, values: NDArray[Any] | Sequence[int] | int | float) -> str:
-        """A small constant inside the graph (integers are int64, floats float32), the same one if the name is known."""
+        """A small constant inside the graph (integers are int64, floats are float32); a known name gives the same constant."""
         array = np.asarray(values)
         array = array.astype("<f4" if array.dtype.kind == "f" else "<i8")
         raw, kind = array.tobytes(), FLOAT if array.dtype.kind == "f" else INT64
@@ -91,7 +91,7 @@ class Sheet:
         return name
 
     def op(self, kind: str, inputs: Sequence[str], output: str | Sequence[str], domain: str = "", **attributes: Any) -> str:
-        """Add a node, named like its first output; returns that output."""
+        """Add a node, named like its first output, and return this output."""
         outputs = [output] if isinstance(output, str) else list(output)
         helper = import_onnx().helper
         self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=outputs[0], domain=domain, **attributes))
@@ -112,7 +112,7 @@ def make_model(sheet: Sheet, inputs: Sequence[Any], outputs: Sequence[Any], meta
 def pad_model(model: Any, size: int) -> Any:
     """The model with a metadata entry of spaces, so that it takes `size` bytes.
 
-    Protobuf writes lengths in 1 to 5 bytes, so a longer value can add more than its own bytes; a longer key then makes up the difference.
+    Protobuf writes lengths in 1 to 5 bytes, so a longer value can add more than its own bytes; a longer key then fills the difference.
 
     Raises:
         EdgemoeError: it is larger already.

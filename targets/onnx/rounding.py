@@ -1,6 +1,6 @@
-"""Rows, a format, Hessian of the inputs -> packed rows: the stock search's scales, codes chosen with feedback (quantize/gptq.py).
+"""This module packs rows in a format with the scales of the stock search, and chooses codes with error feedback (quantize/gptq.py).
 
-A packed row is its codes, scales and zero points one after the other, as `Packed.pieces` lists them.
+A packed row holds its codes, scales and zero points one after the other, in the order of `Packed.pieces`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def feeds_back(name: str) -> bool:
 
 
 def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | None) -> NDArray[np.uint8]:
-    """Rows [R, C] in a format [R, bytes], by the stock search with this importance, or with feedback where there is a Hessian.
+    """Rows [R, C] in a format [R, bytes], by the stock search with this importance, or with feedback if there is a Hessian.
 
     Raises:
         ModelError: a weight is NaN or infinite.
@@ -37,7 +37,7 @@ def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | N
 
 
 def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
-    """Every code chosen again, all others given: packed rows anew; values and gradient change in place.
+    """Choose every code again while all others stay, and return the rows packed anew; values and gradient change in place.
 
     Args:
         packed: rows [R, bytes].
@@ -69,20 +69,21 @@ def split_rows(packed: NDArray[np.uint8], name: str, cols: int) -> Packed:
 
 
 def unpack_rows(packed: NDArray[np.uint8], name: str, cols: int) -> F32:
-    """What packed rows stand for [R, cols]."""
+    """The values of packed rows [R, cols]."""
     return dequantize(split_rows(packed, name, cols), name, cols)
 
 
 def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> Packed:
-    """Rows [R, C] in a format that brings (w - q) H (w - q)' of each row down.
+    """Rows [R, C] in a format, with codes that lower (w - q) H (w - q)' of each row.
 
-    Chunk after chunk, the stock search finds scales and zero points for what the errors of earlier chunks left of it; they stay.
+    For one chunk after the other, the stock search finds scales and zero points, after the errors of earlier chunks were passed on to it.
+    These scales and zero points stay.
 
     Args:
         rows: weights, finite.
         name: the format.
         hessian: of the matrix's inputs, [C, C].
-        sweeps: of choosing every code again, all others given.
+        sweeps: rounds in which every code is chosen again while all others stay.
     """
     cols = rows.shape[1]
     left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
@@ -106,7 +107,7 @@ def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEE
 
 
 def _grid_of(packed: Packed, name: str) -> Scalar:
-    """What each code would stand for."""
+    """The grid of values that the codes stand for."""
     kind = FORMATS[name]
     assert packed.scales is not None
     blocks = packed.scales.shape[1]

@@ -1,7 +1,8 @@
-"""Hidden states -> a dense matrix of gates [tokens, experts], by standard operators in float32: exact for every router rule we know.
+"""This module builds the router from standard operators in float32: hidden states give a dense matrix of gates [tokens, experts].
 
-One function covers softmax routers (Mixtral, Qwen, OLMoE) and sigmoid routers with a correction bias and groups (DeepSeek-V3, GLM-4.5).
-Experts that were dropped have no row: the rule runs over those that are left, as it was priced (docs/pricing.md, 3).
+The result is exact for every router rule that we know.  One function covers softmax routers (Mixtral, Qwen, OLMoE) and sigmoid routers with
+a correction bias and groups (DeepSeek-V3, GLM-4.5).  Dropped experts have no row: the rule runs over the kept experts, as prices assume
+(docs/pricing.md, 3).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _MASKED = -3.4e38  # near the least float32: never chosen while anything else is
 
 
 def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix: str, bias: str = "") -> str:
-    """Gates [tokens, n] of hidden states `x` [tokens, hidden]; zero where an expert was not chosen.
+    """Gates [tokens, n] of hidden states `x` [tokens, hidden]; the gate of an expert that was not chosen is zero.
 
     Args:
         sheet: where the nodes go.
@@ -26,7 +27,7 @@ def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix
         bias: name of a vector [n] that counts in choosing and not in weighing, if there is one.
 
     Raises:
-        ModelError: the experts that are left are not as many of each group, or the open groups hold fewer than a token wants.
+        ModelError: groups keep different numbers of experts, or the open groups hold fewer experts than a token chooses.
     """
     k = min(router.top_k, n)
     logits = sheet.op("MatMul", [x, weight], f"{prefix}.logits")
@@ -51,7 +52,7 @@ def add_router(sheet: Sheet, x: str, weight: str, n: int, router: Router, prefix
 
 
 def _mask_groups(sheet: Sheet, choice: str, n: int, router: Router, prefix: str) -> str:
-    """Scores with everything masked that is not in the best groups."""
+    """Scores in which all experts outside the best groups are masked."""
     each, last = n // router.groups, sheet.constant("const.last", [-1])
     if n % router.groups or router.top_groups * each < router.top_k:
         raise ModelError(

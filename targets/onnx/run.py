@@ -1,6 +1,6 @@
-"""Run model.onnx in a child process with ONNX Runtime: a crash there is an error here, and its peak memory is its own.
+"""This module runs model.onnx in a child process with ONNX Runtime; a crash of the child becomes an error, and its peak memory is its own.
 
-Prompts are tokenized here, with the tokenizer that lies beside the model, so that the child holds nothing but the runtime.
+Prompts are tokenized here, with the tokenizer that lies beside the model, so that the child holds only the runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgemoe.targets.tokenizer.tokens import load_package
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"
 NEEDS = "edgemoe.least_onnxruntime"  # metadata entry of the file: the least version that runs it
-LEAST = (1, 31)  # block-wise experts of 4 and 8 bits are dequantized at every call before (50 times slower)
+LEAST = (1, 31)  # earlier versions dequantize block-wise experts of 4 and 8 bits at every call, which is 50 times slower
 
 
 def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
 
     Args:
         path: model.onnx, with its data file and tokenizer beside it.
-        job: what to do, plain values.
-        on_logits: called with (window number, logits [tokens, vocab]) as they come.
+        job: the job as plain values.
+        on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
 
     Raises:
-        VerifyError: it does not load, or ONNX Runtime stopped; with its own last words.
+        VerifyError: the model does not load, or ONNX Runtime stopped; the message has its last output.
         MachineError: onnxruntime is missing or too old.
     """
     if importlib.util.find_spec("onnxruntime") is None:
@@ -51,10 +51,10 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
 
 
 def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]:
-    """Lines that the tokenizer beside model.onnx reads otherwise than the checkpoint's own.
+    """Lines that the tokenizer beside model.onnx tokenizes otherwise than the checkpoint's own.
 
     Raises:
-        VerifyError: there is none beside it, or it does not load.
+        VerifyError: there is no tokenizer beside the model, or it does not load.
     """
     expected = tokenize_original(Path(model.folder), lines)
     try:
@@ -65,7 +65,7 @@ def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]
 
 
 def runtime() -> str:
-    """What runs an ONNX model here."""
+    """Name and version of the runtime that runs an ONNX model here."""
     try:
         return f"onnxruntime {version('onnxruntime')}"
     except PackageNotFoundError:
@@ -73,12 +73,12 @@ def runtime() -> str:
 
 
 def _folder(path: Path) -> Path:
-    """Where an artifact's small files are: beside the model, or around its folder (transformers.js' layout)."""
+    """The folder of an artifact's small files: that of the model, or the folder above it (transformers.js' layout)."""
     return path.parent if (path.parent / "config.json").exists() else path.parent.parent
 
 
 def _open_tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """How to encode a prompt, special tokens recognised, and to decode an answer, with the tokenizer beside a model.
+    """Functions that encode a prompt (special tokens recognised) and decode an answer, with the tokenizer beside a model.
 
     Raises:
         VerifyError: it is not there, or not readable.
@@ -120,5 +120,5 @@ def _needs(path: Path) -> tuple[int, ...]:
         entries = onnx.load(str(path), load_external_data=False).metadata_props
         said = next(entry.value for entry in entries if entry.key == NEEDS)
         return max(LEAST, tuple(int(part) for part in said.split(".")[:2]))
-    except (OSError, DecodeError, StopIteration, ValueError):  # then onnxruntime itself says what is wrong with the file
+    except (OSError, DecodeError, StopIteration, ValueError):  # onnxruntime itself then says what is wrong with the file
         return LEAST

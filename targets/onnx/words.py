@@ -1,4 +1,4 @@
-"""What reports and cards say of an ONNX folder: how onnxruntime-genai and onnxruntime run it."""
+"""This module writes the lines of reports and cards that say how onnxruntime-genai and onnxruntime run an ONNX folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgemoe.targets import Words
 
 
 def launch_lines(report: Report) -> list[str]:
-    """Python that runs what the plan is for."""
+    """Python code that runs the artifact."""
     name, context = plain(report.artifact.files[0].name), report.plan.context
     return [
         "import onnxruntime_genai as og  # pip install onnxruntime-genai 'onnxruntime>=1.32'",

@@ -1,8 +1,8 @@
-"""Plan -> model.onnx and model.onnx.data: the graph first, then every weight at its place, one expert in memory at a time.
+"""This module writes a plan's model.onnx and model.onnx.data: first the graph, then every weight at its place, expert by expert.
 
-Sizes add up by unit: every expert is counted with each of its pieces padded and with its row of the router.  What stacking saves of that
-padding lies unused at the end of the data file, and the graph is padded to the size of the largest one (every format in use in every
-layer).  So the planner knows both files to the byte before anything is written.
+Sizes add up by unit: every expert is counted with its pieces padded and with its row of the router.  Stacking needs less padding, and the
+bytes that it saves lie unused at the end of the data file.  The graph is padded to the size of the largest possible one (every format in
+use in every layer).  So the planner knows both files to the byte before anything is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LONGEST = "9" * 32  # a number in the metadata, longer than any real one
 
 # ------------------------------------------------------------------------------------------------------------------ sizes
 def list_units(model: Model) -> list[Unit]:
-    """Everything that gets a format, in file order: one unit per expert (its three matrices), one per other matrix."""
+    """The units that get a format, in file order: one for each expert (its three matrices), one for each other matrix."""
     sizes: dict[tuple[str, int, int], int] = {}
     for tensor in model.tensors:
         if tensor.planned:
@@ -57,7 +57,7 @@ def unit_name(role: str, layer: int, expert: int = -1) -> str:
 
 
 def _shape(model: Model, unit: Unit) -> tuple[int, int]:
-    """Rows and columns of a matrix that is no expert's."""
+    """Rows and columns of a matrix outside the routed experts."""
     cols = model.get(unit.role, unit.layer).shape[-1]
     return unit.n_weights // cols, cols
 
@@ -70,8 +70,8 @@ def _expert_shapes(model: Model) -> tuple[tuple[int, int], tuple[int, int]]:
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
     """Formats that can store a unit and that have fast kernels.
 
-    Experts of 2 bits need rows and columns in multiples of 128, matrices rows (onnxruntime's look-up kernel, core/mlas/lib/qlutgemm.cpp);
-    3 bits exist for experts only.
+    Experts of 2 bits need rows and columns in multiples of 128, and other matrices of 2 bits need rows in multiples of 128 (onnxruntime's
+    look-up kernel, core/mlas/lib/qlutgemm.cpp).  Only experts can have 3 bits.
 
     Raises:
         ModelError: no format fits.
@@ -93,13 +93,13 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
-    """Bytes of everything that gets no format, the graph, norms and biases, for each kept count: as many for all."""
+    """Bytes of everything without a format (graph, norms and biases) for each kept count; they are the same for all counts."""
     rest = sum(pad(4 * t.n_weights) for t in model.tensors if not t.planned and t.role != "ffn_gate_inp")
     return [graph_size(model) + rest] * len(counts)
 
 
 def graph_size(model: Model) -> int:
-    """Bytes of the graph's file, from really building the largest one; an estimate for a model of which only the shapes are known."""
+    """Bytes of the graph's file, from building the largest graph; an estimate for a model of which only the shapes are known."""
     if not model.folder:
         return GRAPH_PER_LAYER * model.n_layers
     sheet = Sheet(hollow=True)
@@ -113,7 +113,7 @@ def graph_size(model: Model) -> int:
 
 
 def _metadata(model: Model, stats: Stats | None, plan: Plan | None) -> dict[str, str]:
-    """What it was made from and what runs it; without a plan, placeholders at least as long."""
+    """The file's origin and its least runtime; without a plan, placeholders that are at least as long."""
     kept = plan.kept_of if plan else {}
     flags = [["1" if e in kept.get(layer, ()) else "0" for e in range(model.n_experts)] for layer in range(model.n_layers)]
     three_bits = plan is not None and any(FORMATS[name].bits == 3 for name in plan.formats.values())
@@ -145,20 +145,20 @@ def write(
     *,
     layout: str = "onnx",
 ) -> Artifact:
-    """Write the plan's graph, its data file and what belongs beside them into `folder`; files get their own names only when complete.
+    """Write the plan's graph, its data file and the small files beside them into `folder`; files get their names only when complete.
 
     Args:
         model: whose weights are stored.
         stats: the importance of columns.
-        plan: what to keep and how.
-        folder: where to; must exist.
-        shard_max: not used: such files are not split.
+        plan: says which experts stay, and in which formats.
+        folder: must exist.
+        shard_max: not used, because such files are not split.
         progress: called with (bytes written, all bytes).
-        layout: what the files are called (see layout.py).
+        layout: decides the names of the files (see files.py).
 
     Raises:
-        UsageError: a layout that is not known, or that cannot hold the plan's formats.
-        ModelError: a shard is damaged or holds NaN, or a file beside it is not what it should be.
+        UsageError: the layout is unknown, or cannot hold the plan's formats.
+        ModelError: a shard is damaged or holds NaN, or a small file of the checkpoint is malformed.
         MachineError: the disk is full or not writable, or onnx is not installed.
     """
     check_layout(plan.formats.values(), layout)
@@ -201,7 +201,7 @@ def _fill(path: Path, sheet: Sheet, size: int, contents: Iterator[tuple[str, int
 
 
 def _contents(model: Model, stats: Stats, plan: Plan) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """Every weight: the name of its place, the offset in it, and values whose bytes belong there."""
+    """Every weight: the name of its place, the offset in this place, and the values to write."""
     groups = _layer_groups(plan)
     with ThreadPoolExecutor(count_cores()) as pool:
         for layer in range(-1, model.n_layers):
@@ -234,7 +234,7 @@ def _experts(
     importance: Mapping[tuple[str, int], NDArray[np.float32]],
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """The experts of a layer, one after the other; gate and up rows are interleaved."""
+    """The contents of a layer's experts, one after the other; gate and up rows are interleaved."""
     for kind, experts in groups:
         for number, e in enumerate(experts):
             gate, up, down = (tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS)
@@ -246,7 +246,7 @@ def _experts(
 def _stored(
     model: Model, tensors: Sequence[Tensor], kind: str, importance: NDArray[np.float32] | None, pool: ThreadPoolExecutor
 ) -> dict[str, NDArray[np.uint8]]:
-    """The pieces of some matrices of one shape, their rows in turn: copied where they are packed already, else quantized now."""
+    """The pieces of matrices of one shape with interleaved rows; packed matrices are copied, others are quantized now."""
     found = []
     for tensor in tensors:
         rows, cols = tensor.shape
@@ -260,6 +260,6 @@ def _stored(
 
 
 def _pieces(name: str, number: int, pieces: Mapping[str, NDArray[np.uint8]]) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """Places of the pieces of a matrix that is the `number`-th of its stack."""
+    """Places and contents of the pieces of the `number`-th matrix of a stack."""
     for piece, values in pieces.items():
         yield f"{name}.{piece}", number * values.nbytes, values

@@ -1,1 +1,1 @@
-"""A checkpoint's tokenizer -> the token lists that runtimes want in their files."""
+"""This package turns a checkpoint's tokenizer into the token lists that runtimes need in their files."""

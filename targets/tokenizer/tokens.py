@@ -1,6 +1,6 @@
-"""Tokens of a tokenizer file -> one checked list, as long as the embedding has rows.
+"""This module collects the tokens of a tokenizer file into one checked list, with one entry for each row of the embedding.
 
-llama.cpp aborts the process on a token that is listed twice and cuts one at a NUL byte, so both are refused here.
+llama.cpp aborts the process if a token is listed twice, and cuts a token at a NUL byte, so both are refused here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from edgemoe.base.errors import MachineError, ModelError
 
 MAX_TOKENIZER = 256 * 2**20  # bytes of a tokenizer file; the largest known has 34 MB
-MAX_DEPTH = 8  # of sequences in sequences
+MAX_DEPTH = 8  # of nested sequences
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h: enum llama_token_type
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def expect(value: Any, kind: type[T], file: Path, name: str) -> T:
     """The value, if it is of this type (a bool is no int).
 
     Raises:
-        ModelError: it is not; names the file and the field.
+        ModelError: the value is of another type; the message names the file and the field.
     """
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = "nothing" if value is None else type(value).__name__
@@ -56,7 +56,7 @@ def read_added(file: Path, name: str, entry: Any, token_id: Any) -> AddedToken:
     """One entry of `added_tokens` (tokenizer.json) or `added_tokens_decoder` (tokenizer_config.json).
 
     Raises:
-        ModelError: malformed, or it strips or needs blanks around it, which llama.cpp cannot do for text tokens.
+        ModelError: the entry is malformed, or its token strips or needs blanks around it, which llama.cpp cannot do for text tokens.
     """
     values = expect(entry, dict, file, name)
     special = expect(values.get("special", False), bool, file, f"{name}.special")
@@ -91,7 +91,7 @@ def flatten(file: Path, name: str, node: Any, inner: str, depth: int = 0) -> lis
 
 @dataclass(slots=True)
 class TokenList:
-    """Tokens by id while they are collected; `finish` fills what is left with unused ones."""
+    """Tokens by id while they are collected; `finish` fills the other ids with unused tokens."""
 
     file: Path
     size: int
@@ -110,7 +110,7 @@ class TokenList:
         """Set one token; the same text may come again for the same id, with another type.
 
         Raises:
-            ModelError: not a text or an id, out of range, or in conflict with another token.
+            ModelError: the text or the id is of another type, out of range, or in conflict with another token.
         """
         expect(text, str, self.file, f"{name}: the token {token_id!r:.40}")
         expect(token_id, int, self.file, f"{name}: the id of {text!r:.40}")
@@ -125,7 +125,7 @@ class TokenList:
         self.texts[token_id], self.types[token_id], self.scores[token_id] = text, kind, score
 
     def check_no_gap(self, last: int, name: str) -> None:
-        """Refuse a vocabulary of which a part is missing: every id up to `last` must be taken."""
+        """Refuse a vocabulary with a gap: every id up to `last` must be taken."""
         for token_id, text in enumerate(self.texts[: last + 1]):
             if text is None:
                 raise ModelError(f"{self.file}: {name} has no token with id {token_id}", hint="the file is damaged: download it again")

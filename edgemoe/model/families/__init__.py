@@ -1,7 +1,7 @@
-"""Families of checkpoints: one file for each `model_type`, of data alone; nothing else in the project knows a family by its name.
+"""Families of checkpoints live in this package, one file of data for each `model_type`; no other module knows a family by its name.
 
-A family says which blocks a layer has (blocks.py), by which rule its router chooses, and what llama.cpp calls it.  With `refuse` it can be
-built; without it is known by shape and can be planned for.
+A family says which blocks a layer has (blocks.py), by which rule its router chooses, and what llama.cpp calls the family.  A family with
+`refuse` can be built.  A family without `refuse` is known by shape, and can only be planned for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from edgemoe.model.config import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How checkpoints of one `model_type` are made; everything is asked of the config."""
+    """The structure of checkpoints of one `model_type`, as functions of their config."""
 
-    model_types: tuple[str, ...]  # aliases after the first
-    gguf: str  # llama.cpp's architecture
+    model_types: tuple[str, ...]  # the first is the name, the others are aliases
+    gguf: str  # llama.cpp's name of the architecture
     layer: Callable[[Config, int], Iterable[Block]]
     router: Callable[[Config], Router]
     expert_size: str = "moe_intermediate_size"  # the config's field
@@ -45,7 +45,7 @@ def no_keys(_: Config) -> Mapping[str, Any]:
 
 
 def grouped_queries(c: Config) -> Attention:
-    """Heads of grouped-query attention, a share of each rotated."""
+    """Heads of grouped-query attention, of which a share of each is rotated."""
     head = c.head_size
     share = rotary_share(c)
     rotary = int(head * float(1.0 if share is None else share))
@@ -68,7 +68,7 @@ def latent_queries(c: Config) -> Attention:
 
 
 def softmax_router(c: Config, *, renormalize: bool) -> Router:
-    """Softmax over all experts, the best chosen."""
+    """A router that chooses the experts with the largest softmax over all experts."""
     return Router(
         top_k=c.top_k,
         renormalize=renormalize,
@@ -79,7 +79,7 @@ def softmax_router(c: Config, *, renormalize: bool) -> Router:
 
 
 def sigmoid_router(c: Config, *, renormalize: bool) -> Router:
-    """Sigmoid scores, chosen by score plus bias, perhaps among the best groups only (DeepSeek-V3, arXiv 2412.19437)."""
+    """A router with sigmoid scores that chooses by score plus bias, perhaps among the best groups only (DeepSeek-V3, arXiv 2412.19437)."""
     return Router(
         top_k=c.top_k,
         scoring="sigmoid",
@@ -134,14 +134,14 @@ def find_shape(model_type: Any) -> Family:
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
 def refuse_common(c: Config, *, biases: bool = False) -> str | None:
-    """Reasons that hold for every family so far: what neither our calibration nor the GGUF architectures carry."""
+    """Reasons to refuse a config of any family: fields that our calibration or the GGUF architectures do not support."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = c.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
         if kind != "default":
             return f"rope type {kind!r} ({name}) is not supported"
     numbers = {"rms_norm_eps": c.get("rms_norm_eps"), "rope_theta": rope_theta(c)}
-    for name, value in numbers.items():  # their defaults differ by family and version: better none than a wrong one
+    for name, value in numbers.items():  # their defaults differ by family and version, so a missing number is refused
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             return f"{name} is {value!r}, expected a positive number"
     if c.get("hidden_act", "silu") != "silu":
@@ -156,12 +156,12 @@ def refuse_common(c: Config, *, biases: bool = False) -> str | None:
 
 
 def rotary_share(c: Config) -> Any:
-    """Share of each head that is rotated, wherever this version of the config keeps it; None where it says nothing."""
+    """Share of each head that is rotated, from the place where this version of the config keeps it; None if the config does not say."""
     return c.get("partial_rotary_factor", _rope(c).get("partial_rotary_factor"))
 
 
 def rope_theta(c: Config) -> Any:
-    """Base of the rotary frequencies, wherever this version of the config keeps it."""
+    """Base of the rotary frequencies, from the place where this version of the config keeps it."""
     return _rope(c).get("rope_theta", c.get("rope_theta"))
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2: latent attention, softmax router, shared experts, dense first layers; known by shape."""
+"""DeepSeek-V2 has latent attention, a softmax router, shared experts and dense first layers; it is known by shape."""
 
 from __future__ import annotations
 

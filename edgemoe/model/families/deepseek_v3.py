@@ -1,4 +1,4 @@
-"""DeepSeek-V3, Kimi-K2 and GLM-4.7-Flash: as DeepSeek-V2 with a sigmoid router that has a bias for the choice; known by shape."""
+"""DeepSeek-V3, Kimi-K2 and GLM-4.7-Flash are DeepSeek-V2 with a sigmoid router and a bias for the choice; they are known by shape."""
 
 from __future__ import annotations
 

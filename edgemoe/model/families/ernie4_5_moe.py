@@ -1,4 +1,4 @@
-"""ERNIE 4.5: softmax router with a bias for the choice, shared experts where the config has them, dense first layers; known by shape."""
+"""ERNIE 4.5 has a softmax router with a bias for the choice, optional shared experts and dense first layers; it is known by shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-4.5 to 4.7: sigmoid router with a bias for the choice and scaled gates, a shared expert, dense first layers, half-rotated heads."""
+"""GLM-4.5 to 4.7 have a sigmoid router (bias for the choice, scaled gates), a shared expert, dense first layers and half-rotated heads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer(c: Config, number: int) -> Iterator[Block]:
 
 
 def refuse(c: Config) -> str | None:
-    """Beside what all refuse, a config that leaves the rotated share of a head to the default, which differs by version of transformers."""
+    """Refuse also a config without the rotated share of a head, because its default differs by version of transformers."""
     reason = refuse_common(c, biases=True)
     if reason is None and rotary_share(c) is None:
         return "partial_rotary_factor is missing, and its default differs by version of transformers"

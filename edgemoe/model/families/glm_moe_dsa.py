@@ -1,4 +1,4 @@
-"""GLM-5: as DeepSeek-V3, with the indexer of sparse attention in some layers; known by shape."""
+"""GLM-5 is DeepSeek-V3 with the indexer of sparse attention in some layers; it is known by shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgemoe.model.families import Family, deepseek_v2, latent_queries, sigmoid_
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
-    """Latent attention, with an indexer where the config says "full"."""
+    """Latent attention, with an indexer in the layers that the config calls "full"."""
     indexer = c.nth("indexer_types", number, "full") == "full"
     return deepseek_v2.layer(c, number, bias="mlp.gate.e_score_correction_bias", indexer=indexer)
 

@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks and sliding windows, softmax over the chosen experts, biases everywhere; known by shape."""
+"""gpt-oss has attention sinks, sliding windows, a softmax over the chosen experts, and biases everywhere; it is known by shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgemoe.model.families import Family
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
-    """Attention, every other layer within a window, then experts."""
+    """Attention, which has a window in every other layer, then experts."""
     yield from pre_norms(c)
     window = c["sliding_window"] if attention_kind(c, number) == "window" else 0
     yield gqa(c, biased=True, output_biased=True, sinks=True, window=window)

@@ -1,4 +1,4 @@
-"""Granite-MoE: known by shape."""
+"""Granite-MoE is known by shape."""
 
 from __future__ import annotations
 

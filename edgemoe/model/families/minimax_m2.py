@@ -1,4 +1,4 @@
-"""MiniMax-M2: QK-norm over the whole width, sigmoid router with a bias for the choice; known by shape."""
+"""MiniMax-M2 has a QK-norm over the whole width and a sigmoid router with a bias for the choice; it is known by shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtral: no QK-norm, softmax router with renormalised gates; lives in llama.cpp's `llama` architecture."""
+"""Mixtral has no QK-norm and a softmax router with renormalised gates; llama.cpp runs it as its `llama` architecture."""
 
 from __future__ import annotations
 

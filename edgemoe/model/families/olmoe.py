@@ -1,4 +1,4 @@
-"""OLMoE: QK-norm over the whole width, softmax router whose gates are NOT renormalised."""
+"""OLMoE has a QK-norm over the whole width and a softmax router whose gates are NOT renormalised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def layer(c: Config, _: int) -> Iterator[Block]:
 
 
 def refuse(c: Config) -> str | None:
-    """What llama.cpp's olmoe does otherwise."""
+    """Refuse configs that llama.cpp's olmoe would run otherwise than transformers."""
     if c.get("norm_topk_prob", False):
         return "norm_topk_prob true: llama.cpp's olmoe never renormalises the gates"
     if c.get("clip_qkv") is not None:

@@ -1,4 +1,4 @@
-"""Qwen2-MoE: biases of q, k and v, softmax router whose gates are not renormalised, a shared expert behind a gate of its own."""
+"""Qwen2-MoE has biases of q, k and v, a softmax router without renormalised gates, and a shared expert behind a gate of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layer(c: Config, _: int) -> Iterator[Block]:
 
 
 def refuse(c: Config) -> str | None:
-    """What llama.cpp's qwen2moe does otherwise."""
+    """Refuse configs that llama.cpp's qwen2moe would run otherwise than transformers."""
     if c.get("decoder_sparse_step", 1) != 1 or c.get("mlp_only_layers"):
         return "decoder_sparse_step / mlp_only_layers: dense layers are not supported by llama.cpp's qwen2moe"
     if c.get("norm_topk_prob", False):

@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6: as Qwen3-Next, alpha and beta of the delta rule in matrices of their own; known by shape."""
+"""Qwen3.5 and 3.6 are Qwen3-Next with alpha and beta of the delta rule in matrices of their own; they are known by shape."""
 
 from __future__ import annotations
 

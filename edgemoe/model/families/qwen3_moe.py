@@ -1,4 +1,4 @@
-"""Qwen3-MoE: QK-norm per head, softmax router."""
+"""Qwen3-MoE has a QK-norm per head and a softmax router."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layer(c: Config, number: int) -> Iterator[Block]:
 
 
 def refuse(c: Config) -> str | None:
-    """What llama.cpp's qwen3moe does otherwise."""
+    """Refuse configs that llama.cpp's qwen3moe would run otherwise than transformers."""
     if c.get("decoder_sparse_step", 1) != 1 or c.get("mlp_only_layers"):
         return "decoder_sparse_step / mlp_only_layers: dense layers are not supported by llama.cpp's qwen3moe"
     if not c.get("norm_topk_prob", False):

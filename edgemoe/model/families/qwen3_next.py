@@ -1,4 +1,4 @@
-"""Qwen3-Next: three of four layers keep a recurrent state, queries are gated, a shared expert behind a gate; known by shape."""
+"""Qwen3-Next has a recurrent state in three of four layers, gated queries, and a shared expert behind a gate; it is known by shape."""
 
 from __future__ import annotations
 

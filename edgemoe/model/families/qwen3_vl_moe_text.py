@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE's language model: shaped as Qwen3-MoE."""
+"""Qwen3-VL-MoE's language model has the shapes of Qwen3-MoE; it is known by shape."""
 
 from __future__ import annotations
 

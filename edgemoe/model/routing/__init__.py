@@ -1,4 +1,4 @@
-"""The router's rule without torch: whom a token chooses when experts are dropped, which sets to keep, what a changed choice costs."""
+"""This package holds the router's rule without torch: the choice when experts are dropped, kept sets, and the cost of changed choices."""
 
 from edgemoe.base.lazy import offer
 

@@ -1,7 +1,8 @@
-"""Replay tokens of one layer -> a menu of kept sets: for each kept count the set whose loss is least, priced with re-selection.
+"""This module makes a menu of kept sets from the replay tokens of one layer: for each kept count, the set with the least loss.
 
-When experts go, the router picks again among those left, so single drops do not add up.  With the Gram matrix of the candidate experts'
-outputs of a token, every kept set is priced without running an expert again (docs/pricing.md, 3; Gram identity after NAEE, ACL 2024):
+When experts are dropped, the router picks again among the kept ones, so the losses of single drops do not add up.  The Gram matrix of the
+outputs of a token's candidate experts prices every kept set without running an expert again (docs/pricing.md, 3; the Gram identity is that
+of NAEE, ACL 2024):
 
     y_t(S) = sum_e g_te(S) f_te,   |y_t(S) - y_t|^2 = dg_t' G_t dg_t,   G_t[i, j] = <f_ti, f_tj>,   dg_t = g_t(S) - g_t
 
@@ -20,15 +21,16 @@ from edgemoe.ir.model import Router
 from edgemoe.model.routing.rule import open_experts, weigh_scores
 
 MAX_COUNTS = 64  # kept counts offered
-SWAP_UP_TO = 16  # experts; above, swaps cost minutes a layer and win little
-COLD_TOKENS = 100  # routed tokens below which an expert's statistics are not to be believed alone
+SWAP_UP_TO = 16  # experts; with more, swaps cost minutes a layer and gain little
+COLD_TOKENS = 100  # routed tokens below which an expert's statistics alone are not reliable
 SHRINK_TOKENS = 32.0  # weight of the layer's mean, in tokens
 
 
 def offered_counts(n_experts: int, router: Router) -> tuple[int, ...]:
     """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread.
 
-    With routing groups as many of each must stay, and two at least: a group's value is the sum of its two best (DeepSeek-V3).
+    With routing groups, the same number of experts must stay in each, and at least two, because the value of a group is the sum of its two
+    best experts (DeepSeek-V3).
     """
     groups = kept_groups(router)
     least = -(-router.top_k // groups) if groups == 1 else max(2, -(-router.top_k // groups))
@@ -37,22 +39,22 @@ def offered_counts(n_experts: int, router: Router) -> tuple[int, ...]:
 
 
 def kept_groups(router: Router) -> int:
-    """Groups of which as many experts must stay in each; 1 where the router has none, or every token may choose from all."""
+    """Number of groups that must keep the same number of experts; 1 if the router has no groups or every token may choose from all."""
     return router.groups if router.groups > router.top_groups else 1
 
 
 def drop_floor(count: NDArray[np.int64], energy: F64) -> F64:
-    """The least that dropping each expert costs [E], for want of evidence: the layer's mean energy, shrunk away by the tokens seen."""
+    """The least cost of dropping each expert [E]: the layer's mean energy times a share that shrinks with the tokens that it saw."""
     floor: F64 = SHRINK_TOKENS / (SHRINK_TOKENS + count) * energy.mean()
     return np.where(count < COLD_TOKENS, floor, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What one layer's replay tokens need for pricing any kept set (N tokens, E experts, K candidates in falling order)."""
+    """The data of one layer's replay tokens that price any kept set (N tokens, E experts, K candidates in falling order)."""
 
-    scores: F64  # [N, E] what gates are made of: softmax or sigmoid of the router logits
-    choice: F64  # [N, E] what experts are chosen by
+    scores: F64  # [N, E] softmax or sigmoid of the router logits, from which gates are made
+    choice: F64  # [N, E] the values by which experts are chosen
     candidates: NDArray[np.int64]  # [N, K]
     gram: F64  # [N, K, K] of the candidates' outputs
     weights: F64  # [N] in the loss: the token's share over the square of its stream
@@ -63,7 +65,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Menu:
-    """For each kept count: the set, its loss (mean |y(S) - y|^2 / |s|^2 per token), how busy each survivor is; the greedy path."""
+    """For each kept count the set, its loss (mean |y(S) - y|^2 / |s|^2 per token) and the use of each kept expert; and the greedy path."""
 
     counts: tuple[int, ...]
     kept: NDArray[np.bool_]  # [C, E]
@@ -105,7 +107,7 @@ def make_replay(arrays: dict[str, NDArray[np.generic]], domain_weights: F64, rou
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """What the router picks from a kept set, for all tokens at once, on the columns (candidates) that matter."""
+    """The router's choices from a kept set, for all tokens at once, on the columns (candidates) that matter."""
 
     router: Router
     candidates: NDArray[np.int64]  # [N, W]
@@ -123,9 +125,9 @@ class _Selection:
 
 
 def gates_of(router: Router, chosen: F64, mass: F64) -> F64:
-    """Gates [N, W] from the scores of the chosen experts, zero elsewhere, and the sum of all scores that are left [N].
+    """Gates [N, W] from the scores of the chosen experts, zero elsewhere, and from the sum of all kept experts' scores [N].
 
-    A softmax over fewer rows grows; sigmoids do not know of each other.
+    The values of a softmax grow if there are fewer rows, while sigmoids do not depend on each other.
     """
     if router.renormalize:
         gates = chosen / np.maximum(chosen.sum(axis=1), 1e-30)[:, None]
@@ -255,7 +257,7 @@ def build_menu(replay: Replay, counts: tuple[int, ...]) -> Menu:
 
 
 def fullest_groups(router: Router, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Experts [E] of the groups that have most left: when these alone lose experts, groups stay equal after every round."""
+    """Experts [E] of the groups that have the most experts left; if only they lose experts, groups are equal after every round."""
     if router.groups <= router.top_groups:
         return np.ones(len(kept), bool)
     left = kept.reshape(router.groups, -1).sum(axis=1)
@@ -263,7 +265,7 @@ def fullest_groups(router: Router, kept: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 
 def _improve_by_swaps(replay: Replay, kept: NDArray[np.bool_], original: F64) -> NDArray[np.bool_]:
-    """Take back one dropped expert and drop the cheapest instead, while that lowers the loss."""
+    """Take back one dropped expert and drop the cheapest instead, as long as this lowers the loss."""
     loss = set_loss(replay, kept)[0]
     improved = True
     while improved:

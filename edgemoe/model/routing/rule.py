@@ -1,6 +1,6 @@
-"""The router's rule in numpy: which experts a token chooses from those that are left, and with which gates.
+"""This module computes the router's rule in numpy: the experts that a token chooses from the kept ones, and their gates.
 
-It is the oracle of kept sets.  The stream runs transformers' own module, the ONNX target builds the same rule from operators.
+Kept sets are priced by it.  The stream runs transformers' own module, and the ONNX target builds the same rule from operators.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from edgemoe.ir.model import Router
 
 
 def weigh_scores(router: Router, logits: F64) -> F64:
-    """What gates are made of [N, E]: softmax of the logits over all experts, or their sigmoid."""
+    """Scores from which gates are made [N, E]: the softmax of the logits over all experts, or their sigmoid."""
     if router.scoring == "sigmoid":
         sigmoid: F64 = 1 / (1 + np.exp(-logits))
         return sigmoid
@@ -23,12 +23,12 @@ def weigh_scores(router: Router, logits: F64) -> F64:
 
 
 def choice_scores(router: Router, logits: F32 | F64, bias: F32) -> F32 | F64:
-    """What experts are chosen by [N, E], in any scale that keeps their order: scores plus bias, or the logits where there is none."""
+    """Values by which experts are chosen [N, E], in any scale that keeps their order: scores plus bias, or logits without a bias."""
     return weigh_scores(router, logits.astype(np.float64)) + bias if router.biased else logits
 
 
 def open_experts(router: Router, choice: F64, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which kept experts a token may choose [N, E]: those of its best groups, where the router has groups."""
+    """Which kept experts a token may choose [N, E]: all, or those of its best groups if the router has groups."""
     if router.groups <= router.top_groups:
         return np.broadcast_to(kept, choice.shape)
     grouped = np.where(kept, choice, -np.inf).reshape(len(choice), router.groups, -1)
