@@ -198,7 +198,7 @@ def main() -> None:
         )
     weight = np.array([sum(own.get((f"ffn_{p}_exps", int(layer)), 0.0) for p in ("gate", "up", "down")) for layer in layers])
     priors = {
-        "about": "Made by benchmarks/distil_priors.py; what it means: edgemoe/generic.py.",
+        "about": "Made by benchmarks/distil_priors.py; what it means: edgemoe/price/priors.py.",
         "sources": {
             "types, roles": "Thireus/GGUF-Tool-Suite @ 384c1f85 (MIT), per-tensor and whole-model KLD; 16 MoE models",
             "drops": "Dorijan10/glm-expert-pruning @ 6cb44696 (MIT by its data card), saliency, keep lists and perplexities of GLM-5.2",

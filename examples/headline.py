@@ -170,8 +170,9 @@ def plan_deepseek() -> list[str]:
     everyone = [KeptCount(at_least=costs.n_experts, name="keep every expert")]
     least = least_budget(costs, everyone)
     lines = [
-        f"KV cache {costs.memory['kv'] / GB:.2f} GB at 32,768 tokens. With every expert kept, in the smallest ggml types that there are, the process",
-        f"takes {(least or 0) / GB:.1f} GB: no choice of types alone fits a 128 GB box. The least with drops is {(least_budget(costs) or 0) / GB:.1f} GB.",
+        f"The KV cache takes {costs.memory['kv'] / GB:.2f} GB at 32,768 tokens. With every expert kept in the smallest ggml types, the process takes "
+        f"{(least or 0) / GB:.1f} GB, so no choice of types alone fits",
+        f"a box of 128 GB. The smallest process with drops takes {(least_budget(costs) or 0) / GB:.1f} GB.",
         "",
         "| budget GB | kept | mean bits of experts | experts GB | attention GB | rest GB | nats predicted | of it dropping | without drops |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -239,17 +240,19 @@ def main() -> None:
     glm, points = plan_glm(saliency)
     parts = [
         "# Two models that no 128 GB box holds\n",
-        "`python examples/headline.py`; nothing was downloaded, nothing was run: these are plans, priced as `docs/pricing.md` 8 says. Nats are",
-        "predicted KL per token against the original.\n",
+        "`python examples/headline.py` makes this page. It downloads and runs nothing: the plans below have generic prices (`docs/pricing.md`, 8). Nats are",
+        "the predicted KL per token against the original.\n",
         "## GLM-5.2 (743 billion weights)\n",
-        "Prices: its own published expert saliency in ten domains, single-tensor KLD and type curve. The published files copy the bytes of the",
-        "surviving experts from a 2.65-bit file; here each is priced with its own experts and the best types for its bytes, so no worse than it is.\n",
+        "The prices come from the published measurements of this model: expert saliency in ten domains, KLD of single tensors, and KLD by type. The published",
+        "files copy the bytes of the kept experts from a 2.65-bit file. We price each of them with its own experts and with the best types for its bytes,",
+        "so its price here is never above that of the published types.\n",
         *glm,
         "\n![nats against GiB](headline.svg)\n",
-        "Chosen for coverage alone (what its author maximised), the same program finds:\n",
+        "The author of the published lists maximised coverage alone. With coverage as the only objective, the same program finds:\n",
         *cover_glm(saliency),
         "\n## DeepSeek-V3 (671 billion weights), 32k of context\n",
-        "Priced from other models, with GLM-5.2's experts as a stand-in: no counts of V3 are public. Read the bytes as exact and the nats as a guess.\n",
+        "The prices come from other models, with GLM-5.2's experts as a stand-in, because no expert counts of V3 are public. The bytes are exact, and the nats",
+        "are a guess.\n",
         *plan_deepseek(),
     ]
     options.output.mkdir(parents=True, exist_ok=True)

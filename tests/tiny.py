@@ -288,7 +288,7 @@ def flat_stats(model: Model, folder: Path, *, seed: int | None = None) -> Stats:
 
 
 def backpropagate_draws(whole: Any, windows: Any, chunk: Any) -> Any:
-    """Gradients of the cross-entropy of tokens that a whole model draws, as backward.py draws them; which positions are no padding."""
+    """Gradients of the cross-entropy of tokens that a whole model draws, as stream/gradients.py does; which positions are no padding."""
     draw = torch.Generator().manual_seed(int(chunk[0]))
     logits = whole(torch.from_numpy(windows.tokens[chunk])).logits
     picked = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0].view(logits.shape[:2])

@@ -22,7 +22,9 @@ devices_app = typer.Typer(
     help="What boxes really give a model: budgets for `build --device NAME`, with their sources.",
 )
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-FileOpt = Annotated[str | None, typer.Option("--file", metavar="FILE", help="Profiles of your own, in the form of edgemoe/devices.yaml.")]
+FileOpt = Annotated[
+    str | None, typer.Option("--file", metavar="FILE", help="Profiles of your own, in the form of edgemoe/devices/devices.yaml.")
+]
 NAMES = "ID (see list), ID:raised when its limit was raised, FILE.yaml#ID, or here"
 
 
