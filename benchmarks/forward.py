@@ -15,7 +15,8 @@ import torch
 from edgemoe.ir import Model, Stats
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_nearest
-from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
+from edgemoe.stream.adapter import only_experts
+from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.windows import Windows
 from edgemoe.targets import Target

@@ -15,7 +15,7 @@ from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model
 from edgemoe.model.routing.rule import choice_scores
-from edgemoe.stream.adapter import experts_of, weights_of
+from edgemoe.stream.adapter import experts_of, run_expert, weights_of
 from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
@@ -161,8 +161,7 @@ def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDA
         outputs = torch.zeros(*chosen.shape, x.shape[1], device=device)
         for expert in np.unique(chosen):
             token, slot = np.nonzero(chosen == expert)
-            h = experts._apply_gate(torch.nn.functional.linear(part[token], experts.gate_up_proj[int(expert)]))
-            outputs[token, slot] = torch.nn.functional.linear(h, experts.down_proj[int(expert)])
+            outputs[token, slot] = run_expert(experts, int(expert), part[token])[1]
         result: F32 = (outputs @ outputs.transpose(1, 2)).cpu().numpy()[:, rows, cols]
         return result
 

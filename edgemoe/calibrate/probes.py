@@ -21,8 +21,8 @@ from edgemoe.ir.model import is_stack
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
-from edgemoe.stream.adapter import weights_of
-from edgemoe.stream.layers import apply_norm, only_experts
+from edgemoe.stream.adapter import only_experts, weights_of
+from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
 

@@ -26,8 +26,8 @@ from edgemoe.repair.experts import Experts, Tokens, fill_residual, refit_experts
 from edgemoe.repair.quantize_layer import Packed, quantize_experts
 from edgemoe.repair.quantize_steps import quantize_embedding, quantize_steps
 from edgemoe.repair.two_streams import TwoStreams
-from edgemoe.stream.adapter import weights_of
-from edgemoe.stream.layers import Recorder, only_experts, recording
+from edgemoe.stream.adapter import only_experts, weights_of
+from edgemoe.stream.layers import Recorder, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
 

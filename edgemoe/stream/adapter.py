@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from edgemoe.base.errors import ModelError
 from edgemoe.ir import is_stack
@@ -58,7 +61,7 @@ def weights_of(module: Any, role: str, expert: int | slice = slice(None)) -> tor
 
 
 def linear_of(module: Any, role: str) -> Any:
-    """The module that multiplies by a role's matrix."""
+    """The module that multiplies by a role's matrix or norm."""
     return module.get_submodule(name_of(module, role).rpartition(".")[0])
 
 
@@ -70,3 +73,52 @@ def experts_of(module: Any) -> Any:
 def router_of(module: Any) -> Any:
     """The module of a decoder layer that holds the router's matrix."""
     return module.mlp.gate
+
+
+def ffn_of(module: Any) -> Any:
+    """The module of a decoder layer that is its feed-forward part."""
+    return module.mlp
+
+
+def layer_of(whole: Any, number: int) -> Any:
+    """A decoder layer of a whole model."""
+    return whole.model.layers[number]
+
+
+def make_rotary(whole: Any) -> Any:
+    """The rotary embedding of a whole model, with weights though the model itself has none."""
+    return type(whole.model.rotary_emb)(config=whole.config)
+
+
+# ---------------------------------------------------------------------------------------------------------------- experts
+def count_experts(experts: Any) -> int:
+    """Number of experts whose weights a module of experts holds."""
+    return int(experts.gate_up_proj.shape[0])
+
+
+def run_expert(experts: Any, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden activations [tokens, M] and outputs [tokens, H] of one expert for inputs [tokens, H]."""
+    h: torch.Tensor = experts._apply_gate(nn.functional.linear(x, experts.gate_up_proj[expert]))
+    return h, nn.functional.linear(h, experts.down_proj[expert])
+
+
+class only_experts:
+    """Let the router see only some experts, as if the checkpoint had no others; it chooses among them by its own rule."""
+
+    def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
+        self.router, self.experts, self.kept = router_of(module), experts_of(module), torch.from_numpy(kept)
+
+    def __enter__(self) -> None:
+        self.weight, self.number = self.router.weight, getattr(self.router, "num_experts", 0)
+        self.bias = getattr(self.router, "e_score_correction_bias", None)
+        self.router.weight = nn.Parameter(self.weight.data[self.kept], requires_grad=False)
+        self.router.num_experts = len(self.kept)
+        if self.bias is not None:
+            self.router.e_score_correction_bias = self.bias[self.kept]
+        self.experts.kept = self.kept
+
+    def __exit__(self, *_: object) -> None:
+        self.router.weight, self.router.num_experts = self.weight, self.number
+        if self.bias is not None:
+            self.router.e_score_correction_bias = self.bias
+        self.experts.kept = None

@@ -22,7 +22,7 @@ from torch import nn
 from edgemoe.base.types import F32
 from edgemoe.ir import Model, Tensor, is_stack
 from edgemoe.model.checkpoint import read_tensor
-from edgemoe.stream.adapter import experts_of, linear_of, router_of, weights_of
+from edgemoe.stream.adapter import count_experts, ffn_of, layer_of, linear_of, make_rotary, router_of, run_expert, weights_of
 
 _local = threading.local()
 
@@ -61,12 +61,11 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
     if kept is not None:
         index = kept.to(index.device)[index]
     for expert in index.unique().tolist():
-        if expert >= module.gate_up_proj.shape[0]:  # transformers' mark for "no expert"
+        if expert >= count_experts(module):  # transformers' mark for "no expert"
             continue
         token, slot = torch.where(index == expert)
         part, gate = x[token], gates[token, slot]
-        h = module._apply_gate(nn.functional.linear(part, module.gate_up_proj[expert]))
-        f = nn.functional.linear(h, module.down_proj[expert])
+        h, f = run_expert(module, expert, part)
         out.index_add_(0, token, f * gate[:, None].to(f.dtype))
         if recorder is not None and recorder.on_expert is not None:
             recorder.on_expert(expert, token, part, h, f, gate.float())
@@ -109,35 +108,41 @@ class LayerStream:
             self._skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         self._skeleton.set_experts_implementation("edgemoe")
         self._skeleton.eval().requires_grad_(requires_grad=False)
-        self._rotary: Any = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
+        self._rotary: Any = make_rotary(self._skeleton).to(self.device)
+        for layer in range(model.n_layers):
+            self._watch(layer)
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A tensor of the checkpoint on the device, float32."""
         return torch.from_numpy(read_tensor(self.model.folder, tensor)).to(self.device)
 
     def load_layer(self, layer: int) -> Any:
-        """The decoder layer as a module, with hooks that feed the recorder of the running thread."""
-        module = self._skeleton.model.layers[layer]
+        """The decoder layer as a module, filled from the checkpoint; its hooks feed the recorder of the running thread."""
+        module = layer_of(self._skeleton, layer)
         if next(module.parameters()).is_meta:
             module.to_empty(device=self.device)
         for (role, expert), tensor in self.model.of_layer(layer).items():
             target = weights_of(module, role, expert if is_stack(role) else slice(None))
             target.copy_(self.read(tensor).view_as(target))
+        return module
+
+    def _watch(self, layer: int) -> None:
+        """Add the hooks of a layer, which stay while its weights come and go."""
+        module = layer_of(self._skeleton, layer)
         for step in self.model.steps(layer):
             plain = self.model.plain_roles(layer, step)
             if plain:
                 linear_of(module, plain[0]).register_forward_pre_hook(_record_input(step.reads))
             for role in plain:
                 linear_of(module, role).register_forward_hook(_record_output(role))
-        module.post_attention_layernorm.register_forward_pre_hook(_stop_after_attention)
-        module.mlp.register_forward_hook(_record_ffn)
+        linear_of(module, "ffn_norm").register_forward_pre_hook(_stop_after_attention)
+        ffn_of(module).register_forward_hook(_record_ffn)
         if layer in self.model.moe_layers:
             router_of(module).register_forward_hook(_record_logits)
-        return module
 
     def unload_layer(self, layer: int) -> None:
         """Give the layer's memory back."""
-        self._skeleton.model.layers[layer].to("meta")
+        layer_of(self._skeleton, layer).to("meta")
 
     def run_layer(self, module: Any, states: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Output states [windows, length, hidden] of a loaded layer, with a graph behind them if gradients are wanted."""
@@ -160,28 +165,6 @@ class LayerStream:
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
         return self.read(self.model.get("output_norm")), self.read(self.model.output_matrix), self.model.norm_eps
-
-
-class only_experts:
-    """Let the router see only some experts, as if the checkpoint had no others; it chooses among them by its own rule."""
-
-    def __init__(self, module: Any, kept: NDArray[np.int64]) -> None:
-        self.router, self.experts, self.kept = router_of(module), experts_of(module), torch.from_numpy(kept)
-
-    def __enter__(self) -> None:
-        self.weight, self.number = self.router.weight, getattr(self.router, "num_experts", 0)
-        self.bias = getattr(self.router, "e_score_correction_bias", None)
-        self.router.weight = nn.Parameter(self.weight.data[self.kept], requires_grad=False)
-        self.router.num_experts = len(self.kept)
-        if self.bias is not None:
-            self.router.e_score_correction_bias = self.bias[self.kept]
-        self.experts.kept = self.kept
-
-    def __exit__(self, *_: object) -> None:
-        self.router.weight, self.router.num_experts = self.weight, self.number
-        if self.bias is not None:
-            self.router.e_score_correction_bias = self.bias
-        self.experts.kept = None
 
 
 def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,7 +16,8 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.threads import count_cores
 from edgemoe.base.types import F32
 from edgemoe.ir import Model
-from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
+from edgemoe.stream.adapter import only_experts
+from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.states import States
 from edgemoe.stream.windows import Windows
 

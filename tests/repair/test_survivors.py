@@ -17,7 +17,8 @@ from edgemoe.ir import Model, Plan
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.inspect import inspect_model
 from edgemoe.repair.survivors import repair_survivors
-from edgemoe.stream.layers import LayerStream, apply_norm, only_experts
+from edgemoe.stream.adapter import only_experts
+from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.stream.windows import tokenize
 
