@@ -1,4 +1,4 @@
-"""How long does the sum over the routers ahead take in a stack of DeepSeek-V3's shape, summed anew for every layer or kept up?
+"""How long does the sum over the routers ahead take in a stack of DeepSeek-V3's shape, summed anew for every layer or updated?
 
 Random routers of the right shape are written to a temporary file; nothing else of the model is needed.
 """
@@ -60,7 +60,7 @@ def main() -> None:
         "",
         *head(["way", "products", "seconds of a build"]),
         row(["made anew, twice a layer", f"{len(layers) ** 2:,}", f"{one * len(layers) ** 2:,.0f}"]),
-        row(["kept up from layer to layer", 2 * len(layers), f"{took:,.0f}"]),
+        row(["updated from layer to layer", 2 * len(layers), f"{took:,.0f}"]),
         "",
     ]
     print(save(args.results, "routers.md", lines))

@@ -1,7 +1,7 @@
 """This module defines the kinds of blocks that layers consist of: their tensors, what these read and write, and their caches.
 
-A family (families/<model_type>.py) says which blocks a layer has, and this module says which tensors a block has.  Names in checkpoints
-follow "model.layers.N.".  Shapes have rows first, and quantization runs along rows.
+A family (a file of families/) says which blocks a layer has, and this module says which tensors a block has.  Names are those in the
+checkpoint, without the prefix "model.layers.N.".  Shapes have rows first, and quantization runs along rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from edgemoe.model.config import Config
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One tensor that a layer has; a Spec whose `names` hold {expert} stands for one tensor of each expert."""
+    """One tensor that a layer has.
+
+    A Spec whose role ends in _exps stands for one tensor of each expert, and {expert} in its `names` is the number of the expert.
+    """
 
     role: str
     shape: tuple[int, ...]
-    names: tuple[str, ...] = ()  # in the checkpoint, of which the first that exists counts; empty: known by shape only
+    names: tuple[str, ...] = ()  # names in the checkpoint; the first that exists is used.  Empty: the tensor is known by its shape only
     reads: str = ""
     writes: str = ""
     planned: bool = False
@@ -48,7 +51,10 @@ def norm(c: Config, makes: str, name: str) -> Block:
 def gqa(
     c: Config, *, biased: bool = False, output_biased: bool = False, gated: bool = False, sinks: bool = False, window: int = 0
 ) -> Block:
-    """Grouped-query attention (arXiv 2305.13245); `gated` adds gates of the mixed values to the queries, `sinks` a logit for each head."""
+    """Grouped-query attention (arXiv 2305.13245).
+
+    With `gated`, attn_q also gives a gate for each mixed value; with `sinks`, each head has one more logit.
+    """
     hidden, head, kv = c["hidden_size"], c.head_size, c["num_key_value_heads"]
     rows = {"q": (2 if gated else 1) * c.heads * head, "k": kv * head, "v": kv * head}
     specs = [matrix(f"attn_{p}", n, hidden, f"self_attn.{p}_proj.weight", "attn_norm") for p, n in rows.items()]
@@ -63,13 +69,16 @@ def gqa(
 
 
 def qk_norms(c: Config, *, wide: bool) -> Block:
-    """Norms of queries and keys: of each head, or (`wide`) over all of them."""
+    """Norms of queries and keys: one over each head, or (`wide`) one over all heads together."""
     sizes = {p: c.head_size * (n if wide else 1) for p, n in (("q", c.heads), ("k", c["num_key_value_heads"]))}
     return Block("norm", tuple(Spec(f"attn_{p}_norm", (size,), (f"self_attn.{p}_norm.weight",)) for p, size in sizes.items()))
 
 
 def mla(c: Config, *, indexer: bool = False) -> Block:
-    """Latent attention (DeepSeek-V2, arXiv 2405.04434), with matrices absorbed as in llama.cpp; `indexer` adds that of sparse attention."""
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434), with matrices absorbed as in llama.cpp.
+
+    `indexer` adds the indexer of DeepSeek's sparse attention.
+    """
     hidden, heads, rank, rope = c["hidden_size"], c.heads, c["kv_lora_rank"], c["qk_rope_head_dim"]
     nope, value = c["qk_nope_head_dim"], c["v_head_dim"]
     low = c["q_lora_rank"] if c.get("q_lora_rank") else 0
@@ -124,11 +133,11 @@ def experts(
     Args:
         c: the config.
         size: neurons of an expert.
-        names: of their matrices in the checkpoint, with {expert}, and {} for gate, up or down.
+        names: pattern for the names of the experts' matrices in the checkpoint; {expert} stands for the number, {} for gate, up or down.
         router: names of the router's matrix, of which the first that exists counts.
         bias: name of the vector that is added to scores when experts are chosen; empty if there is none.
         biased: whether router and experts have biases.
-        letters: words that replace {} for gate, up and down, if not these three.
+        letters: what replaces {} for gate, up and down; None: these three words.
     """
     hidden, n = c["hidden_size"], c.experts
     specs = [Spec("ffn_gate_inp", (n, hidden), router, "ffn_norm")]
@@ -165,7 +174,7 @@ def _glu(c: Config, size: int, names: str, suffix: str, hidden: str) -> tuple[Sp
 
 # --------------------------------------------------------------------------------------------------- what a config says of layers
 def is_moe(c: Config, layer: int) -> bool:
-    """Whether a layer has routed experts, from the four fields by which configs say so."""
+    """Whether a layer has routed experts, from the fields by which configs say so."""
     if layer < c.get("first_k_dense_replace", c.get("moe_layer_start_index", 0)):
         return False
     if layer in c.get("mlp_only_layers", ()):
@@ -183,6 +192,6 @@ def attention_kind(c: Config, layer: int) -> str:
 
 
 def pre_norms(c: Config) -> Iterator[Block]:
-    """The two norms of a layer in the order in which files list them; a family that puts attention between them calls `norm` itself."""
+    """The two norms of a layer, in files that list them next to each other; a family of other files calls `norm` itself."""
     yield norm(c, "attn_norm", "input_layernorm")
     yield norm(c, "ffn_norm", "post_attention_layernorm")

@@ -41,7 +41,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     Args:
         model: from `inspect_model`.
         stats: from `collect_stats`.
-        target: whose formats and bytes count, and in whose form experts are stored.
+        target: its formats and bytes are priced, and experts are stored in its form.
         context: tokens of context that the process must have memory for.
         progress: called with (layers done, all layers).
 
@@ -98,7 +98,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
 
 
 def _of_experts(layer: Layer, unit: Unit, share: Parts) -> ByCause[dict[str, F64]]:
-    """Nats of a unit of experts in every format, without the flips that its probes had."""
+    """Nats of a unit of experts in every format, scaled to the part of its probes' KL that adds up."""
     return layer.price(unit, {role: share[role, unit.layer] for role in layer.slope})
 
 
@@ -134,7 +134,7 @@ def _price_probes(
 
 
 def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of Costs that say what dropping costs, empty."""
+    """The fields of Costs that say what dropping costs, filled as if drops were free: every expert is kept and costs are zero."""
     layers, experts = len(model.moe_layers), model.n_experts
     return {
         "kept": np.ones((len(counts), layers, experts), bool),
@@ -164,7 +164,7 @@ def discount_drops(costs: Costs) -> Costs:
     that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
     """
     factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
-    every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. are gone
+    every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. experts are gone
     singles = np.cumsum(np.sort(np.tensordot(costs.weights, costs.expert_drop, axes=1), axis=1), axis=1)
     singles = np.concatenate([np.zeros((len(singles), 1)), singles], axis=1)
     return replace(
@@ -186,7 +186,7 @@ def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     if repair:
         costs = discount_drops(costs)
     if rounding == "feedback":
-        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))  # nothing is fed back of rounded inputs
+        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))  # not for rounded inputs
     return costs
 
 
@@ -194,14 +194,17 @@ def check_rounding(name: str) -> None:
     """Refuse an unknown way of rounding before hours of work.
 
     Raises:
-        UsageError: names those that are known.
+        UsageError: the way is not known; the message names the known ones.
     """
     if name not in ROUNDINGS:
         raise UsageError(f"rounding {name!r} is not known", hint=f"known: {', '.join(ROUNDINGS)}")
 
 
 def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: F64 | None) -> F64:
-    """Cost of a unit's rounding in each domain over the mean [D], from its probe's KL there, and for an expert also from its use there."""
+    """Cost of a unit's rounding in each domain, divided by its mean over domains [D].
+
+    It comes from the probe's KL in the domain, and for an expert also from the expert's use in the domain.
+    """
     if unit.expert < 0 or use is None:
         return _over_mean(np.array(probes[unit.role, unit.layer].kl), stats)
     kl = np.sum([probes[f"ffn_{p}_exps", unit.layer].kl for p in PROJECTIONS], axis=0)
@@ -209,7 +212,7 @@ def _domain_factor(stats: Stats, unit: Unit, probes: Probes, use: F64 | None) ->
 
 
 def _use(stats: Stats, layer: int) -> F64:
-    """Mean squared gate of each expert in each domain, over its mean [D, E]."""
+    """Mean squared gate of each expert in each domain, divided by its weighted mean over domains [D, E]."""
     arrays = stats.arrays(layer)
     use = arrays["gate_sq"] / np.maximum(arrays["tokens"].astype(np.float64)[:, None], 1.0)
     use = use + SHRINK * use.mean(axis=1, keepdims=True)

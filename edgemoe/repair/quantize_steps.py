@@ -1,8 +1,9 @@
-"""This module refits and packs the matrices of a loaded layer that belong to no routed expert, and the embedding and output matrix.
+"""This module refits and packs the matrices of a loaded layer that belong to no routed expert, the embedding, and the output matrix.
 
-The layer is one of the changed stream, which carries all earlier rounding.  Matrices that read a norm, routers and experts included, are
-refitted to the output of the original norm.  Matrices that write the stream are refitted to the difference between the two streams, and
-W_down of a shared expert to the output of the original's (docs/pricing.md, 12).
+The layer belongs to the changed stream, which carries all earlier rounding.  Matrices that read a norm, routers and experts included, are
+multiplied by a map that takes the output of the norm in the changed stream to its output in the original stream; routers stay unrounded,
+and experts are packed later.  Matrices that write the stream are refitted to the difference between the original stream after this part and
+the changed stream before it.  W_down of a shared expert is refitted to the output of the original's shared expert (docs/pricing.md, 12).
 """
 
 from __future__ import annotations
@@ -67,20 +68,20 @@ def quantize_steps(streams: TwoStreams, module: Any, layer: int, following: Stat
 
 
 def _attend(streams: TwoStreams, module: Any, states: torch.Tensor) -> tuple[torch.Tensor, Recorder]:
-    """The changed stream after a layer's attention, and what attention saw."""
+    """The changed stream after a layer's attention, and the Recorder with the inputs of its matrices."""
     with recording(Recorder(attention_only=True)) as seen:
         return streams.changed.run_layer(module, states), seen
 
 
 def _pair_norms(streams: TwoStreams, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
-    """Outputs of a norm in both streams; the norm reads the layer's input, or the stream after attention."""
+    """Outputs of a norm in both streams; attn_norm reads the layer's input, and ffn_norm reads the stream after attention."""
     if activation == "ffn_norm":
         changed = _attend(streams, module, changed)[0]
     return normed(changed, original, weights_of(module, activation), streams.model.norm_eps)
 
 
 def _pair_outputs(streams: TwoStreams, module: Any, activation: str, changed: torch.Tensor, original: torch.Tensor) -> Pair:
-    """Inputs of a matrix that writes the stream, in the changed stream, and the outputs that it should add to this stream."""
+    """Inputs, in the changed stream, of a matrix that writes the stream, and the outputs that the matrix should give."""
     device = streams.changed.device
     if activation == "attn_mix":
         seen, start = _attend(streams, module, changed)[1], changed
@@ -115,7 +116,7 @@ def quantize_embedding(
 def quantize_output(
     streams: TwoStreams,
 ) -> None:
-    """Pack the output matrix, if there is one, on the last states of the changed stream; a tied embedding was packed already."""
+    """Refit the output matrix and pack it, on the last states of the changed stream; a tied embedding was packed already."""
     if streams.quantize_plan and not streams.model.is_tied:
         before, original = (streams.states(name, streams.model.n_layers) for name in ("changed", "original"))
         norm, output, eps = streams.original.head()
