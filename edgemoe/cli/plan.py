@@ -102,7 +102,7 @@ def plan(
     asked: dict[str, object] = {"--recipe": recipe, "--rule": rule, "--objective": objective, "--solver": solver != "highs"}
     asked |= {"--near": near, "--explain": explain, "--why": why, "--sweep": sweep, "--time-limit": time_limit, "--stats": stats}
     asked |= {"--gap": gap != DEFAULT_GAP, "--generic": generic, "--memory": memory, "--device": device, "--export": export}
-    _check_together(preset, {option for option, value in asked.items() if value})
+    _check_together(preset, [option for option, value in asked.items() if value])
     rules, aim = read_rules(recipe, rule, objective)
     budget, box = (0, None) if sweep is not None else choose_budget(memory, device)
     prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
@@ -120,7 +120,7 @@ def plan(
     _show(prices, solved, rules, why or [], gap if explain else None, as_json=as_json)
 
 
-def _check_together(preset: str | None, given: set[str]) -> None:
+def _check_together(preset: str | None, given: list[str]) -> None:
     """Refuse options that have no meaning beside each other, and a preset that is not known.
 
     Raises:
@@ -129,16 +129,18 @@ def _check_together(preset: str | None, given: set[str]) -> None:
     if preset is None:
         if "--stats" in given:
             raise UsageError("--stats goes with --preset pmq", hint="every other plan takes all that it needs from COSTS")
-        if "--sweep" in given and given & SWEEP_ITSELF:
-            raise UsageError(f"--sweep names the budgets and solves for each; leave {', '.join(sorted(given & SWEEP_ITSELF))} out")
+        wrong = [option for option in given if option in SWEEP_ITSELF]
+        if "--sweep" in given and wrong:
+            raise UsageError(f"--sweep names the budgets and solves for each; leave {', '.join(wrong)} out")
         return
     from edgemoe.plan.presets import find_preset
 
     find_preset(preset)
-    wrong = given & (PRESET_ITSELF | ({"--time-limit", "--gap", "--generic"} if preset == "pmq" else {"--stats"}))
+    excluded = PRESET_ITSELF | ({"--time-limit", "--gap", "--generic"} if preset == "pmq" else {"--stats"})
+    wrong = [option for option in given if option in excluded]
     if wrong:
         hint = "a preset says itself what is decided, and nothing is proven of its plan; rules and reasons are for plans without --preset"
-        raise UsageError(f"--preset {preset} does not go with {', '.join(sorted(wrong))}", hint=hint)
+        raise UsageError(f"--preset {preset} does not go with {', '.join(wrong)}", hint=hint)
 
 
 def _find_target(name: str) -> Target:

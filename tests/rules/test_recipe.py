@@ -14,8 +14,9 @@ from strategies import budget_between, random_costs
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Costs
 from edgemoe.plan.solve import solve_plan
-from edgemoe.rules import RECORDS, MeanBits, Pin, apply_rules
+from edgemoe.rules import MeanBits, Pin, apply_rules
 from edgemoe.rules.recipe import MAX_RECIPE, expression_rule, load_recipe
+from edgemoe.rules.records import RECORDS
 
 QUICK = 5.0  # CPU seconds in which the worst recipe is refused
 
