@@ -82,6 +82,18 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "partial_rotary_factor": 0.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
     },
+    "dots1": lambda sizes: {
+        "num_key_value_heads": 4,
+        "intermediate_size": 3 * sizes.expert_size,
+        "moe_intermediate_size": sizes.expert_size,
+        "n_routed_experts": sizes.n_experts,
+        "n_shared_experts": 3,
+        "num_hidden_layers": 1 + sizes.layers,  # the first has no experts
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "sliding_window": None,
+    },
 }
 
 

@@ -39,6 +39,7 @@ REFUSED = [
     ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads"),
     ("mixtral", {"sliding_window": 128}, "sliding_window"),
     ("glm4_moe", {"partial_rotary_factor": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "partial_rotary_factor"),
+    ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads"),
     ("mixtral", {"model_type": "mixtral_next"}, "model_type 'mixtral_next'"),
 ]
 
