@@ -124,7 +124,7 @@ def pmq_widths(model: Model, stats: Stats, layer: int, average: float) -> NDArra
     arrays = stats.arrays(layer)
     picked, probs = _routing(model, arrays["replay_logits"])
     gates = np.where(picked, probs, 0.0)
-    if model.renormalize:
+    if model.router.renormalize:
         gates /= gates.sum(axis=1, keepdims=True)
     tensors, x = model.of_layer(layer), arrays["replay_x"].astype(np.float32)
     errors = np.zeros((model.n_experts, len(PMQ_BITS)))
