@@ -15,7 +15,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ to, times the factor for unseen text where something was refitted."""
 def write_file(source: str, top_k: int, options: argparse.Namespace) -> tuple[Plan, Path]:
     """The best plan with so many active experts whose weights take at most `bits` for each of the original's, and its file."""
     original, target = inspect_model(source), find_target("gguf")
-    model, work = replace(original, top_k=top_k), (options.work / original.name).absolute()
+    model, work = original.with_top_k(top_k), (options.work / original.name).absolute()
     room = round(options.bits / 8 * original.n_weights) + sum(target.memory_parts(model, CONTEXT).values())
     request = BuildRequest(
         model=source, memory=room, out=work, calibration_tokens=options.calibration_tokens, rounding="stock", top_k=top_k

@@ -94,7 +94,7 @@ class CalibratedModel:
 
     def least_file(self) -> int:
         """Bytes of our smallest file."""
-        return round(max(LEAST_SHARE * self.model.n_bytes, (least_budget(self.costs) - self.overhead) * 1.02))
+        return round(max(LEAST_SHARE * self.model.n_bytes, ((least_budget(self.costs) or 0) - self.overhead) * 1.02))
 
     def plan_of(self, types: Mapping[str, str], kept: Kept) -> Plan:
         """A peer's choice as a plan that the writer takes; what it predicts is nobody's."""

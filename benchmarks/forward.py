@@ -15,7 +15,7 @@ import torch
 from edgemoe.ir import Model, Stats
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import round_to_nearest
-from edgemoe.stream.adapter import only_experts
+from edgemoe.stream.adapter import only_experts, weights_of
 from edgemoe.stream.layers import LayerStream, apply_norm
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.windows import Windows
@@ -51,7 +51,7 @@ class Forward:
     def _views(self, module: Any) -> dict[str, torch.Tensor]:
         params = dict(module.named_parameters())
         views = {role: params[f"self_attn.{role[5] if role != 'attn_output' else 'o'}_proj.weight"].data for role in MATRICES}
-        return views | {role: self.stream.expert_slice(module, role) for role in STACKS}
+        return views | {role: weights_of(module, role) for role in STACKS}
 
     def store(self, unit: Unit, name: str) -> torch.Tensor:
         """The unit's weights as a format (or `rtnN`: round to nearest in N bits) leaves them; F32 is what they are."""

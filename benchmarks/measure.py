@@ -55,11 +55,14 @@ class Reference:
         self.model, self.target, self.names, self.work = model, target or find_target("gguf"), tuple(t.name for t in texts), work
         self.windows = tokenize_heldout(model, texts, tokens)
         self.states = reference_states(model, self.windows, work)
-        self.head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))
+        self.head = read_tensor(model.folder, model.output_matrix)
         self.key = hash_json(model.fingerprint, self.windows.tokens.tolist(), self.windows.lengths.tolist())
         self.log = work / "results.jsonl"
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.known = {key: Score(**{k: tuple(v) if k != "size" else v for k, v in score.items()}) for key, score in map(json.loads, lines)}
+        self.known: dict[str, Score] = {}
+        for key, score in map(json.loads, lines):
+            fields: dict[str, Any] = {name: tuple(value) if name != "size" else value for name, value in score.items()}
+            self.known[key] = Score(**fields)
 
     # ----------------------------------------------------------------------------------------------------- files, remembered
     def knows(self, *made_from: object) -> bool:

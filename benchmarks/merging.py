@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ def assign(score: F64) -> NDArray[np.int64]:
 
 def read_expert(model: Model, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
     """The three matrices of an expert of the original."""
-    return {p: read_tensor(model.folder, model.find(f"ffn_{p}_exps", layer, expert)) for p in PROJECTIONS}
+    return {p: read_tensor(model.folder, model.get(f"ffn_{p}_exps", layer, expert)) for p in PROJECTIONS}
 
 
 def align(other: dict[str, NDArray[np.float32]], to: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
@@ -110,7 +110,7 @@ def merger(model: Model, stats: Stats, plan: Plan) -> Change:
     """What puts each dropped expert into its most similar survivor."""
 
     def change(layer: int, _: Tokens, experts: Experts) -> Experts:
-        kept, arrays = plan.kept[layer], stats.arrays(layer)
+        kept, arrays = plan.kept_of[layer], stats.arrays(layer)
         used = stats.weights @ (arrays["count"] / np.maximum(arrays["tokens"], 1)[:, None])
         cosine = output_cosine(stats, layer, model.n_experts)
         total = {e: {p: used[e] * w for p, w in read_expert(model, layer, e).items()} for e in kept}
@@ -151,7 +151,7 @@ def scale_experts(_: int, tokens: Tokens, experts: Experts) -> Experts:
 # ---------------------------------------------------------------------------------------------------------------- measuring
 def menu_sets(model: Model, stats: Stats, count: int) -> list[list[int]]:
     """The kept sets that plans choose from, at one count."""
-    counts = offered_counts(model.n_experts, model.top_k)
+    counts = offered_counts(model.n_experts, model.router)
     sets = []
     for layer in range(model.n_layers):
         replay = make_replay(stats.arrays(layer), stats.weights, model.router)
@@ -159,7 +159,7 @@ def menu_sets(model: Model, stats: Stats, count: int) -> list[list[int]]:
     return sets
 
 
-def changed(model: Model, texts: list[Text], plan: Plan, work: Path, name: str, change: Change, epochs: int, tokens: int) -> Model:
+def changed(model: Model, texts: Sequence[Text], plan: Plan, work: Path, name: str, change: Change, epochs: int, tokens: int) -> Model:
     """The survivors after `change` and a repair of so many epochs of descent (-1: none, 0: closed form alone)."""
     folder = work / f"{name.replace(' ', '-')}-{plan.count}-{tokens}"
     made = open_overlay(model, folder, {})
@@ -167,7 +167,7 @@ def changed(model: Model, texts: list[Text], plan: Plan, work: Path, name: str, 
         return made
     streams = TwoStreams(model, model, texts, tokens, folder, name)
     for layer in resume(streams, None):
-        refit_layer(streams, layer, plan.kept[layer], epochs=epochs, change=change)
+        refit_layer(streams, layer, plan.kept_of[layer], epochs=epochs, change=change)
     return save_overlay(model, folder, {})
 
 

@@ -28,7 +28,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import price_cached
 from edgemoe.plan.infeasible import least_budget
-from edgemoe.plan.presets import PRESETS, Settings, plan_preset
+from edgemoe.plan.presets import Settings, plan_preset
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.choices import ROUNDINGS, discount
 from edgemoe.stream.texts import choose_texts
@@ -65,7 +65,7 @@ class PricedModel:
         if method == "expert":
             return solve_plan(self.costs, size)
         try:
-            return plan_preset(PRESETS[method], self.costs, size, Settings(stats=self.stats))
+            return plan_preset(method, self.costs, size, Settings(stats=self.stats))
         except BudgetError:
             return None
 

@@ -25,7 +25,7 @@ import numpy as np
 import table
 from arguments import make_parser
 
-from edgemoe.ir import Costs, Plan, Unit
+from edgemoe.ir import Costs, Plan, Router, Unit
 from edgemoe.model.routing.kept_sets import offered_counts
 from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import ActiveBytes, GroupKept, Keep, Rule
@@ -171,7 +171,7 @@ def synthetic_costs(shape: Shape, form: str, seed: int = 0) -> Costs:
     others = other_tensors(shape)
     units += [u for u, _ in others]
     cols += [c for _, c in others]
-    counts = (n_experts,) if form == "experts" else offered_counts(n_experts, shape.top_k)
+    counts = (n_experts,) if form == "experts" else offered_counts(n_experts, Router(top_k=shape.top_k))
     order = np.argsort(drop, axis=1)
     rank = np.argsort(order, axis=1)
     kept = rank[None] >= n_experts - np.array(counts)[:, None, None]

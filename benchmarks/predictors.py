@@ -205,7 +205,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation; ties share their mean rank."""
     ranks = [np.unique(v, return_inverse=True, return_counts=True) for v in (a, b)]
     means = [(np.cumsum(n) - (n - 1) / 2)[i] for _, i, n in ranks]
-    return float(np.corrcoef(*means)[0, 1]) if min(np.ptp(m) for m in means) > 0 else float("nan")
+    return float(np.corrcoef(means[0], means[1])[0, 1]) if min(np.ptp(m) for m in means) > 0 else float("nan")
 
 
 def cell(rows: list[tuple[Trial, float, dict[str, float]]], name: str) -> str:

@@ -102,8 +102,8 @@ def measure_ours(wanted: dict[tuple[int, int], tuple[CalibratedModel, int]], job
             )
     found = {}
     for key, (calibrated, size) in wanted.items():
-        if built := calibrated.known(size):
-            found[key] = Ours(budget=key[1], count=built.count, predicted=built.predicted, score=built.score)
+        if known := calibrated.known(size):
+            found[key] = Ours(budget=key[1], count=known.count, predicted=known.predicted, score=known.score)
     return found
 
 

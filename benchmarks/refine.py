@@ -81,7 +81,7 @@ def measure_row(source: str, work: Path, tokens: int, number: int) -> dict[str, 
         return expect(plan, run(plan), run.among * fitted_share(plan, costs, "feedback"))
 
     overhead = sum(costs.memory[part] for part in ("runtime", "kv", "compute", "output"))
-    lowest = max(LEAST * model.n_bytes, (least_budget(costs) - overhead) * 1.02)
+    lowest = max(LEAST * model.n_bytes, ((least_budget(costs) or 0) - overhead) * 1.02)
     budget = round(LARGEST * model.n_bytes * (lowest / LARGEST / model.n_bytes) ** (number / (BUDGETS - 1))) + overhead
     first = solve_plan(costs, budget)
     refined = refine_plan(costs, first, 1, lambda c: solve_plan(c, budget), measure)

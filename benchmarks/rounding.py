@@ -31,6 +31,7 @@ from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.repair.experts import Experts, Tokens
 from edgemoe.repair.quantize_layer import ErrorMetric, expert_metrics, quantize_matrix, sum_grams
 from edgemoe.repair.two_streams import GUARD_EVERY
+from edgemoe.stream.adapter import weights_of
 from edgemoe.stream.gradients import collect_gradients, open_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, recording
 from edgemoe.stream.passes import map_ordered
@@ -99,7 +100,7 @@ def watch(model: Model, texts: Sequence[Text], tokens: int, work: Path) -> Itera
         states, (x, chosen, gates) = [f[0] for f in found], (np.concatenate([f[i] for f in found]) for i in (1, 2, 3))
         with open_gradients(folder, layer, windows, model.hidden_size) as kept:
             gradients = np.concatenate([kept.read(index)[torch.from_numpy(real[index])].numpy() for index in windows.chunks()])
-        stacks = {p: stream.expert_slice(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS}
+        stacks = {p: weights_of(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS}
         ones = np.ones(len(x), np.float32)
         yield (
             Tokens(x=x, target=x, chosen=chosen, gates=gates, weights=ones, guard=guard, gradients=gradients),

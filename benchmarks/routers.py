@@ -31,7 +31,7 @@ def with_routers(model: Model, folder: Path) -> Model:
             file.write(rng.standard_normal(tensor.shape, dtype=np.float32).tobytes())
             placed.append(replace(tensor, dtype="F32", file="routers.bin", offset=offset))
             offset += 4 * tensor.n_weights
-    return replace(model, folder=folder, tensors=tuple(placed))
+    return replace(model, folder=str(folder), tensors=tuple(placed))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def save(folder: Path, name: str, lines: Sequence[str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- pictures
-def draw(title: str, ours: Sequence[Point], peers: dict[str, Sequence[Point]]) -> str:
+def draw(title: str, ours: Sequence[Point], peers: Mapping[str, Sequence[Point]]) -> str:
     """KL against file size as SVG, ours a line and every peer's file a dot; sizes beyond our own range are cut off."""
     low, high = min(s for s, _ in ours) * 0.97, max(s for s, _ in ours) * 1.03
     shown = {kind: [p for p in points if low <= p[0] <= high] for kind, points in peers.items() if points}

@@ -39,11 +39,12 @@ from edgemoe.repair.reconstruct import refit_layer, resume
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.two_streams import TwoStreams
 from edgemoe.repair.width import best_neurons, charge, choose_widths, cut, magnitude, narrow_experts
-from edgemoe.stream.gradients import WINDOW, collect_gradients, load_gradients
+from edgemoe.stream.adapter import weights_of
+from edgemoe.stream.gradients import collect_gradients, load_gradients
 from edgemoe.stream.layers import LayerStream, Recorder, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.texts import Text, choose_texts
-from edgemoe.stream.windows import tokenize
+from edgemoe.stream.windows import WINDOW, tokenize
 from edgemoe.targets import find_target
 
 BITS = (4.0, 3.0, 2.0)  # of the file for each weight of the original
@@ -137,7 +138,7 @@ def cut_only(model: Model, texts: Sequence[Text], width: int, score: str, work: 
     folder.mkdir(parents=True, exist_ok=True)
     for layer in range(model.n_layers):
         module = stream.load_layer(layer)
-        gate, up, down = (stream.expert_slice(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS)
+        gate, up, down = (weights_of(module, f"ffn_{p}_exps").clone() for p in PROJECTIONS)
         experts = Experts(gate=gate, up=up, down=down)
         stream.unload_layer(layer)
         left = cut(experts, best_neurons(value(layer, experts), magnitude(experts), width))

@@ -68,7 +68,7 @@ def main() -> None:
     model, tok = inspect_model(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     held = {p.stem: p for p in sorted((SHIPPED / "heldout").glob("*.txt"))}
     ids = {p.stem: tok.encode(p.read_text(encoding="utf-8")).ids for p in sorted((SHIPPED / "calibration").glob("*.txt"))}
-    head = read_tensor(model.folder, model.find("output") or model.find("token_embd"))
+    head = read_tensor(model.folder, model.output_matrix)
     print("| held-out | nats/token | perplexity | bigram | trigram (nats) |\n|---|---|---|---|---|")
     for name, path in held.items():
         windows = tokenize(model, [read_text(str(path))], 16_384, 256)

@@ -21,7 +21,7 @@ from peers import recipes, searches
 from peers.recipes import Kept
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_XS", "IQ3_XXS")
-MIXES += ("Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+SMALL_MIXES = ("Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 DROP_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M")
 RANDOM_MIXES = ("Q6_K", "Q4_K_M", "IQ3_M", "IQ2_M", "IQ1_M")
 SHARES = (0.75, 0.5, 0.25)  # of the experts that stay; REAP publishes 3/4 and 1/2
@@ -67,7 +67,7 @@ def mix_jobs(calibrated: CalibratedModel) -> Iterator[Job]:
     """One type for everything, and llama-quantize's mixes."""
     for name in WIDE:
         yield typed(calibrated, "16-bit" if name == "F16" else "one type", "one type", name, pure(calibrated, name), everyone(calibrated))
-    for mix in MIXES:
+    for mix in (*MIXES, *SMALL_MIXES):
         yield mixed(calibrated, "mix", "all experts", mix, everyone(calibrated))
 
 

@@ -41,7 +41,7 @@ class Shelf:
     offered: NDArray[np.bool_]
     fixed: int
 
-    def name(self, picks: Sequence[int]) -> dict[str, str]:
+    def name(self, picks: Sequence[int] | NDArray[np.intp]) -> dict[str, str]:
         """Choices as types by unit."""
         return {u.name: self.types[f] for u, f in zip(self.units, picks, strict=True)}
 
