@@ -126,6 +126,7 @@ def write_whole(folder: Path, plan: Plan, fill: Callable[[Path], Sequence[str]])
 
     Raises:
         MachineError: the disk is full or not writable.
+        UsageError: another file has one of the names.
     """
     scratch = folder / ".part"
     try:
@@ -134,6 +135,8 @@ def write_whole(folder: Path, plan: Plan, fill: Callable[[Path], Sequence[str]])
         names = fill(scratch)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
+            if os.path.lexists(folder / name) and not _is_same(scratch / name, folder / name):
+                raise UsageError(f"{folder / name}: is there, and is not what would be written", hint="move it away, and go on")
             os.replace(scratch / name, folder / name)
     except OSError as error:
         raise MachineError(f"{folder}: {error.strerror or error}", hint=f"the artifact needs {plan.file_size} bytes") from error
@@ -141,6 +144,11 @@ def write_whole(folder: Path, plan: Plan, fill: Callable[[Path], Sequence[str]])
         shutil.rmtree(scratch, ignore_errors=True)
     files = tuple(ArtifactFile(name=n, size=(folder / n).stat().st_size, sha256=hash_file(folder / n)) for n in names)
     return Artifact(folder=str(folder), target=plan.target, plan="", files=files)
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    """Whether a file has the bytes that would be written anyway: a run that was killed here left it."""
+    return not old.is_symlink() and old.is_file() and old.stat().st_size == new.stat().st_size and hash_file(old) == hash_file(new)
 
 
 def find_target(name: str) -> Target:

@@ -10,6 +10,8 @@ VerifyError           6   the artifact does not run or breaks its promise
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class EdgemoeError(Exception):
     """Base of all errors that edgemoe raises on purpose; `hint` says what to do next."""
@@ -41,6 +43,14 @@ class ModelError(EdgemoeError):
     """A model, text or record file is malformed or not supported; names the file and the field."""
 
     exit_code = 4
+
+
+class DamagedError(ModelError):
+    """A file that edgemoe wrote, or hashed, is missing or holds something else now; whoever can make it again does so."""
+
+    def __init__(self, path: Path, message: str = "was changed or damaged after edgemoe wrote it", *, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}", hint=hint or "give the same command again: the file is made anew")
+        self.path = path
 
 
 class MachineError(EdgemoeError):

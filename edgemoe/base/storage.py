@@ -1,15 +1,14 @@
 """This module writes records and arrays to files and reads them back: plain values as JSON, arrays as safetensors beside the JSON file.
 
-Files appear whole or not at all.  A file of another format version, or of another kind of record, is refused.
+Files appear whole or not at all, and each carries the SHA-256 of what it holds.  A file of another format version, of another kind of
+record, or with another content than it was written with, is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
@@ -17,12 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import MachineError, ModelError
+from edgemoe.base.errors import DamagedError, MachineError, ModelError
+from edgemoe.base.files import new_file, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+SEALS = "edgemoe.sha256"  # in the metadata of our array files: type, shape and SHA-256 of each array
 R = TypeVar("R", bound="DataclassInstance")
 
 
@@ -31,8 +32,11 @@ def array_file(layer: int) -> str:
     return f"layer-{layer:04d}.safetensors" if layer >= 0 else "ends.safetensors"
 
 
-def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
     """Write arrays to safetensors; the file appears whole or not at all.
+
+    Returns:
+        What the file's metadata holds: for each array its type, its shape and the SHA-256 of its bytes.
 
     Raises:
         MachineError: the disk is full or not writable.
@@ -40,51 +44,55 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    part = path.with_name(path.name + ".part")
+    whole = {name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}
+    seals = {name: seal_array(a) for name, a in whole.items()}
     try:
-        save_file({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, part)
+        with new_file(path) as part:
+            save_file(whole, part, metadata={SEALS: json.dumps(seals, sort_keys=True)})  # one entry: the library orders several by lot
     except SafetensorError as error:  # an OSError in disguise
         raise MachineError(f"{path}: cannot be written: {error}", hint="free some space, or choose another folder") from error
-    os.replace(part, path)
+    return seals
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read arrays that `save_arrays` wrote.
+def seal_array(array: NDArray[Any]) -> str:
+    """Type, shape and SHA-256 of the bytes of an array, as a file's metadata holds them."""
+    digest = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+    return f"{array.dtype.name} {list(array.shape)} {digest}"
+
+
+def load_arrays(path: Path, seals: Mapping[str, str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays that `save_arrays` wrote, whose `seals` are known where another file holds them too.
 
     Raises:
-        ModelError: missing or damaged file.
+        DamagedError: the file is missing, cut, or not what was written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    return dict(_read_arrays(path, seals))
+
+
+def check_arrays(path: Path) -> dict[str, str]:
+    """Check the arrays of a file, one in memory at a time, and return their seals.
+
+    Raises:
+        DamagedError: the file is missing, cut, or not what was written.
+    """
+    return {name: seal_array(array) for name, array in _read_arrays(path, None)}
+
+
+def _read_arrays(path: Path, seals: Mapping[str, str] | None) -> Iterator[tuple[str, NDArray[Any]]]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read as arrays: {error}", hint="delete it and run the command again") from error
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Lock `path` for this process, so that other processes wait for it.  On a system without file locks, nothing is locked."""
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("w")
-    except (ImportError, OSError):
-        yield
-        return
-    with lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+        with safe_open(path, "np") as file:
+            told, names = json.loads((file.metadata() or {}).get(SEALS, "{}")), sorted(file.keys())
+            if set(told) != set(names) or (seals is not None and told != dict(seals)):
+                raise DamagedError(path)
+            for name in names:
+                array = file.get_tensor(name)
+                if seal_array(array) != told[name]:
+                    raise DamagedError(path)
+                yield name, array
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise DamagedError(path, f"cannot be read as arrays: {error}") from error
 
 
 def save_record(path: Path, record: DataclassInstance) -> None:
@@ -93,11 +101,9 @@ def save_record(path: Path, record: DataclassInstance) -> None:
 
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     arrays = {n: v for n, v in values.items() if isinstance(v, np.ndarray)}
-    if arrays:
-        save_arrays(path.with_suffix(".safetensors"), arrays)
+    seals = {"arrays": save_arrays(path.with_suffix(".safetensors"), arrays)} if arrays else {}
     plain = {n: TypeAdapter(Any).dump_python(v, mode="json") for n, v in values.items() if n not in arrays}
-    body = {"format_version": FORMAT_VERSION, "record": type(record).__name__, **plain}
-    write_text(path, json.dumps(body, indent=1, allow_nan=False, sort_keys=True) + "\n")
+    save_sealed(path, {"format_version": FORMAT_VERSION, "record": type(record).__name__, **seals, **plain})
 
 
 def load_record(path: Path, kind: type[R]) -> R:
@@ -105,21 +111,19 @@ def load_record(path: Path, kind: type[R]) -> R:
 
     Raises:
         ModelError: not such a record, of another format version, or malformed.
+        DamagedError: a ModelError for a record whose values, or arrays, are not those that were written.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as a {kind.__name__}: {error}") from error
-    if not isinstance(body, dict) or body.pop("record", None) != kind.__name__:
+    body, whole = read_sealed(path)
+    if body.pop("record", None) != kind.__name__:
         raise ModelError(f"{path}: is not a {kind.__name__} record of edgemoe")
-    version = body.pop("format_version", None)
+    version, seals = body.pop("format_version", None), body.pop("arrays", None)
     if version != FORMAT_VERSION:
         raise ModelError(f"{path}: format_version is {version}, this edgemoe reads {FORMAT_VERSION}", hint="make it again")
     hints = get_type_hints(kind)
     array_names = [n for n, hint in hints.items() if get_origin(hint) in (np.ndarray, NDArray)]  # numpy 2.5 keeps the alias
-    arrays = load_arrays(path.with_suffix(".safetensors")) if array_names else {}
+    arrays = load_arrays(path.with_suffix(".safetensors"), seals if isinstance(seals, dict) else {}) if array_names else {}
     values: dict[str, Any] = {n: arrays[n] for n in array_names if n in arrays}
     for name, hint in hints.items():
         if name not in (body if name not in array_names else values):
@@ -135,9 +139,49 @@ def load_record(path: Path, kind: type[R]) -> R:
     if unknown:
         raise ModelError(f"{path}: the field {unknown[0]!r} is not known", hint="make it again")
     try:
-        return kind(**values)
+        made = kind(**values)
     except ModelError as error:
         raise ModelError(f"{path}: {error}", hint="make it again") from error
+    if not whole:  # told last, because a wrong field says more
+        raise DamagedError(path, hint="make it again")
+    return made
+
+
+def save_sealed(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON object with the SHA-256 of its values."""
+    text = json.dumps(body, allow_nan=False, sort_keys=True)
+    write_text(path, json.dumps({**json.loads(text), "sha256": hash_json(json.loads(text))}, indent=1, sort_keys=True) + "\n")
+
+
+def load_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object that `save_sealed` wrote.
+
+    Raises:
+        DamagedError: missing, no JSON, or not what was written.
+    """
+    try:
+        body, whole = read_sealed(path)
+    except ModelError as error:
+        raise DamagedError(path, str(error).removeprefix(f"{path}: ")) from error
+    if not whole:
+        raise DamagedError(path)
+    return body
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """A JSON object without its hash, and whether the hash is that of its values.
+
+    Raises:
+        ModelError: cannot be read, or is no JSON object.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(body, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(body).__name__}")
+    seal = body.pop("sha256", None)
+    return body, seal == hash_json(body)
 
 
 def hash_json(*parts: Any) -> str:

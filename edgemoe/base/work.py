@@ -1,22 +1,26 @@
 """This module keeps results in work folders under keys that hash their inputs, and lets a killed job go on after its last step.
 
 A key is a hash of everything that decides a result: its kind, the revision of this kind below, the version of edgemoe, and the values that
-the caller names.
+the caller names.  Every file of a work folder carries a hash of what it holds.  A result of which a file is damaged is made anew, and one
+line says so.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgemoe import __version__
-from edgemoe.base.storage import alone, hash_json, write_text
+from edgemoe.base.errors import DamagedError, ModelError
+from edgemoe.base.files import alone, remove_parts
+from edgemoe.base.storage import check_arrays, hash_json, load_sealed, save_sealed
 
 # A revision is raised when the same inputs give another result of its kind, so that no older result is opened.
-REVISIONS = {"stats": 1, "imatrix": 1, "gradients": 1, "costs": 7, "narrow": 1, "repair": 5, "reference": 1, "measured": 5}
+REVISIONS = {"stats": 2, "imatrix": 2, "gradients": 2, "costs": 8, "narrow": 2, "repair": 6, "reference": 2, "measured": 6}
 T = TypeVar("T")
 
 
@@ -31,10 +35,35 @@ def path_of(folder: Path, kind: str, key: str, suffix: str = "") -> Path:
 
 
 def open_or_make(path: Path, read: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """The result at `path` if `read` finds it complete, else the result of `make`; other processes that want the same result wait."""
+    """The result at `path` if `read` finds it complete, else the result of `make`; other processes that want the same result wait.
+
+    A result whose files are damaged is deleted and made anew, also if the damage is found while a killed run goes on.
+    """
     with alone(path):
-        found = read()
-        return make() if found is None else found
+        try:
+            found = read()
+        except ModelError as error:  # the key says that this version wrote it from these inputs, so it can only be damaged
+            _start_anew(path, error)
+            found = None
+        if found is not None:
+            return found
+        remove_parts(path)
+        try:
+            return make()
+        except DamagedError as error:
+            if not error.path.is_relative_to(path):
+                raise
+            _start_anew(path, error)
+            return make()
+
+
+def _start_anew(path: Path, error: ModelError) -> None:
+    """Say that a result is made anew, and delete it with the arrays beside it."""
+    logging.getLogger("edgemoe").warning("%s; this result is made anew", error)
+    if path.is_dir():
+        shutil.rmtree(path)
+    for file in (path, path.with_suffix(".safetensors")):
+        file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +74,19 @@ class Steps:
     key: str
 
     def read(self) -> dict[str, Any]:
-        """The last note: the steps "done", and the other values that the job needs to go on."""
+        """The last note: the steps "done", and the other values that the job needs to go on.
+
+        Raises:
+            DamagedError: the note, or the arrays of a step that is done, are not what was written.
+        """
         path = self.folder / "progress.json"
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return saved if saved.get("key") == self.key else {"done": 0}
+        saved = load_sealed(path) if path.exists() else {}
+        if saved.get("key") != self.key:
+            return {"done": 0}
+        for arrays in sorted(self.folder.glob("*.safetensors")):
+            check_arrays(arrays)
+        return saved
 
     def note(self, done: int, **more: Any) -> None:
         """Note that so many steps are done and on disk."""
-        write_text(self.folder / "progress.json", json.dumps({"key": self.key, "done": done, **more}))
+        save_sealed(self.folder / "progress.json", {"key": self.key, "done": done, **more})

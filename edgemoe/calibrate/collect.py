@@ -21,6 +21,7 @@ from edgemoe.base.progress import Progress
 from edgemoe.base.storage import (
     FORMAT_VERSION,
     array_file,
+    check_arrays,
     load_arrays,
     load_record,
     save_arrays,
@@ -77,7 +78,11 @@ def collect_stats(
     folder = path_of(work, "stats", key)
 
     def read() -> Stats | None:
-        return replace(load_record(folder / "stats.json", Stats), folder=str(folder)) if (folder / "stats.json").exists() else None
+        if not (folder / "stats.json").exists():
+            return None
+        for layer in range(-1, model.n_layers):
+            check_arrays(folder / array_file(layer))  # all of them, before anything is made from them
+        return replace(load_record(folder / "stats.json", Stats), folder=str(folder))
 
     return open_or_make(folder, read, lambda: _observe_all(model, texts, windows, stream, folder, key, settings, progress))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from typing import Annotated
@@ -56,8 +57,16 @@ for command in (build, inspect, calibrate, price, plan, emit, verify, report, do
     app.command()(command)
 
 
+class _Notes(logging.Handler):
+    """Prints what the stages have to tell, a line each, to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"note: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
+    logging.getLogger("edgemoe").addHandler(_Notes())
     try:
         app()
     except (Exception, KeyboardInterrupt) as error:

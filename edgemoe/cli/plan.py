@@ -14,6 +14,7 @@ from edgemoe.cli.devices import choose_budget
 from edgemoe.cli.options import (
     ContextOpt,
     DeviceOpt,
+    ForceOpt,
     GapOpt,
     JsonOpt,
     MemoryOpt,
@@ -89,6 +90,7 @@ def plan(
     sweep: SweepOpt = None,
     diff: DiffOpt = None,
     export: ExportOpt = None,
+    force: ForceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Solve for the best plan within a budget: which experts stay, and the format of every tensor.
@@ -108,7 +110,7 @@ def plan(
     prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
     if box is not None:
         prices = _find_target(prices.target).on_device(prices, box)
-    _check_outputs(prices, output, export, folder=sweep is not None)
+    _check_outputs(prices, output, export, folder=sweep is not None, force=force)
     if sweep is not None:
         _sweep(prices, sweep, rules, aim, solver, gap, origin, output, as_json=as_json)
         return
@@ -179,17 +181,27 @@ def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap:
     return plan_preset(name, costs, budget, Settings(stats=stats, gap=gap, seconds=seconds), costs_hash=costs_hash)
 
 
-def _check_outputs(costs: Costs, output: Path | None, export: Path | None, *, folder: bool) -> None:
+def _check_outputs(costs: Costs, output: Path | None, export: Path | None, *, folder: bool, force: bool) -> None:
     """Refuse what cannot be written before anything is solved.
 
     Raises:
-        UsageError: a file where a folder must be, or no folder to write into.
+        UsageError: a file where a folder must be, no folder to write into, or a file that would be replaced.
     """
+    from edgemoe.base.ownership import check_replaceable
+    from edgemoe.plan.sweep import FILES as SWEEP_FILES
+    from edgemoe.targets.gguf.export import FILES as EXPORT_FILES
+
     for path in filter(None, (export, output if folder else None)):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file, not a folder", hint="choose another folder")
     if output is not None and not folder and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UsageError(f"{output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}", hint="choose another -o")
+    if output is not None and not folder:
+        check_replaceable([output], force=force, record="Plan")
+    elif output is not None:
+        check_replaceable([output / name for name in SWEEP_FILES], force=force)
+    if export is not None:
+        check_replaceable([export / name for name in EXPORT_FILES], force=force)
     if export and costs.form != "stacks":
         raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
 
@@ -280,8 +292,9 @@ def _print_lines(lines: list[str], *, as_json: bool) -> None:
 def _sweep(
     costs: Costs, text: str, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, origin: str, output: Path | None, *, as_json: bool
 ) -> None:
-    from edgemoe.base.storage import write_text
-    from edgemoe.plan.sweep import COLUMNS, parse_budgets, render_sweep, rows_of, sweep_budgets, write_csv
+    from edgemoe.base.files import write_text
+    from edgemoe.base.ownership import seal_text
+    from edgemoe.plan.sweep import COLUMNS, FILES, parse_budgets, render_sweep, rows_of, sweep_budgets, write_csv
 
     budgets = parse_budgets(text)
     with show_progress() as progress:
@@ -292,8 +305,8 @@ def _sweep(
     if output:
         page = render_sweep(costs, points)
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "sweep.csv", write_csv(points))
-        write_text(output / "sweep.html", page)
+        for name, text in zip(FILES, (write_csv(points), seal_text(page)), strict=True):
+            write_text(output / name, text)
     if as_json:
         print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows_of(points)], indent=1))
     else:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemoe.base.errors import ModelError, UsageError
-from edgemoe.cli.options import ContextOpt, ModelArg, OutOpt, TargetOpt
-from edgemoe.cli.progress import show_progress
+from edgemoe.cli.options import ContextOpt, ForceOpt, ModelArg, OutOpt, TargetOpt
+from edgemoe.cli.progress import open_model, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.ir import Costs, Model, Stats
@@ -33,6 +33,7 @@ def price(
     ] = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
+    force: ForceOpt = False,
 ) -> None:
     """Nats and bytes of every choice -> a costs file.
 
@@ -45,12 +46,16 @@ def price(
         raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
     if score is not None and stats is None:
         raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
+    from edgemoe.base.ownership import check_replaceable
     from edgemoe.base.storage import save_record
-    from edgemoe.model.inspect import inspect_model
     from edgemoe.pipeline.request import choose_context
     from edgemoe.targets import find_target
 
-    found, chosen = inspect_model(model), find_target(target)
+    if output.suffix == ".safetensors":
+        raise UsageError(f"{output}: the prices are JSON, with their arrays beside them", hint="choose a name such as costs.json")
+    check_replaceable([output], force=force, record="Costs")
+    check_replaceable([output.with_suffix(".safetensors")], force=force)
+    found, chosen = open_model(model), find_target(target)
     tokens = choose_context(found, context)
     notes = []
     if imatrix is not None:

@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemoe.base.progress import StageProgress
 from edgemoe.base.units import format_seconds
+
+if TYPE_CHECKING:
+    from edgemoe.ir import Model
 
 
 def print_rich(renderable: Any) -> None:
@@ -17,6 +20,14 @@ def print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     Console().print(renderable)
+
+
+def open_model(source: str) -> Model:
+    """Inspect a checkpoint, with a bar while its tensors are hashed."""
+    from edgemoe.model.inspect import inspect_model
+
+    with show_progress() as progress:
+        return inspect_model(source, progress=lambda done, total: progress("hash", done, total))
 
 
 @contextmanager

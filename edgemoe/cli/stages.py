@@ -22,7 +22,7 @@ from edgemoe.cli.options import (
     ShardOpt,
     TokensOpt,
 )
-from edgemoe.cli.progress import print_rich, show_progress
+from edgemoe.cli.progress import open_model, print_rich, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.ir import Model
@@ -46,8 +46,7 @@ def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
     """What a checkpoint holds, from its headers alone."""
     from edgemoe.model.inspect import inspect_model
 
-    found = inspect_model(model)
-    facts = _facts(found)
+    facts = _facts(inspect_model(model, hashed=False))
     print(json.dumps(facts, indent=1) if as_json else "\n".join(f"{name:18s} {value}" for name, value in facts.items()))
 
 
@@ -66,7 +65,6 @@ def _facts(model: Model) -> dict[str, Any]:
         "weights": model.n_weights,
         "in experts": f"{experts / model.n_weights:.1%}",
         "bytes": format_bytes(model.n_bytes),
-        "fingerprint": model.fingerprint,
     }
 
 
@@ -75,14 +73,12 @@ def calibrate(
 ) -> None:
     """Watch the original model on text, a layer at a time -> statistics in a subfolder of OUT."""
     from edgemoe.calibrate.collect import collect_stats
-    from edgemoe.model.inspect import inspect_model
     from edgemoe.stream.texts import choose_texts
 
     texts, _ = choose_texts(calibration or [], [])
+    found = open_model(model)
     with show_progress() as progress:
-        stats = collect_stats(
-            inspect_model(model), texts, output, max_tokens=calibration_tokens, progress=lambda d, n: progress("calibrate", d, n)
-        )
+        stats = collect_stats(found, texts, output, max_tokens=calibration_tokens, progress=lambda d, n: progress("calibrate", d, n))
     result = {"stats": stats.folder, "tokens": {d.name: d.tokens for d in stats.domains}, "cold_experts": len(stats.cold)}
     print(json.dumps(result, indent=1) if as_json else f"{stats.folder}\ntokens {result['tokens']}, {len(stats.cold)} cold experts")
 
@@ -105,16 +101,15 @@ def emit(
     """
     from edgemoe.base.storage import load_record, save_record
     from edgemoe.ir import Plan, Stats
-    from edgemoe.model.inspect import inspect_model
     from edgemoe.pipeline.emit import check_split, emit_artifact
-    from edgemoe.pipeline.output_folder import prepare_output
+    from edgemoe.pipeline.output_folder import hold_output, prepare_output
     from edgemoe.pipeline.store import store_weights
     from edgemoe.price.choices import check_rounding
     from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts, recall_texts
     from edgemoe.targets import find_target
 
     check_rounding(rounding)
-    found, chosen = inspect_model(model), load_record(plan, Plan)
+    found, chosen = open_model(model), load_record(plan, Plan)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     check_same_model(found.fingerprint, collected.model, stats)
     check_same_model(found.fingerprint, chosen.model, plan)
@@ -122,30 +117,31 @@ def emit(
     check_split(target, most)
     asked = collected.probes and (chosen.repair or rounding != "stock")  # an importance matrix does not say which texts it comes from
     texts = recall_texts(collected, calibration or []) if asked else choose_texts(calibration or [], [])[0]
-    prepare_output(output, force=force, names=target.fixed_names)
-    with show_progress() as progress:
-        stored = store_weights(
-            found,
-            texts,
-            collected,
-            chosen,
-            output / ".work",
-            rounding=rounding,
-            max_tokens=calibration_tokens or int(collected.settings.get("max_tokens", DEFAULT_TOKENS)),
-            progress=lambda d, n: progress("repair", d, n),
-        )
-        artifact = emit_artifact(
-            stored,
-            collected,
-            chosen,
-            target,
-            output,
-            shard_max=most,
-            progress=lambda d, n: progress("emit", d, n),
-        )
-    save_record(output / "plan.json", chosen)
-    save_record(output / "artifact.json", artifact)
-    shutil.rmtree(output / ".work", ignore_errors=True)
+    with hold_output(output):
+        prepare_output(output, force=force, names=target.fixed_names)
+        with show_progress() as progress:
+            stored = store_weights(
+                found,
+                texts,
+                collected,
+                chosen,
+                output / ".work",
+                rounding=rounding,
+                max_tokens=calibration_tokens or int(collected.settings.get("max_tokens", DEFAULT_TOKENS)),
+                progress=lambda d, n: progress("repair", d, n),
+            )
+            artifact = emit_artifact(
+                stored,
+                collected,
+                chosen,
+                target,
+                output,
+                shard_max=most,
+                progress=lambda d, n: progress("emit", d, n),
+            )
+        save_record(output / "plan.json", chosen)
+        save_record(output / "artifact.json", artifact)
+        shutil.rmtree(output / ".work", ignore_errors=True)
     print("\n".join(f"{file.sha256}  {output / file.name}  {file.size}" for file in artifact.files))
 
 
@@ -161,32 +157,32 @@ def verify(
     from edgemoe.base.errors import VerifyError
     from edgemoe.base.storage import load_record
     from edgemoe.ir import Plan, Report
-    from edgemoe.model.inspect import inspect_model
-    from edgemoe.pipeline.output_folder import find_artifact, finish_output
+    from edgemoe.pipeline.output_folder import find_artifact, finish_output, hold_output
     from edgemoe.report.terminal import summarize_report
     from edgemoe.stream.texts import choose_texts
     from edgemoe.targets import find_target
     from edgemoe.verify.artifact import broken_promises, verify_artifact
 
-    found, chosen = inspect_model(model), load_record(output / "plan.json", Plan)
+    found, chosen = open_model(model), load_record(output / "plan.json", Plan)
     check_same_model(found.fingerprint, chosen.model, output / "plan.json")
     artifact = find_artifact(output)
     old = load_record(output / "report.json", Report) if (output / "report.json").exists() else None
     _, texts = choose_texts([], heldout or [])
     target = find_target(chosen.target)
-    with show_progress() as progress:
-        report = verify_artifact(
-            artifact,
-            found,
-            chosen,
-            texts,
-            target,
-            output / ".work",
-            progress=lambda d, n: progress("verify", d, n),
-        )
-    if old is not None:
-        report = replace(report, frontier=old.frontier, model=old.model, rounds=old.rounds)
-    finish_output(output, report)
+    with hold_output(output):
+        with show_progress() as progress:
+            report = verify_artifact(
+                artifact,
+                found,
+                chosen,
+                texts,
+                target,
+                output / ".work",
+                progress=lambda d, n: progress("verify", d, n),
+            )
+        if old is not None:
+            report = replace(report, frontier=old.frontier, model=old.model, rounds=old.rounds)
+        finish_output(output, report)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
@@ -195,14 +191,16 @@ def verify(
         raise VerifyError(f"{artifact.files[0].name}: {broken_promises(report)[0]}")
 
 
-def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json.")], output: OutOpt) -> None:
+def report(file: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json.")], output: OutOpt, force: ForceOpt = False) -> None:
     """Write the page and the model card of a report.json again, and print its summary."""
+    from edgemoe.base.ownership import check_replaceable
     from edgemoe.base.storage import load_record
     from edgemoe.ir import Report
-    from edgemoe.report.page import write_report
+    from edgemoe.report.page import PAGES, write_report
     from edgemoe.report.terminal import summarize_report
 
     loaded = load_record(file, Report)
+    check_replaceable([output / name for name in PAGES], force=force)
     output.mkdir(parents=True, exist_ok=True)
     write_report(loaded, output)
     print_rich(summarize_report(loaded))

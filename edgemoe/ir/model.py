@@ -34,6 +34,7 @@ class Tensor:
     packed: str = ""  # the target's format in which the file holds the rows, ready to be copied; empty for plain `dtype`
     reads: str = ""  # the activation that this matrix multiplies; empty: none
     writes: str = ""  # of a norm, the activation that it makes; "stream": the product is added to the residual stream
+    sha256: str = ""  # of its bytes, which every read checks; empty: not hashed yet
     planned: bool = False  # whether a plan gives it a format; vectors, routers, biases and convolutions stay F32, as in llama-quantize
 
     @property
@@ -117,7 +118,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)  # without slots, so that cached properties can hold its indices
 class Model:
-    """The content of a checkpoint's headers; `fingerprint` is a SHA-256 over config, tokenizer, headers and samples of the data."""
+    """The content of a checkpoint's headers; `fingerprint` is a SHA-256 over config, tokenizer and every byte of every tensor.
+
+    Before the tensors are hashed, `fingerprint` is empty, and nothing can be made from the model.
+    """
 
     folder: str
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import stat
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import ModelError
+from edgemoe.base.errors import DamagedError, ModelError
 from edgemoe.ir import Tensor
 
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
@@ -123,6 +124,7 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
 
     Raises:
         ModelError: the file is too short, or a weight is NaN or infinite.
+        DamagedError: the bytes are not those that were hashed.
     """
     path = Path(folder) / tensor.file
     if tensor.packed:
@@ -136,6 +138,7 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if got != tensor.n_bytes:
         raise ModelError(f"{path}: file ends inside {tensor.name}", hint="finish the download")
+    _check_hash(path, tensor, raw)
     values: NDArray[np.float32] = raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
@@ -147,12 +150,20 @@ def read_packed(folder: str | Path, tensor: Tensor, row_bytes: int) -> NDArray[n
     """The packed rows of a packed tensor [R, row_bytes].
 
     Raises:
-        ModelError: the file is too short.
+        DamagedError: the file is too short, or the bytes are not those that were hashed.
     """
     path = Path(folder) / tensor.file
     rows = np.empty((tensor.shape[0], row_bytes), np.uint8)
     with path.open("rb") as file:
         file.seek(tensor.offset)
         if file.readinto(rows.data) != rows.nbytes:
-            raise ModelError(f"{path}: file ends inside {tensor.name}", hint=f"delete {path.parent}")
+            raise DamagedError(path, f"ends inside {tensor.name}")
+    _check_hash(path, tensor, rows)
     return rows
+
+
+def _check_hash(path: Path, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
+    """Refuse bytes that are not those that were hashed when the model was opened, or when its new weights were written."""
+    if tensor.sha256 and hashlib.sha256(raw.reshape(-1).data).hexdigest() != tensor.sha256:
+        hint = "let nothing write there, and give the same command again"
+        raise DamagedError(path, f"{tensor.name} changed while it was in use", hint=hint)

@@ -1,33 +1,33 @@
-"""This module inspects a checkpoint folder or hub id and returns a Model, from headers alone, without reading weights or needing torch."""
+"""This module inspects a checkpoint folder or hub id and returns a Model, from headers and hashes, without needing torch."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
-from edgemoe.base.storage import hash_json
+from edgemoe.base.progress import Progress
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import list_shards, read_header, read_json
 from edgemoe.model.config import Config
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
+from edgemoe.model.hashes import hash_model
 
-_SAMPLE = 2**20  # bytes read at the start, middle and end of each file for the fingerprint
+_PIECE = 2**20  # bytes compared at a time
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 Header = dict[str, tuple[str, tuple[int, ...], int, str]]  # name -> dtype, shape, offset, file
 
 
-def inspect_model(source: str | Path) -> Model:
-    """Read the family, the router's rule and every tensor's place from a checkpoint.
+def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress | None = None) -> Model:
+    """Read the family, the router's rule and every tensor's place from a checkpoint, and hash its tensors.
 
     Args:
         source: a folder with config.json and safetensors files, or a hub id such as "Qwen/Qwen3-30B-A3B".
+        hashed: hash every tensor, so that something can be made from the model; False: the headers alone are read.
+        progress: called with (bytes hashed, all bytes) if there is something to hash.
 
     Raises:
         ModelError: the checkpoint is not supported or malformed; the message names the file and the field.
@@ -45,7 +45,8 @@ def inspect_model(source: str | Path) -> Model:
     config.first("max_position_embeddings")
     model = replace(describe_as(family, config, _model_name(source, folder)), folder=str(folder))
     tensors = tuple(_find_tensors(model, family, config, header))
-    return replace(model, tensors=tensors, fingerprint=_fingerprint(folder, dict(config.values), header))
+    found = replace(model, tensors=tensors, fingerprint="")
+    return hash_model(found, progress) if hashed else found
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -127,8 +128,8 @@ def _hash_data(model: Model, tensor: Tensor) -> bytes:
     digest = hashlib.sha256()
     with (Path(model.folder) / tensor.file).open("rb") as file:
         file.seek(tensor.offset)
-        for start in range(0, tensor.n_bytes, _SAMPLE):
-            digest.update(file.read(min(_SAMPLE, tensor.n_bytes - start)))
+        for start in range(0, tensor.n_bytes, _PIECE):
+            digest.update(file.read(min(_PIECE, tensor.n_bytes - start)))
     return digest.digest()
 
 
@@ -168,19 +169,3 @@ class _Stacks:
         part = tensor.expert if down else 2 * tensor.expert + up
         step = whole.n_bytes // whole.n_weights * m * h
         return replace(tensor, name=whole.name, dtype=whole.dtype, file=whole.file, offset=whole.offset + part * step)
-
-
-def _fingerprint(folder: Path, config: Mapping[str, Any], header: Header) -> str:
-    """SHA-256 over config, tokenizer files, headers and a sample of the data: seconds even for a terabyte."""
-    digest = hashlib.sha256(hash_json(config, sorted(header.items())).encode())
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")) and path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
-    for name in sorted({entry[3] for entry in header.values()}):
-        size = (folder / name).stat().st_size
-        digest.update(f"{name} {size}".encode())
-        with (folder / name).open("rb") as file:
-            for start in (0, max(size // 2, 0), max(size - _SAMPLE, 0)):
-                file.seek(start, os.SEEK_SET)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()

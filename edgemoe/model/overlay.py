@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import ModelError
-from edgemoe.base.storage import array_file, load_record, save_record
+from edgemoe.base.storage import array_file, check_arrays, load_record, save_record
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import DTYPES, PACKED, read_header
 
@@ -45,24 +45,30 @@ def open_overlay(base: Model, work: Path, formats: Formats) -> Model | None:
 def _overlay(base: Model, work: Path, formats: Formats) -> tuple[Tensor, ...]:
     """Every tensor: the new one, plain or packed, or the old one if no new one was made."""
     paths = {layer: work / array_file(layer) for layer in {t.layer for t in base.tensors}}
-    headers = {layer: read_header(path, (*DTYPES, PACKED)) for layer, path in paths.items() if path.exists()}
+    headers = {layer: _read_sealed(path) for layer, path in paths.items() if path.exists()}
     return tuple(_overlay_tensor(t, paths[t.layer], headers.get(t.layer, {}), formats) for t in base.tensors)
 
 
-def _overlay_tensor(tensor: Tensor, path: Path, header: Mapping[str, tuple[str, tuple[int, ...], int]], formats: Formats) -> Tensor:
+def _read_sealed(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, str]]:
+    """The arrays of one of our files: name -> dtype, shape, offset, and the SHA-256 of the bytes, which are checked now."""
+    seals = check_arrays(path)
+    return {name: (*entry, seals[name].rpartition(" ")[2]) for name, entry in read_header(path, (*DTYPES, PACKED)).items()}
+
+
+def _overlay_tensor(tensor: Tensor, path: Path, header: Mapping[str, tuple[str, tuple[int, ...], int, str]], formats: Formats) -> Tensor:
     found = header.get(_array_name(tensor))
     if found is None:
         return tensor
-    dtype, shape, offset = found
+    dtype, shape, offset, sha256 = found
     if dtype == PACKED and shape[0] == tensor.shape[0]:
         place = (tensor.role, tensor.layer, tensor.expert)
         kind = formats[place if place in formats else (tensor.role, tensor.layer, -1)]
-        return replace(tensor, packed=kind, file=str(path), offset=offset)
+        return replace(tensor, packed=kind, file=str(path), offset=offset, sha256=sha256)
     if shape != tensor.shape:
         raise ModelError(
             f"{path}: {_array_name(tensor)} has shape {list(shape)}, expected {list(tensor.shape)}", hint=f"delete {path.parent}"
         )
-    return replace(tensor, dtype=dtype, file=str(path), offset=offset)
+    return replace(tensor, dtype=dtype, file=str(path), offset=offset, sha256=sha256)
 
 
 def _array_name(tensor: Tensor) -> str:

@@ -13,9 +13,10 @@ from edgemoe.base.progress import StageProgress
 from edgemoe.base.storage import save_record
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Round
+from edgemoe.model.hashes import hash_model
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.emit import emit_artifact
-from edgemoe.pipeline.output_folder import finish_output, open_work, prepare_output
+from edgemoe.pipeline.output_folder import finish_output, hold_output, open_work, prepare_output
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
 from edgemoe.pipeline.request import BuildRequest, Job, check_budget, choose_context, prepare, warn_of_context
 from edgemoe.pipeline.store import store_weights
@@ -37,6 +38,13 @@ def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage
     """
     job = prepare(request)
     check_budget(job)
+    with hold_output(request.out):
+        return _build(replace(job, model=hash_model(job.model, in_stage(progress, "hash"))), progress)
+
+
+def _build(job: Job, progress: StageProgress) -> Report:
+    """All stages, in an output folder that no other run works in."""
+    request = job.request
     prepare_output(request.out, force=request.force, names=job.target.fixed_names)
     work = open_work(request.out, request.work)
     offer, plan = plan_widths(job, work, progress)

@@ -6,18 +6,22 @@ OUT holds the result.  OUT/.work (or --work) holds the state from which a killed
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
-from edgemoe.base.storage import load_record, save_record, write_text
+from edgemoe.base.files import hold, write_text
+from edgemoe.base.ownership import is_ours
+from edgemoe.base.storage import hash_file, load_record, save_record
 from edgemoe.ir import Artifact, Report
-from edgemoe.report.page import write_report
+from edgemoe.report.page import PAGES, write_report
 
 MARKER = "build.json"
+RECORDS = ("artifact.json", "plan.json")  # beside the PAGES of report/page.py
 
 
 def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
@@ -28,7 +32,8 @@ def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
     Args:
         out: the folder.
         force: accept a folder that holds other files.
-        names: of the target's files; a file of such a name that somebody else wrote is never overwritten, even with `force`.
+        names: of the target's files.  A file of such a name, or of a report's, that somebody else wrote or changed is never overwritten,
+            even with `force`.
 
     Raises:
         UsageError: the folder is not accepted.
@@ -40,14 +45,24 @@ def check_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
             break
     if out.is_dir() and any(out.iterdir()) and not force and not (out / ".work" / MARKER).exists():
         raise UsageError(f"{out} is not empty", hint="choose another -o, or add --force to replace what edgemoe wrote there")
-    if (out / ".work" / MARKER).exists():
-        return
-    ours: set[str] = set()
-    with suppress(ModelError):
-        ours = {f.name for f in find_artifact(out).files}
-    foreign = [name for name in names if (out / name).exists() and name not in ours]
-    if foreign:
+    ours = {str(path.relative_to(out)) for path in _our_files(out, names)}
+    foreign = [name for name in (*names, *RECORDS, *PAGES) if os.path.lexists(out / name) and name not in ours]
+    if foreign and not ((out / ".work" / MARKER).exists() and foreign[0] in names):  # an unfinished build may not have recorded its files
         raise UsageError(f"{out / foreign[0]}: is there, and edgemoe did not write it", hint="choose another -o, or move the file away")
+
+
+def _our_files(out: Path, names: Sequence[str]) -> list[Path]:
+    """Files that a build or emit left in OUT, or where the target may put them below it, and nobody changed since."""
+    found = [out / name for name in (*RECORDS, *PAGES) if is_ours(out / name)]
+    for folder in (out, out / ".work"):
+        with suppress(ModelError):  # no record, or one that is not ours or of another version: its files are not known to be ours
+            for file in find_artifact(folder).files:
+                path = out / file.name
+                if Path(file.name).name != file.name and file.name not in names:
+                    continue  # a record may come from anybody
+                if path.is_file() and not path.is_symlink() and path.stat().st_size == file.size and hash_file(path) == file.sha256:
+                    found.append(path)
+    return list(dict.fromkeys(found))
 
 
 def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None:
@@ -59,13 +74,28 @@ def prepare_output(out: Path, *, force: bool, names: Sequence[str] = ()) -> None
     """
     check_output(out, force=force, names=names)
     try:
-        for folder in (out, out / ".work"):
-            with suppress(ModelError):  # if there is no record, or one that is not ours or of another version, its files stay
-                _remove_result(out, find_artifact(folder), names)
+        for path in _our_files(out, names):
+            path.unlink()
         (out / ".work").mkdir(parents=True, exist_ok=True)
         write_text(out / ".work" / MARKER, json.dumps({"unfinished": True}) + "\n")
     except OSError as error:
         raise MachineError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def hold_output(out: Path) -> Iterator[None]:
+    """Make OUT if it is not there, and keep other runs out of it until the block ends.
+
+    Raises:
+        UsageError: another run is at work there.
+        MachineError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{out}: cannot be made: {error.strerror}") from error
+    with hold(out):
+        yield
 
 
 def find_artifact(out: Path) -> Artifact:
@@ -79,13 +109,6 @@ def find_artifact(out: Path) -> Artifact:
     if (out / "report.json").exists():
         return replace(load_record(out / "report.json", Report).artifact, folder=str(out))
     raise ModelError(f"{out}: neither artifact.json nor report.json is there", hint="give the folder that emit or build made")
-
-
-def _remove_result(out: Path, artifact: Artifact, names: Sequence[str]) -> None:
-    """Delete the files that a record lists, if they lie directly in OUT or where the target may put them below it."""
-    for name in (*(f.name for f in artifact.files), "artifact.json", "plan.json", "report.json", "report.html", "README.md"):
-        if (Path(name).name == name or name in names) and (out / name).is_file():
-            (out / name).unlink()
 
 
 def open_work(out: Path, work: Path | None) -> Path:

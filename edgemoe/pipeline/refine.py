@@ -7,7 +7,6 @@ measurement is kept in the work folder, rounded, so that a rerun chooses the sam
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import write_text
+from edgemoe.base.storage import load_sealed, save_sealed
 from edgemoe.base.types import F32, F64
-from edgemoe.base.work import key_of, path_of
+from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.pipeline.emit import emit_artifact
@@ -241,14 +240,20 @@ class Measurer:
         """KL of the plan and of its drops on the measuring text."""
         made_from = (self.model.fingerprint, self.stats.key, self.windows.tokens.tolist(), plan.target, self.rounding)
         path = path_of(self.work, "measured", key_of("measured", made_from, plan.kept, plan.formats, plan.repair), ".json")
-        if not path.exists():
-            write_text(path, json.dumps(asdict(self._measure(plan, path.with_suffix("")))) + "\n")
+
+        def make() -> Measured:
+            found = self._measure(plan, path.with_suffix(""))
+            save_sealed(path, asdict(found))
+            return found
+
+        measured = open_or_make(path, lambda: Measured(**load_sealed(path)) if path.exists() else None, make)
         self.done += 1
         if self.progress:
             self.progress(self.done, self.done)
-        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        return measured
 
     def _measure(self, plan: Plan, folder: Path) -> Measured:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         original, n = reference_states(self.model, self.windows, self.work), len(self.windows.tokens)
         stored = self.stored_as(plan)
         try:

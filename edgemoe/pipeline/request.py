@@ -76,6 +76,8 @@ class Job:
 def prepare(request: BuildRequest) -> Job:
     """Check everything that can be checked before work starts, and change nothing; `check_budget` checks the budget.
 
+    Of the weights nothing is read, so the Job's model has no fingerprint yet (`hash_model`).
+
     Raises:
         EdgemoeError: the first UsageError, ModelError or MachineError that is found.
     """
@@ -84,7 +86,7 @@ def prepare(request: BuildRequest) -> Job:
     check_output(request.out, force=request.force, names=target.fixed_names)
     check_solver(request.solver)
     check_rounding(request.rounding)
-    model = inspect_model(request.model)
+    model = inspect_model(request.model, hashed=False)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     return Job(
         request=request,

@@ -26,6 +26,7 @@ from edgemoe.rules import Rule
 
 MAX_BUDGETS = 1000
 _GONE = 255  # number that marks a dropped expert in the page's data, in the experts form
+FILES = ("sweep.csv", "sweep.html")
 COLUMNS = ("budget", "file_size", "peak", "kept", "predicted_kl", "cost", "bound", "gap", "proven", "carried_over")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -74,8 +75,14 @@ class TwoStreams:
         return slice(int(self.first[index[0]]), int(self.first[index[-1] + 1]))
 
     def array(self, name: str, width: int) -> F32:
-        """Scratch [tokens, width] in a file."""
-        return np.memmap(self.work / f"{name}.bin", np.float32, "w+", shape=(int(self.first[-1]), width))
+        """Scratch [tokens, width] in a file whose bytes are taken first: a full disk would kill a process that writes to the map."""
+        path, shape = self.work / f"{name}.bin", (int(self.first[-1]), width)
+        with path.open("w+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(4 * shape[0] * shape[1], 1))
+            else:
+                file.truncate(4 * shape[0] * shape[1])
+        return np.memmap(path, np.float32, "r+", shape=shape)
 
     def read_gradients(self, layer: int) -> F32 | None:
         """Gradients of the loss with respect to a layer's output, times the root of the token's weight [tokens, H]."""

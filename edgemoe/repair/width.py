@@ -6,7 +6,6 @@ width on the prices of this width, in which the cost of narrowing itself is a co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import write_text
+from edgemoe.base.storage import load_sealed, save_sealed
 from edgemoe.base.types import F64
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model
@@ -179,11 +178,17 @@ def narrow_experts(
         for layer in resume(streams, lambda done, _: tell(steps - layers + done)):
             refit_layer(streams, layer, range(model.n_experts), epochs=epochs, change=change)
             tell(steps - layers + layer + 1)
-        write_text(folder / "kl.json", json.dumps(streams.measure()))
+        save_sealed(folder / "kl.json", {"kl": streams.measure()})
         return save_overlay(base, folder, {})
 
-    made = open_or_make(folder, lambda: open_overlay(base, folder, {}), make)
-    kl = tuple(json.loads((folder / "kl.json").read_text(encoding="utf-8")))
+    def read() -> Model | None:
+        made = open_overlay(base, folder, {})
+        if made is not None:
+            load_sealed(folder / "kl.json")
+        return made
+
+    made = open_or_make(folder, read, make)
+    kl = tuple(load_sealed(folder / "kl.json")["kl"])
     return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
 
 

@@ -6,6 +6,7 @@ loads nothing from the network.  Sizes are bytes, KL is nats per token.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from importlib.resources import files
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError
-from edgemoe.base.storage import save_record, write_text
+from edgemoe.base.files import write_text
+from edgemoe.base.ownership import is_ours, seal_text
+from edgemoe.base.storage import save_record
 from edgemoe.base.units import format_bytes, plain
 from edgemoe.ir import Plan, Report, Unit, counts_text
 from edgemoe.report.model_card import render_card
@@ -225,16 +228,28 @@ def render_html(report: Report) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
+PAGES = ("report.json", "report.html", "README.md")  # what write_report writes
+
+
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.html and README.md; each appears whole or not at all.
+    """Write report.json, report.html and README.md, each whole or not at all; a file that is not ours stays, and a warning says so.
 
     Raises:
         MachineError: the folder cannot be written.
     """
     page, card = render_html(report), render_card(report)
     try:
-        save_record(folder / "report.json", report)
-        write_text(folder / "report.html", page)
-        write_text(folder / "README.md", card)
+        if _is_free(folder / "report.json"):
+            save_record(folder / "report.json", report)
+        for path, text in ((folder / "report.html", page), (folder / "README.md", card)):
+            if _is_free(path):
+                write_text(path, seal_text(text))
     except OSError as error:
         raise MachineError(f"{folder}: the report cannot be written: {error}", hint="check the folder and the space left") from error
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists() or is_ours(path):
+        return True
+    logging.getLogger("edgemoe").warning("%s: was left as it is, because edgemoe did not write it or somebody changed it", path)
+    return False

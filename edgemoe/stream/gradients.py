@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.base.files import write_text
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import array_file, load_arrays, save_arrays, write_text
+from edgemoe.base.storage import array_file, check_arrays, load_arrays, save_arrays
 from edgemoe.base.types import F64
 from edgemoe.base.work import Steps, key_of, open_or_make, path_of
 from edgemoe.ir import Model
@@ -55,7 +56,18 @@ def collect_gradients(model: Model, texts: Sequence[Text], work: Path, *, max_to
         write_text(folder / "done", "")
         return folder
 
-    return open_or_make(folder, lambda: folder if (folder / "done").exists() else None, make)
+    def read() -> Path | None:
+        if not (folder / "done").exists():
+            return None
+        for layer in range(model.n_layers):
+            check_arrays(folder / array_file(layer))
+        windows = tokenize(model, texts, max_tokens, WINDOW)
+        for layer in range(-1, model.n_layers):
+            with open_gradients(folder, layer, windows, model.hidden_size) as kept:
+                kept.check()
+        return folder
+
+    return open_or_make(folder, read, make)
 
 
 def load_gradients(folder: Path, layer: int) -> Arrays:

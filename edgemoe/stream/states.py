@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Self
@@ -10,35 +11,59 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import MachineError
+from edgemoe.base.errors import DamagedError, MachineError
+
+HASH_BYTES = 16  # behind the states of each window
 
 
 class States:
     """Hidden states [windows, length, hidden] in a file, read and written a window at a time (pread/pwrite: safe from any thread).
 
-    The file holds float32, or bfloat16 with `half`.
+    The file holds float32, or bfloat16 with `half`.  Behind each window stands a hash of its states, which every read checks.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, half: bool = False) -> None:
         self.path, self.shape = path, shape
         self._dtype = torch.bfloat16 if half else torch.float32
         self._bytes = shape[1] * shape[2] * self._dtype.itemsize
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def read(self, index: NDArray[np.int64]) -> torch.Tensor:
-        """States of these windows [len(index), length, hidden]."""
+        """States of these windows [len(index), length, hidden].
+
+        Raises:
+            DamagedError: these windows are not what was written.
+        """
         out = torch.empty((len(index), *self.shape[1:]))
         for row, i in enumerate(index):
-            read = bytearray(os.pread(self._file, self._bytes, int(i) * self._bytes))
-            out[row] = torch.frombuffer(read, dtype=self._dtype).view(self.shape[1:])
+            out[row] = torch.frombuffer(self._read(int(i)), dtype=self._dtype).view(self.shape[1:])
         return out
+
+    def check(self) -> None:
+        """Read every window and check its hash.
+
+        Raises:
+            DamagedError: a window is not what was written.
+        """
+        for i in range(self.shape[0]):
+            self._read(i)
 
     def write(self, index: NDArray[np.int64], values: torch.Tensor) -> None:
         """Replace the states of these windows."""
         rows = values.detach().to(self._dtype).cpu().contiguous().view(torch.uint8).numpy()
+        step = self._bytes + HASH_BYTES
         for row, i in enumerate(index):
-            if os.pwrite(self._file, rows[row].tobytes(), int(i) * self._bytes) < self._bytes:
+            data = rows[row].tobytes()
+            if os.pwrite(self._file, data + _hash(data), int(i) * step) < step:
                 raise MachineError(f"{self.path.parent}: the disk is full", hint="free some space, or choose another --work")
+
+    def _read(self, window: int) -> bytearray:
+        step = self._bytes + HASH_BYTES
+        found = os.pread(self._file, step, window * step)
+        data = bytearray(found[: self._bytes])
+        if found[self._bytes :] != _hash(data):
+            raise DamagedError(self.path)
+        return data
 
     def __enter__(self) -> Self:
         return self
@@ -51,3 +76,7 @@ class States:
         os.close(self._file)
         if delete:
             self.path.unlink(missing_ok=True)
+
+
+def _hash(data: bytes | bytearray) -> bytes:
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()

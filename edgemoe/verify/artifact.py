@@ -18,6 +18,7 @@ import numpy as np
 
 from edgemoe.base.errors import VerifyError
 from edgemoe.base.progress import Progress
+from edgemoe.base.storage import hash_file
 from edgemoe.base.types import F32
 from edgemoe.base.units import format_bytes
 from edgemoe.devices.detect import measure_bandwidth
@@ -33,6 +34,8 @@ TOKENIZER_LINES = 200
 GENERATE = 64
 LOOP_SHARE = 0.5  # share of repeated 4-grams above which a continuation counts as a loop
 KL_SURPRISE = 3.0  # if measured KL is this many times the prediction, the report says so
+KL_NOTED = 1e-3  # nats; a smaller KL is never a surprise
+KL_BROKEN = 0.05  # nats; a surprise above it is a broken promise, below it a note
 
 
 def verify_artifact(
@@ -59,8 +62,9 @@ def verify_artifact(
         progress: called with (windows done, all windows).
 
     Raises:
-        VerifyError: the artifact does not load or run.
+        VerifyError: a file of the artifact is not what was written, or the artifact does not load or run.
     """
+    check_files(artifact)
     windows = tokenize_heldout(model, heldout, max_tokens)
     states = reference_states(model, windows, work)
     measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
@@ -86,6 +90,20 @@ def verify_artifact(
         runtime=target.runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )
+
+
+def check_files(artifact: Artifact) -> None:
+    """Compare every file of an artifact with the size and the SHA-256 that were recorded when it was written.
+
+    Raises:
+        VerifyError: names the first file that is missing or another.
+    """
+    for file in artifact.files:
+        path = Path(artifact.folder) / file.name
+        if not path.is_file():
+            raise VerifyError(f"{path}: is missing", hint="build or emit it again")
+        if path.stat().st_size != file.size or hash_file(path) != file.sha256:
+            raise VerifyError(f"{path}: was changed or damaged after edgemoe wrote it", hint="build or emit it again")
 
 
 def _ratio_beside(path: Path, model: Model, windows: Any, states: F32, target: Target, settings: Mapping[str, bool]) -> float:
@@ -133,8 +151,9 @@ def _find_problems(
     wrong = target.check_tokenizer(artifact.path, model, lines[::step][:TOKENIZER_LINES])
     if wrong:
         problems.append(f"{len(wrong)} lines are tokenized otherwise than by the original, the first: {wrong[0][:80]!r}")
-    if kl > KL_SURPRISE * plan.predicted_kl and kl > 1e-3:
-        problems.append(f"note: measured KL {kl:.4f} is more than {KL_SURPRISE:g} times the prediction {plan.predicted_kl:.4f}")
+    if kl > KL_SURPRISE * plan.predicted_kl and kl > KL_NOTED:
+        surprise = f"measured KL {kl:.4f} is more than {KL_SURPRISE:g} times the prediction {plan.predicted_kl:.4f}"
+        problems.append(surprise if kl > KL_BROKEN else f"note: {surprise}")
     return problems
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from edgemoe.base.errors import MachineError
-from edgemoe.base.storage import write_text
+from edgemoe.base.files import write_text
+from edgemoe.base.storage import save_sealed
 from edgemoe.ir import Plan
 
-KEEP_LIST, TYPE_FILE, COMMAND = "keep.json", "tensor-types.txt", "README.txt"
+FILES = KEEP_LIST, TYPE_FILE, COMMAND = "keep.json", "tensor-types.txt", "README.txt"
 
 
 def tensor_type_lines(plan: Plan) -> list[str]:
@@ -38,14 +38,15 @@ def export_plan(plan: Plan, folder: Path) -> list[Path]:
         f"{TYPE_FILE}: the type of every tensor, for a GGUF from which the other experts are gone:\n\n"
         f"llama-quantize --imatrix IMATRIX --tensor-type-file {TYPE_FILE} {own} PRUNED-F16.gguf OUT.gguf Q8_0\n"
     )
-    contents = {KEEP_LIST: json.dumps(keep) + "\n", TYPE_FILE: "\n".join(tensor_type_lines(plan)) + "\n", COMMAND: text}
+    contents = {TYPE_FILE: "\n".join(tensor_type_lines(plan)) + "\n", COMMAND: text}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        save_sealed(folder / KEEP_LIST, keep)
         for name, content in contents.items():
             write_text(folder / name, content)
     except OSError as error:
         raise MachineError(f"{folder}: cannot be written: {error.strerror}") from error
-    return [folder / name for name in contents]
+    return [folder / name for name in FILES]
 
 
 def gpu_flags(plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from edgemoe.base.storage import alone
+from edgemoe.base.files import alone
 
 
 def test_builds_that_share_a_work_folder_make_each_thing_one_after_the_other(tmp_path: Path) -> None:

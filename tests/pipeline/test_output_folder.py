@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from edgemoe.base.errors import UsageError
-from edgemoe.base.storage import save_record
+from edgemoe.base.ownership import seal_text
+from edgemoe.base.storage import hash_file, save_record, save_sealed
 from edgemoe.ir import Artifact, ArtifactFile
 from edgemoe.pipeline.output_folder import MARKER, check_output, prepare_output
 
 
 def record_artifact(path: Path, *names: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = tuple(ArtifactFile(name=name, size=1, sha256="0" * 64) for name in names)
+    root = path.parent.parent if path.parent.name == ".work" else path.parent
+    found = [(name, root / name) for name in names]
+    files = tuple(ArtifactFile(name=n, size=p.stat().st_size, sha256=hash_file(p) if p.is_file() else "") for n, p in found)
     save_record(path, Artifact(folder="", target="gguf", plan="", files=files))
 
 
@@ -45,8 +48,10 @@ def test_what_an_unfinished_build_emitted_goes_when_it_is_given_another_budget(t
 
 
 def test_force_replaces_our_files_and_no_others(tmp_path: Path) -> None:
-    for name in ("model.gguf", "plan.json", "report.html", "notes.txt", "other.gguf"):
+    for name in ("model.gguf", "notes.txt", "other.gguf"):
         (tmp_path / name).write_text("here")
+    (tmp_path / "report.html").write_text(seal_text("<html></html>"))
+    save_sealed(tmp_path / "plan.json", {"record": "Plan"})
     record_artifact(tmp_path / "artifact.json", "model.gguf")
     with pytest.raises(UsageError, match="not empty"):
         prepare_output(tmp_path, force=False)
@@ -66,6 +71,24 @@ def test_an_edited_record_cannot_delete_outside_the_folder(tmp_path: Path, name:
     record_artifact(out / "artifact.json", str(tmp_path / name[1:]) if name.startswith("/") else name)
     prepare_output(out, force=True)
     assert all(v.read_text() == "mine" for v in victims)
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "report.json", "plan.json", "artifact.json"])
+def test_a_page_or_record_that_somebody_else_wrote_or_changed_is_kept_even_with_force(tmp_path: Path, name: str) -> None:
+    text = seal_text("ours").replace("ours", "mine") if name.endswith((".md", ".html")) else '{"record": "Plan", "sha256": "0"}'
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=f"{name}: is there, and edgemoe did not write it") as caught:
+        prepare_output(tmp_path, force=True)
+    assert caught.value.exit_code == 2
+    assert names(tmp_path) == {name} and (tmp_path / name).read_text() == text
+
+
+def test_a_file_of_the_artifact_that_somebody_replaced_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("ours")
+    record_artifact(tmp_path / "artifact.json", "model.gguf")
+    (tmp_path / "model.gguf").write_text("mine")
+    prepare_output(tmp_path, force=True)
+    assert (tmp_path / "model.gguf").read_text() == "mine"
 
 
 FIXED = ("model.onnx", "config.json", "onnx/model.onnx")

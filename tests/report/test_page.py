@@ -16,6 +16,7 @@ import yaml
 from reports import BITS, REPORTS, Page, make_hostile, make_onnx_report, make_report, print_at
 
 from edgemoe.base.errors import MachineError
+from edgemoe.base.ownership import seal_text
 from edgemoe.base.storage import load_record
 from edgemoe.ir import Report, Round
 from edgemoe.report.model_card import render_card
@@ -141,8 +142,8 @@ def test_written_report_opens_again_and_leaves_no_parts(tmp_path: Path) -> None:
     write_report(report, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "report.html", "report.json"]
     assert load_record(tmp_path / "report.json", Report) == report
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html(report)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(report)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == seal_text(render_html(report))
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == seal_text(render_card(report))
 
 
 def test_failed_write_keeps_the_old_page_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tiny import EXAMPLES, backpropagate_draws
 from edgemoe.model.inspect import inspect_model
 from edgemoe.stream.adapter import linear_of
 from edgemoe.stream.gradients import collect_gradients, load_gradients, open_gradients
-from edgemoe.stream.states import States
+from edgemoe.stream.states import HASH_BYTES, States
 from edgemoe.stream.texts import SHIPPED, read_text
 from edgemoe.stream.windows import tokenize
 
@@ -86,4 +86,4 @@ def test_half_states_keep_three_digits(tmp_path: Path) -> None:
     states, index = States(tmp_path / "half.bin", (3, 4, 8), half=True), np.array([2, 0, 1])
     states.write(index, values)
     torch.testing.assert_close(states.read(index), values, rtol=4e-3, atol=0)
-    assert (tmp_path / "half.bin").stat().st_size == 2 * values.numel()
+    assert (tmp_path / "half.bin").stat().st_size == 2 * values.numel() + 3 * HASH_BYTES
