@@ -24,7 +24,6 @@ RUNTIME = 27 * 2**20  # 24 MiB for bindings, libraries, tokenizer's tables and 2
 PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables (245 measured)
 PER_CELL = 128  # bytes of one token's entry in the caches' tables (123 measured)
 PER_NODE = 1600  # bytes of one place for a graph's node: three times its tensor, and the scheduler's tables (1526 to 1603 measured)
-TENSORS, LATENT_TENSORS = 12, 18  # the most tensors of a layer, in the families that can be written and in DeepSeek's
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -106,7 +105,7 @@ def memory_parts(model: Model, context: int, settings: Settings | None = None) -
 
 def _runtime(model: Model, settings: Settings) -> int:
     """Bytes of the process without weights, caches and buffers."""
-    tensors = len(model.caches) * (LATENT_TENSORS if model.attention.latent else TENSORS)
+    tensors = len({(tensor.layer, tensor.role) for tensor in model.tensors})  # of the file, in which a stack of experts is one tensor
     nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
     cells = settings.sequences * cells_of(settings)
     return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * nodes
