@@ -1,4 +1,4 @@
-"""This script compares a width for every expert with one for a layer's experts and with PMQ's rule, at equal bytes in onnxruntime.
+"""This script compares a bit width for every expert with one for a layer's experts and with PMQ's rule, at equal bytes in onnxruntime.
 
     python benchmarks/onnx_widths.py examples/tiny-moe-b examples/tiny-moe [--work DIR] [--tokens 5120] [--rounding stock]
 
@@ -39,7 +39,7 @@ AS_LARGE = 0.97  # of our file: smaller ones, of rules that have no use for more
 METHODS = ("expert", "layer", "PMQ")
 COLUMNS = """\
 Each cell holds the KL measured; in brackets stand the KL predicted, the experts kept in a layer, and the file size in MB.  All plans take
-the same prices: "a width for each expert" decides drops and formats freely, "one for a layer's experts" stores the experts of a layer
+the same prices: "a bit width for each expert" decides drops and formats freely, "one for a layer's experts" stores the experts of a layer
 alike, and PMQ gives every expert its bits by PMQ's own importance, one format to all else, and drops nothing.  A ratio compares two files
 only where the second has at least 0.97 times the bytes of the first."""
 
@@ -118,7 +118,7 @@ def model_lines(priced: PricedModel, lines: list[list[tuple[Plan, float] | None]
     """One model's results as Markdown."""
     tokens = int(priced.reference.windows.lengths.sum())
     out = [f"## {priced.model.name}, {tokens} held-out tokens of {', '.join(priced.reference.names)}", ""]
-    ways = ["a width for each expert", "one for a layer's experts", "PMQ, 2 to 4 bits"]
+    ways = ["a bit width for each expert", "one for a layer's experts", "PMQ, 2 to 4 bits"]
     out += table.head(["file MB", *ways, "expert / layer", "expert / PMQ"])
     ratios: list[list[float]] = [[], []]
     for line in lines:
@@ -144,7 +144,7 @@ def main() -> None:
     stock = " --rounding stock" if options.rounding == "stock" else ""
     command = f"python benchmarks/onnx_widths.py {' '.join(map(str, options.models))}{stock}"
     runtime = find_target("onnx").runtime()
-    text = ["# ONNX: what a width for every expert is worth, KL (nats per token) at equal file bytes", ""]
+    text = ["# ONNX: what a bit width for every expert is worth, KL (nats per token) at equal file bytes", ""]
     text += [
         f"{table.made_by(command, 'cores')}, {runtime}; repaired where experts go, {options.rounding} rounding.",
         "",

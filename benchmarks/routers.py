@@ -1,4 +1,4 @@
-"""How long does the sum over the routers ahead take in a stack of DeepSeek-V3's shape, summed anew for every layer or updated?
+"""How long does the sum over the routers after a layer take in a model of DeepSeek-V3's shape, summed anew for every layer or updated?
 
 Random routers of the right shape are written to a temporary file; nothing else of the model is needed.
 """
@@ -52,11 +52,11 @@ def main() -> None:
         took = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [
-        f"# The sum over the routers ahead, {args.shape}",
+        f"# The sum over the routers after each layer, {args.shape}",
         "",
         f"{len(layers)} routers of {model.n_experts} experts, hidden size {model.hidden_size:,}; {made_by(COMMAND, 'cores')}.",
-        f"The process held {format_bytes(peak)} at its peak.  A sum made anew takes one product for each router ahead, so its time is",
-        f"extrapolated from the first sum, which took {one:.2f} s a product.",
+        f"The process held {format_bytes(peak)} at its peak.  A sum made anew takes one product for each router after the layer, so its",
+        f"time is extrapolated from the first sum, which took {one:.2f} s a product.",
         "",
         *head(["way", "products", "seconds of a build"]),
         row(["made anew, twice a layer", f"{len(layers) ** 2:,}", f"{one * len(layers) ** 2:,.0f}"]),

@@ -69,6 +69,12 @@ def ask_llama_cpp(path: Path, settings: Sequence[Settings], *, outputs: int = 0)
     return [parse(path, lines) for lines in said]
 
 
+def ask_nodes(path: Path) -> int:
+    """The number of nodes that a graph may have, as llama.cpp says it, for a GGUF of which only the header is read."""
+    (lines,) = hear_llama_cpp(path, [{**child_settings(Settings(context=512)), "outputs": 0}])
+    return int(next(line.split("max_nodes =")[1] for line in lines if "max_nodes" in line))
+
+
 def parse(path: Path, lines: Sequence[str]) -> dict[str, int]:
     text = "\n".join(lines)
     if not SAID["compute"].search(text):

@@ -10,6 +10,11 @@ import importlib.util
 from typing import Any
 
 
+def heard(llama: Any) -> list[str]:
+    """The lines of llama.cpp's log about its buffers, and about the nodes that a graph may have."""
+    return [*llama.buffers(), *(line.strip() for line in "".join(llama._log).splitlines() if "max_nodes" in line)]
+
+
 def do(job: dict[str, Any]) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location("product_child", job["child"])
     assert spec is not None and spec.loader is not None
@@ -25,10 +30,10 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     child.lc.llama_model_default_params = hollow
     first, *others = job["asked"]
     llama = child.Llama(job["path"], first["context"], first, repack=job["repack"])
-    said = [llama.buffers()]
+    said = [heard(llama)]
     for settings in others:
         child.lc.llama_free(llama.context)
         llama._log.clear()
         llama.open(settings["context"], settings)
-        said.append(llama.buffers())
+        said.append(heard(llama))
     return {"said": said}

@@ -6,6 +6,7 @@ depends on.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from oracles import write_sparse_header
 
-from edgemoe.ir import Model
+from edgemoe.ir import Model, Tensor
 from edgemoe.ir.model import Attention, Cache, Expert, Layer, Router
 
 Shapes = dict[str, tuple[int, ...]]
@@ -98,6 +99,7 @@ def _add_tokens(writer: Any, tiny: Tiny) -> None:
 
 def bare_model(
     *,
+    tensors: Shapes,
     caches: tuple[Cache, ...],
     hidden_size: int,
     n_heads: int,
@@ -117,7 +119,7 @@ def bare_model(
     latent: int = 0,
     q_latent: int = 0,
 ) -> Model:
-    """A model of which only what memory depends on is said; it has no tensors."""
+    """A model of which only what memory depends on is said; each tensor of the file is one of its tensors."""
     layers = tuple(
         Layer(attention="mla" if latent else "gqa", ffn="dense" if number < dense_layers else "moe", cache=cache)
         for number, cache in enumerate(caches)
@@ -130,8 +132,13 @@ def bare_model(
         folder="", name="bare", model_type="", config={}, hidden_size=hidden_size, vocab_size=vocab_size, context_length=65536,
         norm_eps=1e-6, n_experts=n_experts, attention=heads, layers=layers, dense_size=dense_size, shared_size=shared_size,
         router=Router(top_k=top_k, scoring=gating, renormalize=renormalize, scale=scale),
-        expert=Expert(size=expert_size, biased=expert_bias), tensors=(), fingerprint="",
+        expert=Expert(size=expert_size, biased=expert_bias), tensors=tuple(itertools.starmap(_tensor, tensors.items())), fingerprint="",
     )  # fmt: skip
+
+
+def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    layer, role = name.removeprefix("blk.").split(".", 1) if name.startswith("blk.") else ("-1", name)
+    return Tensor(name=name, role=role.removesuffix(".weight"), layer=int(layer), shape=shape, dtype="F32", file="", offset=0)
 
 
 def ends(hidden: int, vocab: int) -> Shapes:
@@ -200,6 +207,7 @@ def gqa(
     for layer in range(layers):
         tensors |= in_layer(layer, {**attention(hidden, heads, kv_heads, dim), **norms, **experts(hidden, n_experts, size)})
     model = bare_model(
+        tensors=tensors,
         caches=(Cache(k=kv_heads * dim, v=kv_heads * dim),) * layers,
         hidden_size=hidden,
         n_heads=heads,
@@ -273,6 +281,7 @@ def mla(
             part |= {f"ffn_{n}_shexp.weight": (size, hidden) for n in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, size)}
         tensors |= in_layer(layer, {**mixer, **part})
     model = bare_model(
+        tensors=tensors,
         caches=(Cache(k=rank + rope),) * layers,
         hidden_size=hidden,
         n_heads=heads,
@@ -329,6 +338,7 @@ def sliding(
         part |= {f"ffn_{n}_exps.bias": (n_experts, size) for n in ("gate", "up")}
         tensors |= in_layer(layer, part)
     model = bare_model(
+        tensors=tensors,
         caches=tuple(Cache(k=kv_heads * dim, v=kv_heads * dim, window=window if layer % 2 == 0 else 0) for layer in range(layers)),
         hidden_size=hidden,
         n_heads=heads,
@@ -384,6 +394,7 @@ def granite_hybrid(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2, d
         tensors |= in_layer(layer, {**mixer, "ffn_norm.weight": (hidden,), **experts(hidden, n_experts, size)})
     one = Cache(state=(conv - 1) * (inner + 2 * groups * state) + state * inner)
     model = bare_model(
+        tensors=tensors,
         caches=tuple(one if r else Cache(k=kv_heads * dim, v=kv_heads * dim) for r in recurrent),
         hidden_size=hidden,
         n_heads=heads,
@@ -431,6 +442,7 @@ def short_convolution(*, hidden: int = HIDDEN, heads: int = 8, kv_heads: int = 2
             part |= {**experts(hidden, n_experts, size), "exp_probs_b.bias": (n_experts,)}
         tensors |= in_layer(layer, part)
     model = bare_model(
+        tensors=tensors,
         caches=tuple(Cache(state=(length - 1) * hidden) if r else Cache(k=kv_heads * dim, v=kv_heads * dim) for r in recurrent),
         hidden_size=hidden,
         n_heads=heads,

@@ -53,7 +53,13 @@ def gqa(
 ) -> Block:
     """Grouped-query attention (arXiv 2305.13245).
 
-    With `gated`, attn_q also gives a gate for each mixed value; with `sinks`, each head has one more logit.
+    Args:
+        c: the config.
+        biased: whether attn_q, attn_k and attn_v have biases.
+        output_biased: whether attn_output has a bias.
+        gated: whether attn_q also gives a gate for each mixed value.
+        sinks: whether each head has one more logit.
+        window: tokens that a token attends to, itself included; 0: all before it.
     """
     hidden, head, kv = c["hidden_size"], c.head_size, c["num_key_value_heads"]
     rows = {"q": (2 if gated else 1) * c.heads * head, "k": kv * head, "v": kv * head}
@@ -103,7 +109,11 @@ def mla(c: Config, *, indexer: bool = False) -> Block:
 
 
 def delta(c: Config, *, joint: bool) -> Block:
-    """Gated delta rule (arXiv 2412.06464): a convolution window and a state matrix per head; `joint` puts alpha and beta in one matrix."""
+    """Gated delta rule (arXiv 2412.06464), with one convolution window and, for each head, a state matrix.
+
+    For each token, alpha is the share of the state that stays (the decay), and beta is the step size by which the token changes the state.
+    `joint` puts the matrices that give alpha and beta into one.
+    """
     hidden, heads = c["hidden_size"], c["linear_num_value_heads"]
     inner = heads * c["linear_value_head_dim"]
     keys = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"]
@@ -136,7 +146,7 @@ def experts(
         names: pattern for the names of the experts' matrices in the checkpoint; {expert} stands for the number, {} for gate, up or down.
         router: names of the router's matrix, of which the first that exists counts.
         bias: name of the vector that is added to scores when experts are chosen; empty if there is none.
-        biased: whether router and experts have biases.
+        biased: whether the router and all matrices of the experts have biases; `bias` is another vector, and does not count here.
         letters: what replaces {} for gate, up and down; None: these three words.
     """
     hidden, n = c["hidden_size"], c.experts
@@ -154,7 +164,7 @@ def experts(
 
 
 def shared(c: Config, size: int, names: str, *, gate: str = "") -> Block:
-    """An expert that every token passes; `gate` names a vector whose sigmoid scales its output."""
+    """An expert that computes every token; `gate` names the vector whose product with a token, through a sigmoid, scales its output."""
     specs = _glu(c, size, names, "shexp", "shared_hidden")
     if gate:
         specs = (*specs, Spec("ffn_gate_inp_shexp", (c["hidden_size"],), (gate,), "ffn_norm"))
@@ -192,6 +202,9 @@ def attention_kind(c: Config, layer: int) -> str:
 
 
 def pre_norms(c: Config) -> Iterator[Block]:
-    """The two norms of a layer, in files that list them next to each other; a family of other files calls `norm` itself."""
+    """The two norms of a layer, one after the other in the list of tensors.
+
+    A family whose norms must stand apart calls `norm` itself.
+    """
     yield norm(c, "attn_norm", "input_layernorm")
     yield norm(c, "ffn_norm", "post_attention_layernorm")

@@ -1,7 +1,7 @@
 """This module solves the program of PMQ, the pre-loading mixed precision of MC: bits for each expert from its importance and errors.
 
     minimise    sum_i phi_i w_i^1.5 sum_j eps_ij x_ij               phi: share of tokens, w: share of routing weight, eps: output error
-    subject to  sum_j x_ij = 1,  sum_ij bits_j x_ij <= B,  at least one expert at the widest and one at the second widest width
+    subject to  sum_j x_ij = 1,  sum_ij bits_j x_ij <= B,  at least one expert at the largest and one at the second largest bit width
 
 Each layer is solved alone, and no expert is dropped.  Source: Huang et al., arXiv 2410.06270 (MC), precision_solver.py of
 Aaronhuang-778/MC-MoE.  The paper raises eps to gamma = 2, and the released code to 1; the allocations here follow the code.
@@ -29,9 +29,9 @@ def allocate_bits(
     Args:
         tokens: how many tokens each expert got [E].
         weights: sum of its routing weights [E].
-        errors: error of the layer's output if only this expert is rounded to each width [E, J].
+        errors: error of the layer's output if only this expert is rounded to each bit width [E, J].
         total_bits: B, the most that the experts' bits may add up to.
-        bits: J widths, rising.
+        bits: J bit widths, rising.
 
     Raises:
         UsageError: shapes or numbers are impossible.
@@ -56,7 +56,7 @@ def allocate_bits(
 
 
 def pmq_costs(tokens: F64, weights: F64, errors: F64) -> F64:
-    """The cost of each expert at each width [E, J]: 1000 phi w^1.5 eps.
+    """The cost of each expert at each bit width [E, J]: 1000 phi w^1.5 eps.
 
     Raises:
         UsageError: shapes or numbers are impossible.

@@ -198,11 +198,11 @@ def plan_pmq(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
 
     PMQ is from Huang et al., arXiv 2410.06270 (MC); 2, 3 and 4 bits take the place of its 1, 2 and 3, and the program is in pmq.py.  PMQ
     decides neither block sizes nor the format of other matrices (4 or 8 bits); of all that the price list offers, we take the plan with the
-    least price.  PMQ's error of an expert at a width is the norm of the change in its layer's output.  It is the root of our price, which
-    is a mean square.
+    least price.  PMQ's error of an expert at a bit width is the norm of the change in its layer's output.  It is the root of our price,
+    which is a mean square.
 
     Raises:
-        UsageError: the price list is not in the experts form or lacks a width, or there are no statistics of the experts.
+        UsageError: the price list is not in the experts form or lacks a bit width, or there are no statistics of the experts.
         BudgetError: even the fewest bits do not fit; the message names the least bytes.
     """
     place = _expert_units(costs, "pmq")
@@ -230,7 +230,7 @@ def plan_pmq(costs: Costs, budget: int, settings: Settings = DEFAULTS) -> Plan:
 
 
 def _allocate(tokens: F64, gates: F64, errors: F64, total_bits: int) -> NDArray[np.int64]:
-    """PMQ's width of every expert [L, E] if each layer has `total_bits`; errors are [L, E, J]."""
+    """PMQ's bit width of every expert [L, E] if each layer has `total_bits`; errors are [L, E, J]."""
     rows = [allocate_bits(*layer, total_bits, bits=PMQ_WIDTHS)[0] for layer in zip(tokens, gates, errors, strict=True)]
     return np.searchsorted(PMQ_WIDTHS, np.stack(rows))
 
@@ -277,7 +277,7 @@ def _routing_sums(costs: Costs, stats: Stats | None) -> tuple[F64, F64]:
 
 
 def _common_formats(costs: Costs, bits: Sequence[int], units: NDArray[np.int64], what: str) -> list[int]:
-    """Formats of these widths in which all these units can be stored.
+    """Formats of these bit widths in which all these units can be stored.
 
     Raises:
         UsageError: there is none.

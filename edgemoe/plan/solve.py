@@ -1,6 +1,7 @@
-"""Costs, a budget, rules -> Plan: one program for each kept count is built and solved, with a proven bound.
+"""This module makes a Plan from Costs, a budget and rules, with a proven bound.
 
-The finished plan is then checked against budget and rules, from the bytes and formats that it lists.
+It bounds one program for each kept count, and solves those that could still win.  The finished plan is then checked against budget and
+rules, from the bytes and formats that it lists.
 
 A budget limits the memory of the whole process.  Therefore the search also counts the copies that loading makes (staging) and what lies in
 GPU memory instead of main memory.
@@ -28,7 +29,7 @@ from edgemoe.solvers.search import SOLVERS
 
 DEFAULT_GAP = 1e-4
 OBJECTIVES = ("mean", "worst")
-NEAR_NATS = 1e-5  # share of the earlier plan's nats that each decision which differs from it costs (1e-6 to 1e-4 were tried)
+NEAR_NATS = 1e-5  # share of the earlier plan's nats that is charged for each decision that differs from that plan (1e-6 to 1e-4 were tried)
 __all__ = ["DEFAULT_GAP", "OBJECTIVES", "SOLVERS", "solve_plan", "sweep_sizes"]
 
 
@@ -48,7 +49,7 @@ def solve_plan(
 
     Args:
         costs: the price list; its memory parts say what the process needs beside the weights.
-        budget: bytes of the process at its peak (with the rule Vram: of main memory).
+        budget: bytes of the process at its peak; with the rule Vram, bytes of main memory alone.
         rules: conditions on the plan: records (rules/records.py), expressions (rules/recipe.py), or functions of a Problem
             (rules/functions.py).
         objective: what is made least: "mean", the mean over the calibration domains by weight, or "worst", the cost of the domain that
@@ -180,9 +181,10 @@ def _scale(expression: Linear, plan: Plan) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------ sweep
 def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], ...]:
-    """For each size, find a near-best plan whose weights take at most so many bytes of the process; return its file size and predicted KL.
+    """For each size, find a near-best plan whose weights take at most so many bytes of the process.
 
-    The solver is "lagrange", whose plans are within a fraction of a per cent of the best.  Sizes that no plan fits are left out.
+    The result holds the largest file that this limit allows the plan, and its predicted KL.  Sizes that no plan fits are left out.  The
+    solver is "lagrange", whose proven gaps in benchmarks/results/planner.md are at most 0.021 %.
     """
     found = []
     task = make_task(costs, Constraints(costs), "mean", None, "lagrange", DEFAULT_GAP, None)

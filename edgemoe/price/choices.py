@@ -28,11 +28,14 @@ from edgemoe.targets import Target, count_bytes
 
 ROUNDINGS = ("feedback", "stock")
 TRUSTED_KL = 0.2  # nats, above which KL is no longer of second order in the change (docs/pricing.md, 5)
-REPAIRED = 0.5  # cost of a single expert's drop after repair over before: 0.39 to 0.70, median 0.47 (benchmarks/results/repair.md)
+# Factor for a single expert's drop.  Repair multiplied the KL of whole kept sets by 0.39 to 0.70, median 0.47
+# (benchmarks/results/repair.md).
+REPAIRED = 0.5
 FED_BACK = 0.55  # cost of rounding with feedback in the refitted stream over that of stock rounding (docs/pricing.md, 12)
 SHRINK = 0.01  # share of the layer's mean use that is added to every expert's use in every domain, so that no factor is 0
 Probes = Mapping[tuple[str, int], Probe]
-Parts = dict[tuple[str, int], float]  # by role and layer: the part of one stack or matrix in the KL of a probe of the whole model
+# By role and layer, of a stack or matrix: its part in the KL of a whole-model probe, or the share of its own probe's KL that adds up.
+Parts = dict[tuple[str, int], float]
 
 
 def price_choices(model: Model, stats: Stats, target: Target, context: int, progress: Progress | None = None) -> Costs:
@@ -108,7 +111,8 @@ def _price_probes(
     """Price everything as if the KL of probes grew with the error alone, that is without flips.
 
     Returns:
-        The MoE layers; nats by format of every other unit, by number; and the parts of the whole-model probes, by bits.
+        The MoE layers by number; for every other unit, by its index, the nats of each format; and for each whole-model probe, by its bits,
+        the part of each stack or matrix.
     """
     layers: dict[int, Layer] = {}
     matrices: dict[int, ByCause[ErrorsByFormat]] = {}
@@ -146,7 +150,11 @@ def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, 
 
 
 def _enter_drops(drops: dict[str, Any], row: int, priced: Layer, gate_norm: F64, weights: F64, target: Target, kappa: float) -> None:
-    """Enter the drops of one layer: the menu if layers share a count, else the curve that corrects sums of single prices to the path's."""
+    """Enter the drops of one layer: the menu if layers share a count, else the curve.
+
+    The curve is what the greedy path costs beyond the sum of its experts' own prices.  Prices of single experts and their usage are entered
+    in both forms.
+    """
     found = priced.price_drops(weights, kappa)
     drops["expert_drop"][:, row] = found.experts
     drops["usage"][:, row] = _shares(gate_norm)
@@ -159,9 +167,9 @@ def _enter_drops(drops: dict[str, Any], row: int, priced: Layer, gate_norm: F64,
 def discount_drops(costs: Costs) -> Costs:
     """The price list of a build that repairs: the cost of a set is multiplied by 0.3 + 0.38 kept / E, that of a single expert by half.
 
-    The line is a fit to the factors that benchmarks/repair.py measured on the bundled models at 3/4, 1/2 and 1/4 of the experts: .70 .49
-    .39 and .48 .46 .41 (benchmarks/results/repair.md).  In the experts form, the curve takes up the difference between the two factors, so
-    that the sets of the greedy path, cheapest experts first, have the factor of their count there too.
+    The line is a fit to the factors that benchmarks/repair.py measured: .70 .49 .39 on tiny-moe (12, 8, 4 of 16 experts), .48 .46 .41 on
+    tiny-moe-b (5, 4, 2 of 7).  The curve takes up the difference between the two factors, so that in the experts form too, the cost of a
+    set of the greedy path is multiplied by the factor of its kept count.
     """
     factor = np.array([0.3 + 0.38 * count / costs.n_experts for count in costs.counts])
     every = 0.3 + 0.38 * np.arange(costs.n_experts, -1, -1) / costs.n_experts  # when 0, 1, .. experts are gone
@@ -185,8 +193,8 @@ def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     check_rounding(rounding)
     if repair:
         costs = discount_drops(costs)
-    if rounding == "feedback":
-        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))  # not for rounded inputs
+    if rounding == "feedback":  # feedback does not lower the cost of rounded inputs
+        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))
     return costs
 
 
@@ -262,6 +270,7 @@ def least_process(model: Model, target: Target, context: int) -> int:
             experts.setdefault(unit.layer, []).append(size)
     total = sum(size for unit, size in zip(units, least.tolist(), strict=True) if unit.expert < 0)
     total += sum(sum(sorted(one)[: model.top_k]) for one in experts.values())
-    others = np.array([unit.expert < 0 for unit in units])  # stored in any plan, and copied one at a time where all formats are
+    # Any plan stores these units.  A unit must be copied while it loads only if all its formats are repacked; units are copied in turn.
+    others = np.array([unit.expert < 0 for unit in units])
     copied = np.where(sizes.offered, sizes.staging[0], np.iinfo(np.int64).max).min(axis=1)[others].max(initial=0)
     return peak({**target.memory_parts(model, context), "weights": target.fixed_sizes(model, (count,))[0] + total, "staging": int(copied)})

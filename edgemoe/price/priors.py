@@ -3,29 +3,33 @@
 The prices are good enough to plan with before a download, and never as good as those of `price_choices`.
 
 Quantize.  cost(tensor, format) = whole * types[format] * share(tensor).
-- `types` is measured: the KLD of ten large MoE models stored in one type, floor subtracted, over that of Q4_K, as medians.  The medians
-  follow the squared rounding error, which stands in for types that nobody measured.  `whole` is the median nats of Q4_K.
-- share is measured: the KLD of degrading single tensors of 16 MoE models to 1 or 2 bits, floor subtracted, as a share of the model's sum.
-  It is a mean by role and by relative depth.  The depth profile counts by its square root, because models differ in it.  The sum over
-  single tensors is 0.89 of the whole model's KLD in the median (benchmarks/additivity.py).
-  The weight of a layer against embedding and output is that in a model of 61 layers, which is the median.  The measured models (40 to 94
-  layers) fit this as well as a fixed share for all layers together, and the bundled models (2 and 4 layers) fit this much better.
-- Assumed: these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and for every
-  type (rank correlation between probes of 1 to 2.6 bits: 0.96).  The number of kept experts does not change the cost of rounding, because
-  the kept experts serve the tokens of the dropped ones.
-- Left out: the floor, about 0.006 nats of KLD that any rounding causes by flipped router choices.  So kappa is 0.
+- `types` is measured on ten large MoE models.  For each type it is the median of (KLD of the model in this type, less the floor) / (the
+  same in Q4_K).  The floor is the KLD that any rounding causes by flipped router choices, 0.006 nats in the median.  `whole` is the median
+  KLD, less the floor, of models stored in Q4_K.  The medians follow the squared rounding error, which stands in for types that fewer than
+  three models have.
+- share is measured on 16 MoE models: the KLD of degrading a single tensor to a type of 1 or 2 bits, less the 2 % quantile of the model's
+  tensors, as a share of the model's sum.  It is a mean by role and by relative depth.  The depth profile counts by its square root, because
+  models differ in it.  Over the 16 pairs of an MoE model and a type, the median sum over single tensors is 0.99 times the KLD of the whole
+  model (benchmarks/additivity.py).
+- A layer weighs as much against embedding and output as in a model of 61 layers, the median of the measured ones, however many layers the
+  model has.  The alternative gives all layers together a fixed share.  The measured models (40 to 94 layers) fit both equally well; the
+  bundled models (2 and 4 layers) fit the first much better.
+- We assume that these shares hold for a model that nobody measured (benchmarks/results/generic.md says how badly they can fail), and for
+  every type.  We also assume that the number of kept experts does not change the cost of rounding, because the kept experts serve the
+  tokens of the dropped ones.
+- Prices leave the floor out.  So kappa is 0.
 
 Drop.  cost(set of a layer, domain) = nats[domain] * w_layer * (0.14 lost + 0.86 lost^2), where lost is the dropped share of the layer's
 saliency (REAP sum) in this domain.
-- Measured, on GLM-5.2 only: the saliency of every expert in ten domains, and perplexities of three pruned files on code and on general
-  text.  The linear part and two `nats` (of dropping everything: 1.1 on code, 2.6 on general text) are fitted to these six perplexities and
-  meet them to 14 %.  The files lose a third to two thirds of the saliency; smaller drops are an extrapolation.  w_layer, summing to 1, is
-  the share of the layer's expert stacks above.  Raw saliency is compared inside a layer only, since it grows 2,000-fold with depth while
-  the damage of a drop falls.
-- Assumed: mathematics and reasoning behave as general text.  Another model loses as much as GLM-5.2 for the same lost share, and its
-  experts differ as much as GLM-5.2's at the same relative depth.  They are drawn from GLM-5.2's by a fixed seed, so the choice of experts
-  has no meaning.  Models of few experts use them more evenly (Mixtral-8x7B: Gini 0.06 against 0.22 to 0.53), so the spread of logarithms is
-  a quarter up to 16 experts.
+- The source is GLM-5.2 alone: others measured the saliency of every expert in ten domains, and perplexities of three pruned files on code
+  and on general text.  The linear part and two `nats` (of dropping everything: 1.1 on code, 2.6 on general text) are fitted to these six
+  perplexities and meet them to 14 %.  The files lose a third to two thirds of the saliency; smaller drops are an extrapolation.
+- w_layer is the sum of share(tensor) over the layer's expert stacks, scaled so that all layers sum to 1.  Raw saliency is compared inside a
+  layer only, because it grows with depth, while the damage of a drop falls with depth.
+- We assume that mathematics and reasoning behave as general text, that another model loses as much as GLM-5.2 for the same lost share, and
+  that its experts differ as much as GLM-5.2's at the same relative depth.  Its saliencies are drawn from GLM-5.2's by a fixed seed, so the
+  choice of experts has no meaning.  Up to 16 experts, the logarithms of the saliencies spread 0.25 times as much.  This factor is assumed:
+  Mixtral-8x7B uses its experts more evenly than models of many experts do.
 - Single experts are priced along the tangent where half of the experts are gone; `drop_curve` adds the rest, as a mean over domains.
 """
 
@@ -56,10 +60,11 @@ from edgemoe.targets import Target, count_bytes, find_target
 PRIORS = ("pooled", "glm-5.2")
 _DATA = Path(__file__).parent / "data"
 _SEED = 20261125  # of the draw that stands in for experts nobody measured
-_FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # see the module's docstring: 0.06 over the middle of 0.22 to 0.53
+_FEW_EXPERTS, _FEW_SPREAD = 16, 0.25  # assumed (see the module's docstring)
 _DEPTH_TRUST = 0.5  # exponent of the depth profile: the best mean rank correlation for models left out (benchmarks/results/generic.md)
 _MEASURED_LAYERS = 61  # median of the measured models
-_LEAST_SHARE = 0.02  # quantile of measured nats below which a tensor is not believed to be free
+_LEAST_QUANTILE = 0.02  # of a model's own measured nats: no tensor is believed to cost less
+_LEAST_DEPTH = 0.02  # least value of a depth profile, whose mean is 1
 _ROUNDED = (64, 1024)  # normal numbers on which formats that nobody measured are compared
 _Q4_0_ERROR = 0.00741  # mean squared error of Q4_0 on them (llama.cpp 0c1e570)
 
@@ -194,7 +199,7 @@ def _tensor_nats(model: Model, units: list[Unit], prior: str, share: Mapping[int
     stacks = {unit.layer: sum(find(f"ffn_{p}_exps", unit.layer) for p in PROJECTIONS) for unit in units if unit.expert >= 0}
     found = np.array([find(u.role, u.layer) if u.expert < 0 else stacks[u.layer] * share[u.layer][u.expert] for u in units])
     if prior != "pooled":
-        found = np.maximum(found, np.quantile(found[found > 0], _LEAST_SHARE))
+        found = np.maximum(found, np.quantile(found[found > 0], _LEAST_QUANTILE))
     shares: F64 = found / found.sum()
     return shares
 
@@ -215,7 +220,7 @@ def pooled_share(role: str, layer: int, n_layers: int, roles: Mapping[str, Any])
         return float(entry["density"])
     profile = entry["profile"]
     depth = min(len(profile) - 1, int(len(profile) * (layer + 0.5) / n_layers))
-    return float(entry["density"] * max(profile[depth], _LEAST_SHARE) ** _DEPTH_TRUST / _MEASURED_LAYERS)
+    return float(entry["density"] * max(profile[depth], _LEAST_DEPTH) ** _DEPTH_TRUST / _MEASURED_LAYERS)
 
 
 def _type_nats(target: Target, prior: str) -> F64:

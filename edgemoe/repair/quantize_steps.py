@@ -1,9 +1,10 @@
-"""This module refits and packs the matrices of a loaded layer that belong to no routed expert, the embedding, and the output matrix.
+"""This module refits and packs every matrix outside the routed experts: the embedding, a loaded layer's matrices, the output matrix.
 
-The layer belongs to the changed stream, which carries all earlier rounding.  Matrices that read a norm, routers and experts included, are
-multiplied by a map that takes the output of the norm in the changed stream to its output in the original stream; routers stay unrounded,
-and experts are packed later.  Matrices that write the stream are refitted to the difference between the original stream after this part and
-the changed stream before it.  W_down of a shared expert is refitted to the output of the original's shared expert (docs/pricing.md, 12).
+The embedding is packed without a refit.  The layer belongs to the changed stream, which carries all earlier rounding.  Matrices that read a
+norm, routers and experts included, are multiplied by a map that takes the output of the norm in the changed stream to its output in the
+original stream; routers stay unrounded, and experts are packed later.  Matrices that write the stream are refitted to the difference
+between the original stream after this part (attention or feed-forward) and the changed stream before it.  W_down of a shared expert is
+refitted to the output of the original's shared expert (docs/pricing.md, 12).
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ def quantize_steps(streams: TwoStreams, module: Any, layer: int, following: Stat
     """Refit and quantize the matrices of the layer that belong to no routed expert, step by step, on the inputs of the changed stream.
 
     Each step holds the matrices that read one activation; the module's docstring says what each is refitted to.
+
+    Args:
+        streams: the original and the changed model.
+        module: the loaded layer of the changed model.
+        layer: its number.
+        following: states of the original after the layer.
+        attended: states of the original after the layer's attention.
+        shared: output of the original's shared expert; None if the layer has none.
     """
     assert streams.quantize_plan is not None
     model, packed = streams.changed.model, Packed()
@@ -101,7 +110,7 @@ def quantize_embedding(
     weights = read_tensor(streams.model.folder, streams.model.get("token_embd"))
     group, gradients = group_rows(weights), streams.read_gradients(-1)
     assert gradients is not None
-    metrics = None  # a tied embedding is the output matrix too, and the metrics below would count only half of its errors
+    metrics = None  # a tied embedding is the output matrix too, and its errors as an output matrix would not count below
     if not streams.model.is_tied:
         of_token = group[np.concatenate([w[:n] for w, n in zip(streams.windows.tokens, streams.windows.lengths, strict=True)])]
         seen = np.bincount(of_token[~streams.guard], minlength=GROUPS)
@@ -148,7 +157,7 @@ def normed(changed: torch.Tensor, original: torch.Tensor, norm: torch.Tensor, ep
 
 
 def read_map(sums: tuple[PairSums, PairSums]) -> torch.Tensor:
-    """The map [H, H] from the states of the changed stream to those that the original reads."""
+    """The map [H, H] from the normed states of the changed stream to those of the original stream."""
     return torch.from_numpy(refit_matrix(np.eye(len(sums[0].gram), dtype=np.float32), *sums))
 
 

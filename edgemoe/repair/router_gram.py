@@ -1,4 +1,4 @@
-"""This module sums R'R over the routers that a layer's output still reaches, which weighs errors by the routing choices that they flip."""
+"""This module sums R'R over the routers after a layer, which weighs errors of its output by the routing choices that they flip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgemoe.model.checkpoint import read_tensor
 
 
 class RouterGram:
-    """R'R of the routers that a change in the stream still reaches, with R a router's rows less their mean, times its norm's weights.
+    """R'R of the routers after a change in the stream, with R a router's rows less their mean, times its norm's weights.
 
     A token changes its expert where two logits trade places, so an error e of the stream matters to a router by |R e|^2.  Each R'R is
     scaled to a trace of one over the number of routers (docs/pricing.md, 5).  A new sum for each of L layers would take L^2 / 2 products.
@@ -20,20 +20,20 @@ class RouterGram:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._ahead: list[int] = []
+        self._after: list[int] = []
         self._total: F64 | None = None
         self._first = 0
 
     def from_layer(self, first: int) -> F64:
         """The sum over the routers from layer `first` on [H, H]; valid until the next call.  Callers ask for layers in their order."""
         if self._total is None or first < self._first:
-            self._ahead, self._total = list(self.model.moe_layers), np.zeros((self.model.hidden_size,) * 2)
-            for layer in self._ahead:
+            self._after, self._total = list(self.model.moe_layers), np.zeros((self.model.hidden_size,) * 2)
+            for layer in self._after:
                 self._total += self._of(layer)
         self._first = first
-        while self._ahead and self._ahead[0] < first:
-            self._total -= self._of(self._ahead.pop(0))
-        if not self._ahead:
+        while self._after and self._after[0] < first:
+            self._total -= self._of(self._after.pop(0))
+        if not self._after:
             self._total[:] = 0  # exactly zero, without the rounding errors of the subtractions
         return self._total
 

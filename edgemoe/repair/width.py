@@ -1,7 +1,7 @@
-"""This module cuts every expert of a Model to its best neurons, lets fewer experts be active, and refits (docs/pricing.md, 15 and 16).
+"""This module cuts every expert of a Model to its best neurons, lets fewer experts be active, and refits what remains.
 
 Stock llama.cpp has one expert width and one top-k for all layers, so each is one number for the whole plan.  The program is solved for each
-width on the prices of this width, in which the cost of narrowing itself is a constant.
+width on the prices of this width, in which the cost of narrowing itself is a constant (docs/pricing.md, 15 and 16).
 """
 
 from __future__ import annotations
@@ -31,11 +31,17 @@ from edgemoe.stream.layers import default_device
 from edgemoe.stream.texts import Text, texts_key
 from edgemoe.stream.windows import WINDOW
 
-BLOCK, SUPER_BLOCK = 32, 256  # weights of a block: rows of W_down must be whole ones, as long as the expert is wide
-AUTO_SHARES = (1.0, 0.75, 0.5)  # of the width, tried by "auto"
-FEW_BITS = 2.75  # bits of the file for a weight of the checkpoint, below which narrower experts are tried unasked (results/width.md)
-# Held-out KL of a narrowed model over its KL on guard windows, divided by held-out over predicted KL of plans without narrowing: 1.8 / 1.2
-# on tiny-moe-b, 1.5 / 0.95 on tiny-moe.  Guard windows lie in documents that were fitted to (docs/decisions/0010-narrow.md).
+BLOCK, SUPER_BLOCK = 32, 256  # weights of a block; a row of W_down has one weight for each neuron, so the block must divide the width
+AUTO_SHARES = (1.0, 0.75, 0.5)  # shares of the width that are tried, by "auto" and where no width was asked for
+# Bits of the file for a weight of the checkpoint, below which narrower experts are tried unasked (benchmarks/results/width.md).
+FEW_BITS = 2.75
+# A narrowed model loses more on held-out text than on guard windows, because these lie in documents that were fitted to.  Plans without
+# narrowing lose more or less than predicted as well, so the factor is divided by theirs (docs/decisions/0010-narrow.md).
+#
+#                held-out KL / KL on guard windows,   held-out KL / predicted KL,   quotient
+#                narrowed models                      plans without narrowing
+#   tiny-moe-b   1.8                                  1.2                           1.5
+#   tiny-moe     1.5                                  0.95                          1.6
 UNSEEN = 1.5
 
 
@@ -88,8 +94,7 @@ def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, 
 def choose_top_k(model: Model, asked: int | None) -> int:
     """Experts that the router is to pick: the number that was asked for, or the checkpoint's.
 
-    More experts than the checkpoint's k are refused, because the model was never trained to mix them in (k + 1 costs more than k - 1 where
-    k is 4).
+    More experts than the checkpoint's k are refused, because the model was never trained to mix them in.
 
     Raises:
         UsageError: less than one, or more than the checkpoint's.
@@ -109,7 +114,10 @@ def magnitude(experts: Experts) -> F64:
 
 
 def best_neurons(score: F64, ties: F64, width: int) -> NDArray[np.int64]:
-    """The `width` best neurons of each expert [E, width], in order; `ties` decides if scores are equal (an expert that saw no token)."""
+    """The `width` best neurons of each expert [E, width], by rising index.
+
+    `ties` decides if scores are equal, as they are in an expert that saw no token.
+    """
     order = np.stack([np.lexsort((t, s))[::-1] for s, t in zip(score, ties, strict=True)])
     return np.sort(order[:, :width], axis=1)
 
@@ -135,9 +143,9 @@ def narrow_experts(
     epochs: int = 0,
     progress: Progress | None = None,
 ) -> Narrowed:
-    """Cut every expert to its best neurons and refit these to the original's outputs, layer by layer on the narrowed stream.
+    """Cut every expert to its best neurons and refit these to the original's outputs, layer by layer on the changed stream.
 
-    With a smaller top-k, the router of the narrowed stream picks fewer experts, and the refit makes up for the experts that it leaves out.
+    With a smaller top-k, the router of the changed stream picks fewer experts, and the refit makes up for the experts that it leaves out.
 
     Args:
         model: the original.

@@ -50,7 +50,10 @@ class _AttentionDone(Exception):
 
 
 def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Sum of the chosen experts' outputs [tokens, hidden]; it tells the recorder (expert, tokens, input, hidden, output, gate)."""
+    """Sum of the chosen experts' outputs, each times its gate [tokens, hidden].
+
+    It tells the recorder (expert, tokens, input, hidden, output, gate) of each chosen expert.
+    """
     recorder = _recorder()
     out = torch.zeros_like(x)
     if recorder is not None:

@@ -1,7 +1,7 @@
-"""This module predicts the bytes that a llama.cpp process holds beside the weights, from shapes alone (docs/decisions/0003-memory.md).
+"""This module counts the bytes of weights in a GGUF and in a process of llama.cpp, and predicts the process's other bytes.
 
-The promise holds for the defaults of `Settings`: no mmap (so all memory is held and cannot be reclaimed), repacking on, KV in F16, flash
-attention, ubatch 512, and logits of the last token only.
+It needs shapes alone (docs/decisions/0003-memory.md).  The prediction holds for the defaults of `Settings`: no mmap (so all memory is held
+and cannot be reclaimed), repacking on, KV in F16, flash attention, ubatch 512, and logits of the last token only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, stat
 from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
 
 # The constants were measured on two installations (docs/decisions/0003-memory.md).
-RUNTIME = 27 * 2**20  # 24 MiB for bindings, libraries, tokenizer's tables and 2 threads; 3 MiB for 20 more threads or another installation
+# Bindings, libraries, tokenizer's tables and 2 threads took 24 MiB; 16 threads took 2 MiB more, and another installation 3 MiB more.
+RUNTIME = 27 * 2**20
 PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables (245 measured)
 PER_CELL = 128  # bytes of one token's entry in the caches' tables (123 measured)
 PER_NODE = 1600  # bytes of one place for a graph's node: three times its tensor, and the scheduler's tables (1526 to 1603 measured)
-TENSORS, LATENT_TENSORS = 12, 18  # the most tensors of a layer, in the families that can be written and in DeepSeek's
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
 
 
 def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
-    """Bytes beyond the file's: the second copy of a tied embedding, if some CPU repacks its format for the output's product."""
+    """Bytes beyond the file's: the second copy of a tied embedding, if some CPU repacks its format for the product that gives logits."""
     if unit.role != "token_embd" or not model.is_tied:
         return 0
     return unit_size(model, unit, name, count) if _repacks(ANY_CPU, name, unit) else 0
@@ -48,13 +48,16 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
 def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
-    The output matrix is loaded before the layers, so only the part of its copy that the C library retains can matter.
+    The output matrix is loaded before the layers.  Its copy matters only if the C library keeps it, which it does up to 32 MiB.
     """
     return staged_bytes(is_repacked(name, unit.role, tied=model.is_tied), size, unit.role)
 
 
 def staged_bytes(repacked: bool, size: int, role: str) -> int:
-    """Bytes of the copy that repacking a tensor of this size makes; 0 if the tensor is not repacked."""
+    """Bytes of the copy that repacking a tensor of this size makes.
+
+    They are 0 if the tensor is not repacked, or if it is an embedding or output matrix of more than 32 MiB.
+    """
     return 0 if not repacked or (role in ("token_embd", "output") and size > RETAINED) else size
 
 
@@ -68,9 +71,10 @@ def _repacks(repacked: Mapping[str, int], name: str, unit: Unit) -> bool:
 
 
 def on_device(costs: Costs, device: Device) -> Costs:
-    """The price list for one box, with the bytes that this box, and not just some CPU, holds twice or copies while loading.
+    """The price list for one box, with the bytes that this box's processor holds twice, or copies while it loads a file.
 
-    If a GPU computes the output, a tied embedding is held twice in every format.
+    The list before counts what any CPU holds twice, and what an x86 CPU copies.  If a GPU computes the product that gives the logits, a
+    tied embedding is held twice in every format.
     """
     tied = all(unit.role != "output" for unit in costs.units)
     twice, repacked = held_twice_on(device), repacked_on(device)
@@ -85,7 +89,10 @@ def on_device(costs: Costs, device: Device) -> Costs:
 
 
 def memory_parts(model: Model, context: int, settings: Settings | None = None) -> dict[str, int]:
-    """KV cache (with recurrent states), touched compute buffer, output buffer and runtime in bytes.
+    """KV cache (with recurrent states), compute buffers, output buffer and runtime in bytes.
+
+    "compute" is the touched part of llama.cpp's compute buffer, which decoding writes and the process therefore holds, and all of ggml's
+    work buffer.
 
     Args:
         model: the shapes.
@@ -106,7 +113,7 @@ def memory_parts(model: Model, context: int, settings: Settings | None = None) -
 
 def _runtime(model: Model, settings: Settings) -> int:
     """Bytes of the process without weights, caches and buffers."""
-    tensors = len(model.caches) * (LATENT_TENSORS if model.attention.latent else TENSORS)
+    tensors = len({(tensor.layer, tensor.role) for tensor in model.tensors})  # of the file, in which a stack of experts is one tensor
     nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
     cells = settings.sequences * cells_of(settings)
     return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * nodes

@@ -1,8 +1,8 @@
 """This module says which tensors llama.cpp repacks, that is holds in another order than the file, for a known CPU or for this machine.
 
 Repacking serves a CPU's vector instructions.  A repacked tensor passes through a copy while it loads.  A tied embedding is held twice:
-plain, because its rows are looked up, and repacked, because the output's product needs this order.  On a GPU, the output's copy is always
-a second one.
+plain, because its rows are looked up, and repacked, because the product that gives the logits needs this order.  On a GPU, the
+copy for this product is always a second one.
 """
 
 from __future__ import annotations

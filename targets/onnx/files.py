@@ -20,7 +20,7 @@ from edgemoe.model.checkpoint import read_json
 # For each layout, the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
 # transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".
 PLACES = {"onnx": ("model.onnx", "model.onnx.data"), "transformers.js": ("onnx/model.onnx", "onnx/model.onnx_data")}
-# Widths that a layout's runtimes cannot run: QMoE in wasm refuses 3 bits ("must be 2, 4, or 8"; onnxruntime-web 1.30 and 1.31-dev).
+# Bit widths that a layout's runtimes cannot run: QMoE in wasm refuses 3 bits ("must be 2, 4, or 8"; onnxruntime-web 1.30 and 1.31-dev).
 REFUSED_BITS = {"onnx": (), "transformers.js": (3,)}
 # transformers.js 4.3.1 learns from `model_type` which keys hold the shape of the cache, and refuses types that it does not list ("mixtral",
 # "olmoe").  The graph needs nothing else from the field, so all our families use this type, which has the same keys.
@@ -59,7 +59,7 @@ def check_layout(formats: Iterable[str], layout: str) -> None:
     """Refuse a plan's formats that the layout's runtimes cannot run.
 
     Raises:
-        UsageError: the layout is unknown, or its runtimes have no kernel for a width.
+        UsageError: the layout is unknown, or its runtimes have no kernel for a bit width.
     """
     refused = sorted({name for name in formats if not allowed(name, layout)})
     if refused:
@@ -88,7 +88,7 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
         The names written, sorted.
 
     Raises:
-        UsageError: the layout is unknown, or the plan has a width that it cannot run.
+        UsageError: the layout is unknown, or the plan has a bit width that it cannot run.
         ModelError: a file of the checkpoint is too large, is no JSON, or leads out of the folder.
         MachineError: the disk is full or not writable.
     """

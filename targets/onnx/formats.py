@@ -1,6 +1,6 @@
 """This module describes ONNX Runtime's weight formats: grids, bit packing and exact bytes.
 
-A format has a width, a number of columns that share a scale (a block), and a zero point for each block or none:
+A format has a bit width, a number of columns that share a scale (a block), and a zero point for each block or none:
 
     weight = (code - zero) * scale,  zero = 2^(bits-1) if none is stored
 
@@ -54,7 +54,7 @@ FORMATS = {
     "INT2_64": Format(bits=2, block=64, zeros=True),
     "INT2_128": Format(bits=2, block=128, zeros=True),
 }
-# The formats offered for each width have the least measured error for their bytes; if none of these fits, all formats that fit are offered.
+# The formats offered for each bit width have the least measured error for their bytes; if none fits, all formats that fit are offered.
 MENU = {8: ("INT8_32", "INT8_128"), 4: ("INT4_32", "INT4_64", "INT4_128"), 3: ("INT3_128",), 2: ("INT2_128",)}
 OFFERED = tuple(name for name in FORMATS if name != "F32")
 
@@ -86,7 +86,7 @@ def fits(name: str, cols: int) -> bool:
 
 
 def choose_menu(cols: Sequence[int], widths: Sequence[int]) -> tuple[str, ...]:
-    """Formats that can store rows of all these lengths: for each width those of the menu, or the others that fit if none of these does."""
+    """Formats that can store rows of all these lengths: for each bit width those of the menu, or the others if none of these fits."""
     found: list[str] = []
     for bits in widths:
         fitting = [name for name, kind in FORMATS.items() if kind.bits == bits and all(fits(name, n) for n in cols)]

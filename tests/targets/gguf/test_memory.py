@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import ask_llama_cpp, child_settings, hear_llama_cpp, predict_peak, write_hollow
+from oracles import ask_llama_cpp, ask_nodes, child_settings, hear_llama_cpp, predict_peak, write_hollow
 from shapes import Tiny, gqa, granite_hybrid, mla, short_convolution, sliding, write_sparse
 from tiny import FAMILIES, make_checkpoint
 
@@ -18,7 +18,7 @@ from edgemoe.ir.memory import Settings
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets.gguf.compute_graph import compute_bytes
 from edgemoe.targets.gguf.kv_cache import kv_bytes, output_bytes, state_bytes
-from edgemoe.targets.gguf.memory import memory_parts
+from edgemoe.targets.gguf.memory import PER_CELL, PER_NODE, PER_TOKEN, RUNTIME, memory_parts
 from edgemoe.targets.gguf.run import run
 
 MIB = 2**20
@@ -117,6 +117,14 @@ def test_a_checkpoint_needs_what_the_file_made_from_it_needs(tmp_path: Path, fam
             assert kv_bytes(kept, each) == real["kv"]
             assert abs(compute_bytes(kept, each) - real["compute"]) < HALF
             assert compute_bytes(model, each) >= compute_bytes(kept, each)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_process_has_room_for_as_many_nodes_as_llama_cpp_says(tmp_path: Path, family: str) -> None:
+    model = inspect_model(make_checkpoint(tmp_path / family, family, hidden=64, expert_size=64, n_experts=2, top_k=1, layers=16))
+    nodes = ask_nodes(write_hollow(model, 2, tmp_path / "hollow.gguf"))
+    assert nodes > 1024  # the least, which every file of few layers has
+    assert memory_parts(model, 512)["runtime"] == RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * 512 + PER_NODE * nodes
 
 
 @pytest.mark.parametrize(
