@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F64
 from edgemoe.ir import Model
+from edgemoe.model.tokenizer import Encode, load_tokenizer
 from edgemoe.stream.texts import Text
 
 CHUNK_TOKENS = 2048
+PIECE = 4096  # characters of a document that are encoded at least
+MARGIN = 64  # tokens before the place where a document was cut; only the last few of them depend on what follows
 WINDOW = 512  # tokens of one window of calibration or held-out text
 
 
@@ -56,22 +60,16 @@ def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) 
     Raises:
         ModelError: there is no tokenizer, or a text has no tokens.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{model.folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    encode = load_tokenizer(Path(model.folder), special=True)
     length = min(window, model.context_length)
     share = max(max_tokens // len(texts), 2)
     tokens, lengths, domain = [], [], []
     for number, text in enumerate(texts):
         ids: list[int] = []
         for document in text.documents:
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += _first_tokens(encode, document, share - len(ids))
             if len(ids) >= share:
                 break
-        ids = ids[:share]
         if len(ids) < 2:
             raise ModelError(f"text {text.name!r} gives {len(ids)} tokens", hint="give a file with some thousands of words")
         if max(ids) >= model.vocab_size:
@@ -83,3 +81,13 @@ def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) 
                 lengths.append(len(part))
                 domain.append(number)
     return Windows(tokens=np.array(tokens), lengths=np.array(lengths), domain=np.array(domain))
+
+
+def _first_tokens(encode: Encode, document: str, count: int) -> list[int]:
+    """The first `count` tokens of a document, of which no more is encoded than that takes: a document may have a gigabyte."""
+    size = PIECE + 8 * count
+    while True:
+        ids = encode(document[:size])
+        if size >= len(document) or len(ids) >= count + MARGIN:
+            return ids[:count]
+        size *= 2

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.base.errors import ModelError
 from edgemoe.model.checkpoint import read_json, regular_size
+from edgemoe.model.tokenizer import MAX_TOKENIZER
 from edgemoe.targets.gguf import vocabulary_bpe, vocabulary_spm
 from edgemoe.targets.gguf.vocabulary_check import check_vocabulary
-from edgemoe.targets.tokenizer.tokens import MAX_TOKENIZER, TokenList, expect, flatten, list_added, read_added
+from edgemoe.targets.tokenizer.tokens import TokenList, expect, flatten, list_added, read_added
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

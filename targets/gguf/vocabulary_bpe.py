@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import ModelError
-from edgemoe.targets.tokenizer.tokens import CONTROL, NORMAL, USER_DEFINED, AddedToken, TokenList, expect, flatten, list_added, load_package
+from edgemoe.model.tokenizer import load_package
+from edgemoe.targets.tokenizer.tokens import CONTROL, NORMAL, USER_DEFINED, AddedToken, TokenList, expect, flatten, list_added
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"

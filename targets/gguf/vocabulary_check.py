@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgemoe.base.errors import ModelError, VerifyError
-from edgemoe.model.checkpoint import read_json
+from edgemoe.base.errors import VerifyError
+from edgemoe.model.tokenizer import load_tokenizer
 from edgemoe.targets.gguf.formats import library_folder
-from edgemoe.targets.tokenizer.tokens import MAX_TOKENIZER, load_package
 
 CHILD = Path(__file__).with_name("vocabulary_child.py")
 
@@ -49,25 +48,4 @@ def tokenize_original(folder: Path, lines: Sequence[str]) -> list[list[int]]:
         ModelError: there is no tokenizer, or it does not load.
         MachineError: a package is missing.
     """
-    if (folder / "tokenizer.json").exists():
-        file = folder / "tokenizer.json"
-        package = load_package("tokenizers")
-        read_json(file, MAX_TOKENIZER)
-        try:
-            tokenizer = package.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ModelError(f"{file}: does not load: {str(error)[:300]}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # their texts in a line are text, as they are for llama.cpp
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(lines), add_special_tokens=False)]
-    file = folder / "tokenizer.model"
-    if not file.exists():
-        raise ModelError(f"{folder}: neither tokenizer.json nor tokenizer.model to compare with")
-    package = load_package("sentencepiece")
-    try:
-        processor = package.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{file}: does not load: {str(error)[:300]}") from error
-    found: list[list[int]] = processor.encode(list(lines))
-    return found
+    return list(map(load_tokenizer(folder, special=False), lines))

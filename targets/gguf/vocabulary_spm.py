@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import ModelError
+from edgemoe.model.tokenizer import MAX_TOKENIZER
 from edgemoe.targets.gguf.vocabulary_bpe import check_model, put_tokens, read_merges
 from edgemoe.targets.tokenizer.tokens import (
     BYTE,
     CONTROL,
-    MAX_TOKENIZER,
     NORMAL,
     UNKNOWN,
     UNUSED,

@@ -14,10 +14,10 @@ from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, VerifyError
 from edgemoe.ir import Model
+from edgemoe.model.tokenizer import load_package
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.gguf.vocabulary_check import tokenize_original
 from edgemoe.targets.onnx.graph_builder import import_onnx
-from edgemoe.targets.tokenizer.tokens import load_package
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"

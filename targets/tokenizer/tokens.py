@@ -5,14 +5,12 @@ llama.cpp aborts the process if a token is listed twice, and cuts a token at a N
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgemoe.base.errors import MachineError, ModelError
+from edgemoe.base.errors import ModelError
 
-MAX_TOKENIZER = 256 * 2**20  # bytes of a tokenizer file; the largest known has 34 MB
 MAX_DEPTH = 8  # of nested sequences
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h: enum llama_token_type
 
@@ -29,18 +27,6 @@ def expect(value: Any, kind: type[T], file: Path, name: str) -> T:
         found = "nothing" if value is None else type(value).__name__
         raise ModelError(f"{file}: {name} should be {kind.__name__}, found {found}")
     return value
-
-
-def load_package(name: str) -> Any:
-    """A package that only some tokenizers need.
-
-    Raises:
-        MachineError: not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MachineError(f"the package {name} is not installed", hint="pip install 'edgemoe[hf]'") from error
 
 
 @dataclass(frozen=True, slots=True)
