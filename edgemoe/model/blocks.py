@@ -61,7 +61,7 @@ def gqa(
         sinks: whether each head has one more logit.
         window: tokens that a token attends to, itself included; 0: all before it.
     """
-    hidden, head, kv = c["hidden_size"], c.head_size, c["num_key_value_heads"]
+    hidden, head, kv = c["hidden_size"], c.head_size, c.kv_heads
     rows = {"q": (2 if gated else 1) * c.heads * head, "k": kv * head, "v": kv * head}
     specs = [matrix(f"attn_{p}", n, hidden, f"self_attn.{p}_proj.weight", "attn_norm") for p, n in rows.items()]
     specs.append(matrix("attn_output", hidden, c.heads * head, "self_attn.o_proj.weight", "attn_mix", "stream"))
@@ -76,7 +76,7 @@ def gqa(
 
 def qk_norms(c: Config, *, wide: bool) -> Block:
     """Norms of queries and keys: one over each head, or (`wide`) one over all heads together."""
-    sizes = {p: c.head_size * (n if wide else 1) for p, n in (("q", c.heads), ("k", c["num_key_value_heads"]))}
+    sizes = {p: c.head_size * (n if wide else 1) for p, n in (("q", c.heads), ("k", c.kv_heads))}
     return Block("norm", tuple(Spec(f"attn_{p}_norm", (size,), (f"self_attn.{p}_norm.weight",)) for p, size in sizes.items()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,48 @@ from edgemoe.base.errors import ModelError
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 LARGEST = {"num_hidden_layers": 512} | dict.fromkeys(EXPERT_FIELDS, 1024)
 ANY = 2**24  # no count in a config is larger
+MOST = 2**53  # no number is
+# Fields that decide what a model computes, by what they hold.  No other reaches transformers, which refuses values that it never uses.
+FIELDS = {
+    "a text": "model_type hidden_act",
+    "true or false": "attention_bias qkv_bias use_qk_norm tie_word_embeddings norm_topk_prob use_sliding_window",
+    "a number": "rms_norm_eps rope_theta partial_rotary_factor routed_scaling_factor clip_qkv",
+    "a list": "mlp_only_layers mlp_layer_types layer_types",
+    "a number or a list": "moe_layer_freq",
+    "an object": "rope_parameters rope_scaling",
+    "a whole number": "vocab_size hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size num_hidden_layers"
+    " num_attention_heads num_key_value_heads head_dim max_position_embeddings num_experts num_local_experts n_routed_experts"
+    " n_shared_experts num_experts_per_tok n_group topk_group first_k_dense_replace decoder_sparse_step moe_layer_interval"
+    " moe_layer_start_index full_attention_interval max_window_layers sliding_window",
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "a text": (str,),
+    "true or false": (bool,),
+    "a number": (int, float),
+    "a list": (list,),
+    "a number or a list": (int, list),
+    "an object": (dict,),
+    "a whole number": (int,),
+}
+
+
+def inference_fields(values: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """The fields of a config that decide what the model computes; null is no value, and numbers that may have a fraction are floats.
+
+    Raises:
+        ModelError: a field holds something else than it should; the message names it.
+    """
+    found: dict[str, Any] = {}
+    for kind, names in FIELDS.items():
+        for name in names.split():
+            value = values.get(name)
+            if value is None:
+                continue
+            wrong = not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "true or false")
+            if wrong or (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > MOST):
+                raise ModelError(f"{where}: {name} is {str(value)[:80]!r}, expected {kind}")
+            found[name] = float(value) if kind == "a number" else value
+    return found
 
 
 class Config:
@@ -67,6 +110,12 @@ class Config:
     def heads(self) -> int:
         """Attention heads."""
         return self["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; null means as many as of queries, as in transformers."""
+        same = "num_key_value_heads" in self.values and self.values["num_key_value_heads"] is None
+        return self.heads if same else self["num_key_value_heads"]
 
     @property
     def head_size(self) -> int:

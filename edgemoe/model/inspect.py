@@ -11,7 +11,7 @@ from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.base.progress import Progress
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import list_shards, read_header, read_json
-from edgemoe.model.config import Config
+from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
 from edgemoe.model.hashes import hash_model
@@ -36,6 +36,7 @@ def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress
     folder = resolve_source(source)
     config = Config(read_json(folder / "config.json"), str(folder / "config.json"))
     family = find_family(str(config.get("model_type")))
+    inference_fields(config.values, config.where)
     reason = family.refuse(config) if family.refuse else None
     if reason:
         raise ModelError(f"{config.where}: {reason}")

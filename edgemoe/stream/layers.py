@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32
 from edgemoe.ir import Model, Tensor, is_stack
 from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.config import inference_fields
 from edgemoe.stream.adapter import count_experts, ffn_of, layer_of, linear_of, make_rotary, router_of, run_expert, weights_of
 
 _local = threading.local()
@@ -105,10 +108,17 @@ class LayerStream:
         ALL_EXPERTS_FUNCTIONS.register("edgemoe", _experts_forward)
         self.model = model
         self.device = torch.device(device or default_device())
-        config = AutoConfig.for_model(**{**model.config, "num_experts_per_tok": model.top_k})
-        config._experts_implementation = "edgemoe"
-        with torch.device("meta"):
-            self._skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        own = {"num_experts_per_tok": model.top_k, "num_key_value_heads": model.attention.kv_heads, "sliding_window": None}
+        try:
+            config = AutoConfig.for_model(**{**inference_fields(model.config), **own})
+            config._experts_implementation = "edgemoe"
+            with torch.device("meta"):
+                self._skeleton: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                )
+        except Exception as error:  # each class checks its config in its own way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{Path(model.folder) / 'config.json'}: transformers cannot make this model: {reason[:300]}") from error
         self._skeleton.set_experts_implementation("edgemoe")
         self._skeleton.eval().requires_grad_(requires_grad=False)
         self._rotary: Any = make_rotary(self._skeleton).to(self.device)

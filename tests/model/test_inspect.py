@@ -13,6 +13,7 @@ from tiny import EXPERT_COUNTS, FAMILIES, edit_config, make_checkpoint
 
 from edgemoe.base.errors import ModelError
 from edgemoe.model.inspect import inspect_model
+from edgemoe.stream.layers import LayerStream
 
 REFUSED = [
     *((family, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters") for family in FAMILIES),
@@ -49,6 +50,52 @@ def test_a_config_that_a_family_was_not_written_for_is_refused(family: str, chan
     with pytest.raises(ModelError) as caught:
         inspect_model(edit_config(copy(family), **changes))
     assert field in str(caught.value) and "config.json" in str(caught.value) and caught.value.exit_code == 4
+
+
+# Fields that transformers does not use for this family, or not with these values, or that decide nothing about what the model computes.
+IGNORED = [
+    ("qwen3_moe", {"sliding_window": 4096}),
+    ("qwen3_moe", {"sliding_window": 4096, "use_sliding_window": False}),
+    ("qwen2_moe", {"sliding_window": 32768, "max_window_layers": 1}),
+    ("olmoe", {"sliding_window": 128}),
+    ("glm4_moe", {"sliding_window": 128}),
+    ("dots1", {"sliding_window": 128, "max_window_layers": 3}),
+    *(("mixtral", {name: value}) for name, value in {
+        "router_aux_loss_coef": 0, "router_jitter_noise": "none", "initializer_range": "x", "use_cache": 1, "attention_dropout": "much",
+        "auto_map": {"AutoConfig": "e.E"}, "torch_dtype": 16, "transformers_version": [], "pad_token_id": "none", "vision": {"a": 1},
+        "output_router_logits": "yes", "architectures": 7, "_name_or_path": 3, "rms_norm_eps": 1,
+    }.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), IGNORED, ids=[f"{f}-{next(iter(c))}" for f, c in IGNORED])
+def test_a_field_that_decides_nothing_is_ignored(family: str, changes: dict[str, Any], copy: Any) -> None:
+    model = inspect_model(edit_config(copy(family), **changes))
+    assert LayerStream(model).load_layer(0) is not None
+
+
+def test_null_means_as_many_heads_of_keys_as_of_queries(copy: Any) -> None:
+    folder = copy("olmoe")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None}))
+    model = inspect_model(folder)
+    assert model.attention.kv_heads == 4
+    assert LayerStream(model).load_layer(0) is not None
+
+
+WRONG = [
+    {"hidden_act": 5}, {"attention_bias": "no"}, {"attention_bias": 1}, {"rms_norm_eps": "1e-5"}, {"rms_norm_eps": True},
+    {"rope_theta": [1]}, {"rms_norm_eps": float("nan")}, {"mlp_only_layers": "none"}, {"mlp_only_layers": {}}, {"moe_layer_freq": "all"},
+    {"rope_parameters": "default"}, {"rope_scaling": [1]}, {"hidden_size": 256.0}, {"vocab_size": True}, {"num_experts": "8"},
+    {"head_dim": 10**400}, {"full_attention_interval": "4"}, {"decoder_sparse_step": [1]}, {"tie_word_embeddings": "false"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=[f"{n}-{type(v).__name__}" for c in WRONG for n, v in c.items()])
+def test_a_field_of_another_type_is_named(changes: dict[str, Any], copy: Any) -> None:
+    with pytest.raises(ModelError, match=r"config\.json") as caught:
+        inspect_model(edit_config(copy("qwen3_moe"), **changes))
+    assert next(iter(changes)) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

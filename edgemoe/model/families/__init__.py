@@ -50,7 +50,7 @@ def grouped_queries(c: Config) -> Attention:
     share = rotary_share(c)
     rotary = int(head * float(1.0 if share is None else share))
     theta = float(rope_theta(c) or 0.0)
-    return Attention(heads=c.heads, kv_heads=c["num_key_value_heads"], key_length=head, value_length=head, rotary=rotary, rope_theta=theta)
+    return Attention(heads=c.heads, kv_heads=c.kv_heads, key_length=head, value_length=head, rotary=rotary, rope_theta=theta)
 
 
 def latent_queries(c: Config) -> Attention:
@@ -133,8 +133,14 @@ def find_shape(model_type: Any) -> Family:
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
-def refuse_common(c: Config, *, biases: bool = False) -> str | None:
-    """Reasons to refuse a config of any family: fields that our calibration or the GGUF architectures do not support."""
+def refuse_common(c: Config, *, biases: bool = False, window: Any = None) -> str | None:
+    """Reasons to refuse a config of any family: fields that our calibration or the GGUF architectures do not support.
+
+    Args:
+        c: the config.
+        biases: whether q, k and v may have biases.
+        window: of sliding attention, in tokens, where transformers uses it for this family; many configs have one that is never used.
+    """
     for name in ("rope_parameters", "rope_scaling"):
         rope = c.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
@@ -148,11 +154,16 @@ def refuse_common(c: Config, *, biases: bool = False) -> str | None:
         return f"hidden_act {c.get('hidden_act')!r} is not supported, only 'silu'"
     if c.get("attention_bias") and not biases:
         return "attention_bias true is not supported"
-    if c.get("sliding_window") and c.get("use_sliding_window", True):
-        return f"sliding_window {c.get('sliding_window')} is not supported"
+    if window is not None:
+        return f"sliding_window {window} is not supported"
     if c.get("quantization_config"):
         return "quantization_config: quantized checkpoints of this family are not supported; give the original weights"
     return None
+
+
+def asked_window(c: Config) -> Any:
+    """The window of sliding attention in families that use it only if the config says so."""
+    return c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
 
 
 def rotary_share(c: Config) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms, shared
+from edgemoe.model.blocks import Block, attention_kind, dense, experts, gqa, is_moe, norm, qk_norms, shared
 from edgemoe.model.config import Config
 from edgemoe.model.families import Family, refuse_common, sigmoid_router
 
@@ -25,9 +25,12 @@ def layer(c: Config, number: int) -> Iterator[Block]:
 
 def refuse(c: Config) -> str | None:
     """Refuse configs that llama.cpp's dots1 would not load."""
-    if c.get("num_key_value_heads") != c.get("num_attention_heads"):
+    if c.kv_heads != c.heads:
         return "num_key_value_heads differs from num_attention_heads: llama.cpp's dots1 has as many heads of keys as of queries"
-    return refuse_common(c)
+    windows = c.get("max_window_layers", 62) < c["num_hidden_layers"] or any(
+        attention_kind(c, n) == "window" for n in range(c["num_hidden_layers"])
+    )
+    return refuse_common(c, window=c.values.get("sliding_window", 4096) if windows else None)
 
 
 FAMILY = Family(

@@ -26,7 +26,7 @@ FAMILY = Family(
     layer=layer,
     router=lambda c: softmax_router(c, renormalize=True),
     expert_size="intermediate_size",
-    refuse=refuse_common,
+    refuse=lambda c: refuse_common(c, window=c.get("sliding_window")),
     paired_rotary=True,
     gguf_keys=lambda c: {"feed_forward_length": c["intermediate_size"]},
 )

@@ -26,7 +26,7 @@ def refuse(c: Config) -> str | None:
         return f"clip_qkv {c.get('clip_qkv')}: llama.cpp's olmoe does not clip"
     if c.get("tie_word_embeddings", False):
         return "tie_word_embeddings true: llama.cpp's olmoe needs an output matrix of its own"
-    if c.get("num_key_value_heads") != c.get("num_attention_heads"):
+    if c.kv_heads != c.heads:
         return "num_key_value_heads differs from num_attention_heads: llama.cpp's olmoe has one QK-norm width"
     return refuse_common(c)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, experts, gqa, norm, shared
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, refuse_common, softmax_router
+from edgemoe.model.families import Family, asked_window, refuse_common, softmax_router
 
 
 def layer(c: Config, _: int) -> Iterator[Block]:
@@ -25,7 +25,7 @@ def refuse(c: Config) -> str | None:
         return "decoder_sparse_step / mlp_only_layers: dense layers are not supported by llama.cpp's qwen2moe"
     if c.get("norm_topk_prob", False):
         return "norm_topk_prob true: llama.cpp's qwen2moe never renormalises the gates"
-    return refuse_common(c)
+    return refuse_common(c, window=asked_window(c))
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, refuse_common, softmax_router
+from edgemoe.model.families import Family, asked_window, refuse_common, softmax_router
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
@@ -27,7 +27,7 @@ def refuse(c: Config) -> str | None:
         return "decoder_sparse_step / mlp_only_layers: dense layers are not supported by llama.cpp's qwen3moe"
     if not c.get("norm_topk_prob", False):
         return "norm_topk_prob false: llama.cpp's qwen3moe always renormalises the gates"
-    return refuse_common(c)
+    return refuse_common(c, window=asked_window(c))
 
 
 FAMILY = Family(
