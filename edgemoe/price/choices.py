@@ -70,8 +70,11 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
         scale, nats = (share[unit.role, unit.layer], matrices[u]) if u in matrices else (1.0, _of_experts(layers[unit.layer], unit, share))
         for f in np.flatnonzero(sizes.offered[u]):
-            input_cost[:, u, f] = nats.inputs[target.offered[f]] * scale
-            cost[:, u, f] = nats.weights[target.offered[f]] * scale + input_cost[:, u, f]
+            from_inputs = nats.inputs[target.offered[f]] * scale
+            if np.isfinite(both := nats.weights[target.offered[f]] * scale + from_inputs).all():  # else no such file would run
+                input_cost[:, u, f], cost[:, u, f] = from_inputs, both
+        if not np.isfinite(cost[:, u]).any():
+            raise ModelError(f"{model.folder}: no format can hold the weights of {unit.name}", hint="is the checkpoint damaged?")
     return Costs(
         model=model.fingerprint,
         model_name=model.name,

@@ -35,6 +35,7 @@ from edgemoe.price.matrices import (
     ByCause,
     ErrorsByFormat,
     Importance,
+    formats_too_small,
     probe_kl,
     round_sampled,
     sample_rows,
@@ -72,6 +73,7 @@ class Layer:
         slope = {role: value * share[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
 
+        @np.errstate(invalid="ignore")  # infinity times no use
         def nats(errors: dict[str, dict[str, F64]]) -> dict[str, F64]:
             if unit.expert < 0:
                 return {f: slope[unit.role] * (self.menu.gate_sq @ errors[unit.role][f]) for f in formats}
@@ -222,6 +224,7 @@ def weigh_experts(replay: Replay, arrays: Mapping[str, NDArray[np.generic]], dom
     return use, gates**2 * (replay.shares * relative)[:, None]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a format that cannot hold a weight gives infinity, and is then not offered
 def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, ErrorsByFormat]]:
     """Mean squared output error per use of one expert, by projection and format, on tokens drawn by how much they count.
 
@@ -255,6 +258,8 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[
             else:
                 squares = ((h @ delta.T) ** 2).sum(axis=1)
             result[role][name] = float(weight @ squares) * scale
+        formats, columns = sample.formats(role, expert), sample.importance.get((role, expert))
+        result[role] |= dict.fromkeys(formats_too_small(sample.target, matrix, formats, columns), np.inf)
         blocks = {name: sample.target.input_block(name, role) for name in sample.formats(role, expert)}
         by_block = {block: float(weight @ _input_squares(block, projection, inputs, (a, b, h), matrices)) for block in {*blocks.values()}}
         from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}

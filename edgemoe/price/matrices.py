@@ -19,6 +19,7 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.reference import WHOLE_BITS, round_to_int8, round_to_nearest
 from edgemoe.targets import Target
 
+HALF_LARGEST = 65_504.0  # the largest finite half float
 SAMPLE_WEIGHTS = 2**18  # weights of each stack or matrix that are really rounded, for each format
 LEAST_ROWS = 4  # rows of a matrix, or of each expert in a stack, that are sampled at least
 INPUT_TOKENS = 64  # tokens that stand for a matrix's inputs where kernels round them
@@ -62,6 +63,7 @@ def price_matrix(
     weights = np.ones(matrix.shape[1]) if columns is None else columns.astype(np.float64)
     part, formats = matrix[rows], target.offered_formats(model, unit)
 
+    @np.errstate(over="ignore", invalid="ignore")  # a format that cannot hold a weight gives infinity, and is then not offered
     def rounded_errors(index: NDArray[np.int64]) -> ErrorsByFormat:
         found = round_sampled(target, part[index], formats, columns, probe.bits)
         return {name: float(per_row[index] @ ((r - part[index]).astype(np.float64) ** 2 @ weights)) for name, r in found}
@@ -70,6 +72,7 @@ def price_matrix(
     errors: ErrorsByFormat = {}
     for found in pool.map(rounded_errors, blocks):
         errors = {name: errors.get(name, 0.0) + value for name, value in found.items()}
+    errors |= dict.fromkeys(formats_too_small(target, matrix, formats, columns), np.inf)
     slope = probe_kl(stats, probe) / max(errors["probe"], 1e-30)
     by_block = {0: 0.0}
     if columns is not None:
@@ -81,6 +84,17 @@ def price_matrix(
             by_block[block] = slope * float(per_row @ (error**2).mean(axis=0))
     from_inputs = {name: by_block.get(target.input_block(name, unit.role), 0.0) for name in formats}
     return ByCause(weights={name: slope * error for name, error in errors.items()}, inputs=from_inputs)
+
+
+def formats_too_small(target: Target, matrix: F32, formats: tuple[str, ...], importance: F32 | None) -> list[str]:
+    """Formats that cannot hold the largest weight of a matrix: half floats, and scales in half floats, end at 65,504."""
+    largest = np.abs(matrix).max(axis=1)
+    row = int(largest.argmax())
+    if largest[row] <= HALF_LARGEST:
+        return []
+    with np.errstate(all="ignore"):
+        rounded = {name: target.round_rows(matrix[row : row + 1], name, importance) for name in formats}
+        return [name for name, values in rounded.items() if not np.isfinite(values).all()]
 
 
 def _draw_inputs(stats: Stats, layer: int, second_moments: F32) -> F32:
