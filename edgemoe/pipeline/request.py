@@ -19,7 +19,9 @@ from edgemoe.price.choices import check_rounding, least_process
 from edgemoe.repair.width import choose_top_k, choose_widths
 from edgemoe.rules import Rule
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, choose_texts
+from edgemoe.stream.windows import WINDOW, tokenize
 from edgemoe.targets import Target, find_target
+from edgemoe.verify.artifact import DEFAULT_TOKENS as HELDOUT_TOKENS
 
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
 DEFAULT_ROUNDS = 0  # of refinement; each round costs one more file written and run
@@ -88,6 +90,8 @@ def prepare(request: BuildRequest) -> Job:
     check_rounding(request.rounding)
     model = inspect_model(request.model, hashed=False)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
+    for texts, tokens in ((calibration, request.calibration_tokens), (heldout, HELDOUT_TOKENS)):
+        tokenize(model, texts, tokens, WINDOW)  # a text without tokens, or a tokenizer that does not load, is found now
     return Job(
         request=request,
         model=model,

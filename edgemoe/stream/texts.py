@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ import numpy as np
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.base.types import F64
 from edgemoe.ir import Stats
+from edgemoe.model.checkpoint import regular_size
 
 SHIPPED = Path(__file__).parent / "data"
 DEFAULT_TOKENS = 65_536  # of all calibration texts together
 HELDOUT_SHARE = 0.1
 MAX_BYTES = 2**30
+PIECE = 2000  # characters of a document where a text has but one line
 _SAME_BY_CHANCE = 200  # characters; different texts may share paragraphs that are shorter
 
 
@@ -98,7 +101,15 @@ def recall_texts(stats: Stats, given: Sequence[str]) -> tuple[Text, ...]:
 
 
 def read_text(spec: str) -> Text:
-    """A text from "FILE" or "FILE:WEIGHT": JSONL ("text"), or plain UTF-8 whose documents are parted by form feeds, else by paragraphs."""
+    """A text from "FILE" or "FILE:WEIGHT".
+
+    A .jsonl file holds an object in each line, with a "text", or with chat "messages" whose contents become paragraphs.  Any other file is
+    plain UTF-8, whose documents are parted by form feeds, else by empty lines, else by lines, else they are pieces of its one line.
+
+    Raises:
+        UsageError: a weight that is no positive number.
+        ModelError: a file that cannot be read or holds no text; the message names the line where it can.
+    """
     name, _, weight_text = spec.rpartition(":")
     weight = 1.0
     if name and not Path(spec).exists():
@@ -111,9 +122,9 @@ def read_text(spec: str) -> Text:
         spec = name
     path = Path(spec)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if regular_size(path) > MAX_BYTES:
             raise ModelError(f"{path}: more than {MAX_BYTES} bytes of text", hint="a few megabytes are plenty")
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -126,24 +137,55 @@ def read_text(spec: str) -> Text:
 
 
 def _split_documents(raw: str) -> list[str]:
-    return raw.split("\f") if "\f" in raw else [p + "\n\n" for p in raw.split("\n\n")]
+    if "\f" in raw:
+        return raw.split("\f")
+    if "\n\n" in raw:
+        return [p + "\n\n" for p in raw.split("\n\n")]
+    for parts in (re.split(r"(?<=\n)[ \t]+\n", raw), raw.splitlines(keepends=True)):  # WikiText's empty lines hold a blank
+        if len(parts) > 1:
+            return parts
+    return [raw[start : start + PIECE] for start in range(0, len(raw), PIECE)]
 
 
 def _read_jsonl(path: Path, raw: str) -> list[str]:
     documents = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if line.strip():
-            try:
-                documents.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ModelError(f"{path}: line {number} is not a JSON object with a field 'text': {error!r}") from error
+    for number, line in enumerate(raw.split("\n"), 1):  # not splitlines, which also splits at characters that JSON allows in a text
+        if not line.strip():
+            continue
+        try:
+            document = _document_of(json.loads(line))
+            document.encode("utf-8")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ModelError(
+                f"{path}: line {number}: {str(error)[:200]}", hint='a line is {"text": "..."} or {"messages": [...]}'
+            ) from error
+        documents.append(document)
     return documents
 
 
+def _document_of(entry: object) -> str:
+    """The text of a line, or the contents of its chat messages as paragraphs."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"expected an object, found {type(entry).__name__}")
+    if isinstance(messages := entry.get("messages"), list) and "text" not in entry:
+        contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+        parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        return "\n\n".join(text for text in texts if isinstance(text, str))
+    if not isinstance(entry.get("text"), str):
+        found = type(entry["text"]).__name__ if "text" in entry else "nothing"
+        raise TypeError(f"'text' should be a text, found {found}")
+    return str(entry["text"])
+
+
 def _split(text: Text) -> tuple[Text, Text]:
-    """First nine tenths of the documents for calibration, the last tenth held out."""
+    """First nine tenths of the documents for calibration, and what is new in the last tenth held out."""
     cut = len(text.documents) - max(1, round(len(text.documents) * HELDOUT_SHARE))
     if cut < 1:
         raise UsageError(f"calibration text {text.name} has a single document, so nothing can be held out", hint="add --heldout FILE")
-    first, last = text.documents[:cut], text.documents[cut:]
+    first = text.documents[:cut]
+    seen = set(first)
+    last = tuple(document for document in text.documents[cut:] if document not in seen)  # repeated paragraphs were calibrated on
+    if not last:
+        raise UsageError(f"calibration text {text.name} only repeats itself, so nothing can be held out", hint="add --heldout FILE")
     return Text(name=text.name, documents=first, weight=text.weight), Text(name=text.name, documents=last, weight=text.weight)
