@@ -17,6 +17,7 @@ import typer
 
 from edgemoe import __version__
 from edgemoe.base.errors import EdgemoeError, MachineError
+from edgemoe.base.units import plain
 from edgemoe.cli.build import build
 from edgemoe.cli.devices import devices_app
 from edgemoe.cli.plan import plan
@@ -61,7 +62,7 @@ class _Notes(logging.Handler):
     """Prints what the stages have to tell, a line each, to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {record.getMessage()}", file=sys.stderr, flush=True)
+        print(f"note: {plain(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -96,8 +97,9 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
 
 
 def _fail(message: str, hint: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """Print one line, and one for the hint: names from files may hold line breaks and escape sequences."""
+    print(f"error: {plain(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {plain(hint)}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from command import MODEL, error_of, run_cli
 
-from edgemoe.base.storage import load_record, save_record
+from edgemoe.base.storage import load_record, load_sealed, save_record, save_sealed
 from edgemoe.ir import Domain, Plan, Probe, Stats
 from edgemoe.model.checkpoint import read_header
 from edgemoe.model.inspect import inspect_model
@@ -271,9 +271,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 def test_an_edited_plan(run: Run, tmp_path: Path, out: Path, edit: str) -> None:
     plan, stats = save_plan(tmp_path), save_stats(tmp_path)
     change, field = EDITS[edit]
-    body = json.loads(plan.read_text())
+    body = load_sealed(plan)
     change(body)
-    plan.write_text(json.dumps(body))
+    save_sealed(plan, body)  # as a program that writes records of its own would
     status, errors = run("emit", MODEL, stats, plan, "-o", out)
     assert status == 4 and field in error_of(errors)
     assert str(plan) in error_of(errors)

@@ -88,7 +88,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let `edgemoe inspect` raise something."""
 
     def fail(error: BaseException, *options: str) -> None:
-        def inspect_model(_: str) -> None:
+        def inspect_model(_: str, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(inspect, "inspect_model", inspect_model)
