@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FORMAT_VERSION = 6
+MAX_JSON = 64 * 2**20  # bytes
+MAX_VALUES = 6_000_000  # in a JSON file; the largest tokenizers have 2 million
 SEALS = "edgemoe.sha256"  # in the metadata of our array files: type, shape and SHA-256 of each array
 R = TypeVar("R", bound="DataclassInstance")
 
@@ -174,14 +177,61 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         ModelError: cannot be read, or is no JSON object.
     """
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(body, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(body).__name__}")
+    body = read_json(path)
     seal = body.pop("sha256", None)
     return body, seal == hash_json(body)
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file that can be read to its end: a pipe would make its reader wait for ever.
+
+    Raises:
+        ModelError: not a regular file.
+        OSError: missing, or not to be looked at.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path}: not a regular file")
+    return found.st_size
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object from a file whose size is checked first.
+
+    Raises:
+        ModelError: missing, too large, not JSON, or not an object.
+    """
+    try:
+        if (size := regular_size(path)) > limit:
+            raise ModelError(f"{path}: {size} bytes is too large for a JSON file")
+        return parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object from bytes of a file, whose values are counted first: in memory they take up to a hundred times as many bytes.
+
+    Raises:
+        ModelError: too many values, not JSON, not an object, or one name twice.
+    """
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ModelError(f"{path}: holds more than {MAX_VALUES} values, which is too many")
+    try:
+        value = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r:.80} is there twice")
+    return found
 
 
 def hash_json(*parts: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
+import logging
 import math
-import stat
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,66 +16,93 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import DamagedError, ModelError
+from edgemoe.base.storage import parse_json, read_json, regular_size
 from edgemoe.ir import Tensor
 
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
-MAX_JSON = 64 * 2**20
+WRAPPERS = ("_orig_mod.", "module.", "base_model.")  # what torch.compile, data parallelism and peft put before names
+_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+Header = dict[str, tuple[str, tuple[int, ...], int, str]]  # name -> dtype, shape, offset, file
 PACKED = "U8"  # type of packed rows in our own files; checkpoints have no such tensors
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
-def regular_size(path: Path) -> int:
-    """Bytes of a file that can be read to its end: a pipe would make its reader wait for ever.
+def read_headers(folder: Path) -> Header:
+    """Every tensor of a checkpoint: name -> (dtype, shape, offset, file), names without what training tools put before them.
+
+    Where two files hold a tensor, the one that the index names counts.
 
     Raises:
-        ModelError: not a regular file.
-        OSError: missing, or not to be looked at.
+        ModelError: a file is missing or malformed, or holds the adapters of a fine-tuning.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ModelError(f"{path}: not a regular file")
-    return found.st_size
+    shards, index = list_shards(folder)
+    found: Header = {}
+    for shard in shards:
+        for name, entry in read_header(shard).items():
+            if index.get(name, shard.name) == shard.name:
+                found[name] = (*entry, shard.name)
+    return _plain_names(folder, found)
 
 
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object from a file whose size is checked first.
+def _plain_names(folder: Path, header: Header) -> Header:
+    """The header with the names that families use."""
+    adapter = next((name for name in header if ".lora_" in name or ".base_layer." in name), None)
+    if adapter is not None:
+        raise ModelError(
+            f"{folder / header[adapter][3]}: {adapter} belongs to a LoRA adapter", hint="merge the adapter into the model first"
+        )
+    bare = not any("model." in name for name in header)
+    plain: Header = {}
+    for name, entry in header.items():
+        short = name
+        while short.startswith(WRAPPERS):
+            short = short.partition(".")[2]
+        if bare and not short.startswith("lm_head."):
+            short = f"model.{short}"
+        if short in plain:
+            raise ModelError(f"{folder / entry[3]}: holds {short} twice, once as {name}")
+        plain[short] = entry
+    return plain
 
-    Raises:
-        ModelError: missing, too large, not JSON, or not an object.
-    """
-    try:
-        if (size := regular_size(path)) > limit:
-            raise ModelError(f"{path}: {size} bytes is too large for a JSON file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
+def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a checkpoint, and the file of each tensor by the index, which is empty if there is none.
 
-def list_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index or its single file.
+    If files that an index names are missing, model.safetensors is taken, and without an index, files named NUMBER-of-COUNT.
 
     Raises:
         ModelError: there is none, or the index names a file that is missing or lies elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json", hint="is the download complete?")
-        return [single]
+        return ([single] if single.exists() else _numbered(folder)), {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map is missing or empty")
-    names = sorted({str(name) for name in weight_map.values()})
+    places = {name: str(file) for name, file in weight_map.items()}
+    names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder / name}: shard is missing, but {index.name} names it", hint="finish the download")
-    return [folder / name for name in names]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and single.is_file():
+        logging.getLogger("edgemoe").warning("%s: names files that are not there, so %s is taken", index, single.name)
+        return [single], {}
+    if missing:
+        raise ModelError(f"{folder / missing[0]}: shard is missing, but {index.name} names it", hint="finish the download")
+    return [folder / name for name in names], places
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """All of the files model-NUMBER-of-COUNT.safetensors."""
+    found = {path: match for path in sorted(folder.glob("*.safetensors")) if (match := _NUMBERED.fullmatch(path.name))}
+    if not found:
+        raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json", hint="is the download complete?")
+    counts = {int(match[2]) for match in found.values()}
+    numbers = {int(match[1]) for match in found.values()}
+    if len(counts) != 1 or numbers != set(range(1, max(counts) + 1)):
+        raise ModelError(f"{folder}: of {max(counts)} shards {len(found)} are there, and no index", hint="finish the download")
+    return list(found)
 
 
 def read_header(path: Path, dtypes: Collection[str] = DTYPES) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -83,23 +111,26 @@ def read_header(path: Path, dtypes: Collection[str] = DTYPES) -> dict[str, tuple
     Raises:
         ModelError: malformed, or shorter than its header says.
     """
-    size = regular_size(path)
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-            raise ModelError(f"{path}: not a safetensors file (its header would take {length} of {size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{path}: the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: the header is not a JSON object")
-    found = {}
+    try:
+        size = regular_size(path)
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+                raise ModelError(f"{path}: not a safetensors file (its header would take {length} of {size} bytes)")
+            header = parse_json(path, file.read(length))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        found[name] = _check_entry(path, name, entry, 8 + length, size, dtypes)
+        if name != "__metadata__":
+            found[name] = _check_entry(path, name, entry, 8 + length, size, dtypes)
+            begin, end = entry["data_offsets"]
+            places.append((int(begin), int(end), name))
+    for (_, end, first), (begin, last, second) in itertools.pairwise(sorted(places)):
+        if begin < end and last > begin:
+            raise ModelError(f"{path}: {first} and {second} overlap", hint="the file is damaged: download it again")
     return found
 
 

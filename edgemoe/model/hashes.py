@@ -18,13 +18,13 @@ from typing import Any
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.progress import Progress
-from edgemoe.base.storage import hash_json, load_sealed, save_sealed
+from edgemoe.base.storage import hash_json, load_sealed, regular_size, save_sealed
 from edgemoe.base.threads import count_cores
 from edgemoe.ir import Model, Tensor
-from edgemoe.model.checkpoint import MAX_JSON, regular_size
 
 PIECE = 2**23  # bytes read at a time
 SETTLED = 2.0  # seconds: a file that was changed later than that may change again without a new time stamp, so its hashes are not kept
+MAX_SMALL = 256 * 2**20  # bytes of one of the small files; the largest known tokenizer has 34 MB
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
 
 
@@ -58,7 +58,7 @@ def _fingerprint(folder: Path, model: Model, tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256(hash_json(model.config, content).encode())
     for path in sorted(folder.iterdir()):
         if path.name.startswith(SMALL_FILES) and path.is_file():
-            if (size := regular_size(path)) > MAX_JSON:
+            if (size := regular_size(path)) > MAX_SMALL:
                 raise ModelError(f"{path}: {size} bytes is too large for a file of a tokenizer")
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

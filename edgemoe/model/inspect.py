@@ -9,16 +9,17 @@ from pathlib import Path
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.base.progress import Progress
+from edgemoe.base.storage import read_json
 from edgemoe.ir import Model, Tensor
-from edgemoe.model.checkpoint import list_shards, read_header, read_json
+from edgemoe.model.checkpoint import Header, list_shards, read_headers
 from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
 from edgemoe.model.hashes import hash_model
 
+MOST_NAME = 100  # characters; names of files have more to say, and end at 255 bytes
 _PIECE = 2**20  # bytes compared at a time
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-Header = dict[str, tuple[str, tuple[int, ...], int, str]]  # name -> dtype, shape, offset, file
 
 
 def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress | None = None) -> Model:
@@ -40,9 +41,7 @@ def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress
     reason = family.refuse(config) if family.refuse else None
     if reason:
         raise ModelError(f"{config.where}: {reason}")
-    header: Header = {}
-    for shard in list_shards(folder):
-        header.update({name: (*entry, shard.name) for name, entry in read_header(shard).items()})
+    header = read_headers(folder)
     config.first("max_position_embeddings")
     model = replace(describe_as(family, config, _model_name(source, folder)), folder=str(folder))
     tensors = tuple(_find_tensors(model, family, config, header))
@@ -71,12 +70,16 @@ def resolve_source(source: str | Path) -> Path:
         raise MachineError(f"{source}: huggingface_hub is not installed", hint=f"pip install 'edgemoe[hf]', then: {fetch}") from error
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "LICENSE*"]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True))
-    except (OSError, ValueError):  # not cached (LocalEntryNotFoundError is both)
+        found = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True))
+        list_shards(found)
+        return found
+    except (OSError, ValueError, ModelError):  # not cached (LocalEntryNotFoundError is both), or cached without its weights
         pass
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
+        found = Path(snapshot_download(str(source), allow_patterns=patterns))
+        list_shards(found)
+        return found
+    except (OSError, ValueError, RuntimeError, ModelError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MachineError(f"{source}: not in the hub cache and cannot be downloaded: {reason}", hint=f"with a network: {fetch}") from error
 
@@ -84,7 +87,9 @@ def resolve_source(source: str | Path) -> Path:
 def _model_name(source: str | Path, folder: Path) -> str:
     """A name for files and cards; characters that file names or metadata do not allow become dashes."""
     name = str(source).split("/")[-1] if not Path(source).is_dir() else folder.name
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):  # a folder of the hub's cache
+        name = folder.parent.parent.name.split("--")[-1]
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:MOST_NAME].strip("-.") or "model"
 
 
 def _find_tensors(model: Model, family: Family, config: Config, header: Header) -> list[Tensor]:
@@ -105,6 +110,7 @@ def _find_tensors(model: Model, family: Family, config: Config, header: Header) 
     if unknown:
         found = header[unknown[0]]
         cause = "config.json has the wrong number of layers or experts" if _LAYER.match(unknown[0]) else "this family does not have it"
+        cause = "config.json says nothing of such a bias" if unknown[0].endswith(".bias") else cause
         raise ModelError(f"{Path(model.folder) / found[3]}: unexpected tensor {unknown[0]} ({len(unknown)} in all): {cause}")
     return [*outer, *(t for t in tensors if t.layer >= 0)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError
-from edgemoe.model.checkpoint import read_json, regular_size
+from edgemoe.base.storage import read_json, regular_size
 
 MAX_TOKENIZER = 256 * 2**20  # bytes of a tokenizer file; the largest known has 34 MB
 Encode = Callable[[str], list[int]]

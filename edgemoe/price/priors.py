@@ -47,11 +47,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError, UsageError
-from edgemoe.base.storage import hash_json
+from edgemoe.base.storage import hash_json, read_json
 from edgemoe.base.types import F64
 from edgemoe.ir import PROJECTIONS, Costs, Model, Unit
 from edgemoe.ir.memory import DEFAULT_CONTEXT
-from edgemoe.model.checkpoint import read_json
 from edgemoe.model.describe import describe, load_shape
 from edgemoe.model.routing.kept_sets import kept_groups, offered_counts
 from edgemoe.quantize.reference import round_to_int8

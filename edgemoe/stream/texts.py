@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.base.storage import regular_size
 from edgemoe.base.types import F64
 from edgemoe.ir import Stats
-from edgemoe.model.checkpoint import regular_size
 
 SHIPPED = Path(__file__).parent / "data"
 DEFAULT_TOKENS = 65_536  # of all calibration texts together

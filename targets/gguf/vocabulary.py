@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.base.errors import ModelError
-from edgemoe.model.checkpoint import read_json, regular_size
+from edgemoe.base.storage import read_json, regular_size
 from edgemoe.model.tokenizer import MAX_TOKENIZER
 from edgemoe.targets.gguf import vocabulary_bpe, vocabulary_spm
 from edgemoe.targets.gguf.vocabulary_check import check_vocabulary

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
+from edgemoe.base.storage import read_json
 from edgemoe.ir import Model, Plan
-from edgemoe.model.checkpoint import read_json
 
 # For each layout, the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
 # transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".

@@ -144,6 +144,10 @@ def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"{shard.name}: shard is missing"):
         inspect_model(folder)
     index.unlink()
+    with pytest.raises(ModelError, match="shards"):
+        inspect_model(folder)
+    for other in folder.glob("*.safetensors"):
+        other.unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         inspect_model(folder)
     (folder / "config.json").unlink()
