@@ -12,15 +12,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST = 1000  # characters of a message
+
+
+def one_line(text: object) -> str:
+    """The text as one printable line: names from files may hold line breaks and escape sequences, and may be endless."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[: 2 * LONGEST])
+    return line if len(line) <= LONGEST else line[: LONGEST - 4] + " ..."
+
 
 class EdgemoeError(Exception):
-    """Base of all errors that edgemoe raises on purpose; `hint` says what to do next."""
+    """Base of all errors that edgemoe raises on purpose; `hint` says what to do next.  Both are one printable line."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(one_line(message))
+        self.hint = one_line(hint)
 
 
 class UsageError(EdgemoeError):

@@ -16,8 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from edgemoe import __version__
-from edgemoe.base.errors import EdgemoeError, MachineError
-from edgemoe.base.units import plain
+from edgemoe.base.errors import EdgemoeError, MachineError, one_line
 from edgemoe.cli.build import build
 from edgemoe.cli.devices import devices_app
 from edgemoe.cli.plan import plan
@@ -62,7 +61,7 @@ class _Notes(logging.Handler):
     """Prints what the stages have to tell, a line each, to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {plain(record.getMessage())}", file=sys.stderr, flush=True)
+        print(f"note: {one_line(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -73,14 +72,14 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
-        _fail(*_explain(error))
+        _fail(*_exone_line(error))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            _fail(*_explain(KeyboardInterrupt()))
+            _fail(*_exone_line(KeyboardInterrupt()))
         raise
 
 
-def _explain(error: BaseException) -> tuple[str, str, int]:
+def _exone_line(error: BaseException) -> tuple[str, str, int]:
     """An error as message, hint and exit code."""
     if isinstance(error, EdgemoeError):
         return str(error), error.hint, error.exit_code
@@ -98,8 +97,8 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
 
 def _fail(message: str, hint: str, code: int) -> None:
     """Print one line, and one for the hint: names from files may hold line breaks and escape sequences."""
-    print(f"error: {plain(message)}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {plain(hint)}", file=sys.stderr)
+        print(f"hint: {one_line(hint)}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)

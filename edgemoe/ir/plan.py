@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from edgemoe.base.errors import ModelError
+from edgemoe.ir.check_records import check_plan
 from edgemoe.ir.costs import Unit
 from edgemoe.ir.model import Model
 
@@ -63,6 +64,7 @@ class Plan:
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
 
     def __post_init__(self) -> None:
+        check_plan(self)
         for layer, kept in enumerate(self.kept):
             if list(kept) != sorted(set(kept)) or any(not 0 <= e < self.n_experts for e in kept):
                 raise ModelError(f"plan: layer {layer} keeps {kept}, which are not some of {self.n_experts} experts in order")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgemoe.ir.check_records import check_artifact, check_report
 from edgemoe.ir.plan import Plan
 
 MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
@@ -28,6 +29,9 @@ class Artifact:
     target: str
     plan: str
     files: tuple[ArtifactFile, ...]
+
+    def __post_init__(self) -> None:
+        check_artifact(self)
 
     @property
     def path(self) -> Path:
@@ -98,3 +102,6 @@ class Report:
     runtime: str
     machine: str
     rounds: tuple[Round, ...] = ()  # the rounds of refinement that led to the plan
+
+    def __post_init__(self) -> None:
+        check_report(self)

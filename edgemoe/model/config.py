@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 LARGEST = {"num_hidden_layers": 512} | dict.fromkeys(EXPERT_FIELDS, 1024)
 ANY = 2**24  # no count in a config is larger
 MOST = 2**53  # no number is
+ROPE_NUMBERS = ("rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
 # Fields that decide what a model computes, by what they hold.  No other reaches transformers, which refuses values that it never uses.
 FIELDS = {
     "a text": "model_type hidden_act",
@@ -46,14 +46,22 @@ def inference_fields(values: Mapping[str, Any], where: str = "config.json") -> d
     found: dict[str, Any] = {}
     for kind, names in FIELDS.items():
         for name in names.split():
-            value = values.get(name)
-            if value is None:
-                continue
-            wrong = not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "true or false")
-            if wrong or (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > MOST):
-                raise ModelError(f"{where}: {name} is {str(value)[:80]!r}, expected {kind}")
-            found[name] = float(value) if kind == "a number" else value
+            if (value := values.get(name)) is not None:
+                _check_kind(f"{where}: {name}", kind, value)
+                found[name] = float(value) if kind == "a number" else value
+    for outer in ("rope_parameters", "rope_scaling"):
+        for name in ROPE_NUMBERS:
+            if (value := found.get(outer, {}).get(name)) is not None:
+                _check_kind(f"{where}: {outer}.{name}", "a number", value)
     return found
+
+
+def _check_kind(place: str, kind: str, value: Any) -> None:
+    wrong = not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "true or false")
+    if wrong or (isinstance(value, int | float) and not abs(value) <= MOST):  # NaN too
+        raise ModelError(f"{place} is {str(value)[:80]!r}, expected {kind}")
+    if isinstance(value, list) and not all(isinstance(entry, str | int) for entry in value):
+        raise ModelError(f"{place} holds what is neither a text nor a whole number")
 
 
 class Config:

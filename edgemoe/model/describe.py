@@ -18,7 +18,7 @@ from edgemoe.ir import Model, Tensor
 from edgemoe.ir.memory import DEFAULT_CONTEXT
 from edgemoe.ir.model import Cache, Expert, Layer, is_stack
 from edgemoe.model.blocks import Block, Spec
-from edgemoe.model.config import Config
+from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.families import Family, find_shape
 
 SHIPPED = Path(__file__).parent / "models.yaml"
@@ -33,6 +33,7 @@ def describe(values: Mapping[str, Any], name: str = "model") -> Model:
         ModelError: the family is not known or a field is missing; names it.
     """
     values = text_config(values)
+    inference_fields(values)
     family = find_shape(values.get("model_type"))
     return describe_as(family, Config(values), name)
 
