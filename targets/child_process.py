@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def run_job(
 
     Raises:
         VerifyError: the runtime stopped; with its own last words.
-        MachineError: the child says that this machine lacks something.
+        MachineError: the child says that this machine lacks something, or was killed for want of memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         log, result, job_file = (Path(folder) / name for name in ("log", "result.json", "job.json"))
@@ -55,11 +56,18 @@ def run_job(
             log.open("wb") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment}) as child,
         ):
-            _read_logits(child, job, on_logits)
-            code = child.wait()
+            try:
+                _read_logits(child, job, on_logits)
+                code = child.wait()
+            except BaseException:  # a signal or an error here must leave no child behind
+                child.kill()
+                raise
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if code == LACKING:
             raise MachineError("\n".join(words[-1:]) or f"{runtime} does not start", hint=hint)
+        if code == -signal.SIGKILL:
+            what = f"{path.name}: {runtime} was killed by the system, as happens when memory runs out"
+            raise MachineError(what, hint="close other programs, or use a machine with more memory")
         if code != 0 or not result.exists():
             asserted = [w for w in words if "GGML_ASSERT" in w or "error" in w.lower()]
             last = (asserted or words or ["it said nothing"])[-1]

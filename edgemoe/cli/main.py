@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -64,12 +65,27 @@ class _Notes(logging.Handler):
         print(f"note: {one_line(record.getMessage())}", file=sys.stderr, flush=True)
 
 
+class Stopped(BaseException):
+    """Another program asked this one to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), _stop)
     logging.getLogger("edgemoe").addHandler(_Notes())
     try:
         app()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         if "--debug" in sys.argv:
             raise
         _fail(*_exone_line(error))
@@ -83,6 +99,8 @@ def _exone_line(error: BaseException) -> tuple[str, str, int]:
     """An error as message, hint and exit code."""
     if isinstance(error, EdgemoeError):
         return str(error), error.hint, error.exit_code
+    if isinstance(error, Stopped):
+        return f"stopped by {error}", "give the same command again to go on", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "give the same command again to go on", INTERRUPTED
     if isinstance(error, ImportError):
