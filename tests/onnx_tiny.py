@@ -78,6 +78,8 @@ def reference(model: Model, stats: Stats, plan: Plan) -> Any:
 
 def _rounded(x: torch.Tensor, name: str, role: str) -> torch.Tensor:
     flat: F32 = x.reshape(-1, x.shape[-1]).numpy()
+    if not flat.size:  # an expert that no token chose
+        return x
     return torch.from_numpy(round_to_int8(flat, input_block(name, role))).reshape(x.shape)
 
 

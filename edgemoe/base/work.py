@@ -1,8 +1,8 @@
 """This module keeps results in work folders under keys that hash their inputs, and lets a killed job go on after its last step.
 
 A key is a hash of everything that decides a result: its kind, the revision of this kind below, the version of edgemoe, and the values that
-the caller names.  Every file of a work folder carries a hash of what it holds.  A result of which a file is damaged is made anew, and one
-line says so.
+the caller names.  Every file that holds a result, or the state from which a killed run goes on, carries a hash.  A result of which
+a file is damaged is made anew, and one line says so.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgemoe import __version__
-from edgemoe.base.errors import DamagedError, ModelError
+from edgemoe.base.errors import DamagedError, EdgemoeError, ModelError
 from edgemoe.base.files import alone, remove_parts
 from edgemoe.base.storage import check_arrays, hash_json, load_sealed, save_sealed
 
 # A revision is raised when the same inputs give another result of its kind, so that no older result is opened.
 REVISIONS = {"stats": 2, "imatrix": 2, "gradients": 2, "costs": 8, "narrow": 2, "repair": 6, "reference": 2, "measured": 6}
+UNHASHED = "0" * 64  # fingerprint of a model whose tensors were not hashed; it is as long as a hash, because sizes of files depend on that
 T = TypeVar("T")
 
 
 def key_of(kind: str, *parts: Any) -> str:
     """The key of a result of this kind: SHA-256 of plain values."""
+    if UNHASHED in parts:
+        raise EdgemoeError("nothing can be made from a model that was not hashed", hint="inspect it with hashed=True")
     return hash_json(kind, REVISIONS[kind], __version__, *parts)
 
 

@@ -120,7 +120,7 @@ class Step:
 class Model:
     """The content of a checkpoint's headers; `fingerprint` is a SHA-256 over config, tokenizer and every byte of every tensor.
 
-    Before the tensors are hashed, `fingerprint` is empty, and nothing can be made from the model.
+    Before the tensors are hashed, `fingerprint` is all zeros, and nothing can be made from the model.
     """
 
     folder: str

@@ -82,7 +82,7 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     places = {name: str(file) for name, file in weight_map.items()}
     names = sorted(set(places.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".", ".."):
             raise ModelError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and single.is_file():

@@ -1,6 +1,7 @@
 """This module hashes every tensor of a checkpoint, so that its identity covers every byte and each later read can be checked.
 
-Hashes are kept in the user's cache folder with the size, times and inode of each file, and a file that has these still is not read again.
+Hashes are kept in the user's cache folder with the size, times and inode of each file, and a file of which none of these changed is not
+hashed again here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edgemoe.base.threads import count_cores
 from edgemoe.ir import Model, Tensor
 
 PIECE = 2**23  # bytes read at a time
-SETTLED = 2.0  # seconds: a file that was changed later than that may change again without a new time stamp, so its hashes are not kept
+SETTLED = 2.0  # seconds: a file that was changed less than that before it was hashed may change again without a new time stamp
 MAX_SMALL = 256 * 2**20  # bytes of one of the small files; the largest known tokenizer has 34 MB
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
 
@@ -36,8 +37,15 @@ def hash_model(model: Model, progress: Progress | None = None) -> Model:
         progress: called with (bytes hashed, all bytes) as files are read; not at all if every hash is known.
 
     Raises:
-        ModelError: a file is too short, cannot be read, or changes while it is read.
+        ModelError: a file ends inside a tensor, cannot be read, or changes while it is read, or a file of the tokenizer is too large.
     """
+    try:
+        return _hash_model(model, progress)
+    except OSError as error:
+        raise ModelError(f"{model.folder}: cannot be read: {error}") from error
+
+
+def _hash_model(model: Model, progress: Progress | None) -> Model:
     folder, found = Path(model.folder), dict[Tensor, str]()
     missing: dict[str, list[Tensor]] = {}
     for name in sorted({t.file for t in model.tensors}):
@@ -71,7 +79,7 @@ def _hash_file(path: Path, tensors: Sequence[Tensor], count: _Count) -> dict[Ten
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(count_cores()) as pool:
         ordered = sorted(tensors, key=lambda t: t.offset)
         hashes = list(pool.map(lambda t: _hash_range(path, file.fileno(), t, count), ordered))
-    if _identity(path) != before:
+    if {**_identity(path), "ctime_ns": before["ctime_ns"]} != before:  # a new hard link changes ctime, and no byte
         raise ModelError(f"{path}: changed while it was read", hint="wait until nothing writes to it, and give the same command again")
     found = dict(zip(ordered, hashes, strict=True))
     if max(before["mtime_ns"], before["ctime_ns"]) / 1e9 < began - SETTLED:

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.base.progress import Progress
 from edgemoe.base.storage import read_json
+from edgemoe.base.work import UNHASHED
 from edgemoe.ir import Model, Tensor
 from edgemoe.model.checkpoint import Header, list_shards, read_headers
 from edgemoe.model.config import Config, inference_fields
@@ -45,7 +46,7 @@ def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress
     config.first("max_position_embeddings")
     model = replace(describe_as(family, config, _model_name(source, folder)), folder=str(folder))
     tensors = tuple(_find_tensors(model, family, config, header))
-    found = replace(model, tensors=tensors, fingerprint="")
+    found = replace(model, tensors=tensors, fingerprint=UNHASHED)
     return hash_model(found, progress) if hashed else found
 
 

@@ -36,7 +36,8 @@ AUTO_SHARES = (1.0, 0.75, 0.5)  # shares of the width that are tried, by "auto" 
 # Bits of the file for a weight of the checkpoint, below which narrower experts are tried unasked (benchmarks/results/width.md).
 FEW_BITS = 2.75
 # A narrowed model loses more on held-out text than on guard windows, because these lie in documents that were fitted to.  Plans without
-# narrowing lose more or less than predicted as well, so the factor is divided by theirs (docs/decisions/0010-narrow.md).
+# narrowing also lose more or less than predicted; UNSEEN is the quotient, which holds only what narrowing adds
+# (docs/decisions/0010-narrow.md).
 #
 #                held-out KL / KL on guard windows,   held-out KL / predicted KL,   quotient
 #                narrowed models                      plans without narrowing
@@ -66,8 +67,8 @@ def choose_widths(model: Model, asked: str, form: str = "stacks") -> tuple[int, 
 
     Args:
         model: the original.
-        asked: a number of neurons; "full"; "auto" for all widths that some format can store; or nothing, for those that formats of few bits
-            can store too, in the stacks form alone.
+        asked: a number of neurons; "full"; "auto" for those of the three that some format can store; "" for those that formats below 4 bits
+            can store too.  In the experts form, "" means the full width.
         form: of the plan, as in Costs.
 
     Raises:

@@ -1,7 +1,7 @@
 """This module counts the bytes of weights in a GGUF and in a process of llama.cpp, and predicts the process's other bytes.
 
-It needs shapes alone (docs/decisions/0003-memory.md).  The prediction holds for the defaults of `Settings`: no mmap (so all memory is held
-and cannot be reclaimed), repacking on, KV in F16, flash attention, ubatch 512, and logits of the last token only.
+It needs shapes alone (docs/decisions/0003-memory.md).  Without `settings`, the prediction is for their defaults: no mmap (so all memory
+is held and cannot be reclaimed), repacking on, KV in F16, flash attention, ubatch 512, and logits of the last token only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def unit_extra(model: Model, unit: Unit, name: str, count: int) -> int:
 def unit_staging(model: Model, unit: Unit, name: str, size: int) -> int:
     """Bytes of the copy that is made while a tensor is repacked.
 
-    The output matrix is loaded before the layers.  Its copy matters only if the C library keeps it, which it does up to 32 MiB.
+    The output matrix is loaded before the layers.  Its copy is freed before they take memory, so it raises the peak only if the C library
+    keeps it, which it does up to 32 MiB.
     """
     return staged_bytes(is_repacked(name, unit.role, tied=model.is_tied), size, unit.role)
 
@@ -73,8 +74,8 @@ def _repacks(repacked: Mapping[str, int], name: str, unit: Unit) -> bool:
 def on_device(costs: Costs, device: Device) -> Costs:
     """The price list for one box, with the bytes that this box's processor holds twice, or copies while it loads a file.
 
-    The list before counts what any CPU holds twice, and what an x86 CPU copies.  If a GPU computes the product that gives the logits, a
-    tied embedding is held twice in every format.
+    `costs` as given counts a second copy wherever an x86 or an ARM CPU would hold one, and the copies that an x86 CPU makes. If a GPU
+    computes the product that gives the logits, a tied embedding is held twice in every format.
     """
     tied = all(unit.role != "output" for unit in costs.units)
     twice, repacked = held_twice_on(device), repacked_on(device)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgemoe.base.errors import ModelError
+from edgemoe.base.errors import EdgemoeError, ModelError
+from edgemoe.base.work import UNHASHED, key_of
 from edgemoe.ir import Tensor
 from edgemoe.model import hashes
 from edgemoe.model.checkpoint import read_tensor
@@ -103,5 +104,7 @@ def test_a_machine_without_a_place_for_caches_hashes_each_time(copy: Copy, monke
 
 def test_without_hashes_there_is_no_fingerprint(sources: dict[str, Path]) -> None:
     model = inspect_model(sources["olmoe"], hashed=False)
-    assert model.fingerprint == "" and not any(t.sha256 for t in model.tensors)
+    assert model.fingerprint == UNHASHED and not any(t.sha256 for t in model.tensors)
+    with pytest.raises(EdgemoeError, match="not hashed"):
+        key_of("stats", model.fingerprint)
     assert hashes.hash_model(model) == inspect_model(sources["olmoe"])

@@ -20,7 +20,8 @@ TINY = EXAMPLES / "tiny-moe"
 
 def plan_for(model: Model, *, kept: tuple[int, ...] = (16, 16, 16, 16), fmt: str = "INT4_32") -> Plan:
     """A plan that keeps the first experts of each layer, every unit in one format."""
-    return replace(flat_plan(model), context=200, kept=tuple(tuple(range(n)) for n in kept), formats={"blk.0.ffn_exps.0": fmt})
+    plan = flat_plan(model)
+    return replace(plan, context=200, kept=tuple(tuple(range(n)) for n in kept), formats=dict.fromkeys(plan.formats, fmt))
 
 
 def test_transformers_js_gets_a_type_that_it_knows_and_the_shape_of_the_cache(tmp_path: Path) -> None:

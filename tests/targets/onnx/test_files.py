@@ -29,7 +29,7 @@ def plan_for(model: Model, *, kept: tuple[int, ...] = (16, 16, 16, 16), fmt: str
         flat_plan(model, "INT4_32", target="onnx"),
         context=200,
         kept=tuple(tuple(range(n)) for n in kept),
-        formats={"blk.0.ffn_exps.0": fmt},
+        formats={**flat_plan(model, "INT4_32", target="onnx").formats, "blk.0.ffn_exps.0": fmt},
     )
 
 
