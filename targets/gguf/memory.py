@@ -20,7 +20,7 @@ from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, stat
 from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
 
 # The constants were measured on two installations (docs/decisions/0003-memory.md).
-# Bindings, libraries, tokenizer's tables and 2 threads took 24 MiB; 16 threads took 2 MiB more, and another installation 3 MiB more.
+# Bindings, libraries, tokenizer's tables and 2 threads took 24 MiB; 16 threads took 26 MiB, and another installation 27 MiB.
 RUNTIME = 27 * 2**20
 PER_TOKEN = 270  # bytes of one vocabulary entry with its merge in llama.cpp's tables (245 measured)
 PER_CELL = 128  # bytes of one token's entry in the caches' tables (123 measured)
