@@ -13,7 +13,7 @@ from edgemoe.stream.texts import SHIPPED
 
 
 @pytest.mark.parametrize(("target", "room"), [("gguf", 1_500_000), ("onnx", 2_500_000)])
-@pytest.mark.parametrize(("family", "tied"), [("mixtral", True), ("qwen2_moe", False), ("glm4_moe", False), ("dots1", False)])
+@pytest.mark.parametrize(("family", "tied"), [("mixtral", True), ("qwen2_moe", False), ("glm4_moe", False)])
 def test_a_checkpoint_is_built_to_the_report(tmp_path: Path, family: str, tied: bool, target: str, room: int) -> None:
     source = make_checkpoint(tmp_path / "model", family, n_experts=4, hidden=128, expert_size=128, tied=tied)
     heldout = tmp_path / "heldout.txt"
