@@ -173,8 +173,7 @@ def synthetic_costs(shape: Shape, form: str, seed: int = 0) -> Costs:
     cols += [c for _, c in others]
     counts = (n_experts,) if form == "experts" else offered_counts(n_experts, Router(top_k=shape.top_k))
     order = np.argsort(drop, axis=1)
-    rank = np.argsort(order, axis=1)
-    kept = rank[None] >= n_experts - np.array(counts)[:, None, None]
+    kept = np.argsort(order, axis=1)[None] >= n_experts - np.array(counts)[:, None, None]
     left = np.einsum("cle,le->cl", kept, importance) / importance.sum(axis=1)  # share of the layer's importance
     stacks = np.array([u.is_stack for u in units])
     layer_of = np.array([u.layer - shape.dense if u.is_stack else 0 for u in units])

@@ -49,7 +49,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         progress: called with (layers done, all layers).
 
     Raises:
-        ModelError: the statistics were imported, not measured.
+        ModelError: the statistics were imported, not measured; or no format can hold a tensor.
     """
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
@@ -73,8 +73,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
             from_inputs = nats.inputs[target.offered[f]] * scale
             if np.isfinite(both := nats.weights[target.offered[f]] * scale + from_inputs).all():  # else no such file would run
                 input_cost[:, u, f], cost[:, u, f] = from_inputs, both
-        if not np.isfinite(cost[:, u]).any():
-            raise ModelError(f"{model.folder}: no format can hold the weights of {unit.name}", hint="is the checkpoint damaged?")
+    _check_priced(model, units, cost)
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -101,6 +100,12 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         n_groups=kept_groups(model.router),
         **drops,
     )
+
+
+def _check_priced(model: Model, units: list[Unit], cost: F64) -> None:
+    """Refuse a tensor that no format can hold, and name it."""
+    for u in np.flatnonzero(~np.isfinite(cost).any(axis=(0, 2))):
+        raise ModelError(f"{model.folder}: no format can hold the weights of {units[u].name}", hint="is the checkpoint damaged?")
 
 
 def _of_experts(layer: Layer, unit: Unit, share: Parts) -> ByCause[dict[str, F64]]:

@@ -190,15 +190,17 @@ def narrow_experts(
         save_sealed(folder / "kl.json", {"kl": streams.measure()})
         return save_overlay(base, folder, {})
 
-    def read() -> Model | None:
-        made = open_overlay(base, folder, {})
-        if made is not None:
-            load_sealed(folder / "kl.json")
-        return made
-
-    made = open_or_make(folder, read, make)
+    made = open_or_make(folder, lambda: _open_narrowed(base, folder), make)
     kl = tuple(load_sealed(folder / "kl.json")["kl"])
     return Narrowed(model=made, kl=kl, work=folder, width=0 if whole else width, unseen=UNSEEN if epochs >= 0 else 1.0)
+
+
+def _open_narrowed(base: Model, folder: Path) -> Model | None:
+    """The narrowed model that a folder holds, if its weights and its KL are whole; None if there is none."""
+    made = open_overlay(base, folder, {})
+    if made is not None:
+        load_sealed(folder / "kl.json")
+    return made
 
 
 def charge(costs: Costs, narrowed: Narrowed) -> Costs:

@@ -44,6 +44,16 @@ def no_keys(_: Config) -> Mapping[str, Any]:
     return {}
 
 
+def dense_first_keys(c: Config) -> Mapping[str, Any]:
+    """Keys of models with dense first layers and shared experts."""
+    return {
+        "feed_forward_length": c["intermediate_size"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_count": c["n_shared_experts"],
+        "leading_dense_block_count": c.get("first_k_dense_replace", 0),
+    }
+
+
 def grouped_queries(c: Config) -> Attention:
     """Heads of grouped-query attention, of which a share of each is rotated."""
     head = c.head_size

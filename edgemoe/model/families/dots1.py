@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, attention_kind, dense, experts, gqa, is_moe, norm, qk_norms, shared
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, refuse_common, sigmoid_router
+from edgemoe.model.families import Family, dense_first_keys, refuse_common, sigmoid_router
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
@@ -40,10 +40,5 @@ FAMILY = Family(
     router=lambda c: sigmoid_router(c, renormalize=bool(c.get("norm_topk_prob", False))),
     refuse=refuse,
     shared_count="n_shared_experts",
-    gguf_keys=lambda c: {
-        "feed_forward_length": c["intermediate_size"],
-        "expert_feed_forward_length": c["moe_intermediate_size"],
-        "expert_shared_count": c["n_shared_experts"],
-        "leading_dense_block_count": c.get("first_k_dense_replace", 0),
-    },
+    gguf_keys=dense_first_keys,
 )
