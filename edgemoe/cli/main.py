@@ -82,20 +82,20 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), _stop)
-    logging.getLogger("edgemoe").addHandler(_Notes())
+    logging.getLogger("edgemoe").handlers = [_Notes()]  # one, however often a process calls this
     try:
         app()
     except (Exception, KeyboardInterrupt, Stopped) as error:
         if "--debug" in sys.argv:
             raise
-        _fail(*_exone_line(error))
+        _fail(*_explain(error))
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            _fail(*_exone_line(KeyboardInterrupt()))
+            _fail(*_explain(KeyboardInterrupt()))
         raise
 
 
-def _exone_line(error: BaseException) -> tuple[str, str, int]:
+def _explain(error: BaseException) -> tuple[str, str, int]:
     """An error as message, hint and exit code."""
     if isinstance(error, EdgemoeError):
         return str(error), error.hint, error.exit_code
