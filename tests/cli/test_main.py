@@ -104,7 +104,7 @@ def test_json_goes_to_stdout_alone_and_progress_to_stderr(tmp_path: Path) -> Non
     assert shown.returncode == 0, shown.stderr
     result = json.loads(shown.stdout)
     assert result["tokens"]["text"] > 900 and (Path(result["stats"]) / "stats.json").is_file()
-    assert shown.stderr and all(line.startswith("calibrate ") for line in shown.stderr.splitlines())
+    assert shown.stderr and all(line.startswith(("hash ", "calibrate ")) for line in shown.stderr.splitlines())
 
 
 def test_dry_run_prints_the_least_budget_and_writes_nothing(tmp_path: Path) -> None:
