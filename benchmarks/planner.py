@@ -31,6 +31,7 @@ from edgemoe.plan.solve import solve_plan
 from edgemoe.rules import ActiveBytes, GroupKept, Keep, Rule
 from edgemoe.rules.linear import sum_units
 from edgemoe.solvers import columns, ilp
+from edgemoe.solvers.highs import end_child
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
 from edgemoe.targets.gguf.memory import is_repacked, staged_bytes
 
@@ -283,6 +284,7 @@ def run_case(name: str, form: str, rules: str, solver: str) -> dict[str, Any]:
 
     began, wall = cpu_seconds(), time.monotonic()
     plan: Plan = solve_plan(costs, budget, rules=chosen, solver=solver)
+    end_child()  # only what has ended is counted
     spent = cpu_seconds() - began
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.engine import run
 from edgemoe.solvers.ilp import Items, LinearModel, build, join, prices_of, solve_items, unit_items
 from edgemoe.solvers.lagrange import Relaxed, absorb, minimise
@@ -86,26 +87,26 @@ def all_items(program: Program, pool: ColumnPool | None, known: Relaxed | None =
     return join(layers, unit_items(program, free, known)) if len(free) else layers
 
 
-def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple[Relaxed, ColumnPool | None, bool]:
+def generate(program: Program, known: Relaxed, effort: Effort) -> tuple[Relaxed, ColumnPool | None, bool]:
     """Bound and prices of the linear relaxation with all rows; the pool of columns; and False if budget and rules cannot hold together.
 
     A failure of the solver leaves the known values as they are, because only a proof shows that there is no choice.
     """
     if program.blocks is None:
-        return _relax_items(program, known, engine)
+        return _relax_items(program, known, effort)
     pool = ColumnPool(program)
     for factor in FIRST:
         start = Prices(byte=(known.prices.byte or 1e-18) * factor, rows=np.zeros(len(program.rows)), objectives=known.prices.objectives)
         pool.add(minimise(program, start)[1])
     if known.picks is not None:
         pool.add(known.picks)
-    elif not _reach_feasible(program, pool, engine):
+    elif not _reach_feasible(program, pool, effort):
         return known, pool, False
     bound, prices, expected = known.bound, known.prices, known.cost if np.isfinite(known.cost) else known.bound
-    close = max(CLOSE, gap / 10)
+    close = max(CLOSE, effort.gap / 10)
     for _ in range(ROUNDS):
         model = build(program, pool.items(program), expected)
-        if not run(model.problem, engine, mip=False).solved:
+        if not run(model.problem, effort, mip=False).solved:
             break
         found = prices_of(program, model)
         expected = master = _master_value(program, model)
@@ -115,7 +116,7 @@ def generate(program: Program, known: Relaxed, engine: str, gap: float) -> tuple
             fresh += pool.add(picks)
             if value > bound:
                 bound, prices = value, asked
-        if fresh == 0 or master - bound <= close * abs(master):
+        if fresh == 0 or master - bound <= close * abs(master) or effort.is_over:
             break
     return Relaxed(bound=min(bound, known.cost), cost=known.cost, picks=known.picks, prices=prices), pool, True
 
@@ -125,11 +126,11 @@ def _between(one: Prices, two: Prices) -> Prices:
     return Prices(byte=(one.byte + two.byte) / 2, rows=rows, objectives=(one.objectives + two.objectives) / 2)
 
 
-def _relax_items(program: Program, known: Relaxed, engine: str) -> tuple[Relaxed, ColumnPool | None, bool]:
+def _relax_items(program: Program, known: Relaxed, effort: Effort) -> tuple[Relaxed, ColumnPool | None, bool]:
     """As `generate`, for a program without blocks: all options are items, so one linear program is enough."""
     expected = known.cost if np.isfinite(known.cost) else known.bound
     model = build(program, all_items(program, None), expected)
-    outcome = run(model.problem, engine, mip=False)
+    outcome = run(model.problem, effort, mip=False)
     if not outcome.solved:
         return known, None, not outcome.infeasible
     prices = prices_of(program, model)
@@ -144,24 +145,16 @@ def _master_value(program: Program, model: LinearModel) -> float:
     return float(model.problem.objective.value()) / model.scale + constant
 
 
-def _reach_feasible(program: Program, pool: ColumnPool, engine: str) -> bool:
+def _reach_feasible(program: Program, pool: ColumnPool, effort: Effort) -> bool:
     """Add layer plans until some mixture of them keeps budget and rules; return False if none can.
 
     This generation has no costs and minimises by how much rows are exceeded.  If even the cheapest choice costs more than zero at some
     prices, no choice keeps the rows (Farkas).
     """
-    blocks = program.blocks
-    assert blocks is not None
-    free = replace(
-        program,
-        cost=np.where(np.isfinite(program.cost).all(axis=0), 0.0, np.inf)[None],
-        constant=np.zeros(1),
-        blocks=replace(blocks, curve=np.zeros_like(blocks.curve)),
-        soft=tuple(replace(s, price=0.0) for s in program.soft),
-    )
+    free = program.with_costs(np.zeros(program.size.shape), 0.0)
     for _ in range(ROUNDS):
         model = build(free, pool.items(free), 1.0, elastic=True)
-        if not run(model.problem, engine, mip=False).solved:
+        if not run(model.problem, effort, mip=False).solved:
             return True  # nothing is proven
         if sum(float(z.varValue or 0.0) for z in model.elastic) <= EXCEEDED:
             return True
@@ -169,20 +162,18 @@ def _reach_feasible(program: Program, pool: ColumnPool, engine: str) -> bool:
         value, picks = minimise(free, prices)
         if value > EXCEEDED:
             return False
-        if pool.add(picks) == 0:
+        if pool.add(picks) == 0 or effort.is_over:
             return True
     return True
 
 
-def solve_columns(
-    program: Program, known: Relaxed, pool: ColumnPool, engine: str, gap: float, seconds: float | None = None
-) -> Relaxed | None:
+def solve_columns(program: Program, known: Relaxed, pool: ColumnPool, effort: Effort) -> Relaxed | None:
     """The best choice among the generated layer plans and some near them; if no combination of these fits, among all plans.
 
     The result is None if it is proven that there is no choice.
     """
     if len(program.cost) > 1:
-        found = solve_items(program, nearby_items(program, known.prices, NEARBY), known, engine, gap, exact=False, seconds=seconds)
+        found = solve_items(program, nearby_items(program, known.prices, NEARBY), known, effort, exact=False)
         if found is not None and found.picks is not None:
             return found
     for factor in AROUND:
@@ -191,10 +182,10 @@ def solve_columns(
         near = Prices(byte=known.prices.byte, rows=known.prices.rows * factor, objectives=known.prices.objectives)
         if program.rows:
             pool.add(minimise(program, near)[1])
-    found = solve_items(program, all_items(program, pool, known), known, engine, gap, exact=False, seconds=seconds)
+    found = solve_items(program, all_items(program, pool, known), known, effort, exact=False)
     if found is not None and found.picks is not None:
         return found
-    return solve_items(program, all_items(program, None, known), known, engine, gap, exact=True, seconds=seconds)
+    return solve_items(program, all_items(program, None, known), known, effort, exact=True)
 
 
 # ------------------------------------------------------------------------------------------- options near the relaxation's

@@ -1,26 +1,32 @@
 """This module solves a PuLP problem by HiGHS or CBC, and returns an exact status and the proven bound.
 
-PuLP hands a model to HiGHS column by column, which takes 50 microseconds each.  This module hands it over as a whole (HiGHS's passModel),
-with a known solution as a start.  PuLP reports a time-limited or failed solve with all values 0.0, so callers must look at
-`Outcome.solved`.
+PuLP hands a model to HiGHS column by column, which takes 50 microseconds each, and solves it in this process, where some programs run into
+a loop that nothing can end.  This module hands it over as a whole, to a process that can be ended (highs.py).  PuLP reports a
+time-limited or failed solve with all values 0.0, so callers must look at `Outcome.solved`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from edgemoe.base.errors import MachineError
+from edgemoe.solvers import highs
+from edgemoe.solvers.effort import Effort
 
 ENGINES = ("highs", "cbc")
+_PROVEN = ("kInfeasible", "kUnboundedOrInfeasible")  # HiGHS's model statuses; no program here is unbounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,136 +38,120 @@ class Outcome:
     bound: float  # of the objective; -inf if nothing was proven
 
 
-def run(
-    problem: Any,
-    engine: str,
-    *,
-    gap: float = 0.0,
-    mip: bool = True,
-    start: Any = None,
-    seconds: float | None = None,
-    target: float | None = None,
-) -> Outcome:
+def run(problem: Any, effort: Effort, *, mip: bool = True, target: float | None = None) -> Outcome:
     """Solve a minimisation.
 
     Args:
         problem: a pulp.LpProblem.
-        engine: "highs" or "cbc".
-        gap: relative distance to the optimum at which to stop.
+        effort: engine, relative distance to the optimum at which to stop, and time limit.
         mip: False for the linear relaxation.
-        start: values of all variables in the order of `problem.variables()`, to start from (HiGHS).
-        seconds: wall-clock limit.
         target: an objective at which to stop even if the gap is larger (HiGHS).
 
     Raises:
         MachineError: the engine is not installed.
     """
+    if effort.solver == "highs":
+        return _run_highs(problem, effort, mip=mip, target=target)
     import pulp
 
-    with warnings.catch_warnings(), _silence():
+    made = _make_cbc(effort, mip=mip)
+    with warnings.catch_warnings(), _silence(), TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces 4.0
+        made.tmpDir = folder
         try:
-            status = problem.solve(_make(engine, gap, mip=mip, start=start, seconds=seconds, target=target))
+            status = problem.solve(made)
         except (KeyError, pulp.PulpSolverError):  # PuLP does not know the status, or the engine crashed
             return Outcome(solved=False, infeasible=False, bound=-np.inf)
+        except BaseException as error:  # PuLP leaves its child running
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                child = frame.f_locals.get("cbc")
+                if isinstance(child, subprocess.Popen):
+                    child.kill()
+                    child.wait()
+            raise
     solved = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and status == pulp.LpStatusOptimal
-    if not solved:
-        # if CBC proved that no whole units fit, only the status says so
-        nothing = problem.sol_status == pulp.LpSolutionInfeasible or (engine == "cbc" and status == pulp.LpStatusInfeasible)
+    if not solved:  # if CBC proved that no whole units fit, only the status says so
+        nothing = pulp.LpSolutionInfeasible == problem.sol_status or status == pulp.LpStatusInfeasible
         return Outcome(solved=False, infeasible=nothing, bound=-np.inf)
-    value = float(problem.objective.value())
-    if start is not None and engine == "highs" and _contradicts_itself(problem):
-        return run(problem, engine, gap=gap, mip=mip, seconds=seconds, target=target)
-    if engine == "highs":
-        bound = float(problem.solverModel.getInfo().mip_dual_bound) + problem.objective.constant if mip else value
-    else:  # CBC gives no bound; if it ended by itself, the gap that was asked for holds
-        bound = value - gap * abs(value) if problem.sol_status == pulp.LpSolutionOptimal else -np.inf
-    return Outcome(solved=True, infeasible=False, bound=bound)
+    value = float(problem.objective.value())  # CBC gives no bound; if it ended by itself, the gap that was asked for holds
+    ended = problem.sol_status == pulp.LpSolutionOptimal
+    return Outcome(solved=True, infeasible=False, bound=value - effort.gap * abs(value) if ended else -np.inf)
 
 
-def _contradicts_itself(problem: Any) -> bool:
-    """Whether HiGHS reports an objective that its values do not have; with a start, highspy 1.16.0 does so on some tiny programs."""
-    told = float(problem.solverModel.getInfo().objective_function_value)
-    value = float(problem.objective.value()) - problem.objective.constant
-    return bool(abs(told - value) > 1e-6 * max(1.0, abs(value)))
+def _run_highs(problem: Any, effort: Effort, *, mip: bool, target: float | None) -> Outcome:
+    options: dict[str, float] = {"mip_rel_gap": effort.gap, "mip_abs_gap": 0.0}
+    options |= {} if effort.seconds is None else {"time_limit": effort.seconds}
+    options |= {} if target is None or not mip else {"objective_target": target}
+    found = highs.solve({**_arrays_of(problem, mip=mip), "options": options}, effort.seconds, effort.watch)
+    if found.status == "refused":
+        raise MachineError("HiGHS refused the program", hint="please report this")
+    if found.status in _PROVEN:
+        return Outcome(solved=False, infeasible=True, bound=-np.inf)
+    constant = float(problem.objective.constant)
+    bound = found.bound + constant if mip else -np.inf
+    if found.values is None or not len(found.values) or not np.isfinite(found.objective) or (not mip and found.status != "kOptimal"):
+        return Outcome(solved=False, infeasible=False, bound=bound)
+    for variable, value in zip(problem.variables(), found.values.tolist(), strict=True):
+        variable.varValue = value
+    if found.duals is not None:
+        for constraint, dual in zip(_constraints(problem), found.duals.tolist(), strict=True):
+            constraint.pi = dual
+    return Outcome(solved=True, infeasible=False, bound=bound if mip else found.objective + constant)
+
+
+def _constraints(problem: Any) -> list[Any]:
+    """The rows of a problem, with PuLP 3 and 4."""
+    return list(problem.constraints() if callable(problem.constraints) else problem.constraints.values())
+
+
+def _arrays_of(problem: Any, *, mip: bool) -> dict[str, Any]:
+    """A problem as the arrays of highs_child.py; columns and rows have PuLP's order."""
+    import pulp
+
+    variables = problem.variables()
+    place = {id(v): i for i, v in enumerate(variables)}
+    starts, index, value, low, high = [0], [], [], [], []
+    for constraint in _constraints(problem):
+        for variable, coefficient in constraint.items():
+            index.append(place[id(variable)])
+            value.append(coefficient)
+        starts.append(len(index))
+        least, most = constraint.getLb(), constraint.getUb()
+        low.append(-np.inf if least is None else least)
+        high.append(np.inf if most is None else most)
+    return {
+        "cost": np.array([problem.objective.get(v, 0.0) for v in variables], np.float64),
+        "lower": np.array([-np.inf if v.lowBound is None else v.lowBound for v in variables], np.float64),
+        "upper": np.array([np.inf if v.upBound is None else v.upBound for v in variables], np.float64),
+        "row_lower": np.array(low, np.float64),
+        "row_upper": np.array(high, np.float64),
+        "start": np.array(starts, np.int32),
+        "index": np.array(index, np.int32),
+        "value": np.array(value, np.float64),
+        "integer": np.array([v.cat == pulp.LpInteger for v in variables]) if mip else None,
+    }
 
 
 def is_available(engine: str) -> bool:
     """Whether an engine is installed."""
-    return bool(_make(engine, 0.0, mip=True, start=None, seconds=None, check=False).available())
+    return highs.is_installed() if engine == "highs" else bool(_cbc()().available())
 
 
-def _make(engine: str, gap: float, *, mip: bool, start: Any, seconds: float | None, target: float | None = None, check: bool = True) -> Any:
-    import pulp
-
-    if engine == "highs":
-        extra = {} if target is None or not mip else {"objective_target": target}
-        made = _fast_highs()(msg=False, mip=mip, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=seconds, random_seed=0, **extra)
-        made.start = start
-    elif engine == "cbc":
-        path = getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", "cbc")  # the engine that PuLP 3 brings, else one on the PATH
-        made = pulp.COIN_CMD(path=path, msg=False, mip=mip, threads=1, gapRel=gap, timeLimit=seconds)
-    else:
-        raise MachineError(f"solver {engine!r} is not known", hint=f"use {' or '.join(ENGINES)}")
-    if check and not made.available():
-        raise MachineError(f"the solver {engine} is not installed", hint="pip install highspy" if engine == "highs" else "install cbc")
+def _make_cbc(effort: Effort, *, mip: bool) -> Any:
+    if effort.solver != "cbc":
+        raise MachineError(f"solver {effort.solver!r} is not known", hint=f"use {' or '.join(ENGINES)}")
+    made = _cbc()(msg=False, mip=mip, threads=1, gapRel=effort.gap, timeLimit=effort.seconds)
+    if not made.available():
+        raise MachineError("the solver cbc is not installed", hint="install cbc")
     return made
 
 
 @functools.cache
-def _fast_highs() -> Any:
-    """PuLP's HiGHS with the model handed over at once and an optional start."""
+def _cbc() -> Any:
+    """PuLP's CBC: the engine that PuLP 3 brings, else one on the PATH."""
     import pulp
 
-    try:
-        import highspy
-    except ImportError as error:
-        raise MachineError("the solver highs is not installed", hint="pip install highspy") from error
-
-    class FastHiGHS(pulp.HiGHS):  # type: ignore[misc]
-        """HiGHS through passModel."""
-
-        start: Any = None
-
-        def buildSolverModel(self, lp: Any) -> None:
-            """All columns and rows in one call."""
-            variables, constraints = lp.variables(), lp.constraints() if callable(lp.constraints) else list(lp.constraints.values())
-            for i, variable in enumerate(variables):
-                variable.index = i
-            model, infinite = highspy.HighsLp(), highspy.kHighsInf
-            model.num_col_, model.num_row_ = len(variables), len(constraints)
-            model.col_cost_ = np.array([lp.objective.get(v, 0.0) for v in variables], np.float64)
-            model.col_lower_ = np.array([-infinite if v.lowBound is None else v.lowBound for v in variables], np.float64)
-            model.col_upper_ = np.array([infinite if v.upBound is None else v.upBound for v in variables], np.float64)
-            starts, index, value, lower, upper = [0], [], [], [], []
-            for i, constraint in enumerate(constraints):
-                constraint.index = i
-                for variable, coefficient in constraint.items():
-                    index.append(variable.index)
-                    value.append(coefficient)
-                starts.append(len(index))
-                low, high = constraint.getLb(), constraint.getUb()
-                lower.append(-infinite if low is None else low)
-                upper.append(infinite if high is None else high)
-            model.row_lower_, model.row_upper_ = np.array(lower, np.float64), np.array(upper, np.float64)
-            model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-            model.a_matrix_.start_, model.a_matrix_.index_ = np.array(starts, np.int32), np.array(index, np.int32)
-            model.a_matrix_.value_ = np.array(value, np.float64)
-            if self.mip:
-                kinds = {True: highspy.HighsVarType.kInteger, False: highspy.HighsVarType.kContinuous}
-                model.integrality_ = [kinds[v.cat == pulp.LpInteger] for v in variables]
-            if lp.solverModel.passModel(model) == highspy.HighsStatus.kError:
-                raise MachineError("HiGHS refused the program", hint="please report this")
-
-        def callSolver(self, lp: Any) -> None:
-            """Run, from the start if there is one."""
-            if self.start is not None:
-                solution = highspy.HighsSolution()
-                solution.col_value = [float(v) for v in self.start]
-                lp.solverModel.setSolution(solution)
-            lp.solverModel.run()
-
-    return FastHiGHS
+    return functools.partial(pulp.COIN_CMD, path=getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", "cbc"))
 
 
 @contextmanager

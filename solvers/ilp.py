@@ -13,13 +13,14 @@ subject to   sum_{i in set} x[i] = 1                              for each set
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.engine import Outcome, run
 from edgemoe.solvers.lagrange import Relaxed, absorb, fill, minimise
 from edgemoe.solvers.program import DROP, Picks, Prices, Program
@@ -261,11 +262,9 @@ def solve_items(
     program: Program,
     items: Items,
     known: Relaxed,
-    engine: str,
-    gap: float,
+    effort: Effort,
     *,
     exact: bool,
-    seconds: float | None = None,
 ) -> Relaxed | None:
     """The best choice among these items, never worse than the known one; None if it is proven that there is no choice.
 
@@ -273,10 +272,8 @@ def solve_items(
         program: the numbers.
         items: that can be taken.
         known: bound and choice so far.
-        engine: highs or cbc.
-        gap: at which to stop.
+        effort: engine, gap and time limit.
         exact: the items are complete, so the solver's bound, or its proof that nothing fits, holds for the program.
-        seconds: wall-clock limit.
     """
     best, cost, bound = known.picks, known.cost, known.bound
     expected = cost if np.isfinite(cost) else bound
@@ -285,10 +282,10 @@ def solve_items(
         model = build(program, items, expected, tighter=tighter)
         if items.n_sets == program.cost.shape[1]:  # unit by unit
             add_block_rules(program, items, model)
-        start = None if best is None else _start(program, items, model, best)
-        enough = bound + 0.9 * gap * abs(bound)  # with this value, the known bound proves the gap
+        closer = replace(effort, gap=0.9 * effort.gap)
+        enough = bound + closer.gap * abs(bound)  # with this value, the known bound proves the gap
         target = (enough - (float(program.constant[0]) if len(program.cost) == 1 else 0.0)) * model.scale
-        outcome = run(model.problem, engine, gap=0.9 * gap, start=start, seconds=seconds, target=target)
+        outcome = run(model.problem, closer, target=target)
         if outcome.infeasible and exact and not tighter.any():
             if best is None:
                 return None
@@ -303,7 +300,7 @@ def solve_items(
             picks = fill(program, picks)
             if program.objective(picks) < cost:
                 best, cost = picks, program.objective(picks)
-            if abs(float(model.problem.objective.value())) < CLEAREST or tighter.any():
+            if abs(float(model.problem.objective.value())) < CLEAREST or tighter.any() or effort.is_over:
                 break
             expected = cost
         elif (exceeded > 0).any():
@@ -334,14 +331,3 @@ def _decode(program: Program, items: Items, model: LinearModel) -> Picks:
     for i in np.flatnonzero(values > 0.5):
         picks[items.units[i]] = items.picks[i]
     return picks
-
-
-def _start(program: Program, items: Items, model: LinearModel, picks: Picks) -> list[float] | None:
-    """Values of all variables for a known choice, in PuLP's order; None when the items cannot express it."""
-    taken = np.array([bool((picks[u] == p).all()) for u, p in zip(items.units, items.picks, strict=True)])
-    if int(taken.sum()) < items.n_sets or len(program.cost) > 1 or program.soft or program.max_formats or program.blocks is not None:
-        return None
-    first = {int(s): int(i) for i, s in reversed(list(zip(np.flatnonzero(taken), items.owner[taken], strict=True)))}
-    values = dict.fromkeys((v.name for v in model.problem.variables()), 0.0)
-    values |= {model.x[i].name: 1.0 for i in first.values()}
-    return [values[v.name] for v in model.problem.variables()]

@@ -14,7 +14,7 @@ Without blocks and rows this is a multiple-choice knapsack (Sinha & Zoltners 197
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,17 @@ class Program:
     def is_plain(self) -> bool:
         """Whether only the budget couples the units outside blocks."""
         return len(self.cost) == 1 and not self.rows and not self.max_formats
+
+    def with_costs(self, cost: F64, constant: float) -> Program:
+        """The same choices at other costs [U, O], without curves and prices of soft rules."""
+        blocks = None if self.blocks is None else replace(self.blocks, curve=np.zeros_like(self.blocks.curve))
+        return replace(
+            self,
+            cost=np.where(np.isfinite(self.cost).all(axis=0), cost, np.inf)[None],
+            constant=np.array([constant]),
+            blocks=blocks,
+            soft=tuple(replace(s, price=0.0) for s in self.soft),
+        )
 
     def evaluate(self, picks: Picks) -> tuple[F64, int]:
         """Nats under each objective [K] (without soft variables) and bytes of a complete choice, added up anew."""

@@ -6,66 +6,51 @@ gap of its bound is proven already.  With rules, the prices found for one kept c
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.base.errors import EdgemoeError, UsageError
+from edgemoe.base.errors import UnsolvedError, UsageError
 from edgemoe.solvers.columns import ColumnPool, all_items, generate, solve_columns
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.engine import ENGINES
 from edgemoe.solvers.ilp import solve_items
 from edgemoe.solvers.lagrange import Relaxed, absorb, fill, relax
-from edgemoe.solvers.program import Program, Programs, Solution
+from edgemoe.solvers.program import Program, Programs, Row, Solution
 
 MONOLITH = 20_000  # binaries up to which a program with blocks is solved unit by unit
+ROUNDING = 1e-9  # relative, of sums of floats
 STRICTER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)  # multiples of the best prices of rules, at which a choice that keeps them is sought
 SOLVERS = (*ENGINES, "lagrange", "exhaustive")
 
 
-def solve(
-    programs: Programs,
-    n_counts: int,
-    gap: float,
-    *,
-    solver: str = "highs",
-    seconds: float | None = None,
-) -> Solution | None:
+def solve(programs: Programs, n_counts: int, effort: Effort) -> Solution | None:
     """The best choice over all kept counts; None if it is proven that no choice fits budget and rules.
 
     Args:
         programs: the program of each kept count, by its place.
         n_counts: how many kept counts there are.
-        gap: relative distance to the optimum at which to stop.
-        solver: highs, cbc, lagrange (the relaxation's answer without an integer program) or exhaustive.
-        seconds: wall-clock limit; the best choice so far is returned with its proven gap.
+        effort: solver, gap and time limit, after which the best choice so far is returned with its proven gap.
 
     Raises:
         UsageError: the solver cannot honour a rule, or is not known.
-        EdgemoeError: the solver found no choice and did not prove that there is none.
+        UnsolvedError: the solver found no choice and did not prove that there is none.
     """
-    found, bound = search(programs, n_counts, gap, solver=solver, seconds=seconds)
+    found, bound = search(programs, n_counts, effort)
     if found is None and bound < np.inf:
-        raise EdgemoeError(
-            f"the solver {solver} found no plan that keeps every rule, and did not prove that there is none",
-            hint="try --solver highs or cbc, more time, or rules that leave a little room",
+        raise UnsolvedError(
+            f"the solver {effort.solver} found no plan that keeps every rule, and did not prove that there is none",
+            hint="give it more time, or rules that leave a little room",
         )
     return found
 
 
-def search(
-    programs: Programs,
-    n_counts: int,
-    gap: float,
-    *,
-    solver: str = "highs",
-    seconds: float | None = None,
-    cutoff: float = np.inf,
-) -> tuple[Solution | None, float]:
+def search(programs: Programs, n_counts: int, effort: Effort, *, cutoff: float = np.inf) -> tuple[Solution | None, float]:
     """The best choice that costs less than `cutoff`, if one was found, and a bound (nats) that no choice goes below.
 
     The bound is inf if no choice fits.  Choices within the gap of the cutoff are not sought.
     """
+    solver = effort.solver
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known", hint=f"known: {', '.join(SOLVERS)}")
     if solver == "exhaustive":
@@ -73,7 +58,6 @@ def search(
 
         best = exhaustive.solve(programs, n_counts)
         return (best if best is not None and best.cost < cutoff else None), (np.inf if best is None else best.cost)
-    until = None if seconds is None else time.monotonic() + seconds
     known: dict[int, Relaxed] = {}
     guess = 0.0
     for c in range(n_counts):
@@ -81,14 +65,25 @@ def search(
         if solver == "lagrange" and not program.is_plain:
             name = program.rows[0].name if program.rows else "at most so many formats" if program.max_formats else "objective: worst"
             raise UsageError(f"solver lagrange cannot honour the rule {name!r}", hint="use --solver highs")
+        if any(never_holds(program, row) for row in program.rows):
+            continue
         relaxed = relax(program, guess=guess)
         if relaxed is not None:
             known[c], guess = relaxed, relaxed.prices.byte
     if solver != "lagrange":
-        _close_gaps(programs, known, gap, solver, until, cutoff)
-    found = _conclude(known, n_counts, gap)
+        _close_gaps(programs, known, effort, cutoff)
+    found = _conclude(known, n_counts, effort.gap)
     bound = min((r.bound for r in known.values()), default=np.inf)
     return (found if found is not None and found.cost < cutoff else None), bound
+
+
+def never_holds(program: Program, row: Row) -> bool:
+    """Whether it is proven that no choice within the bytes keeps this rule, even without the other rules."""
+    if row.soft.any():
+        return False
+    alone = replace(program.with_costs(row.coef, 0.0), rows=(), soft=(), max_formats=0)
+    relaxed = relax(alone, filled=False)
+    return relaxed is None or relaxed.bound > row.limit + ROUNDING * max(abs(row.limit), abs(relaxed.bound))
 
 
 def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution | None:
@@ -111,18 +106,19 @@ def _conclude(known: dict[int, Relaxed], n_counts: int, gap: float) -> Solution 
     )
 
 
-def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engine: str, until: float | None, cutoff: float) -> None:
+def _close_gaps(programs: Programs, known: dict[int, Relaxed], effort: Effort, cutoff: float) -> None:
     """Solve kept counts, lowest bound first, until no other can win; `known` is updated in place."""
     done: set[int] = set()
+    gap = effort.gap
     while len(done) < len(known):
         c = min((c for c in known if c not in done), key=lambda c: (known[c].bound, c))
         best = min(cutoff, *(r.cost for r in known.values()))
-        if known[c].bound >= best - gap * abs(best) or (until is not None and time.monotonic() > until):
+        if known[c].bound >= best - gap * abs(best) or effort.is_over:
             return  # sorted by bound: no later count can win either
         done.add(c)
         program, pool = programs(c), None
         if not program.is_plain:
-            known[c], pool, possible = _bound_with_rules(programs, known, c, engine, gap)
+            known[c], pool, possible = _bound_with_rules(programs, known, c, effort)
             if not possible:
                 known.pop(c)
                 done.discard(c)
@@ -130,8 +126,7 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
             best = min(best, known[c].cost)
             if known[c].bound >= best - gap * abs(best):
                 continue
-        left = None if until is None else max(1.0, until - time.monotonic())
-        found = solve_program(program, known[c], engine, gap, left, pool)
+        found = solve_program(program, known[c], effort, pool)
         if found is None:
             known.pop(c)
             done.discard(c)
@@ -139,12 +134,10 @@ def _close_gaps(programs: Programs, known: dict[int, Relaxed], gap: float, engin
             known[c] = found
 
 
-def _bound_with_rules(
-    programs: Programs, known: dict[int, Relaxed], c: int, engine: str, gap: float
-) -> tuple[Relaxed, ColumnPool | None, bool]:
+def _bound_with_rules(programs: Programs, known: dict[int, Relaxed], c: int, effort: Effort) -> tuple[Relaxed, ColumnPool | None, bool]:
     """Bound one kept count with all rules; the prices found then bound the other counts."""
     program = programs(c)
-    relaxed, pool, possible = generate(program, known[c], engine, gap)
+    relaxed, pool, possible = generate(program, known[c], effort)
     if possible:
         relaxed = _round(program, relaxed)
         for other in known:
@@ -168,17 +161,15 @@ def _round(program: Program, known: Relaxed) -> Relaxed:
     return replace(found, bound=min(found.bound, found.cost))
 
 
-def solve_program(
-    program: Program, known: Relaxed, engine: str, gap: float, seconds: float | None, pool: ColumnPool | None = None
-) -> Relaxed | None:
+def solve_program(program: Program, known: Relaxed, effort: Effort, pool: ColumnPool | None = None) -> Relaxed | None:
     """Solve one program by PuLP, unit by unit or by columns; return None if the rules cannot hold."""
-    if program.is_plain and known.bound >= known.cost - gap * abs(known.cost):
+    if program.is_plain and known.bound >= known.cost - effort.gap * abs(known.cost):
         return known
     binaries = int(np.isfinite(program.cost[0]).sum())
     if program.blocks is None or binaries <= MONOLITH:
-        return solve_items(program, all_items(program, None, known), known, engine, gap, exact=True, seconds=seconds)
+        return solve_items(program, all_items(program, None, known), known, effort, exact=True)
     if pool is None:
-        known, pool, possible = generate(program, known, engine, gap)
+        known, pool, possible = generate(program, known, effort)
         if pool is None or not possible:
             return None
-    return solve_columns(program, known, pool, engine, gap, seconds)
+    return solve_columns(program, known, pool, effort)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.program import Program, Solution
 from edgemoe.solvers.search import solve
 
@@ -28,4 +29,4 @@ def random_programs(seed: int, tightness: float) -> list[Program]:
 
 def best(programs: list[Program], solver: str, gap: float = 1e-6) -> Solution | None:
     """The best choice over all kept counts."""
-    return solve(programs.__getitem__, len(programs), gap, solver=solver)
+    return solve(programs.__getitem__, len(programs), Effort(solver=solver, gap=gap))

@@ -3,6 +3,7 @@
 EdgemoeError            1   internal: should not happen
 UsageError            2   wrong arguments, OUT not usable, bad recipe
 BudgetError           3   no plan fits the budget and the rules
+UnsolvedError         3   the solver found none in its time
 ModelError            4   model or input file bad or unsupported
 MachineError          5   package missing, disk full, not writable, offline
 VerifyError           6   the artifact does not run or breaks its promise
@@ -45,6 +46,12 @@ class BudgetError(EdgemoeError):
 
 class ConflictError(BudgetError):
     """Rules contradict each other, so no budget helps; the message names these rules."""
+
+
+class UnsolvedError(EdgemoeError):
+    """The solver found no plan in its time, and did not prove that there is none."""
+
+    exit_code = BudgetError.exit_code
 
 
 class ModelError(EdgemoeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from edgemoe.base.errors import UsageError
 
@@ -51,6 +51,15 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def round_outwards(value: float, *, up: bool, digits: int = 5) -> str:
+    """A number with few digits that is not below (`up`) or not above the value, as people would write it into a rule."""
+    if value == round(value) and abs(value) < 10**digits:
+        return str(round(value))
+    exact = Decimal(value)
+    context = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR)
+    return f"{context.create_decimal(exact):f}"
 
 
 def plain(text: object) -> str:

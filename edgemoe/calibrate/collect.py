@@ -57,7 +57,7 @@ def collect_stats(
         work: folder in which the result gets a subfolder, named by a hash of model, texts and settings; the state of a killed run lies
             there too.
         max_tokens: most tokens of all texts together; every text gives the same share at most.
-        progress: called with (layers done, all layers).
+        progress: called with (layers done, all layers); the head counts as a layer.
 
     Raises:
         ModelError: a text gives no tokens, or the model gives NaN or infinite states.
@@ -164,7 +164,7 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
             main.write(index, run.stream.embed(run.windows.tokens[index]))
         add_first_states(run, probe_shape)
     if progress:
-        progress(start, model.n_layers)
+        progress(start, model.n_layers + 1)
     for layer in range(start, model.n_layers):
         module = run.stream.load_layer(layer)
         following = States(run.work / f"main-{layer + 1}.bin", shape)
@@ -180,10 +180,12 @@ def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tup
         for old in run.work.glob(f"*-{layer}.bin"):
             old.unlink()
         if progress:
-            progress(layer + 1, model.n_layers)
+            progress(layer + 1, model.n_layers + 1)
     measured = measure_probes(run, probes, main, probe_shape)
     save_outer_sums(run, main)
     main.close()
+    if progress:
+        progress(model.n_layers + 1, model.n_layers + 1)
     return measured
 
 

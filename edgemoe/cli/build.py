@@ -14,6 +14,7 @@ import typer
 from edgemoe.base.units import format_bytes, parse_bytes
 from edgemoe.cli.devices import choose_budget
 from edgemoe.cli.options import (
+    DEFAULT_SECONDS,
     CalibrationOpt,
     ContextOpt,
     DeviceOpt,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from edgemoe.pipeline.request import BuildRequest
 
 
+STAGES = ("hash", "calibrate", "price", "plan", "repair", "emit", "verify")  # of every build, in this order
+
 WorkOpt = Annotated[
     Path | None, typer.Option("--work", metavar="DIR", help="Keep calibration and prices here, to share them between budgets.")
 ]
@@ -68,7 +71,7 @@ def build(
     objective: ObjectiveOpt = None,
     solver: SolverOpt = "highs",
     gap: GapOpt = 1e-4,
-    time_limit: TimeOpt = None,
+    time_limit: TimeOpt = DEFAULT_SECONDS,
     shard_max: ShardOpt = None,
     work: WorkOpt = None,
     repair: RepairOpt = True,
@@ -126,8 +129,8 @@ def _build(request: BuildRequest, *, as_json: bool) -> None:
     from edgemoe.pipeline.build import build_artifact
     from edgemoe.report.terminal import summarize_report
 
-    with show_progress() as progress:
-        report = build_artifact(request, progress)
+    with show_progress(STAGES) as progress:
+        report = build_artifact(request, progress, progress.gap)
     if as_json:
         print((request.out / "report.json").read_text(encoding="utf-8"), end="")
     else:

@@ -58,8 +58,9 @@ RuleOpt = Annotated[
 ObjectiveOpt = Annotated[
     str | None, typer.Option("--objective", help="mean over the calibration domains, or worst: the domain that loses most. [default: mean]")
 ]
+DEFAULT_SECONDS = 60.0  # of solvers/effort.py, which --help does not import
 TimeOpt = Annotated[
-    float | None, typer.Option("--time-limit", metavar="SECONDS", min=0.1, help="Then take the best plan so far, with its proven gap.")
+    float, typer.Option("--time-limit", metavar="SECONDS", min=0.1, help="Then take the best plan so far, with its proven gap.")
 ]
 TargetOpt = Annotated[
     str,

@@ -12,6 +12,7 @@ import typer
 from edgemoe.base.errors import UsageError
 from edgemoe.cli.devices import choose_budget
 from edgemoe.cli.options import (
+    DEFAULT_SECONDS,
     ContextOpt,
     DeviceOpt,
     ForceOpt,
@@ -76,7 +77,7 @@ def plan(
     objective: ObjectiveOpt = None,
     solver: SolverOpt = "highs",
     gap: GapOpt = DEFAULT_GAP,
-    time_limit: TimeOpt = None,
+    time_limit: TimeOpt = DEFAULT_SECONDS,
     no_repair: NoRepairOpt = False,
     rounding: RoundingOpt = "feedback",
     near: NearOpt = None,
@@ -102,7 +103,14 @@ def plan(
         _print_lines(_diff(*diff), as_json=as_json)
         return
     asked: dict[str, object] = {"--recipe": recipe, "--rule": rule, "--objective": objective, "--solver": solver != "highs"}
-    asked |= {"--near": near, "--explain": explain, "--why": why, "--sweep": sweep, "--time-limit": time_limit, "--stats": stats}
+    asked |= {
+        "--near": near,
+        "--explain": explain,
+        "--why": why,
+        "--sweep": sweep,
+        "--time-limit": time_limit != DEFAULT_SECONDS,
+        "--stats": stats,
+    }
     asked |= {"--gap": gap != DEFAULT_GAP, "--generic": generic, "--memory": memory, "--device": device, "--export": export}
     _check_together(preset, [option for option, value in asked.items() if value])
     rules, aim = read_rules(recipe, rule, objective)
@@ -152,14 +160,16 @@ def _find_target(name: str) -> Target:
 
 
 def _solve(
-    costs: Costs, budget: int, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, limit: float | None, near: Path | None, key: str
+    costs: Costs, budget: int, rules: tuple[Rule, ...], aim: str, solver: str, gap: float, limit: float, near: Path | None, key: str
 ) -> Plan:
     from edgemoe.base.storage import load_record
     from edgemoe.ir import Plan
     from edgemoe.plan.solve import solve_plan
 
     before = load_record(near, Plan) if near else None
-    return solve_plan(costs, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=limit, near=before, costs_hash=key)
+    with show_progress() as progress:
+        plan = solve_plan(costs, budget, rules=rules, objective=aim, solver=solver, gap=gap, seconds=limit, near=before, watch=progress.gap)
+    return replace(plan, costs=key)
 
 
 def _save(solved: Plan, output: Path | None, export: Path | None) -> None:
@@ -172,7 +182,7 @@ def _save(solved: Plan, output: Path | None, export: Path | None) -> None:
         export_plan(solved, export)
 
 
-def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap: float, seconds: float | None, costs_hash: str) -> Plan:
+def _plan_preset(name: str, costs: Costs, budget: int, folder: Path | None, gap: float, seconds: float, costs_hash: str) -> Plan:
     from edgemoe.base.storage import load_record
     from edgemoe.ir import Stats
     from edgemoe.plan.presets import Settings, plan_preset

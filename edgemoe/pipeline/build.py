@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import VerifyError
-from edgemoe.base.progress import StageProgress
+from edgemoe.base.progress import GapProgress, StageProgress
 from edgemoe.base.storage import save_record
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Round
@@ -30,8 +30,15 @@ from edgemoe.verify.artifact import broken_promises, verify_artifact
 CURVE_POINTS = 24
 
 
-def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage, done, total: None) -> Report:
+def build_artifact(
+    request: BuildRequest, progress: StageProgress = lambda stage, done, total: None, watch: GapProgress = lambda gap: None
+) -> Report:
     """Run everything from checkpoint to report, and go on where a killed run stopped.
+
+    Args:
+        request: what to build.
+        progress: called with (stage, steps done, all steps).
+        watch: told how near to the optimum the search for a plan has come.
 
     Raises:
         EdgemoeError: of every kind in base/errors.py; no half-written file is left under a final name.
@@ -39,16 +46,16 @@ def build_artifact(request: BuildRequest, progress: StageProgress = lambda stage
     job = prepare(request)
     check_budget(job)
     with hold_output(request.out):
-        return _build(replace(job, model=hash_model(job.model, in_stage(progress, "hash"))), progress)
+        return _build(replace(job, model=hash_model(job.model, in_stage(progress, "hash"))), progress, watch)
 
 
-def _build(job: Job, progress: StageProgress) -> Report:
+def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     """All stages, in an output folder that no other run works in."""
     request = job.request
     prepare_output(request.out, force=request.force, names=job.target.fixed_names)
     work = open_work(request.out, request.work)
-    offer, plan = plan_widths(job, work, progress)
-    offer, plan, rounds = refine(job, offer, plan, work, progress)
+    offer, plan = plan_widths(job, work, progress, watch)
+    offer, plan, rounds = refine(job, offer, plan, work, progress, watch)
     save_record(request.out / ".work" / "plan.json", plan)
     stored = store_weights(
         job.model,
@@ -81,7 +88,9 @@ def _build(job: Job, progress: StageProgress) -> Report:
     return report
 
 
-def refine(job: Job, offer: Offer, plan: Plan, work: Path, progress: StageProgress) -> tuple[Offer, Plan, tuple[Round, ...]]:
+def refine(
+    job: Job, offer: Offer, plan: Plan, work: Path, progress: StageProgress, watch: GapProgress
+) -> tuple[Offer, Plan, tuple[Round, ...]]:
     """Refine as often as the request asks: return the offer with rescaled prices, the best measured plan, and the rounds that led to it."""
     request, priced = job.request, offer.costs
     if not request.refine:
@@ -107,7 +116,10 @@ def refine(job: Job, offer: Offer, plan: Plan, work: Path, progress: StageProgre
     def measure(plan: Plan) -> Measured:
         return expect(plan, run(plan), run.among * fitted_share(plan, priced, request.rounding))
 
-    refined = refine_plan(priced, plan, request.refine, lambda costs: solve_request(request, replace(offer, costs=costs)), measure)
+    def solve(costs: Costs) -> Plan:
+        return solve_request(request, replace(offer, costs=costs), watch)
+
+    refined = refine_plan(priced, plan, request.refine, solve, measure)
     return replace(offer, costs=refined.costs), refined.plan, refined.rounds
 
 

@@ -18,6 +18,7 @@ from edgemoe.plan.solve import DEFAULT_GAP, SOLVERS
 from edgemoe.price.choices import check_rounding, least_process
 from edgemoe.repair.width import choose_top_k, choose_widths
 from edgemoe.rules import Rule
+from edgemoe.solvers.effort import SECONDS
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, choose_texts
 from edgemoe.stream.windows import WINDOW, tokenize
 from edgemoe.targets import Target, find_target
@@ -44,7 +45,7 @@ class BuildRequest:
     objective: str = "mean"
     solver: str = "highs"
     gap: float = DEFAULT_GAP
-    seconds: float | None = None
+    seconds: float | None = SECONDS
     shard_max: int = 0
     repair: bool = True
     rounding: str = "feedback"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemoe.base.errors import BudgetError, ConflictError
-from edgemoe.base.progress import Progress, StageProgress
+from edgemoe.base.progress import GapProgress, Progress, StageProgress
 from edgemoe.base.storage import hash_file, load_record, save_record
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.calibrate.collect import collect_stats
@@ -34,7 +34,7 @@ def in_stage(progress: StageProgress, name: str) -> Progress:
     return lambda done, total: progress(name, done, total)
 
 
-def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, Plan]:
+def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgress = lambda gap: None) -> tuple[Offer, Plan]:
     """The plan with the least predicted KL over all widths (falling) that are tried, and the offer that it was made from.
 
     If narrowing to a width alone costs more than a plan that was found, neither this width nor a smaller one is calibrated.  If the user
@@ -59,7 +59,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, P
         costs = target.on_device(costs, request.device) if request.device else costs
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
-            plan = solve_request(request, offer)
+            plan = solve_request(request, offer, watch)
         except ConflictError:
             raise  # no width helps
         except BudgetError as error:
@@ -74,9 +74,9 @@ def plan_widths(job: Job, work: Path, progress: StageProgress) -> tuple[Offer, P
     return best
 
 
-def solve_request(request: BuildRequest, offer: Offer) -> Plan:
+def solve_request(request: BuildRequest, offer: Offer, watch: GapProgress) -> Plan:
     """The best plan for these prices under the request's rules and objective."""
-    return solve_plan(
+    plan = solve_plan(
         offer.costs,
         request.memory,
         rules=request.rules,
@@ -84,8 +84,9 @@ def solve_request(request: BuildRequest, offer: Offer) -> Plan:
         solver=request.solver,
         gap=request.gap,
         seconds=request.seconds,
-        costs_hash=offer.costs_hash,
+        watch=watch,
     )
+    return replace(plan, costs=offer.costs_hash)
 
 
 def promised_kl(offer: Offer, plan: Plan) -> float:

@@ -11,27 +11,32 @@ from edgemoe.base.errors import BudgetError, ConflictError, EdgemoeError
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Costs
 from edgemoe.ir.memory import peak
+from edgemoe.plan.hardness import strictest_form
 from edgemoe.plan.staging import largest_staging
 from edgemoe.plan.task import Task, make_task, memory_beside_weights
 from edgemoe.rules import Rule, apply_rules, describe_rule, rule_name
+from edgemoe.solvers.effort import SECONDS, Effort, deadline
 from edgemoe.solvers.program import Program
 from edgemoe.solvers.search import solve
+
+EVERYTHING = 2**60  # bytes that no model has
 
 
 def least_budget(costs: Costs, rules: Sequence[Rule] = ()) -> int | None:
     """Bytes of the smallest process of any plan that keeps the rules; None when no plan keeps them."""
     constraints = apply_rules(costs, rules)
-    return least_of_task(make_task(costs, constraints, "mean", None, "highs", 1e-6, None))
+    return least_of_task(make_task(costs, constraints, Effort(until=deadline(SECONDS))))
 
 
 def least_of_task(task: Task) -> int | None:
     """Least bytes of any plan, from programs with bytes as costs; larger weights may be worth it if their staging copy is smaller."""
     parts = memory_beside_weights(task.costs, task.constraints)
+    effort = Effort(gap=1e-9, until=deadline(SECONDS))
 
     def least(limit: int | None) -> tuple[int, int] | None:
         """Bytes of the smallest weights whose staging copies are no larger than the limit, and of their largest copy."""
         compiled = task.programs(0, limit)
-        found = solve(lambda i: _bytes_as_costs(compiled(i).program), len(task.allowed), 1e-9, solver="highs")
+        found = solve(lambda i: _bytes_as_costs(compiled(i).program), len(task.allowed), effort)
         return None if found is None else (round(found.cost), largest_staging(task.costs, compiled(found.count_index), found))
 
     first = least(None)
@@ -49,11 +54,8 @@ def least_of_task(task: Task) -> int | None:
 
 def _bytes_as_costs(program: Program) -> Program:
     """The program with bytes as costs, so that its cheapest choice is the smallest."""
-    cost = np.where(np.isfinite(program.cost).all(axis=0), program.size.astype(np.float64), np.inf)[None]
-    blocks = None if program.blocks is None else replace(program.blocks, curve=np.zeros_like(program.blocks.curve))
-    soft = tuple(replace(s, price=0.0) for s in program.soft)
-    no_size, constant = np.zeros_like(program.size), np.array([float(program.fixed)])
-    return replace(program, cost=cost, size=no_size, constant=constant, fixed=0, room=1, blocks=blocks, soft=soft)
+    priced = program.with_costs(program.size.astype(np.float64), float(program.fixed))
+    return replace(priced, size=np.zeros_like(program.size), fixed=0, room=1)
 
 
 def explain_infeasible(task: Task, budget: int, rules: Sequence[Rule]) -> BudgetError:
@@ -69,12 +71,16 @@ def explain_infeasible(task: Task, budget: int, rules: Sequence[Rule]) -> Budget
         return BudgetError(message, hint=f"ask for --memory {least}B or more, or a smaller --context")
     if least is not None:
         raise EdgemoeError(
-            f"solver {task.solver} says that no plan fits {format_bytes(budget)}, but one of {least} bytes does", hint="please report this"
+            f"solver {task.effort.solver} says that no plan fits {format_bytes(budget)}, but one of {least} bytes does",
+            hint="please report this",
         )
     conflict = minimal_conflict(costs, rules)
+    form = strictest_form(costs, conflict, conflict[0], EVERYTHING) if conflict else ""
     return ConflictError(
         f"no plan keeps these rules together, at any size: {'; '.join(describe_rule(r) for r in conflict)}",
-        hint="drop or loosen one of them",
+        hint=f"loosen one of them: the strictest form of {rule_name(conflict[0])} that a plan keeps is {form}"
+        if form
+        else "drop or loosen one of them",
     )
 
 

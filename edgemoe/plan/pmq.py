@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import BudgetError, UsageError
 from edgemoe.base.types import F64
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.program import Program, Row
 from edgemoe.solvers.search import solve
 
@@ -49,7 +50,7 @@ def allocate_bits(
         room=total_bits,
         rows=tuple(least),
     )
-    found = solve(lambda _: program, 1, 1e-9)
+    found = solve(lambda _: program, 1, Effort(gap=1e-9))
     if found is None:
         raise BudgetError(f"pmq: {total_bits} bits do not go round {len(cost)} experts", hint="ask for more bits")
     return np.array(bits)[found.picks], found.cost

@@ -25,6 +25,7 @@ from edgemoe.plan.pmq import allocate_bits
 from edgemoe.plan.solve import DEFAULT_GAP, solve_plan
 from edgemoe.rules import KeptCount, Rule
 from edgemoe.rules.constraints import Constraints
+from edgemoe.solvers.effort import SECONDS, Effort, deadline
 from edgemoe.solvers.program import Program
 from edgemoe.solvers.search import solve
 
@@ -40,7 +41,7 @@ class Settings:
 
     stats: Stats | None = None  # calibration's statistics of the experts, which only PMQ needs
     gap: float = DEFAULT_GAP  # relative distance to the preset's own optimum that is good enough; PMQ's small programs are solved exactly
-    seconds: float | None = None  # wall-clock limit of the solver, which PMQ has no use for
+    seconds: float | None = SECONDS  # wall-clock limit of the solver, which PMQ has no use for
 
 
 DEFAULTS = Settings()
@@ -179,7 +180,7 @@ def plan_layer_uniform(costs: Costs, budget: int, settings: Settings = DEFAULTS)
     used = [*range(costs.n_layers), *rest.tolist()]
     room = room_for_weights(budget, costs.memory, 0)
     program = Program(cost=cost[None, used], size=size[used], constant=np.zeros(1), fixed=int(costs.fixed_size[0]), room=room)
-    solution = solve(lambda _: program, 1, settings.gap, seconds=settings.seconds)
+    solution = solve(lambda _: program, 1, Effort(gap=settings.gap, until=deadline(settings.seconds)))
     if solution is None:
         smallest = np.where(np.isfinite(program.cost[0]), program.size, np.iinfo(np.int64).max).min(axis=1)
         raise _too_few_bytes("layer-uniform", budget, budget - room + program.fixed + int(smallest.sum()))

@@ -9,14 +9,17 @@ GPU memory instead of main memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.base.errors import EdgemoeError, UsageError
+from edgemoe.base.errors import EdgemoeError, UnsolvedError, UsageError
+from edgemoe.base.progress import GapProgress
 from edgemoe.ir import Costs, CountBound, Plan, RuleUse
 from edgemoe.plan.evaluate import describe_choice
+from edgemoe.plan.hardness import describe_hardness, explain_unsolved
 from edgemoe.plan.infeasible import explain_infeasible
 from edgemoe.plan.program import Compiled, Near
 from edgemoe.plan.staging import solve_with_staging
@@ -24,6 +27,7 @@ from edgemoe.plan.task import Task, make_task, memory_beside_weights
 from edgemoe.rules import Rule, apply_rules, rule_name
 from edgemoe.rules.constraints import Constraints, held_by_gpu, vram_room
 from edgemoe.rules.linear import Linear
+from edgemoe.solvers.effort import SECONDS, Effort, deadline
 from edgemoe.solvers.program import Solution
 from edgemoe.solvers.search import SOLVERS
 
@@ -41,9 +45,9 @@ def solve_plan(
     objective: str = "mean",
     solver: str = "highs",
     gap: float = DEFAULT_GAP,
-    seconds: float | None = None,
+    seconds: float | None = SECONDS,
     near: Plan | None = None,
-    costs_hash: str = "",
+    watch: GapProgress = lambda gap: None,
 ) -> Plan:
     """Find the plan with the least predicted KL among those whose process never holds more than `budget` bytes.
 
@@ -56,27 +60,34 @@ def solve_plan(
             loses most.
         solver: highs, cbc, lagrange (near-best in milliseconds, with its bound) or exhaustive.
         gap: relative distance to the optimum that is good enough.
-        seconds: wall-clock limit.  After it the best plan so far is returned with its proven gap; a solve that has begun may end somewhat
-            later.
+        seconds: wall-clock limit; None: no limit.  After it the best plan so far is returned with its proven gap, and a line says which
+            rule made the search hard.
         near: an earlier plan.  Its decisions are kept wherever keeping them costs (nearly) no nats.
-        costs_hash: hash of the price list, recorded in `Plan.costs`; empty: the key of its Stats.
+        watch: told the gap that the engine has proven of the program at hand, a few times a second.
 
     Raises:
-        BudgetError: no plan fits; the message names the least budget, and rules that contradict each other.
+        BudgetError: no plan fits; the message names the least budget, and rules that contradict each other.  UnsolvedError: none was
+            found in time.
         UsageError: the solver or the objective is unknown, or a rule is of no known kind.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is not known", hint=f"known: {', '.join(OBJECTIVES)}")
     constraints = apply_rules(costs, rules)
-    task = make_task(costs, constraints, objective, _near(costs, near), solver, gap, seconds)
-    found = solve_with_staging(task, budget)
+    effort = Effort(solver=solver, gap=gap, until=deadline(seconds), watch=watch)
+    task = make_task(costs, constraints, effort, objective, _near(costs, near))
+    try:
+        found = solve_with_staging(task, budget)
+    except UnsolvedError as error:
+        raise explain_unsolved(task, budget, rules, seconds) from error
     if found is None:
         raise explain_infeasible(task, budget, rules)
     solution, compiled = found if task.near is None else _price_without_near(task, budget, *found)
+    if not solution.proven and effort.is_over:
+        logging.getLogger("edgemoe").warning("%s", describe_hardness(task, budget, rules, solution.gap, seconds))
     broken = compiled.program.broken(solution.picks)
     if broken:
         raise EdgemoeError(f"the plan of solver {solver} does not hold: {'; '.join(broken)}")
-    plan = _as_plan(task, budget, solution, compiled, costs_hash, rules)
+    plan = _as_plan(task, budget, solution, compiled, rules)
     _check(task, plan, budget)
     return plan
 
@@ -101,21 +112,21 @@ def _price_without_near(task: Task, budget: int, solution: Solution, compiled: C
     own = free.programs(compiled.program.room)(solution.count_index)
     cost = own.program.objective(solution.picks)
     bounded = replace(solution, cost=cost, bound=min(cost, best[0].bound), per_count=best[0].per_count)
-    return replace(bounded, proven=bounded.gap <= task.gap), own
+    return replace(bounded, proven=bounded.gap <= task.effort.gap), own
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
-def _as_plan(task: Task, budget: int, solution: Solution, compiled: Compiled, costs_hash: str, rules: Sequence[Rule]) -> Plan:
+def _as_plan(task: Task, budget: int, solution: Solution, compiled: Compiled, rules: Sequence[Rule]) -> Plan:
     costs, constraints = task.costs, task.constraints
     formats, in_vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
     kept, beside = compiled.kept(costs, solution.picks), memory_beside_weights(costs, constraints)
-    plan = describe_choice(costs, budget, kept, formats, solver=task.solver, in_vram=in_vram, beside=beside)
+    plan = describe_choice(costs, budget, kept, formats, solver=task.effort.solver, in_vram=in_vram, beside=beside)
     memory = dict(plan.memory)
     if constraints.vram is not None:
         memory["vram"] = _bytes_on_gpu(costs, plan) + costs.memory["kv"] + costs.memory["compute"]
     plan = replace(
         plan,
-        costs=costs_hash or costs.stats,
+        costs=costs.stats,
         objective=task.objective,
         memory=memory,
         bound=solution.bound,
@@ -187,7 +198,7 @@ def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], .
     solver is "lagrange", whose proven gaps in benchmarks/results/planner.md are at most 0.021 %.
     """
     found = []
-    task = make_task(costs, Constraints(costs), "mean", None, "lagrange", DEFAULT_GAP, None)
+    task = make_task(costs, Constraints(costs), Effort(solver="lagrange", gap=DEFAULT_GAP))
     for size in sizes:
         best = task.solve(size, DEFAULT_GAP)
         if best is not None:

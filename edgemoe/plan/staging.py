@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from edgemoe.solvers.program import Solution
 def solve_with_staging(task: Task, budget: int) -> tuple[Solution, Compiled] | None:
     """Solve without staging copies first; only if the plan does not fit while it loads, search over the largest allowed copy."""
     parts = memory_beside_weights(task.costs, task.constraints)
-    for gap in (max(task.gap, ROUGH), task.gap) if task.costs.staging.any() else (task.gap,):
+    for gap in (max(task.effort.gap, ROUGH), task.effort.gap) if task.costs.staging.any() else (task.effort.gap,):
         found = task.solve(room_for_weights(budget, parts, 0), gap)
         if found is None:
             return None
@@ -59,8 +58,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
     proven = np.inf  # least bound of the intervals that were solved or cut off
     while heap:
         least, low, high = heapq.heappop(heap)
-        late = task.until is not None and time.monotonic() > task.until
-        if least == np.inf or (best is not None and (late or least >= best[0].cost * (1 - task.gap))):
+        if least == np.inf or (best is not None and (task.effort.is_over or least >= best[0].cost * (1 - task.effort.gap))):
             proven = min(proven, least)
             break
         if low < high:
@@ -77,7 +75,7 @@ def _branch_on_staging(task: Task, budget: int, free: Solution) -> tuple[Solutio
     costs = [cost for _, cost in best[0].per_count]
     per_count = tuple((bound, cost) for (bound, _), cost in zip(free.per_count, costs, strict=True))
     bounded = replace(best[0], bound=min(best[0].cost, max(proven, free.bound)), per_count=per_count)
-    return replace(bounded, proven=bounded.gap <= task.gap * (1 + 1e-6)), best[1]
+    return replace(bounded, proven=bounded.gap <= task.effort.gap * (1 + 1e-6)), best[1]
 
 
 def _staging_limits(task: Task, budget: int) -> tuple[list[int], list[int]]:

@@ -81,7 +81,8 @@ def sweep_budgets(
     best: Plan | None = None
     for number, budget in enumerate(sorted(budgets)):
         try:
-            plan = solve_plan(costs, budget, rules=rules, objective=objective, solver=solver, gap=gap, costs_hash=costs_hash)
+            plan = solve_plan(costs, budget, rules=rules, objective=objective, solver=solver, gap=gap)
+            plan = replace(plan, costs=costs_hash or plan.costs)
         except BudgetError:
             points.append(Point(budget=budget, plan=None))
         else:

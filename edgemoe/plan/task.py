@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgemoe.ir import Costs
 from edgemoe.plan.program import Compiled, Near, compile_program
 from edgemoe.rules.constraints import Constraints
+from edgemoe.solvers.effort import Effort
 from edgemoe.solvers.program import Solution
 from edgemoe.solvers.search import search, solve
 
@@ -26,15 +26,8 @@ class Task:
     allowed: tuple[int, ...]  # kept counts, by index
     objective: str
     near: Near | None
-    solver: str
-    gap: float
-    until: float | None  # time.monotonic()
+    effort: Effort
     made: dict[int, Compiled] = field(default_factory=dict)  # programs without room, by their place in `allowed`
-
-    @property
-    def left(self) -> float | None:
-        """Seconds that are left; None if there is no limit."""
-        return None if self.until is None else max(0.5, self.until - time.monotonic())
 
     def programs(self, room: int, staging: int | None = None) -> Callable[[int], Compiled]:
         """Compiled programs by their place in `allowed`."""
@@ -52,25 +45,20 @@ class Task:
     def solve(self, room: int, gap: float) -> tuple[Solution, Compiled] | None:
         """The best choice with this room, and the program that it belongs to; None when there is none."""
         compiled = self.programs(room)
-        found = solve(lambda i: compiled(i).program, len(self.allowed), gap, solver=self.solver, seconds=self.left)
+        found = solve(lambda i: compiled(i).program, len(self.allowed), replace(self.effort, gap=gap))
         return None if found is None else (found, compiled(found.count_index))
 
     def improve(self, room: int, staging: int, cutoff: float) -> tuple[tuple[Solution, Compiled] | None, float]:
         """The best choice with copies up to `staging` and a cost below `cutoff`, if there is one, and a bound of all such choices."""
         compiled = self.programs(room, staging)
-        found, bound = search(
-            lambda i: compiled(i).program, len(self.allowed), self.gap, solver=self.solver, seconds=self.left, cutoff=cutoff
-        )
+        found, bound = search(lambda i: compiled(i).program, len(self.allowed), self.effort, cutoff=cutoff)
         return (None if found is None else (found, compiled(found.count_index))), bound
 
 
-def make_task(
-    costs: Costs, constraints: Constraints, objective: str, near: Near | None, solver: str, gap: float, seconds: float | None
-) -> Task:
-    """A task with the kept counts that the rules allow; its time limit, if there is one, starts now."""
-    until = None if seconds is None else time.monotonic() + seconds
+def make_task(costs: Costs, constraints: Constraints, effort: Effort, objective: str = "mean", near: Near | None = None) -> Task:
+    """A task with the kept counts that the rules allow."""
     allowed = tuple(c for c, yes in constraints.counts.items() if yes)
-    return Task(costs=costs, constraints=constraints, allowed=allowed, objective=objective, near=near, solver=solver, gap=gap, until=until)
+    return Task(costs=costs, constraints=constraints, allowed=allowed, objective=objective, near=near, effort=effort)
 
 
 def memory_beside_weights(costs: Costs, constraints: Constraints) -> dict[str, int]:

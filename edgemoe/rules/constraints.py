@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
-from edgemoe.base.units import format_bytes
+from edgemoe.base.units import format_bytes, round_outwards
 from edgemoe.ir import Costs
 from edgemoe.rules.linear import Linear
 
@@ -20,6 +21,7 @@ class Bound:
 
     name: str
     expression: Linear
+    tell: Callable[[float], str]  # the rule in the form that a value of the expression keeps exactly, for instance ">= 880"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +66,8 @@ class Constraints:
         grouped = self.groups[1] > 0 or self.groups[0] != self.costs.n_groups
         return bool(self.pinned.any()) or grouped or any(b.expression.needs_experts for b in self.bounds)
 
-    def bound(self, name: str, expression: Linear, sense: str, limit: float) -> None:
-        """Add expression <= limit, >= limit or == limit.
+    def bound(self, name: str, expression: Linear, sense: str, limit: float, tell: Callable[[float], str] | None = None) -> None:
+        """Add expression <= limit, >= limit or == limit; `tell` writes another limit as the user would.
 
         Raises:
             UsageError: a coefficient is not finite, or the rule asks for an exact number of bytes.
@@ -74,10 +76,11 @@ class Constraints:
             raise UsageError(f"rule {name!r}: a number in it is not finite")
         if sense == "==" and not expression.soft and (expression.size.any() or expression.active.any() or expression.weights.any()):
             raise UsageError(f"rule {name!r}: bytes can hardly be equal to a number", hint="give a range with >= and <=")
+        asked = limit - expression.constant
         if sense in ("<=", "=="):
-            self.bounds.append(Bound(name, expression - limit))
+            self.bounds.append(Bound(name, expression - limit, lambda over: (tell or _at_most)(asked + over)))
         if sense in (">=", "=="):
-            self.bounds.append(Bound(name, -expression + limit))
+            self.bounds.append(Bound(name, -expression + limit, lambda over: (tell or _at_least)(asked - over)))
 
     def group(self, groups: int, at_least: int, name: str, *, equal: bool) -> None:
         """Ask for at least this number of kept experts in every routing group, or for the same number in each.
@@ -101,6 +104,14 @@ class Constraints:
             layer, expert = np.argwhere(clash)[0]
             raise UsageError(f"rule {name!r}: expert {expert} of layer {self.costs.expert_layers[layer]} is to stay and to go")
         self.pinned[mask] = keep
+
+
+def _at_most(limit: float) -> str:
+    return f"<= {round_outwards(limit, up=True)}"
+
+
+def _at_least(limit: float) -> str:
+    return f">= {round_outwards(limit, up=False)}"
 
 
 def held_by_gpu(costs: Costs) -> NDArray[np.bool_]:

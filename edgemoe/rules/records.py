@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import UsageError
-from edgemoe.base.units import parse_bytes
+from edgemoe.base.units import parse_bytes, round_outwards
 from edgemoe.ir import Costs
 from edgemoe.rules.constraints import Constraints, GpuMemory
 from edgemoe.rules.functions import apply_function
@@ -244,9 +244,9 @@ class ByteLimit:
         _need(self.name, at_least=self.at_least, at_most=self.at_most)
         size = sum_units(constraints.costs, "size", select_units(constraints.costs, self.tensors, self.layers, self.name))
         if self.at_least:
-            constraints.bound(self.name, size, ">=", parse_bytes(self.at_least))
+            constraints.bound(self.name, size, ">=", parse_bytes(self.at_least), _least_bytes)
         if self.at_most:
-            constraints.bound(self.name, size, "<=", parse_bytes(self.at_most))
+            constraints.bound(self.name, size, "<=", parse_bytes(self.at_most), _most_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,9 +258,8 @@ class ActiveBytes:
 
     def apply(self, constraints: Constraints) -> None:
         """Bound them."""
-        constraints.bound(
-            self.name, sum_units(constraints.costs, "active", range(len(constraints.costs.units))), "<=", parse_bytes(self.at_most)
-        )
+        active = sum_units(constraints.costs, "active", range(len(constraints.costs.units)))
+        constraints.bound(self.name, active, "<=", parse_bytes(self.at_most), _most_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,10 +277,14 @@ class Speed:
         """Bound active bytes."""
         if not 0 < self.tokens_per_second < math.inf:
             raise UsageError(f"rule {self.name!r}: {self.tokens_per_second} tokens per second are no speed")
-        room = parse_bytes(self.bandwidth.removesuffix("/s")) / self.tokens_per_second - constraints.costs.memory.get("kv", 0)
+        rate, cache = parse_bytes(self.bandwidth.removesuffix("/s")), constraints.costs.memory.get("kv", 0)
+        room = rate / self.tokens_per_second - cache
         if room <= 0:
             raise UsageError(f"rule {self.name!r}: reading the KV cache alone takes longer than that", hint="a smaller --context")
-        constraints.bound(self.name, sum_units(constraints.costs, "active", range(len(constraints.costs.units))), "<=", room)
+        active = sum_units(constraints.costs, "active", range(len(constraints.costs.units)))
+        constraints.bound(
+            self.name, active, "<=", room, lambda read: f"tokens_per_second: {round_outwards(rate / (read + cache), up=False)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +305,14 @@ class Vram:
         if constraints.vram is not None:
             raise UsageError(f"rule {self.name!r}: there is one GPU memory already", hint="give one vram rule")
         constraints.vram = GpuMemory(name=self.name, size=parse_bytes(self.size), reserve=parse_bytes(self.reserve))
+
+
+def _most_bytes(size: float) -> str:
+    return f"at_most: {math.ceil(size)}B"
+
+
+def _least_bytes(size: float) -> str:
+    return f"at_least: {math.floor(size)}B"
 
 
 def _need(name: str, **values: object) -> None:

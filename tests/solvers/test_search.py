@@ -61,8 +61,8 @@ def test_golden_program_of_two_layers_of_four_experts(budget: int, expected: flo
     assert found.cost == pytest.approx(expected, abs=5e-4)
 
 
-def test_a_start_with_which_the_solver_contradicts_itself_is_left_out() -> None:
-    """highspy 1.16.0 returned the start of this program, 2 % above the optimum, with an objective below it."""
+def test_a_program_that_a_start_led_astray_is_solved() -> None:
+    """Given a start, highspy 1.16.0 returned it, 2 % above the optimum, with an objective below it; it gets none any more."""
     programs = random_programs(859, 0.099609375)
     oracle, found = best(programs, "exhaustive"), best(programs, "highs")
     assert oracle is not None and found is not None and found.proven
