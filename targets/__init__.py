@@ -63,7 +63,8 @@ class Target:
     offered: tuple[str, ...]  # formats
     runs: Runs
     words: Words
-    splits: bool  # whether `write` can split its file
+    # bytes of the largest file that a split cannot avoid, from the units' bytes, and the tensor in it; None: files cannot be split
+    least_shard: Callable[[Model, Mapping[str, int]], tuple[int, str]] | None
     fixed_names: tuple[str, ...]  # names of files that are the same for all models, so that foreign files may have them too
 
     # -------------------------------------------------------------------------------------------------------- what it holds

@@ -60,3 +60,17 @@ def check_replaceable(paths: Iterable[Path], *, force: bool, record: str = "") -
             raise UsageError(f"{path}: is there, and {what}", hint="choose another name, or move the file away")
         if not force:
             raise UsageError(f"{path}: is there already", hint="choose another name, or add --force to replace what edgemoe wrote")
+
+
+def check_outside(model: str | Path, *outputs: Path | None) -> None:
+    """Refuse outputs that are the folder of the checkpoint or lie in it, where they would mix with files of the user.
+
+    Raises:
+        UsageError: names the output.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return  # a hub id
+    for output in filter(None, outputs):
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{output}: lies in the folder of the checkpoint, {folder}", hint="choose a folder outside it")

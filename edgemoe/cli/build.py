@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +37,7 @@ from edgemoe.cli.options import (
     WidthOpt,
 )
 from edgemoe.cli.plan import read_rules
-from edgemoe.cli.progress import print_rich, show_progress
+from edgemoe.cli.progress import print_rich, say, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.pipeline.request import BuildRequest
@@ -150,13 +149,14 @@ def _command_of(request: BuildRequest, memory: str, told: list[str]) -> str:
 
 
 def print_needs(request: BuildRequest, *, as_json: bool) -> None:
-    """Say what a build would take, and refuse a budget that no plan can meet.
+    """Say what a build would take, and refuse what no build can meet.
 
     Raises:
-        BudgetError: names the least budget.
+        EdgemoeError: what `check_needs` refuses.
     """
+    from edgemoe.pipeline.doors import check_needs
     from edgemoe.pipeline.estimate import estimate_needs
-    from edgemoe.pipeline.request import check_budget, prepare, warn_of_context
+    from edgemoe.pipeline.request import prepare, warn_of_context
 
     job = prepare(request)
     model, needs = job.model, estimate_needs(job)
@@ -165,8 +165,8 @@ def print_needs(request: BuildRequest, *, as_json: bool) -> None:
     else:
         rows = {"budget": needs.budget, "least budget": needs.least_budget, "of it beside the weights": needs.beside_weights}
         rows |= {"disk, about": needs.disk, "memory while building, at most about": needs.memory_to_build}
-        print(f"{model.name}: {model.n_experts} experts in {model.n_layers} layers, {format_bytes(model.n_bytes)}; context {job.context}")
-        print("\n".join(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
+        say(f"{model.name}: {model.n_experts} experts in {model.n_layers} layers, {format_bytes(model.n_bytes)}; context {job.context}")
+        say(*(f"{name:40s} {format_bytes(size)}" for name, size in rows.items()))
         if warn_of_context(model, job.context):
-            print(f"warning: {warn_of_context(model, job.context)}", file=sys.stderr)
-    check_budget(job)
+            say(f"warning: {warn_of_context(model, job.context)}", error=True)
+    check_needs(job)

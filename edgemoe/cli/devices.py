@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from edgemoe.base.errors import UsageError
 from edgemoe.base.units import format_bytes, parse_bytes
+from edgemoe.cli.progress import say
 
 if TYPE_CHECKING:
     from edgemoe.devices.profiles import Device, MemoryPool
@@ -39,12 +39,12 @@ def list_devices(file: FileOpt = None, as_json: JsonOpt = False) -> None:
     if as_json:
         print(json.dumps([_facts(device) for device in known.values()], indent=1))
         return
-    print(f"{'device':24s} {'budget':>10s} {'raised':>10s} {'GB/s':>6s}  name")
+    say(f"{'device':24s} {'budget':>10s} {'raised':>10s} {'GB/s':>6s}  name")
     for device in known.values():
         pool = device.pools[0]
         raised = _gib(pool.raised - pool.reserve) if pool.raised else ""
         mark = "" if device.verified else " (not verified)"
-        print(f"{device.id:24s} {_gib(pool.budget):>10s} {raised:>10s} {pool.bandwidth / 1e9:6.0f}  {device.name}{mark}")
+        say(f"{device.id:24s} {_gib(pool.budget):>10s} {raised:>10s} {pool.bandwidth / 1e9:6.0f}  {device.name}{mark}")
 
 
 @devices_app.command("show")
@@ -95,15 +95,13 @@ def choose_budget(memory: str | None, device: str | None) -> tuple[int, Device |
     found = open_device(device)
     budget, pool = budget_of(found), found.pools[0]
     parts = f"{format_bytes(pool.usable)} usable - {format_bytes(pool.reserve)} reserve"
-    print(f"{found.id}: budget {format_bytes(budget)} = {parts} ({pool.why})", file=sys.stderr)
+    say(f"{found.id}: budget {format_bytes(budget)} = {parts} ({pool.why})", error=True)
     if pool.raised > pool.usable:
-        print(
-            f"{found.id}: --device {device}:raised plans for {_gib(pool.raised - pool.reserve)}; needs {pool.raise_with}", file=sys.stderr
-        )
+        say(f"{found.id}: --device {device}:raised plans for {_gib(pool.raised - pool.reserve)}; needs {pool.raise_with}", error=True)
     for other in found.pools[1:]:
-        print(f"{found.id}: {_gib(other.budget)} of {other.name} are not planned for", file=sys.stderr)
+        say(f"{found.id}: {_gib(other.budget)} of {other.name} are not planned for", error=True)
     if not found.verified:
-        print(f"{found.id}: these figures are not verified; `edgemoe devices detect` on the box says more", file=sys.stderr)
+        say(f"{found.id}: these figures are not verified; `edgemoe devices detect` on the box says more", error=True)
     return budget, found
 
 
@@ -128,7 +126,7 @@ def _show(device: Device, read: str | None, *, as_json: bool) -> None:
     rows["source"] = f"{device.source} ({device.date}){'' if device.verified else ', NOT VERIFIED'}"
     for pool, speed in zip(device.pools, speeds, strict=True):
         rows |= {f"{pool.name} {key}": text for key, text in _pool_rows(pool, speed).items()}
-    print("\n".join(f"{name:18s} {text}" for name, text in rows.items()))
+    say(*(f"{name:18s} {text}" for name, text in rows.items()))
 
 
 def _pool_rows(pool: MemoryPool, speed: dict[str, float]) -> dict[str, str]:

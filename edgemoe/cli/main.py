@@ -17,15 +17,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from edgemoe import __version__
-from edgemoe.base.errors import EdgemoeError, MachineError, one_line
+from edgemoe.base.errors import EdgemoeError, MachineError, UsageError
 from edgemoe.cli.build import build
 from edgemoe.cli.devices import devices_app
 from edgemoe.cli.plan import plan
 from edgemoe.cli.price import price
+from edgemoe.cli.progress import say
 from edgemoe.cli.stages import calibrate, doctor, emit, inspect, report, verify
 
 INTERRUPTED = 130  # exit code
-MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
+SPACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+MACHINE_ERRORS = SPACE_ERRORS | {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EIO, errno.ESTALE}
+USAGE_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+PIPE_CLOSED = 141  # exit code, as of a program that SIGPIPE ends
 
 app = typer.Typer(
     name="edgemoe",
@@ -62,7 +66,7 @@ class _Notes(logging.Handler):
     """Prints what the stages have to tell, a line each, to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {one_line(record.getMessage())}", file=sys.stderr, flush=True)
+        say(f"note: {record.getMessage()}", error=True)
 
 
 class Stopped(BaseException):
@@ -77,6 +81,18 @@ def _stop(number: int, _: object) -> None:
     raise Stopped(number)
 
 
+def _check_folder() -> None:
+    """Refuse to work from a folder that is gone, where every relative path would fail in its own way.
+
+    Raises:
+        MachineError: the current folder was deleted, or cannot be read.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MachineError(f"the current folder cannot be used: {error.strerror}", hint="change to a folder that exists") from error
+
+
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
     for name in ("SIGTERM", "SIGHUP"):
@@ -84,7 +100,11 @@ def main() -> None:
             signal.signal(getattr(signal, name), _stop)
     logging.getLogger("edgemoe").handlers = [_Notes()]  # one, however often a process calls this
     try:
+        _check_folder()
         app()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_quietly()
     except (Exception, KeyboardInterrupt, Stopped) as error:
         if "--debug" in sys.argv:
             raise
@@ -92,6 +112,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
             _fail(*_explain(KeyboardInterrupt()))
+        if isinstance(stop.__context__, BrokenPipeError):  # what typer makes of a closed pipe is exit 1
+            _end_quietly()
         raise
 
 
@@ -106,17 +128,34 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ImportError):
         return f"a package is missing: {error}", "run `edgemoe doctor`", MachineError.exit_code
     if isinstance(error, OSError):
-        machine = error.errno in MACHINE_ERRORS
-        return str(error), "free some space or choose another folder" if machine else "", MachineError.exit_code if machine else 1
+        return _explain_os(error)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "this machine gives no more threads", "close other programs, or raise the limit (ulimit -u)", MachineError.exit_code
     if isinstance(error, MemoryError):
         return "this machine has too little memory", "close other programs, or use a larger machine", MachineError.exit_code
     return f"internal: {type(error).__name__}: {error}", "please report this; --debug shows where", 1
 
 
+def _explain_os(error: OSError) -> tuple[str, str, int]:
+    if error.errno in USAGE_ERRORS:
+        return str(error), "choose another name", UsageError.exit_code
+    if error.errno not in MACHINE_ERRORS:
+        return str(error), "", 1
+    hints = {errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close other programs"}
+    hints |= dict.fromkeys(SPACE_ERRORS, "free some space or choose another folder")
+    return str(error), hints.get(error.errno, ""), MachineError.exit_code
+
+
+def _end_quietly() -> None:
+    """End as `edgemoe ... | head` expects: whoever reads the output has enough of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(PIPE_CLOSED)
+
+
 def _fail(message: str, hint: str, code: int) -> None:
     """Print one line, and one for the hint: names from files may hold line breaks and escape sequences."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     if hint:
-        print(f"hint: {one_line(hint)}", file=sys.stderr)
+        say(f"hint: {hint}", error=True)
     sys.stdout.flush()
     sys.exit(code)

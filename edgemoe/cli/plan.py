@@ -29,7 +29,7 @@ from edgemoe.cli.options import (
     TargetOpt,
     TimeOpt,
 )
-from edgemoe.cli.progress import print_rich, show_progress
+from edgemoe.cli.progress import print_rich, say, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.ir import Costs, Plan
@@ -212,6 +212,9 @@ def _check_outputs(costs: Costs, output: Path | None, export: Path | None, *, fo
         check_replaceable([output / name for name in SWEEP_FILES], force=force)
     if export is not None:
         check_replaceable([export / name for name in EXPORT_FILES], force=force)
+    if export and costs.drawn:
+        hint = "calibrate and price the model, or price its importance matrix (`edgemoe price --imatrix`)"
+        raise UsageError("--export lists experts to keep, and these prices say only how many", hint=hint)
     if export and costs.form != "stacks":
         raise UsageError("--export writes files for llama-quantize, which cannot store experts one by one", hint="use prices for gguf")
 
@@ -282,7 +285,8 @@ def _show(costs: Costs, solved: Plan, rules: tuple[Rule, ...], why: list[str], g
     for what in why:
         reasons += describe_why(costs, solved, what)
     if as_json:
-        print(json.dumps({**asdict(solved), **({"explanation": reasons} if reasons else {})}, indent=1))
+        kept = {"kept": [len(k) for k in solved.kept]} if solved.drawn else {}  # numbers of experts, where nobody knows which
+        print(json.dumps({**asdict(solved), **kept, **({"explanation": reasons} if reasons else {})}, indent=1))
         return
     from edgemoe.report.terminal import summarize_plan
 
@@ -296,7 +300,7 @@ def _print_lines(lines: list[str], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(lines, indent=1))
     elif lines:
-        print("\n".join(lines))
+        say(*lines)
 
 
 def _sweep(

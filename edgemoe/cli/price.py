@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +10,12 @@ import typer
 
 from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.cli.options import ContextOpt, ForceOpt, ModelArg, OutOpt, TargetOpt
-from edgemoe.cli.progress import open_model, show_progress
+from edgemoe.cli.progress import open_model, say, show_progress
 
 if TYPE_CHECKING:
+    from edgemoe.calibrate.imatrix import Imatrix
     from edgemoe.ir import Costs, Model, Stats
+    from edgemoe.price.priors import Saliency
     from edgemoe.targets import Target
 
 
@@ -46,27 +47,38 @@ def price(
         raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
     if score is not None and stats is None:
         raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
-    from edgemoe.base.ownership import check_replaceable
+    from edgemoe.base.ownership import check_outside, check_replaceable
     from edgemoe.base.storage import save_record
+    from edgemoe.calibrate.imatrix import read_imatrix
+    from edgemoe.model.inspect import inspect_model
     from edgemoe.pipeline.request import choose_context
+    from edgemoe.price.imported import read_saliency
+    from edgemoe.price.saliency import check_score
     from edgemoe.targets import find_target
 
     if output.suffix == ".safetensors":
         raise UsageError(f"{output}: the prices are JSON, with their arrays beside them", hint="choose a name such as costs.json")
+    check_outside(model, output)
     check_replaceable([output], force=force, record="Costs")
     check_replaceable([output.with_suffix(".safetensors")], force=force)
-    found, chosen = open_model(model), find_target(target)
+    chosen = find_target(target)
+    if score is not None:
+        check_score(score, chosen.form)
+    if imatrix is not None:  # files of the user are read before all tensors are hashed
+        headers = inspect_model(model, hashed=False)
+        read = read_imatrix(imatrix, headers), read_saliency(saliency, headers) if saliency else None
+    found = open_model(model)
     tokens = choose_context(found, context)
     notes = []
     if imatrix is not None:
-        costs, collected = _price_imported(found, imatrix, saliency, output.parent, chosen, tokens)
+        costs, collected = _price_imported(found, *read, output.parent, chosen, tokens)
         notes = [f"{collected.folder}: statistics for `edgemoe emit`, {len(collected.cold)} cold experts"]
-        print(f"note: {costs.origin}", file=sys.stderr)
+        say(f"note: {costs.origin}", error=True)
     else:
         assert stats is not None
         costs = _price_measured(found, stats, chosen, tokens, score)
     save_record(output, costs)
-    print("\n".join([f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}", *notes]))
+    say(f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}", *notes)
 
 
 def _price_measured(model: Model, folder: Path, target: Target, context: int, score: str | None) -> Costs:
@@ -83,13 +95,13 @@ def _price_measured(model: Model, folder: Path, target: Target, context: int, sc
     return drops_by_score(costs, stats, score) if score else costs
 
 
-def _price_imported(model: Model, file: Path, saliency: Path | None, work: Path, target: Target, context: int) -> tuple[Costs, Stats]:
+def _price_imported(
+    model: Model, imatrix: Imatrix, scores: Saliency | None, work: Path, target: Target, context: int
+) -> tuple[Costs, Stats]:
     """Prices, and the statistics that `emit` needs."""
-    from edgemoe.calibrate.imatrix import read_imatrix, save_imported_stats
-    from edgemoe.price.imported import price_imported, read_saliency
+    from edgemoe.calibrate.imatrix import save_imported_stats
+    from edgemoe.price.imported import price_imported
 
-    imatrix = read_imatrix(file, model)
-    scores = read_saliency(saliency, model) if saliency else None
     stats = save_imported_stats(imatrix, model, work)
     with show_progress() as progress:
         return price_imported(model, stats, target, context, scores, lambda done, total: progress("price", done, total)), stats

@@ -21,6 +21,12 @@ EVERY = 10.0  # seconds between two lines where stderr is no terminal
 SEARCH = "plan"  # the stage whose end nobody can foresee
 
 
+def say(*lines: object, error: bool = False) -> None:
+    """Print lines to stdout, or to stderr: names from files may hold line breaks and escape sequences."""
+    for line in lines:
+        print(one_line(line), file=sys.stderr if error else sys.stdout, flush=error)
+
+
 def print_rich(renderable: Any) -> None:
     """Print a table or group to stdout."""
     from rich.console import Console
@@ -153,7 +159,7 @@ class _Lines:
         return f"; then {', '.join(after)}" if after else ""
 
     def _print(self, line: str) -> None:
-        print(one_line(line), file=sys.stderr, flush=True)
+        say(line, error=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from edgemoe.cli.options import (
     ShardOpt,
     TokensOpt,
 )
-from edgemoe.cli.progress import open_model, print_rich, show_progress
+from edgemoe.cli.progress import open_model, print_rich, say, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.ir import Model
@@ -47,7 +47,10 @@ def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
     from edgemoe.model.inspect import inspect_model
 
     facts = _facts(inspect_model(model, hashed=False))
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(f"{name:18s} {value}" for name, value in facts.items()))
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        say(*(f"{name:18s} {value}" for name, value in facts.items()))
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -72,15 +75,20 @@ def calibrate(
     model: ModelArg, output: OutOpt, calibration: CalibrationOpt = None, calibration_tokens: TokensOpt = 65_536, as_json: JsonOpt = False
 ) -> None:
     """Watch the original model on text, a layer at a time -> statistics in a subfolder of OUT."""
+    from edgemoe.base.ownership import check_outside
     from edgemoe.calibrate.collect import collect_stats
     from edgemoe.stream.texts import choose_texts
 
+    check_outside(model, output)
     texts, _ = choose_texts(calibration or [], [])
     found = open_model(model)
     with show_progress() as progress:
         stats = collect_stats(found, texts, output, max_tokens=calibration_tokens, progress=lambda d, n: progress("calibrate", d, n))
     result = {"stats": stats.folder, "tokens": {d.name: d.tokens for d in stats.domains}, "cold_experts": len(stats.cold)}
-    print(json.dumps(result, indent=1) if as_json else f"{stats.folder}\ntokens {result['tokens']}, {len(stats.cold)} cold experts")
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        say(stats.folder, f"tokens {result['tokens']}, {len(stats.cold)} cold experts")
 
 
 def emit(
@@ -99,9 +107,11 @@ def emit(
     Surviving experts are repaired, and weights rounded, on the texts that STATS were made from: give again what `calibrate` or `build` had
     as --calibration.
     """
+    from edgemoe.base.ownership import check_outside
     from edgemoe.base.storage import load_record, save_record
     from edgemoe.ir import Plan, Stats
-    from edgemoe.pipeline.emit import check_split, emit_artifact
+    from edgemoe.pipeline.doors import check_shards
+    from edgemoe.pipeline.emit import check_split, copy_licences, emit_artifact, fixed_names
     from edgemoe.pipeline.output_folder import hold_output, prepare_output
     from edgemoe.pipeline.store import store_weights
     from edgemoe.price.choices import check_rounding
@@ -109,16 +119,18 @@ def emit(
     from edgemoe.targets import find_target
 
     check_rounding(rounding)
+    check_outside(model, output)
     found, chosen = open_model(model), load_record(plan, Plan)
     collected = replace(load_record(stats / "stats.json", Stats), folder=str(stats))
     check_same_model(found.fingerprint, collected.model, stats)
     check_same_model(found.fingerprint, chosen.model, plan)
     target, most = find_target(chosen.target), parse_bytes(shard_max) if shard_max else 0
     check_split(target, most)
+    check_shards(target, found, chosen.sizes, most)
     asked = collected.probes and (chosen.repair or rounding != "stock")  # an importance matrix does not say which texts it comes from
     texts = recall_texts(collected, calibration or []) if asked else choose_texts(calibration or [], [])[0]
     with hold_output(output):
-        prepare_output(output, force=force, names=target.fixed_names)
+        prepare_output(output, force=force, names=fixed_names(target, found))
         with show_progress() as progress:
             stored = store_weights(
                 found,
@@ -139,10 +151,11 @@ def emit(
                 shard_max=most,
                 progress=lambda d, n: progress("emit", d, n),
             )
+        artifact = copy_licences(artifact, found)
         save_record(output / "plan.json", chosen)
         save_record(output / "artifact.json", artifact)
         shutil.rmtree(output / ".work", ignore_errors=True)
-    print("\n".join(f"{file.sha256}  {output / file.name}  {file.size}" for file in artifact.files))
+    say(*(f"{file.sha256}  {output / file.name}  {file.size}" for file in artifact.files))
 
 
 def verify(
@@ -216,7 +229,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     else:
         for check in checks:
             purpose = f"{check.needed_for}{' of ' + check.target if check.target else ''}"
-            print(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {purpose}")
+            say(f"{'ok     ' if check.found else 'MISSING'} {check.name:18s} {check.found or check.remedy:48s} for {purpose}")
     missing = list_missing(checks)
     if missing:
         raise MachineError(f"missing: {', '.join(missing)}")

@@ -73,6 +73,7 @@ class Costs:
     repair: bool = False  # whether drops are priced as they are after repair
     n_groups: int = 1  # routing groups (consecutive experts), which must all keep the same number of experts
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
+    drawn: bool = False  # prices of single experts are a draw that stands in for this model's own: how many stay is meant, not which
     cost: F64 = field(compare=False)
     input_cost: F64 = field(compare=False)
     size: NDArray[np.int64] = field(compare=False)

@@ -62,6 +62,7 @@ class Plan:
     repair: bool  # whether kept experts are repaired after the drop, as the prices assume
     origin: str  # the source of the prices, if this model was not measured
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
+    drawn: bool = False  # how many experts stay is meant, not which: see Costs
 
     def __post_init__(self) -> None:
         check_plan(self)

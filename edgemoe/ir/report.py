@@ -20,6 +20,11 @@ class ArtifactFile:
     size: int
     sha256: str
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether this file is a part of the model, which a plan's file_size counts."""
+        return self.name.endswith(MODEL_FILES)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
@@ -46,7 +51,7 @@ class Artifact:
     @property
     def model_size(self) -> int:
         """Bytes of the files that hold the model, which a plan's file_size promises; small files beside them are not counted."""
-        return sum(f.size for f in self.files if f.name.endswith(MODEL_FILES))
+        return sum(f.size for f in self.files if f.holds_model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
 from edgemoe.model.hashes import hash_model
+from edgemoe.model.licence import PATTERNS as LICENCE_PATTERNS
 
 MOST_NAME = 100  # characters; names of files have more to say, and end at 255 bytes
 _PIECE = 2**20  # bytes compared at a time
@@ -69,7 +70,7 @@ def resolve_source(source: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MachineError(f"{source}: huggingface_hub is not installed", hint=f"pip install 'edgemoe[hf]', then: {fetch}") from error
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "LICENSE*"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "README.md", *LICENCE_PATTERNS]
     try:
         found = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=True))
         list_shards(found)

@@ -5,6 +5,7 @@ OUT holds the result.  OUT/.work (or --work) holds the state from which a killed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Round
 from edgemoe.model.hashes import hash_model
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.emit import emit_artifact
+from edgemoe.pipeline.doors import check_needs, check_shards
+from edgemoe.pipeline.emit import copy_licences, emit_artifact, fixed_names
 from edgemoe.pipeline.output_folder import finish_output, hold_output, open_work, prepare_output
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.pipeline.request import BuildRequest, Job, check_budget, choose_context, prepare, warn_of_context
+from edgemoe.pipeline.request import BuildRequest, Job, choose_context, prepare, warn_of_context
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
@@ -44,7 +46,7 @@ def build_artifact(
         EdgemoeError: of every kind in base/errors.py; no half-written file is left under a final name.
     """
     job = prepare(request)
-    check_budget(job)
+    check_needs(job)
     with hold_output(request.out):
         return _build(replace(job, model=hash_model(job.model, in_stage(progress, "hash"))), progress, watch)
 
@@ -52,11 +54,12 @@ def build_artifact(
 def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     """All stages, in an output folder that no other run works in."""
     request = job.request
-    prepare_output(request.out, force=request.force, names=job.target.fixed_names)
+    prepare_output(request.out, force=request.force, names=fixed_names(job.target, job.model))
     work = open_work(request.out, request.work)
     offer, plan = plan_widths(job, work, progress, watch)
     offer, plan, rounds = refine(job, offer, plan, work, progress, watch)
     save_record(request.out / ".work" / "plan.json", plan)
+    check_shards(job.target, offer.narrowed.model, plan.sizes, request.shard_max)
     stored = store_weights(
         job.model,
         job.calibration,
@@ -71,13 +74,14 @@ def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     artifact = emit_artifact(
         stored, offer.stats, plan, job.target, request.out, shard_max=request.shard_max, progress=in_stage(progress, "emit")
     )
+    artifact = copy_licences(artifact, job.model)
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, job.model, plan, job.heldout, job.target, work, progress=in_stage(progress, "verify"))
     warning = warn_of_context(job.model, job.context)
     report = replace(
         report,
         rounds=rounds,
-        frontier=frontier_of(offer.costs, plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
+        frontier=frontier_of((offer.costs, *offer.others), plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
         model={**report.model, "command": request.command},
         problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
     )
@@ -154,8 +158,17 @@ def price_model(
     return discount(costs, repair=repair, rounding=rounding)
 
 
-def frontier_of(costs: Costs, weights: int) -> tuple[dict[str, float], ...]:
-    """Predicted KL of plans whose weights take from a third of these bytes to twice as many, for the report's picture."""
-    largest = (costs.size[-1] + costs.extra[-1]).max(axis=1).sum() + costs.fixed_size[-1]
-    low, high = weights / 3, min(weights * 2.2, float(largest))
-    return sweep_sizes(costs, [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)])
+def frontier_of(priced: Sequence[Costs], weights: int) -> tuple[dict[str, float], ...]:
+    """Predicted KL of plans whose weights take from a third of these bytes to twice as many, for the report's picture.
+
+    At each size the best plan over all price lists counts, and none is worse than that of a smaller size.
+    """
+    largest = max(float((costs.size[-1] + costs.extra[-1]).max(axis=1).sum() + costs.fixed_size[-1]) for costs in priced)
+    low, high = weights / 3, min(weights * 2.2, largest)
+    sizes = [round(low * (high / low) ** (i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)]
+    points = sorted((p for costs in priced for p in sweep_sizes(costs, sizes)), key=lambda p: (p["file_size"], p["predicted_kl"]))
+    found: list[dict[str, float]] = []
+    for point in points:
+        if not found or point["predicted_kl"] < found[-1]["predicted_kl"]:
+            found.append(point)
+    return tuple(found)

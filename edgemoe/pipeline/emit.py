@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import EdgemoeError, MachineError, ModelError, UsageError
+from edgemoe.base.files import new_file
 from edgemoe.base.progress import Progress
 from edgemoe.base.units import format_bytes
-from edgemoe.ir import Artifact, Model, Plan, Stats
+from edgemoe.ir import Artifact, ArtifactFile, Model, Plan, Stats
+from edgemoe.model.licence import licence_files
 from edgemoe.targets import Target
 
 
@@ -58,11 +63,37 @@ def emit_artifact(
     return artifact
 
 
+def copy_licences(artifact: Artifact, model: Model) -> Artifact:
+    """The artifact with the checkpoint's licence files beside it, without which nobody may publish it.
+
+    Raises:
+        UsageError: another file of this name is there.
+        MachineError: the disk is full or not writable.
+    """
+    copied = []
+    for source in licence_files(Path(model.folder)):
+        place, data = Path(artifact.folder) / source.name, source.read_bytes()
+        if os.path.lexists(place) and (place.is_symlink() or place.read_bytes() != data):
+            raise UsageError(f"{place}: is there, and is not the checkpoint's", hint="move it away, and go on")
+        try:
+            with new_file(place) as part:
+                part.write_bytes(data)
+        except OSError as error:
+            raise MachineError(f"{place}: cannot be written: {error.strerror}") from error
+        copied.append(ArtifactFile(name=source.name, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    return replace(artifact, files=(*artifact.files, *copied))
+
+
+def fixed_names(target: Target, model: Model) -> tuple[str, ...]:
+    """Names of files in OUT that are known before anything is written."""
+    return (*target.fixed_names, *(path.name for path in licence_files(Path(model.folder))))
+
+
 def check_split(target: Target, shard_max: int) -> None:
     """Refuse `shard_max` if the target cannot split its files, before hours of work.
 
     Raises:
         UsageError: names the option.
     """
-    if shard_max and not target.splits:
+    if shard_max and target.least_shard is None:
         raise UsageError("--shard-max: only a GGUF can be split; ONNX is a graph and one data file", hint="leave --shard-max out")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemoe.base.errors import BudgetError, UsageError
-from edgemoe.base.units import format_bytes
+from edgemoe.base.errors import UsageError
+from edgemoe.base.ownership import check_outside
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Model
 from edgemoe.ir.memory import DEFAULT_CONTEXT
 from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
-from edgemoe.pipeline.emit import check_split
+from edgemoe.pipeline.emit import check_split, fixed_names
 from edgemoe.pipeline.output_folder import check_output
 from edgemoe.plan.solve import DEFAULT_GAP, SOLVERS
-from edgemoe.price.choices import check_rounding, least_process
+from edgemoe.price.choices import check_rounding
 from edgemoe.repair.width import choose_top_k, choose_widths
 from edgemoe.rules import Rule
 from edgemoe.solvers.effort import SECONDS
@@ -77,7 +77,7 @@ class Job:
 
 
 def prepare(request: BuildRequest) -> Job:
-    """Check everything that can be checked before work starts, and change nothing; `check_budget` checks the budget.
+    """Check everything that can be checked before work starts, and change nothing; `check_needs` of doors.py goes on.
 
     Of the weights nothing is read, so the Job's model has no fingerprint yet (`hash_model`).
 
@@ -86,10 +86,12 @@ def prepare(request: BuildRequest) -> Job:
     """
     target = find_target(request.target)
     check_split(target, request.shard_max)
+    check_outside(request.model, request.out, request.work)
     check_output(request.out, force=request.force, names=target.fixed_names)
     check_solver(request.solver)
     check_rounding(request.rounding)
     model = inspect_model(request.model, hashed=False)
+    check_output(request.out, force=request.force, names=fixed_names(target, model))
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     for texts, tokens in ((calibration, request.calibration_tokens), (heldout, HELDOUT_TOKENS)):
         tokenize(model, texts, tokens, WINDOW)  # a text without tokens, or a tokenizer that does not load, is found now
@@ -123,21 +125,6 @@ def warn_of_context(model: Model, context: int) -> str:
     if context <= model.context_length:
         return ""
     return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"
-
-
-def check_budget(job: Job) -> None:
-    """Refuse a budget that no plan can meet before hours of work.
-
-    Raises:
-        BudgetError: names the least budget.
-    """
-    least, budget = least_process(job.smallest, job.target, job.context), job.request.memory
-    if budget < least:
-        name = job.model.name
-        raise BudgetError(
-            f"{name} at context {job.context} needs at least {format_bytes(least)} ({least} bytes); the budget is {format_bytes(budget)}",
-            hint=f"ask for --memory {least}B or more, or a smaller --context",
-        )
 
 
 def check_solver(name: str) -> None:

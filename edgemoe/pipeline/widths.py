@@ -27,6 +27,7 @@ class Offer:
     stats: Stats
     costs: Costs
     costs_hash: str
+    others: tuple[Costs, ...] = ()  # the prices at the other widths that were tried
 
 
 def in_stage(progress: StageProgress, name: str) -> Progress:
@@ -45,6 +46,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
     """
     request, model, target, texts, top_k = job.request, job.model, job.target, job.calibration, job.top_k
     best: tuple[Offer, Plan] | None = None
+    priced: list[Costs] = []
     refused: list[BudgetError] = []
     for width in job.widths:
         name, tokens = (f" {width}" if width < model.expert.size else ""), request.calibration_tokens
@@ -57,6 +59,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
         costs, key = price_cached(narrowed.model, stats, target, job.context, narrowed.work, in_stage(progress, f"price{name}"))
         costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
         costs = target.on_device(costs, request.device) if request.device else costs
+        priced.append(costs)
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
             plan = solve_request(request, offer, watch)
@@ -71,7 +74,8 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
             break
     if best is None:
         raise refused[-1]
-    return best
+    offer, plan = best
+    return replace(offer, others=tuple(costs for costs in priced if costs is not offer.costs)), plan
 
 
 def solve_request(request: BuildRequest, offer: Offer, watch: GapProgress) -> Plan:

@@ -21,7 +21,12 @@ def diff_plans(before: Plan, after: Plan) -> list[str]:
         f"KL     {before.predicted_kl:.4g} -> {after.predicted_kl:.4g} nats predicted ({after.predicted_kl - before.predicted_kl:+.4g})",
         f"kept   {_counts(before)} -> {_counts(after)} experts of a layer",
     ]
+    drawn = before.drawn or after.drawn  # then how many stay is meant, not which
     for row, (old, new) in enumerate(zip(before.kept, after.kept, strict=True)):
+        if drawn:
+            if len(old) != len(new):
+                lines.append(f"  experts of layer {after.layers[row]}: {len(old)} -> {len(new)}")
+            continue
         out, back = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         if out or back:
             lines.append(

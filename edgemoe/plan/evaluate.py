@@ -71,6 +71,7 @@ def describe_choice(
         rules=(),
         repair=costs.repair,
         origin=costs.origin,
+        drawn=costs.drawn,
         width=costs.width,
     )
 

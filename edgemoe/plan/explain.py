@@ -111,8 +111,12 @@ def explain_expert(costs: Costs, plan: Plan, layer: int, expert: int) -> ExpertF
     """Where an expert stands in its layer.
 
     Raises:
-        UsageError: no such layer or expert.
+        UsageError: no such layer or expert, or the prices of experts are drawn.
     """
+    if costs.drawn:
+        raise UsageError(
+            f"--why {layer}:{expert}: these prices say how many experts stay, not which", hint="calibrate the model, then price it"
+        )
     row = costs.expert_layers.index(parse_layers([layer], costs.expert_layers, "--why")[0])
     if not 0 <= expert < costs.n_experts:
         raise UsageError(f"--why {layer}:{expert}: experts are 0 to {costs.n_experts - 1}")

@@ -145,7 +145,7 @@ def render_sweep(costs: Costs, points: Sequence[Point]) -> str:
     }
     # inside a script element only "<" could end it; JSON never needs it bare
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = template.render(name=costs.model_name, origin=costs.origin, data=script, low=format_bytes(solved[0].budget))
+    page = template.render(name=costs.model_name, origin=costs.origin, drawn=costs.drawn, data=script, low=format_bytes(solved[0].budget))
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -177,7 +177,9 @@ def _plan_data(costs: Costs, order: Sequence[str], budget: int, plan: Plan) -> d
                 alone[rows[unit.layer], unit.expert] = order.index(plan.formats[unit.name])
     mask = np.zeros((costs.n_layers, costs.n_experts), bool)
     for row, kept in enumerate(plan.kept):
-        mask[row, list(kept)] = True
+        mask[row, list(range(len(kept)) if costs.drawn else kept)] = True
+    if costs.drawn:
+        alone.sort(axis=1)  # in no order of experts
     return {
         "budget": budget,
         "budget_text": format_bytes(budget),

@@ -156,6 +156,7 @@ def price_generic(model: Model, target: Target, context: int, *, prior: str = "p
         domains=saliency.domains,
         domain_weights=tuple(float(w) for w in weights),
         origin=_origin(prior),
+        drawn=prior == "pooled",
         n_groups=groups,
         cost=np.repeat(cost[None], len(counts), axis=0),
         input_cost=np.zeros(sizes.size.shape),

@@ -42,6 +42,16 @@ SCORES: dict[str, Callable[[ScoreSums], F64]] = {
 }
 
 
+def check_score(score: str, form: str) -> None:
+    """Refuse a score that is not known, or prices of single experts' formats.
+
+    Raises:
+        UsageError: names the scores that there are.
+    """
+    if score not in SCORES or form != "stacks":
+        raise UsageError(f"score {score!r} cannot price these drops", hint=f"known, for GGUF: {', '.join(SCORES)}")
+
+
 def score_experts(stats: Stats, layer: int, score: str) -> F64:
     """A published saliency of each expert of a layer [E]; larger means keep."""
     arrays = stats.arrays(layer)
@@ -82,8 +92,7 @@ def drops_by_score(costs: Costs, stats: Stats, score: str) -> Costs:
     Raises:
         UsageError: no such score, or prices of single experts' formats.
     """
-    if score not in SCORES or costs.form != "stacks":
-        raise UsageError(f"score {score!r} cannot price these drops", hint=f"known, for GGUF: {', '.join(SCORES)}")
+    check_score(score, costs.form)
     scores = np.stack([score_experts(stats, layer, score) for layer in costs.expert_layers])  # [L, E]
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
     kept = rank[None] < np.array(costs.counts)[:, None, None]  # [C, L, E]

@@ -36,7 +36,7 @@ def render_card(report: Report) -> str:
     whole = min(map(len, plan.kept)) == plan.n_experts
     drop = "keeps all its experts" if whole else f"keeps {counts} of its {plan.n_experts} experts, chosen layer by layer"
     drop += f", each cut to its {plan.width} best neurons and refitted" if plan.width else ""
-    known = {key: model[key] for key in ("license", "base_model") if model.get(key)}
+    known = {key: model[key] for key in ("license", "license_name", "license_link", "language", "base_model") if model.get(key)}
     tags = [plan.target, "moe", "imatrix", "edgemoe"]
     front = {
         **known,
@@ -50,7 +50,10 @@ def render_card(report: Report) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, width=10**6)}---\n",
         f"# {_markdown(model['name'])}, {counts} of {plan.n_experts} experts, {mean_bits(report.plan.units, plan):.2f} bits per weight\n",
         f"Made by edgemoe to run within {format_bytes(plan.budget)} at a context of {plan.context} tokens.\n",
-        _table(("file", "mostly", "bytes", "size"), [(f.name, largest, f.size, format_bytes(f.size)) for f in report.artifact.files]),
+        _table(
+            ("file", "mostly", "bytes", "size"),
+            [(f.name, largest if f.holds_model else "", f.size, format_bytes(f.size)) for f in report.artifact.files],
+        ),
         "## What was dropped, and how the rest is stored\n",
         f"Each of the {len(plan.kept)} layers {drop}; {picks(plan, int(model['top_k']))} for every token. Router and norms stay F32.\n",
         _table(("part", "formats", "size"), [(g, ", ".join(f), format_bytes(sum(f.values()))) for g, f in shares_by_group(plan).items()]),

@@ -36,6 +36,7 @@ from edgemoe.report.words import (
     ranges,
     shares_by_format,
     shares_by_group,
+    surprise,
 )
 from edgemoe.targets import find_target
 
@@ -217,6 +218,7 @@ def render_html(report: Report) -> str:
         tensors=[(u, plan.formats[u.name], plan.sizes[u.name], mean_bits([u], plan)) for u in report.plan.units],
         bpw=mean_bits(report.plan.units, plan),
         agreement=agreement(report),
+        surprise=surprise(report),
         proof=proof(plan),
         dropping=dropping(plan, int(report.model["top_k"])),
         launch=find_target(plan.target).words.launch_lines(report),

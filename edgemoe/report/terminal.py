@@ -82,11 +82,18 @@ def summarize_plan(plan: Plan) -> Group:
     ]
     n_layers = len(plan.kept)
     shown = range(n_layers) if n_layers <= 12 else [*range(6), n_layers - 2, n_layers - 1]
-    layers = [(str(plan.layers[row]), ranges(plan.kept[row], 40), ranges(dropped_experts(plan, row), 26)) for row in shown]
+    if plan.drawn:
+        layers = [(str(plan.layers[row]), f"{len(plan.kept[row])} of {plan.n_experts}", "") for row in shown]
+    else:
+        layers = [(str(plan.layers[row]), ranges(plan.kept[row], 40), ranges(dropped_experts(plan, row), 26)) for row in shown]
     roles = [(group, ", ".join(formats), format_bytes(sum(formats.values()))) for group, formats in shares_by_group(plan).items()]
-    tables = [_grid(("bytes by role", "formats", "bytes"), roles), _grid(("layer", "kept", "dropped"), layers, justify="left")]
+    tables = [
+        _grid(("bytes by role", "formats", "bytes"), roles),
+        _grid(("layer", "kept", "" if plan.drawn else "dropped"), layers, justify="left"),
+    ]
+    said = [Text("which experts stay is known only after `edgemoe calibrate`", style="dim")] if plan.drawn else []
     more = [Text(f"and {n_layers - len(layers)} layers between", style="dim")] if len(layers) < n_layers else []
-    return Group(_pairs(facts), *tables, *more)
+    return Group(_pairs(facts), *tables, *more, *said)
 
 
 def summarize_sweep(points: Iterable[tuple[int, Plan | None, bool]]) -> RenderableType:

@@ -12,6 +12,8 @@ from itertools import groupby
 
 from edgemoe.ir import Plan, Report, TextScore, Unit
 
+SURPRISE = 1.25  # measured over predicted KL from which pages say so
+SMALL_KL = 1e-3  # nats below which they do not
 GROUPS = {
     "ffn_exps": "experts",
     "ffn_gate_exps": "experts, gate",
@@ -132,3 +134,11 @@ def bound_words(plan: Plan) -> str:
 def perplexities(score: TextScore) -> tuple[str, str]:
     """Perplexity of the original and of the artifact, as text."""
     return f"{score.original_perplexity:.3f}", f"{score.perplexity:.3f}"
+
+
+def surprise(report: Report) -> str:
+    """A sentence if the measured KL is clearly above the predicted one; the promise holds nevertheless."""
+    expected = report.plan.predicted_kl
+    if not report.scores or report.measured_kl < max(SURPRISE * expected, SMALL_KL):
+        return ""
+    return f"no promise is broken; the KL is {report.measured_kl / expected:.1f} times the predicted one" if expected > 0 else ""

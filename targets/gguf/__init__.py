@@ -6,7 +6,7 @@ from edgemoe.targets.gguf.memory import memory_parts, offered_formats, on_device
 from edgemoe.targets.gguf.rounding import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
 from edgemoe.targets.gguf.words import WORDS
-from edgemoe.targets.gguf.writer import fixed_sizes, list_units, write
+from edgemoe.targets.gguf.writer import fixed_sizes, least_shard, list_units, write
 
 __all__ = ["TARGET"]
 
@@ -21,7 +21,7 @@ TARGET = Target(
         fallback_note="llama.cpp fails on this machine with repacked weights ({error}); measured without (--no-repack)",
     ),
     words=WORDS,
-    splits=True,
+    least_shard=least_shard,
     fixed_names=(),  # a GGUF is named after the model and the plan
     list_units=list_units,
     offered_formats=offered_formats,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.families import find_family
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
-from edgemoe.targets.gguf.formats import FORMATS, pad, quantize_parallel, row_bytes
+from edgemoe.targets.gguf.formats import ALIGNMENT, FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shape
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 
@@ -38,6 +38,7 @@ FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
 # Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
 HEADER_PER_ENTRY = 64
+SPLIT_KEYS = 256  # bytes of the three keys that number the files of a split, and more
 
 
 def list_units(model: Model) -> list[Unit]:
@@ -73,6 +74,18 @@ def header_size(model: Model) -> int:
         return pad(path.stat().st_size)
 
 
+def least_shard(model: Model, sizes: Mapping[str, int]) -> tuple[int, str]:
+    """Bytes of the largest file that no split can avoid, a tensor and its header, for units of these bytes; and the tensor's name."""
+    fixed = {tensor_name(t.role, t.layer): 4 * t.n_weights for t in model.tensors if not t.planned and t.role not in PER_EXPERT}
+    largest = max((size, name) for name, size in {**fixed, **sizes}.items())
+    return largest[0] + _beside_data(model), largest[1]
+
+
+def _beside_data(model: Model) -> int:
+    """Bytes that a file of a split has beside its tensors: at most the whole header, the keys of the split, and the gaps."""
+    return header_size(model) + SPLIT_KEYS + ALIGNMENT * len({(t.role, t.layer) for t in model.tensors})
+
+
 def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int = 0, progress: Progress | None = None) -> Artifact:
     """Write the plan's GGUF into `folder`; it appears under its own name only when complete.
 
@@ -81,7 +94,7 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
         stats: the importance matrix.
         plan: says which experts stay, and in which formats.
         folder: must exist.
-        shard_max: largest file in bytes before splitting (0: one file).
+        shard_max: most bytes of a file, with its header (0: one file).
         progress: called with (bytes written, all bytes).
 
     Raises:
@@ -95,7 +108,8 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
     stem = f"{model.name}-E{plan.count}{active}{width}-{_bits_per_weight(model, plan):.2f}bpw"
 
     def fill(scratch: Path) -> list[str]:
-        writer = _open_writer(scratch / f"{stem}.gguf", model, stats, plan, shard_max)
+        most = max(1, shard_max - _beside_data(model)) if shard_max else 0  # the writer counts tensors alone
+        writer = _open_writer(scratch / f"{stem}.gguf", model, stats, plan, most)
         infos = _add_infos(writer, model, lambda unit: plan.formats[unit.name], plan.count)
         _write_header(writer)
         written, total = 0, sum(infos.values())

@@ -20,7 +20,7 @@ TARGET = Target(
         beside={"exact": True},
     ),
     words=WORDS,
-    splits=False,  # the graph is a file of its own, and the data lie in one
+    least_shard=None,  # the graph is a file of its own, and the data lie in one
     fixed_names=(*(name for names in PLACES.values() for name in names), "config.json", "genai_config.json", *COPIED),
     list_units=list_units,
     offered_formats=offered_formats,

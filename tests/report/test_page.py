@@ -254,3 +254,11 @@ def test_what_differs_by_layer_and_by_target_is_said_so() -> None:
 def test_bytes_of_single_experts_are_one_group() -> None:
     groups = shares_by_group(make_onnx_report().plan)
     assert set(groups["experts"]) == {"INT2_128", "INT3_128", "INT8_32"} and "attention" in groups
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, "no problems found"), (1.6, "the KL is 1.6 times the predicted one")])
+def test_a_kl_well_above_the_prediction_is_not_called_no_problem(factor: float, said: str) -> None:
+    report = make_report()
+    page = render_html(replace(report, problems=(), measured_kl=factor * report.plan.predicted_kl))
+    assert said in page
+    assert ("no problems found" in page) == (factor == 1.0)

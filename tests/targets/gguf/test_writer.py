@@ -112,6 +112,7 @@ def test_split_files_load_and_give_the_same_logits(sources: dict[str, Path], tmp
     plan = flat_plan(model, "Q8_0")
     whole = emit(model, tmp_path / "whole", plan)
     split = emit(model, tmp_path / "split", plan, shard_max=2_000_000)
+    assert all(file.size <= 2_000_000 for file in split.files)  # with their headers
     assert len(split.files) > 2 and len(whole.files) == 1
     assert split.path.name.endswith(f"-00001-of-{len(split.files):05d}.gguf")
     assert sorted(p.name for p in (tmp_path / "split").glob("*.gguf")) == [f.name for f in split.files]
