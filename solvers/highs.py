@@ -1,6 +1,7 @@
 """This module hands programs to a HiGHS process (highs_child.py), and ends that process when time is over or the user interrupts.
 
-One process solves all programs of this one, since it takes a quarter of a second to start.
+A child is kept for the next program, because starting one takes a quarter of a second.  After a time limit, a failure or an interrupt,
+the next program gets a new child.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from edgemoe.solvers.highs_child import read, write
 GRACE = 2.0  # seconds that HiGHS gets to notice its time limit
 TICK = 0.2  # seconds between two looks at the clock
 _LOCK = threading.Lock()
-_CHILDREN: dict[int, _Child] = {}  # by the process that started it, because a fork must not share its parent's
+_CHILDREN: dict[int, _Child] = {}  # key: id of the process that started the child, since a forked process must not use its parent's child
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What HiGHS found: its model status, the bound of a program with whole numbers, values of columns if there are any, duals of rows."""
+    """The answer to a job.
+
+    `status` is HiGHS's model status, or "refused" (HiGHS took no such program), or "lost" (the child died).  `bound` holds for integer
+    programs only; `values` are of columns, and `duals` of rows.
+    """
 
     status: str
     objective: float = 0.0
@@ -52,7 +57,12 @@ def is_installed() -> bool:
 
 
 def solve(job: dict[str, Any], seconds: float | None, watch: GapProgress) -> Answer:
-    """Solve a program (see highs_child.py); when the time is over, the best choice so far is returned.
+    """Solve the program of a job; when the time is over, return the best choice so far, if there is one.
+
+    Args:
+        job: the arrays that `_arrays_of` in engine.py makes, and HiGHS's options.
+        seconds: wall-clock limit, or None.
+        watch: told the gap a few times a second.
 
     Raises:
         MachineError: HiGHS is not installed.
@@ -64,7 +74,7 @@ def solve(job: dict[str, Any], seconds: float | None, watch: GapProgress) -> Ans
         if child is None or child.process.poll() is not None:
             child = _CHILDREN[os.getpid()] = _start()
         try:
-            assert child.process.stdin is not None  # asked for
+            assert child.process.stdin is not None  # `_start` asked for this pipe
             write(child.process.stdin, job)
             answer = _await(child, seconds, watch)
         except BaseException:  # a signal or an error here: the answer is of no use
@@ -116,7 +126,7 @@ def _await(child: _Child, seconds: float | None, watch: GapProgress) -> Answer:
 
 @atexit.register
 def end_child() -> None:
-    """End the process that solves programs for this one, if there is one; the next program starts another."""
+    """End the child of this process, if it has one; the next program starts another child."""
     child = _CHILDREN.pop(os.getpid(), None)
     if child is not None:
         _end(child)

@@ -83,7 +83,7 @@ class Clock:
 
 def describe_gap(gap: float) -> str:
     """A gap in words."""
-    return f"within {gap:.2%} of the best" if math.isfinite(gap) else "no plan yet"
+    return f"gap {gap:.2%}" if math.isfinite(gap) else "no plan yet"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""This module says which rule makes a search long, and the strictest form of it that some plan keeps."""
+"""This module says which rule makes a search long, and finds the rule's strictest form: the tightest limit for which a plan was found."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from edgemoe.solvers.effort import Effort, deadline
 from edgemoe.solvers.program import Program
 from edgemoe.solvers.search import solve
 
-LOOK = 10.0  # seconds for each of the two questions below, over all rules together
-ROUGH = 1e-3  # gap of the strictest value
+LOOK = 10.0  # seconds of find_hard_rule, shared equally among the rules, and again of strictest_form
+ROUGH = 1e-3  # relative gap at which strictest_form stops
 
 
 def find_hard_rule(task: Task, budget: int, rules: Sequence[Rule]) -> Rule | None:
-    """The first rule without which the same search ends soon; the only rule, if there is one.
+    """Return the first rule without which a search is proven within its share of LOOK; a rule that is alone is returned untested.
 
-    Rules that couple choices are tried first, since pins and masks only take choices away.
+    Rules that are linear rows (`Constraints.bounds`) are tried before all others.
     """
     if len(rules) == 1:
         return rules[0]
@@ -41,9 +41,11 @@ def find_hard_rule(task: Task, budget: int, rules: Sequence[Rule]) -> Rule | Non
 
 
 def strictest_form(costs: Costs, rules: Sequence[Rule], rule: Rule, budget: int) -> str:
-    """The strictest form of a rule that some plan keeps within the budget, with all other rules; empty if it has none or it is not found.
+    """Return a rule with the tightest limit for which a plan within the budget and all other rules was found; empty if there is none.
 
-    The rule's expression becomes the costs of the program, so the least value of the expression is the answer.
+    Every rule is stored as expression <= 0.  The program minimises this expression, and `Bound.tell` writes the value found as a limit in
+    the user's form.  The true limit may be tighter: the search stops after LOOK seconds, and the room leaves space for the largest staging
+    copy of any unit.  A rule that is no single linear row, or has soft variables, has no such form.
     """
     constraints = apply_rules(costs, rules)
     numbers = [n for n, bound in enumerate(constraints.bounds) if bound.name == rule_name(rule)]
@@ -60,17 +62,17 @@ def strictest_form(costs: Costs, rules: Sequence[Rule], rule: Rule, budget: int)
 
 
 def _rule_as_costs(program: Program, number: int) -> Program:
-    """The program with the left side of one rule, less its limit, as costs, and without this rule."""
+    """Return the program without one rule; its costs are the left side of this rule minus its limit."""
     row, others = program.rows[number], tuple(r for n, r in enumerate(program.rows) if n != number)
     return replace(program.with_costs(row.coef, -row.limit), rows=others)
 
 
 def describe_hardness(task: Task, budget: int, rules: Sequence[Rule], gap: float, seconds: float | None) -> str:
-    """What to say of a plan that was the best when time was over."""
+    """Return the sentence about a plan that was the best one found when time was over."""
     spent = "" if seconds is None else f" after {format_seconds(seconds)}"
-    told = f"the plan{spent} is proven to cost at most {gap:.2%} more than the best" if gap < 1 else f"nothing is proven of the plan{spent}"
+    told = f"the best plan costs at most {gap:.2%} less than the one found{spent}" if gap < 1 else f"nothing is proven of the plan{spent}"
     reason, form = _blame(task, budget, rules)
-    return f"{told}{reason}{form}; --time-limit gives the solver more"
+    return f"{told}{reason}{form}; --time-limit gives the solver more time"
 
 
 def explain_unsolved(task: Task, budget: int, rules: Sequence[Rule], seconds: float | None) -> UnsolvedError:
@@ -78,7 +80,7 @@ def explain_unsolved(task: Task, budget: int, rules: Sequence[Rule], seconds: fl
     spent = "" if seconds is None else f" in {format_seconds(seconds)}"
     reason, form = _blame(task, budget, rules)
     message = (
-        f"{task.effort.solver} found no plan of {format_bytes(budget)} that keeps every rule{spent}, and did not prove that there is none"
+        f"{task.effort.solver} found{spent} no plan of {format_bytes(budget)} that keeps every rule, and did not prove that there is none"
     )
     return UnsolvedError(message + reason + form, hint="loosen the rule, or give --time-limit more seconds")
 
@@ -87,6 +89,6 @@ def _blame(task: Task, budget: int, rules: Sequence[Rule]) -> tuple[str, str]:
     """The rule that makes the search long, and its strictest form, each as a part of a sentence."""
     rule = find_hard_rule(task, budget, rules) if rules else None
     if rule is None:
-        return (", no single rule makes it hard" if rules else ""), ""
+        return ("; no search without one of the rules ended soon" if rules else ""), ""
     form = strictest_form(task.costs, rules, rule, budget)
     return f"; the rule {rule_name(rule)} makes it hard", (f": the strictest form that a plan keeps is {form}" if form else "")

@@ -1,7 +1,8 @@
 """This module runs a model with one decoder layer in memory at a time.
 
-The layers are transformers' own modules, filled from safetensors.  Only the experts run in our function, which gives the same numbers and
-is installed by transformers' documented hook (`ALL_EXPERTS_FUNCTIONS`), so that a recorder sees the inputs of every expert.
+The layers are transformers' own modules, filled from safetensors.  Only the experts run in our function, which gives the same numbers as
+transformers' own and is installed by transformers' documented hook (`ALL_EXPERTS_FUNCTIONS`), so that a recorder sees the inputs of every
+expert.
 Work is split into fixed chunks of windows.  Each chunk is computed with one thread, and chunks are merged in order (passes.py), so results
 do not depend on the number of cores.
 """
@@ -35,7 +36,7 @@ class Recorder:
     """The activations of one chunk inside one layer; hooks fill it in the thread that runs the chunk."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # activation -> inputs of the matrices that read it [tokens, cols]
-    outputs: dict[str, torch.Tensor] | None = None  # if wanted, role -> output of a planned matrix [.., rows], with its graph
+    outputs: dict[str, torch.Tensor] | None = None  # role -> output [.., rows] of planned matrices of no routed expert
     logits: torch.Tensor | None = None  # router [tokens, experts]
     moe_input: torch.Tensor | None = None  # [tokens, hidden]
     moe_output: torch.Tensor | None = None  # of the routed experts [tokens, hidden]
@@ -63,7 +64,7 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
         recorder.moe_input, recorder.moe_output = x, out
         if recorder.skip_experts:
             return out
-    kept: torch.Tensor | None = getattr(module, "kept", None)  # set by only_experts, where the router numbers the kept experts alone
+    kept: torch.Tensor | None = getattr(module, "kept", None)  # only_experts sets it: the router then counts the kept experts alone
     if kept is not None:
         index = kept.to(index.device)[index]
     for expert in index.unique().tolist():
@@ -158,7 +159,10 @@ class LayerStream:
         layer_of(self._skeleton, layer).to("meta")
 
     def run_layer(self, module: Any, states: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
-        """Output states [windows, length, hidden] of a loaded layer, with a graph behind them if gradients are wanted."""
+        """Output states [windows, length, hidden] of a loaded layer, with a graph behind them if gradients are wanted.
+
+        If the recorder is `attention_only`, these are the stream after attention.
+        """
         states = states.to(self.device)
         positions = torch.arange(states.shape[1], device=self.device)[None]
         with torch.enable_grad() if gradients else torch.inference_mode():

@@ -52,7 +52,7 @@ def test_a_line_comes_also_while_one_step_takes_long(capsys: pytest.CaptureFixtu
 
 
 def test_a_gap_is_told_in_words() -> None:
-    assert describe_gap(0.0123) == "within 1.23% of the best"
+    assert describe_gap(0.0123) == "gap 1.23%"
     assert describe_gap(math.inf) == "no plan yet"
 
 
