@@ -12,7 +12,7 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ from edgemoe.devices.profiles import load_devices
 from edgemoe.ir import Artifact, Costs, Model, Plan, Report
 from edgemoe.model.describe import describe
 from edgemoe.model.inspect import inspect_model
+from edgemoe.model.licence import read_card
 from edgemoe.model.tokenizer import load_tokenizer
 from edgemoe.plan.solve import solve_plan
 from edgemoe.price.imported import read_saliency
@@ -304,6 +305,17 @@ class Readers:
         changed = dump(mutate_value(rng, json.loads(lines[rng.randrange(2)]))) if rng.random() < 0.4 else mutate_bytes(rng, raw)
         read_text(str(self._write(name, changed)))
 
+    def card(self, rng: random.Random) -> None:
+        """README.md of a checkpoint, to the model card of what is made from it."""
+        folder = self.folder / "card"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_bytes(dump(mutate_value(rng, {"_name_or_path": "a/b", "model_type": "mixtral"})))
+        front = b"---\nlicense: other\nlicense_name: qwen\nlanguage:\n- en\n- de\nbase_model: a/b\ntags: [moe]\n---\n# A model\n"
+        (folder / "README.md").write_bytes(mutate_bytes(rng, front))
+        card = read_card(folder)
+        save_sealed(self.folder / "card.json", card)
+        render_card(replace(self.report, model={**self.report.model, **card}))
+
     def saliency(self, rng: random.Random) -> None:
         """Scores of experts as CSV."""
         rows = "layer,expert,score\n" + "".join(f"0,{e},{0.5 * e}\n" for e in range(4))
@@ -324,6 +336,7 @@ class Readers:
             "imatrix_file",
             "text",
             "saliency",
+            "card",
         )
         return {name: getattr(self, name) for name in names}
 

@@ -12,6 +12,7 @@ NAMES = ("license", "licence", "copying", "notice", "use_policy")  # beginnings 
 PATTERNS = ("[Ll][Ii][Cc][Ee][NnSs][SsCc][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")  # of these files on the hub
 MAX_FILE = 2**20  # bytes of such a file or card; larger ones are no licence
 FIELDS = ("license", "license_name", "license_link", "language")  # of the checkpoint's card that hold for every form of it
+LONGEST, MOST_VALUES = 300, 200  # characters of a text, and texts of a list, that are passed on
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,7 +29,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     `base_model` is the checkpoint itself, where its hub id is known from the hub's cache or from the name that transformers saved.
     """
     front = _front_matter(folder / "README.md")
-    found = {name: front[name] for name in FIELDS if isinstance(front.get(name), str | list) and front[name]}
+    found = {name: front[name] for name in FIELDS if _is_plain(front.get(name))}
     cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
     base = str(read_json(folder / "config.json").get("_name_or_path", "")) if (folder / "config.json").exists() else ""
     if cached.startswith("models--") and cached.count("--") == 2:
@@ -36,6 +37,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     elif _HUB_ID.fullmatch(base) and not Path(base).exists():
         found["base_model"] = base
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a field of a card is a short printable text, or a list of such texts."""
+    values = value if isinstance(value, list) else [value]
+    return 0 < len(values) <= MOST_VALUES and all(isinstance(v, str) and 0 < len(v) <= LONGEST and v.isprintable() for v in values)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
