@@ -208,7 +208,9 @@ def _show_bars(console: Any, stages: Sequence[str]) -> Iterator[Display]:
                 bars.update(task, total=None, told=describe_gap(gap))
 
             def end_search(self, stage: str) -> None:
-                if stage != SEARCH and SEARCH in clocks:
+                """Whatever follows the search shows that it is over; it may never have asked a solver."""
+                follows = stage in stages and SEARCH in stages and list(stages).index(stage) > list(stages).index(SEARCH)
+                if stage != SEARCH and SEARCH in tasks and (SEARCH in clocks or follows):
                     bars.update(tasks[SEARCH], total=1, completed=1)
 
         shown = Bars()

@@ -34,7 +34,7 @@ def run_limited(kind: str, limit: int, *arguments: object, cwd: Path) -> subproc
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300, check=False)
 
 
-@pytest.mark.parametrize("limit", [12, 16, 24])
+@pytest.mark.parametrize("limit", [12, 24])
 def test_descriptors_that_run_out_are_the_machines_fault(tmp_path: Path, limit: int) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 100
     done = run_limited("files", limit, "calibrate", MODEL, "--calibration-tokens", 4096, "-o", "work", cwd=tmp_path)
@@ -42,7 +42,7 @@ def test_descriptors_that_run_out_are_the_machines_fault(tmp_path: Path, limit: 
     assert "files" in error_of(done.stderr)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize("limit", [0, 2])
 def test_threads_that_cannot_start_are_the_machines_fault(tmp_path: Path, limit: int) -> None:
     done = run_limited("threads", limit, "calibrate", MODEL, "--calibration-tokens", 4096, "-o", "work", cwd=tmp_path)
     assert done.returncode == 5, done.stderr

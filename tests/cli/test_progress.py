@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import pty
+import re
 import subprocess
 import sys
 import threading
@@ -60,3 +64,25 @@ def test_names_of_stages_are_printable_and_the_ticker_ends_with_the_command() ->
     code = "from edgemoe.cli.progress import show_progress\nwith show_progress() as p: p('a\\x1b[31m\\nb', 1, 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.startswith("a\\x1b[31m\\nb done in ") and done.stderr.count("\n") == 1
+
+
+def test_on_a_terminal_the_search_ends_when_a_later_stage_begins_even_if_no_solver_was_asked() -> None:
+    code = (
+        "from edgemoe.cli.progress import show_progress\n"
+        "with show_progress(('price', 'plan', 'repair')) as p:\n"
+        "    p('price', 1, 1)\n"
+        "    p('repair', 1, 2)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    ) as child:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal is told
+            while part := os.read(ours, 4096):
+                told += part
+    os.close(ours)
+    assert child.returncode == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", told.decode())
+    assert re.findall(r"(\d+) %", plain)[-3:] == ["100", "100", "50"]
