@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgemoe.base.errors import BudgetError, ConflictError
+from edgemoe.base.errors import BudgetError, UnsolvedError
 from edgemoe.base.progress import GapProgress, Progress, StageProgress
 from edgemoe.base.storage import hash_file, load_record, save_record
 from edgemoe.base.work import key_of, open_or_make, path_of
@@ -47,7 +47,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
     request, model, target, texts, top_k = job.request, job.model, job.target, job.calibration, job.top_k
     best: tuple[Offer, Plan] | None = None
     priced: list[Costs] = []
-    refused: list[BudgetError] = []
+    refused: list[BudgetError | UnsolvedError] = []
     for width in job.widths:
         name, tokens = (f" {width}" if width < model.expert.size else ""), request.calibration_tokens
         epochs = EPOCHS if request.repair else 0 if name else -1
@@ -63,9 +63,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
             plan = solve_request(request, offer, watch)
-        except ConflictError:
-            raise  # no width helps
-        except BudgetError as error:
+        except (BudgetError, UnsolvedError) as error:
             refused.append(error)
             continue
         if best is None or promised_kl(offer, plan) < promised_kl(*best):

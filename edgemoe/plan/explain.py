@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError, UnsolvedError, UsageError
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Costs, Plan
 from edgemoe.plan.solve import DEFAULT_GAP, solve_plan
@@ -61,12 +61,15 @@ class ExpertFate:
 
 
 def price_rules(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = DEFAULT_GAP) -> tuple[RuleCost, ...]:
-    """Solve again without each rule."""
+    """Solve again without each rule; a rule without which no plan is found in time has no price."""
     slack = {r.name: r.slack for r in plan.rules}
     found = []
     for rule in rules:
         without = [r for r in rules if r is not rule]
-        other = solve_plan(costs, plan.budget, rules=without, objective=plan.objective, solver=plan.solver, gap=gap)
+        try:
+            other = solve_plan(costs, plan.budget, rules=without, objective=plan.objective, solver=plan.solver, gap=gap)
+        except UnsolvedError:
+            continue
         name = rule_name(rule)
         found.append(RuleCost(name=name, nats=max(0.0, objective_of(plan) - objective_of(other)), slack=slack.get(name)))
     return tuple(found)
@@ -176,5 +179,7 @@ def describe_plan(costs: Costs, plan: Plan, rules: Sequence[Rule], gap: float = 
             lines.append(f"{format_bytes(more.bytes)} more memory buys {more.nats:.4g} nats")
     except BudgetError:  # with more memory and the same rules, only a rule that asks for waste can make it infeasible
         lines.append("with more memory these rules cannot be kept")
+    except UnsolvedError as error:
+        lines.append(f"what more memory buys is not known: {error}")
     lines.append(f"at this budget a megabyte is worth {plan.price * 10**6:.3g} nats")
     return lines

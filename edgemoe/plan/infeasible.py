@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.base.errors import BudgetError, ConflictError, EdgemoeError
+from edgemoe.base.errors import BudgetError, ConflictError, EdgemoeError, UnsolvedError
 from edgemoe.base.units import format_bytes
 from edgemoe.ir import Costs
 from edgemoe.ir.memory import peak
@@ -61,7 +62,11 @@ def _bytes_as_costs(program: Program) -> Program:
 def explain_infeasible(task: Task, budget: int, rules: Sequence[Rule]) -> BudgetError:
     """The error for the user, which names the least budget that is enough, or the rules that contradict each other."""
     costs = task.costs
-    least = least_of_task(task)
+    try:
+        least = least_of_task(task)
+    except UnsolvedError:
+        message = f"no plan of {costs.model_name} fits {format_bytes(budget)} with these rules, and the least budget was not found in time"
+        return BudgetError(message, hint="ask for more --memory, or loosen a rule")
     if least is not None and budget < least:
         with_rules = "" if not rules else f" and the rules {', '.join(rule_name(r) for r in rules)}"
         free = least_budget(costs) if rules else None
@@ -89,6 +94,7 @@ def minimal_conflict(costs: Costs, rules: Sequence[Rule]) -> list[Rule]:
     needed = list(rules)
     for rule in list(rules):
         without = [r for r in needed if r is not rule]
-        if least_budget(costs, without) is None:
-            needed = without
+        with suppress(UnsolvedError):  # then the rule stays in the set
+            if least_budget(costs, without) is None:
+                needed = without
     return needed

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.base.errors import BudgetError, UsageError
+from edgemoe.base.errors import BudgetError, UnsolvedError, UsageError
 from edgemoe.base.progress import Progress
 from edgemoe.base.units import format_bytes, parse_bytes
 from edgemoe.ir import Costs, Plan, counts_text
@@ -85,6 +85,9 @@ def sweep_budgets(
             plan = replace(plan, costs=costs_hash or plan.costs)
         except BudgetError:
             points.append(Point(budget=budget, plan=None))
+        except UnsolvedError:  # the plan of a smaller budget fits here too
+            carried = None if best is None else replace(best, budget=budget, proven=False)
+            points.append(Point(budget=budget, plan=carried, carried_over=carried is not None))
         else:
             worse = best is not None and objective_of(best) < objective_of(plan)
             if worse and best is not None:

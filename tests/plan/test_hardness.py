@@ -9,8 +9,10 @@ import pytest
 
 from edgemoe.base.errors import ConflictError, UnsolvedError
 from edgemoe.ir import Costs
+from edgemoe.plan.explain import describe_plan, price_rules
 from edgemoe.plan.hardness import find_hard_rule
 from edgemoe.plan.solve import solve_plan
+from edgemoe.plan.sweep import sweep_budgets
 from edgemoe.plan.task import make_task
 from edgemoe.price.priors import price_config
 from edgemoe.rules import ActiveBytes, ByteLimit, Keep, Rule, Speed, apply_rules
@@ -78,3 +80,18 @@ def test_of_several_rules_the_hard_one_is_named(costs: Costs) -> None:
     rules: list[Rule] = [Keep(layers=[3], experts=(5,)), speed(125)]
     task = make_task(costs, apply_rules(costs, rules), Effort())
     assert find_hard_rule(task, BUDGET, rules) is rules[1]
+
+
+def test_when_time_is_over_explanations_and_sweeps_go_on(costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = solve_plan(costs, BUDGET)
+
+    def unsolved(*_: object, **__: object) -> None:
+        raise UnsolvedError("no time")
+
+    monkeypatch.setattr("edgemoe.plan.explain.solve_plan", unsolved)
+    assert price_rules(costs, plan, [speed(50)]) == ()
+    assert any("not known" in line for line in describe_plan(costs, plan, []))
+    monkeypatch.setattr("edgemoe.plan.sweep.solve_plan", lambda costs, budget, **_: plan if budget == BUDGET else unsolved())
+    points = sweep_budgets(costs, [BUDGET, BUDGET + 10**9])
+    assert [p.carried_over for p in points] == [False, True]
+    assert points[1].plan is not None and not points[1].plan.proven
