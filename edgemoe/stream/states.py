@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -27,6 +28,7 @@ class States:
         self._dtype = torch.bfloat16 if half else torch.float32
         self._bytes = shape[1] * shape[2] * self._dtype.itemsize
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._close = weakref.finalize(self, os.close, self._file)  # also where an interrupt ends the owner without `close`
 
     def read(self, index: NDArray[np.int64]) -> torch.Tensor:
         """States of these windows [len(index), length, hidden].
@@ -73,7 +75,7 @@ class States:
 
     def close(self, *, delete: bool = False) -> None:
         """Close the file, and delete it if asked."""
-        os.close(self._file)
+        self._close()
         if delete:
             self.path.unlink(missing_ok=True)
 

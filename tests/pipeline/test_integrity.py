@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -282,3 +284,19 @@ def test_two_runs_with_one_work_folder_wait_for_each_other(made: Made, tmp_path:
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(made.run, [tmp_path / "work"] * 2)) == [made.result] * 2
     assert all_files(tmp_path / "work") == all_files(made.work)
+
+
+# -------------------------------------------------------------------------------------------------------- interrupted calls
+@pytest.mark.parametrize("stage", ["calibrate", "price", "repair"])
+def test_an_interrupted_call_of_the_library_leaves_no_open_files_and_no_threads(made: Made, stage: str, tmp_path: Path) -> None:
+    def held() -> tuple[set[str], set[int | None]]:
+        gc.collect()
+        places = {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}")}
+        return {p for p in places if str(tmp_path) in p or str(made.work) in p}, {t.ident for t in threading.enumerate()}
+
+    _, threads = held()
+    with pytest.raises(Stop):
+        made.run(tmp_path / "work", stop_in(stage, 0 if stage == "price" else 1))
+    files, more = held()
+    assert not files
+    assert len(more - threads) <= 1  # the listener of the solver's process, which stays for the next plan
