@@ -4,7 +4,7 @@
 
 A small random checkpoint is built once without faults.  Then the same command runs under each fault, and once more without it.
 "Same bytes" counts cases whose last run gave the file of the first build.  "Refused" counts runs that ended with the exit code that this
-fault must have.  Full and read-only disks are mounted (tmpfs), which needs root; without it these cases are left out and the table says so.
+fault must have, and "ended" those that the fault did not reach.  Full and read-only disks are mounted (tmpfs), which needs root; without it these cases are left out and the table says so.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Row:
     cases: int = 0
     same: int = 0
     refused: int = 0
+    ended: int = 0  # the build was over before the fault, or had no need of what broke
     wrong: list[str] = field(default_factory=list)  # silent wrong artifacts, and any other broken promise
     orphans: int = 0
     lost: int = 0
@@ -116,11 +117,14 @@ def judge(bench: Bench, row: Row, name: str, case: Path, code: int, errors: str,
     row.lost += (case / "out" / MINE).read_text() != "the user's own\n" if (case / "out" / MINE).exists() else 1
     if artifact_of(case / "out") not in ("", bench.sha256):
         row.wrong.append(f"{name}: another file under its final name, exit {code}")
-    if code in right and code != 0:
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    if code in right:
         row.refused += 1
-    elif code != 0 and code >= 0:
+    elif code == 0:
+        row.ended += 1
+    elif code != -signal.SIGKILL:
         row.wrong.append(f"{name}: exit {code}: {errors.strip().splitlines()[-2:]}")
-    if code > 0 and (errors.count("error: ") != 1 or "Traceback" in errors):
+    if code > 0 and (len(told) != 1 or "Traceback" in errors):
         row.wrong.append(f"{name}: not one line: {errors[-300:]}")
 
 
@@ -162,12 +166,14 @@ def signals(bench: Bench) -> Iterator[Case]:
             def stop(row: Row, name: str, case: Path, number: int = number, status: int = status, stage: str = stage) -> None:
                 child = start(bench.command(case), case)
                 assert child.stderr is not None
+                lines = []
                 for line in child.stderr:  # the end of a stage is told by a line, so the signal comes at the beginning of the next
+                    lines.append(line)
                     if line.startswith(f"{stage} done"):
                         break
                 child.send_signal(number)
                 code, errors = finish(child)
-                judge(bench, row, name, case, code, errors, (status,))
+                judge(bench, row, name, case, code, "".join(lines) + errors, (status,))
                 again(bench, row, name, case)
 
             yield f"{number.name} after {stage}", stop
@@ -408,10 +414,10 @@ def main() -> None:
     numbered = [(kind, case) for kind in options.only if kind != "disks" or os.getuid() == 0 for case in KINDS[kind](bench)]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda item: run(item[0], *item[1]), enumerate(numbered)))
-    print("| fault | cases | same bytes | refused | wrong | orphans | lost files |\n|---|---|---|---|---|---|---|")
+    print("| fault | cases | same bytes | refused | ended | wrong | orphans | lost files |\n|---|---|---|---|---|---|---|---|")
     for kind, row in rows.items():
         note = "" if row.cases else " (needs root)"
-        print(f"| {kind}{note} | {row.cases} | {row.same} | {row.refused} | {len(row.wrong)} | {row.orphans} | {row.lost} |")
+        print(f"| {kind}{note} | {row.cases} | {row.same} | {row.refused} | {row.ended} | {len(row.wrong)} | {row.orphans} | {row.lost} |")
     for row in rows.values():
         print(*row.wrong, sep="\n", end="\n" if row.wrong else "")
     sys.exit(any(row.wrong or row.orphans or row.lost for row in rows.values()))
