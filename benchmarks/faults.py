@@ -4,7 +4,8 @@
 
 A small random checkpoint is built once without faults.  Then the same command runs under each fault, and once more without it.
 "Same bytes" counts cases whose last run gave the file of the first build.  "Refused" counts runs that ended with the exit code that this
-fault must have, and "ended" those that the fault did not reach.  Full and read-only disks are mounted (tmpfs), which needs root; without it these cases are left out and the table says so.
+fault must have, and "ended" those that the fault did not reach.  Full and read-only disks are mounted (tmpfs), which needs root; without
+it these cases are left out and the table says so.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def signals(bench: Bench) -> Iterator[Case]:
             def stop(row: Row, name: str, case: Path, number: int = number, status: int = status, stage: str = stage) -> None:
                 child = start(bench.command(case), case)
                 assert child.stderr is not None
-                lines = []
+                lines: list[str] = []
                 for line in child.stderr:  # the end of a stage is told by a line, so the signal comes at the beginning of the next
                     lines.append(line)
                     if line.startswith(f"{stage} done"):
