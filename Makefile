@@ -36,7 +36,7 @@ demo: setup
 	@echo "the report with pictures: demo/report.html"
 
 test: setup
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 check: setup
 	$(BIN)/ruff check .
