@@ -74,8 +74,9 @@ def start(command: list[str], case: Path) -> subprocess.Popen[str]:
     """Begin a command whose children can be told by the case's name in their environment."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEMOE_CASE": str(case), "XDG_CACHE_HOME": str(case / "cache")}
 
-    def hear() -> None:  # a shell that starts this in the background lets its children ignore SIGINT
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def hear() -> None:  # a shell in the background lets its children ignore SIGINT, and nohup SIGHUP
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear)
 
