@@ -77,6 +77,8 @@ def solve(job: dict[str, Any], seconds: float | None, watch: GapProgress) -> Ans
             assert child.process.stdin is not None  # `_start` asked for this pipe
             write(child.process.stdin, job)
             answer = _await(child, seconds, watch)
+        except BrokenPipeError:  # the child died before it had read the job
+            answer = Answer(status="lost")
         except BaseException:  # a signal or an error here: the answer is of no use
             _end(child)
             raise

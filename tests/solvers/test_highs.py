@@ -78,6 +78,18 @@ def test_a_solver_that_dies_gives_no_answer_and_the_next_program_is_solved() -> 
     assert run(market_split(), Effort(gap=10.0)).solved
 
 
+def test_a_solver_that_dies_while_it_is_given_a_program_is_no_closed_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`edgemoe ... | head` ends in silence at a BrokenPipeError; one of the solver's pipe must not look like that."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(highs, "write", broken)
+        assert not run(market_split(), Effort(gap=10.0)).solved
+    assert run(market_split(), Effort(gap=10.0)).solved
+
+
 @pytest.mark.parametrize(
     ("solver", "stop"), [("highs", signal.SIGINT), ("highs", signal.SIGKILL), *([("cbc", signal.SIGINT)] if is_available("cbc") else [])]
 )
