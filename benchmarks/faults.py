@@ -237,9 +237,7 @@ def flips(bench: Bench) -> Iterator[Case]:
 
         def flip(row: Row, name: str, case: Path, place: Path = place) -> None:
             shutil.copytree(whole, case / "work")
-            data = bytearray((case / "work" / place).read_bytes())
-            data[len(data) // 2] ^= 1
-            (case / "work" / place).write_bytes(data)
+            flip_at(0.5)(case / "work" / place)
             again(bench, row, name, case)
 
         yield f"flipped {place}", flip

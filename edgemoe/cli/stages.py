@@ -114,6 +114,7 @@ def emit(
     from edgemoe.pipeline.emit import check_split, copy_licences, emit_artifact, fixed_names
     from edgemoe.pipeline.output_folder import hold_output, prepare_output
     from edgemoe.pipeline.store import store_weights
+    from edgemoe.pipeline.widths import in_stage
     from edgemoe.price.choices import check_rounding
     from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts, recall_texts
     from edgemoe.targets import find_target
@@ -132,25 +133,11 @@ def emit(
     with hold_output(output):
         prepare_output(output, force=force, names=fixed_names(target, found))
         with show_progress() as progress:
-            stored = store_weights(
-                found,
-                texts,
-                collected,
-                chosen,
-                output / ".work",
-                rounding=rounding,
-                max_tokens=calibration_tokens or int(collected.settings.get("max_tokens", DEFAULT_TOKENS)),
-                progress=lambda d, n: progress("repair", d, n),
-            )
-            artifact = emit_artifact(
-                stored,
-                collected,
-                chosen,
-                target,
-                output,
-                shard_max=most,
-                progress=lambda d, n: progress("emit", d, n),
-            )
+            known, tokens = (found, texts, collected, chosen, output / ".work"), int(collected.settings.get("max_tokens", DEFAULT_TOKENS))
+            tell = in_stage(progress, "repair")
+            stored = store_weights(*known, rounding=rounding, max_tokens=calibration_tokens or tokens, progress=tell)
+            made_from = (stored, collected, chosen, target, output)
+            artifact = emit_artifact(*made_from, shard_max=most, progress=in_stage(progress, "emit"))
         artifact = copy_licences(artifact, found)
         save_record(output / "plan.json", chosen)
         save_record(output / "artifact.json", artifact)

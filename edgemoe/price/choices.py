@@ -56,7 +56,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     units = target.list_units(model)
     counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.router)
     sizes = count_bytes(model, target, units, counts)
-    cost, input_cost = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape)
+    cost, input_cost, factor = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape), np.ones((len(stats.domains), len(units)))
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
     kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
@@ -64,7 +64,6 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     for row, layer in enumerate(model.moe_layers):
         reach = float(routers_behind("", layer, model.moe_layers).mean())
         _enter_drops(drops, row, layers[layer], stats.arrays(layer)["gate_norm"], stats.weights, target, kappa * reach)
-    factor = np.ones((len(stats.domains), len(units)))
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
