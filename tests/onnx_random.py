@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from edgemoe.ir import Model
 from edgemoe.model.describe import describe
+from edgemoe.quantize.bits import pack
 from edgemoe.targets.onnx.decoder import build_decoder
 from edgemoe.targets.onnx.experts import group_experts
-from edgemoe.targets.onnx.formats import FORMATS, Format, pack
+from edgemoe.targets.onnx.formats import FORMATS, Format
 from edgemoe.targets.onnx.graph_builder import DATA_FILE, Place, Sheet, make_model
 from edgemoe.targets.onnx.writer import list_units
 

@@ -1,7 +1,7 @@
 """This module packs rows in a ggml type with ggml's own scales, and chooses the codes with error feedback (quantize/gptq.py).
 
-A row is packed in chunks of 256 columns.  The stock quantizer packs a chunk after the errors of earlier chunks were passed on to it; its
-scales stay, and its codes are chosen again.  Then block scales (float16) are refitted to the codes and codes to the scales, in turn.
+A row is packed chunk by chunk (quantize/feedback.py).  Then block scales (float16) are refitted to the codes and codes to the scales, in
+turn.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32, F64
-from edgemoe.quantize.gptq import Hessian, descend_columns, round_columns
+from edgemoe.quantize.feedback import SWEEPS, apply_change, chunks_of, refit_step, round_chunks, sweep_rows
+from edgemoe.quantize.gptq import Hessian, descend_columns
 from edgemoe.quantize.grids import Codebook, Grid, Scalar, sign_patterns
 from edgemoe.targets.gguf.codes import code_bits, read_codes, write_codes
 from edgemoe.targets.gguf.formats import FORMATS, dequantize, quantize, row_bytes
 
-CHUNK = 256  # columns: the largest block of any type
-SWEEPS = 2
 UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 TABLES = ("IQ4_XS", "IQ4_NL", "MXFP4", "IQ1_S", "IQ1_M")
 SIGNED = {"IQ2_XXS": (8, 1, True), "IQ2_XS": (9, 1, True), "IQ2_S": (10, 1, False), "IQ3_XXS": (8, 2, True), "IQ3_S": (9, 2, False)}
@@ -41,21 +40,9 @@ def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEE
     """
     if not np.isfinite(rows).all():
         raise ModelError(f"{name}: a row holds NaN or infinite weights")
-    cols = rows.shape[1]
-    left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
-    chunks = [slice(i, min(i + CHUNK, cols)) for i in range(0, cols, CHUNK)]
-    packed: list[NDArray[np.uint8]] = []
-    for chunk in chunks:
-        stock = quantize(left[:, chunk], name, hessian.importance[chunk])
-        codes, values[:, chunk], correction = round_columns(left, grid_of(stock, name), hessian, chunk)
-        left[:, chunk.stop :] -= correction
-        packed.append(write_codes(stock, name, codes))
-    whole = np.concatenate(packed, axis=1)
-    if sweeps:
-        gradient = np.asarray((rows - values) @ hessian.h, np.float32)
-    for _ in range(sweeps):
-        whole = descend_rows(whole, name, values, hessian, gradient)
-    return whole
+    chunks, values = round_chunks(rows, hessian, lambda part, weights: quantize(part, name, weights), lambda stock: grid_of(stock, name))
+    packed = np.concatenate([write_codes(stock, name, codes) for stock, codes in chunks], axis=1)
+    return sweep_rows(rows, packed, values, hessian, lambda rows, q, slope: descend_rows(rows, name, q, hessian, slope), sweeps)
 
 
 def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
@@ -68,9 +55,8 @@ def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hes
         hessian: of the inputs, H.
         gradient: (weights - values) H [R, C].
     """
-    cols, parts, start = values.shape[1], [], 0
-    for i in range(0, cols, CHUNK):
-        chunk = slice(i, min(i + CHUNK, cols))
+    parts, start = [], 0
+    for chunk in chunks_of(values.shape[1]):
         stop = start + row_bytes(name, chunk.stop - chunk.start)
         part = _refit_scales(np.ascontiguousarray(packed[:, start:stop]), name, values, hessian, gradient, chunk)
         codes = read_codes(part, name)
@@ -151,23 +137,15 @@ def _refit_scales(packed: NDArray[np.uint8], name: str, values: F32, hessian: He
         at = slice(columns.start + start, columns.start + start + kind.block)
         block = packed[:, start // kind.block * kind.block_bytes :][:, : kind.block_bytes]
         parts = np.stack([_part(block, name, offset) for offset in halves], axis=1)  # [R, halves, block]
-        inner = hessian.h[at, at]
-        normal = np.einsum("rib,rjb->rij", parts @ inner, parts).astype(np.float64)
-        wanted = np.einsum("rib,rb->ri", parts, gradient[:, at]).astype(np.float64)
-        lift = 1e-9 * np.trace(normal, axis1=1, axis2=2) + 1e-300
-        step = np.linalg.solve(normal + lift[:, None, None] * np.eye(len(halves)), wanted[..., None])[..., 0]
+        step = refit_step(parts, hessian.h[at, at], gradient[:, at])
         old = np.stack([_half(block, offset) for offset in halves], axis=1)
         new = np.clip(old + step, -65504, 65504).astype(np.float16)
         fresh = block.copy()
         for i, offset in enumerate(halves):
             fresh[:, offset : offset + 2] = np.ascontiguousarray(new[:, i]).view(np.uint8).reshape(-1, 2)
         change = dequantize(fresh, name, kind.block) - values[:, at]
-        gain = 2 * (change * gradient[:, at]).sum(axis=1) - ((change @ inner) * change).sum(axis=1)
-        better = gain > 0
-        change *= better[:, None]
+        better = apply_change(change, at, values, hessian, gradient)
         block[better] = fresh[better]
-        values[:, at] += change
-        gradient -= change @ hessian.h[at]
     return packed
 
 

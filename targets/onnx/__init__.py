@@ -1,7 +1,8 @@
 """The ONNX target is for onnxruntime: every expert is dropped or has a format of its own, and kept counts may differ between layers."""
 
 from edgemoe.targets import Runs, Target
-from edgemoe.targets.onnx.files import COPIED, PLACES
+from edgemoe.targets.copied_files import COPIED
+from edgemoe.targets.onnx.files import PLACES
 from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.onnx.memory import memory_parts, on_device, unit_extra, unit_staging
 from edgemoe.targets.onnx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows

@@ -8,14 +8,13 @@ alone.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
-from edgemoe.base.storage import read_json
 from edgemoe.ir import Model, Plan
+from edgemoe.targets.copied_files import read_copied
 
 # For each layout, the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
 # transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".
@@ -25,21 +24,6 @@ REFUSED_BITS = {"onnx": (), "transformers.js": (3,)}
 # transformers.js 4.3.1 learns from `model_type` which keys hold the shape of the cache, and refuses types that it does not list ("mixtral",
 # "olmoe").  The graph needs nothing else from the field, so all our families use this type, which has the same keys.
 TRANSFORMERS_JS_TYPE = "qwen3_moe"
-# These files are copied unchanged: the files from which libraries load tokenizers, and the sampling settings; with the largest size that we
-# accept (the largest known tokenizer.json has 34 MB).
-COPIED = {
-    "added_tokens.json": 2**24,
-    "chat_template.jinja": 2**20,
-    "chat_template.json": 2**20,
-    "generation_config.json": 2**20,
-    "merges.txt": 2**27,
-    "special_tokens_map.json": 2**20,
-    "tokenizer.json": 2**28,
-    "tokenizer.model": 2**28,
-    "tokenizer_config.json": 2**26,
-    "vocab.json": 2**27,
-    "vocab.txt": 2**27,
-}
 # genai's own defaults of what a generation_config.json may set (models/builders/base.py of onnxruntime-genai 0.18).
 SEARCH = {
     "do_sample": False,
@@ -93,8 +77,7 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
         MachineError: the disk is full or not writable.
     """
     check_layout(plan.formats.values(), layout)
-    source = Path(model.folder)
-    files = {name: data for name, limit in COPIED.items() if (data := _read_bytes(source, name, limit)) is not None}
+    files = read_copied(Path(model.folder))
     generation = json.loads(files.get("generation_config.json", b"{}"))
     files["config.json"] = _dump(make_config(model, plan, layout))
     files["genai_config.json"] = _dump(make_genai_config(model, generation, plan.context, layout))
@@ -199,47 +182,3 @@ def _setting(model: Model, generation: Mapping[str, Any], key: str, default: flo
 
 def _dump(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _read_bytes(folder: Path, name: str, limit: int) -> bytes | None:
-    """A file of the checkpoint that is to be copied, or None if the checkpoint has no such file.
-
-    Raises:
-        ModelError: larger than `limit` bytes, or a .json that holds no object.
-    """
-    path = _locate(folder, name)
-    if path is None:
-        return None
-    if path.stat().st_size > limit:
-        raise ModelError(f"{folder / name}: {path.stat().st_size} bytes is too large to be copied, the limit is {limit}")
-    if name.endswith(".json"):
-        read_json(path, limit)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{folder / name}: cannot be read: {error}") from error
-
-
-def _locate(folder: Path, name: str) -> Path | None:
-    """The real place of a file of the checkpoint, or None if the checkpoint has no such file.
-
-    Copied files may be published, so a link must not lead out of the checkpoint; the hub's cache links from snapshots/REVISION to its own
-    blobs/.
-
-    Raises:
-        ModelError: a link out of the checkpoint, or no regular file.
-    """
-    try:
-        path = (folder / name).resolve(strict=True)
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{folder / name}: cannot be read: {error}") from error
-    home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if path.parent not in (home, blobs):
-        raise ModelError(f"{folder / name}: a link that leads out of the checkpoint, to {path}", hint="put a copy of the file there")
-    if not stat.S_ISREG(mode):
-        raise ModelError(f"{folder / name}: not a regular file")
-    return path

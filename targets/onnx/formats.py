@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
+from edgemoe.quantize.bits import pack, packed_size, unpack
 
 ALIGNMENT = 64  # bytes: every piece of the data file starts at a multiple; a cache line, and the widest vector (AVX-512)
 _CHUNK = 2**16  # weights that are searched at a time, so that temporaries stay in the cache
@@ -107,44 +108,12 @@ def piece_bytes(name: str, rows: int, cols: int) -> dict[str, int]:
         raise ModelError(f"{name} stores rows of multiples of {kind.block}, not of {cols}")
     blocks = cols // kind.block
     sizes = {"codes": rows * cols * kind.bits // 8, "scales": rows * blocks * kind.scale_bytes}
-    return {**sizes, "zeros": rows * -(-blocks * kind.bits // 8)} if kind.zeros else sizes
+    return {**sizes, "zeros": rows * packed_size(blocks, kind.bits)} if kind.zeros else sizes
 
 
 def matrix_size(name: str, rows: int, cols: int) -> int:
     """Bytes of a matrix in the data file, each piece padded."""
     return sum(map(pad, piece_bytes(name, rows, cols).values()))
-
-
-# ---------------------------------------------------------------------------------------------------------------- packing
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes [n, cols] of 2, 3, 4 or 8 bits as one little-endian bit stream a row [n, cols * bits / 8 rounded up]."""
-    if bits == 8:
-        return codes
-    n, cols = codes.shape
-    each = 8 if bits == 3 else 8 // bits  # codes that fill whole bytes
-    if cols % each:
-        codes = np.concatenate([codes, np.zeros((n, -cols % each), np.uint8)], axis=1)
-    lanes = codes.reshape(n, -1, each).astype(np.uint32)
-    word = np.zeros(lanes.shape[:2], "<u4")
-    for lane in range(each):
-        word |= lanes[..., lane] << np.uint32(bits * lane)
-    filled = word.view(np.uint8).reshape(n, -1, 4)[..., : 3 if bits == 3 else 1]
-    return np.ascontiguousarray(filled).reshape(n, -1)[:, : -(-cols * bits // 8)]
-
-
-def unpack(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]:
-    """The codes [n, cols] again."""
-    if bits == 8:
-        return packed
-    n = len(packed)
-    if bits == 3:
-        three = np.concatenate([packed, np.zeros((n, -packed.shape[1] % 3), np.uint8)], axis=1).reshape(n, -1, 3).astype(np.uint32)
-        word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
-    else:
-        word = packed.astype(np.uint32)
-    each = 8 if bits == 3 else 8 // bits
-    codes = np.stack([(word >> (bits * lane)) & (2**bits - 1) for lane in range(each)], axis=-1)
-    return codes.reshape(n, -1)[:, :cols].astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------ quantization

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32
-from edgemoe.quantize.gptq import Hessian, descend_columns, round_columns
+from edgemoe.quantize.bits import pack, unpack
+from edgemoe.quantize.feedback import SWEEPS, round_chunks, sweep_rows
+from edgemoe.quantize.gptq import Hessian, descend_columns
 from edgemoe.quantize.grids import Scalar
-from edgemoe.targets.onnx.formats import FORMATS, Packed, dequantize, pack, piece_bytes, quantize, unpack
-
-CHUNK = 256  # columns: two of the largest blocks
-SWEEPS = 2
+from edgemoe.targets.onnx.formats import FORMATS, Packed, dequantize, piece_bytes, quantize
 
 
 def feeds_back(name: str) -> bool:
@@ -33,7 +32,7 @@ def pack_rows(rows: F32, name: str, importance: F32 | None, hessian: Hessian | N
     """
     if not np.isfinite(rows).all():
         raise ModelError(f"{name}: a row holds NaN or infinite weights")
-    return _side_by_side(quantize(rows, name, importance) if hessian is None else quantize_fed_back(rows, name, hessian))
+    return _side_by_side(quantize(rows, name, importance)) if hessian is None else quantize_fed_back(rows, name, hessian)
 
 
 def descend_rows(packed: NDArray[np.uint8], name: str, values: F32, hessian: Hessian, gradient: F32) -> NDArray[np.uint8]:
@@ -73,11 +72,10 @@ def unpack_rows(packed: NDArray[np.uint8], name: str, cols: int) -> F32:
     return dequantize(split_rows(packed, name, cols), name, cols)
 
 
-def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> Packed:
-    """Rows [R, C] in a format, with codes that lower (w - q) H (w - q)' of each row.
+def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEEPS) -> NDArray[np.uint8]:
+    """Rows [R, C] in a format, as packed rows [R, bytes], with codes that lower (w - q) H (w - q)' of each row.
 
-    For one chunk after the other, the stock search finds scales and zero points, after the errors of earlier chunks were passed on to it.
-    These scales and zero points stay.
+    The scales and zero points that the stock search finds for each chunk stay.
 
     Args:
         rows: weights, finite.
@@ -85,25 +83,10 @@ def quantize_fed_back(rows: F32, name: str, hessian: Hessian, sweeps: int = SWEE
         hessian: of the matrix's inputs, [C, C].
         sweeps: rounds in which every code is chosen again while all others stay.
     """
-    cols = rows.shape[1]
-    left, values = np.array(rows, np.float32), np.empty(rows.shape, np.float32)
-    grids: list[tuple[slice, Packed, Scalar]] = []
-    codes = np.empty(rows.shape, np.int32)
-    for start in range(0, cols, CHUNK):
-        chunk = slice(start, min(start + CHUNK, cols))
-        stock = quantize(left[:, chunk], name, hessian.importance[chunk])
-        grid = _grid_of(stock, name)
-        codes[:, chunk], values[:, chunk], correction = round_columns(left, grid, hessian, chunk)
-        left[:, chunk.stop :] -= correction
-        grids.append((chunk, stock, grid))
-    if sweeps:
-        gradient = np.asarray((rows - values) @ hessian.h, np.float32)
-    for _ in range(sweeps):
-        for chunk, _, grid in grids:
-            part = codes[:, chunk].copy()
-            descend_columns(part, values, grid, hessian, gradient, chunk)
-            codes[:, chunk] = part
-    return _join(codes.astype(np.uint8), [stock for _, stock, _ in grids], name)
+    chunks, values = round_chunks(rows, hessian, lambda part, weights: quantize(part, name, weights), lambda stock: _grid_of(stock, name))
+    codes = np.concatenate([codes for _, codes in chunks], axis=1).astype(np.uint8)
+    packed = _side_by_side(_join(codes, [stock for stock, _ in chunks], name))
+    return sweep_rows(rows, packed, values, hessian, lambda rows, q, slope: descend_rows(rows, name, q, hessian, slope), sweeps)
 
 
 def _grid_of(packed: Packed, name: str) -> Scalar:

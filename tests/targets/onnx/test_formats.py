@@ -15,8 +15,9 @@ from onnx import helper
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32
+from edgemoe.quantize.bits import pack, unpack
 from edgemoe.quantize.reference import round_to_int8
-from edgemoe.targets.onnx.formats import FORMATS, OFFERED, Packed, dequantize, input_block, matrix_size, pack, piece_bytes, quantize, unpack
+from edgemoe.targets.onnx.formats import FORMATS, OFFERED, Packed, dequantize, input_block, matrix_size, piece_bytes, quantize
 
 DENSE = [name for name in OFFERED if FORMATS[name].bits != 3]
 HIDDEN, WIDTH, EXPERTS, TOP_K, TOKENS = 256, 384, 4, 2, 24

@@ -21,7 +21,7 @@ from edgemoe.pipeline.store import store_weights
 from edgemoe.quantize.gptq import factor_hessian, objective
 from edgemoe.stream.texts import SHIPPED, read_text
 from edgemoe.targets.onnx.formats import OFFERED, dequantize, piece_bytes, quantize, round_rows
-from edgemoe.targets.onnx.rounding import feeds_back, pack_rows, quantize_fed_back, split_rows, unpack_rows
+from edgemoe.targets.onnx.rounding import feeds_back, pack_rows, split_rows, unpack_rows
 
 TOKENS = 2048
 
@@ -45,7 +45,6 @@ def test_feedback_beats_the_stock_search_on_its_own_objective(name: str) -> None
         stock = dequantize(quantize(rows, name, hessian.importance), name, cols)
         ours = unpack_rows(pack_rows(rows, name, None, hessian), name, cols)
         assert objective(rows, ours, hessian).sum() < 0.6 * objective(rows, stock, hessian).sum()
-        np.testing.assert_array_equal(dequantize(quantize_fed_back(rows, name, hessian), name, cols), ours)
 
 
 def test_floats_and_odd_weights() -> None:
