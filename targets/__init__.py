@@ -21,15 +21,15 @@ from edgemoe.devices.profiles import Device
 from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Report, Stats, Unit
 from edgemoe.quantize.gptq import Hessian
 
-TARGETS = ("gguf", "onnx", "browser")
+TARGETS = ("gguf", "onnx", "browser", "mlx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
     """The settings of a target's jobs (see its child.py) that verification asks for."""
 
-    compared: Mapping[str, bool]  # settings of the KL that is compared with the prediction
-    beside: Mapping[str, bool]  # settings of the second figure of KL
+    compared: Mapping[str, Any]  # settings of the KL that is compared with the prediction
+    beside: Mapping[str, Any]  # settings of the second figure of KL
     fallback: Mapping[str, bool] | None = None  # settings to measure with if the runtime fails on this machine with its defaults
     fallback_note: str = ""  # note for the user in this case
 

@@ -9,7 +9,7 @@ from typing import Any
 from edgemoe.ir.check_records import check_artifact, check_report
 from edgemoe.ir.plan import Plan
 
-MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data")
+MODEL_FILES = (".gguf", ".onnx", ".onnx.data", ".onnx_data", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

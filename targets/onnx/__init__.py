@@ -6,9 +6,10 @@ from edgemoe.targets.onnx.files import PLACES
 from edgemoe.targets.onnx.formats import OFFERED, input_block, round_rows
 from edgemoe.targets.onnx.memory import memory_parts, on_device, unit_extra, unit_staging
 from edgemoe.targets.onnx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
-from edgemoe.targets.onnx.run import check_tokenizer, run, runtime
+from edgemoe.targets.onnx.run import run, runtime
 from edgemoe.targets.onnx.words import WORDS
 from edgemoe.targets.onnx.writer import fixed_sizes, list_units, offered_formats, unit_size, write
+from edgemoe.targets.tokenizer.beside import check_tokenizer
 
 __all__ = ["TARGET"]
 

@@ -6,18 +6,15 @@ Prompts are tokenized here, with the tokenizer that lies beside the model, so th
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgemoe.base.errors import MachineError, ModelError, VerifyError
-from edgemoe.ir import Model
-from edgemoe.model.tokenizer import load_package
+from edgemoe.base.errors import MachineError
 from edgemoe.targets.child_process import OnLogits, run_job
-from edgemoe.targets.gguf.vocabulary_check import tokenize_original
 from edgemoe.targets.onnx.graph_builder import import_onnx
+from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
 
 CHILD = Path(__file__).with_name("child.py")
 INSTALL = "pip install 'edgemoe[onnx]'"
@@ -40,28 +37,14 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     if importlib.util.find_spec("onnxruntime") is None:
         raise MachineError("onnxruntime is not installed", hint=INSTALL)
     prompts = list(job.get("prompts", ()))
-    encode, decode = _open_tokenizer(path) if prompts else (None, None)
+    encode, decode = open_tokenizer(path) if prompts else (None, None)
     ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
-    full = {**job, "prompts": list(ids.values()), "ends": _eos_ids(path), "needs": list(_needs(path))}
+    full = {**job, "prompts": list(ids.values()), "ends": eos_ids(path), "needs": list(_needs(path))}
     result = run_job(CHILD, path, full, on_logits, runtime="onnxruntime", hint=INSTALL, environment={})
     if decode:
         answers = zip(ids, result["samples"], strict=True)
         result["samples"] = [{"prompt": prompt, "text": decode(tokens), "tokens": tokens} for prompt, tokens in answers]
     return result
-
-
-def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]:
-    """Lines that the tokenizer beside model.onnx tokenizes otherwise than the checkpoint's own.
-
-    Raises:
-        VerifyError: there is no tokenizer beside the model, or it does not load.
-    """
-    expected = tokenize_original(Path(model.folder), lines)
-    try:
-        ours = tokenize_original(_folder(path), lines)
-    except ModelError as error:
-        raise VerifyError(str(error)) from error
-    return [line for line, tokens, original in zip(lines, ours, expected, strict=True) if tokens != original]
 
 
 def runtime() -> str:
@@ -70,45 +53,6 @@ def runtime() -> str:
         return f"onnxruntime {version('onnxruntime')}"
     except PackageNotFoundError:
         return "unknown"
-
-
-def _folder(path: Path) -> Path:
-    """The folder of an artifact's small files: that of the model, or the folder above it (transformers.js' layout)."""
-    return path.parent if (path.parent / "config.json").exists() else path.parent.parent
-
-
-def _open_tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """Functions that encode a prompt (special tokens recognised) and decode an answer, with the tokenizer beside a model.
-
-    Raises:
-        VerifyError: it is not there, or not readable.
-        MachineError: its package is missing.
-    """
-    file = _folder(path) / "tokenizer.json"
-    try:
-        if file.exists():
-            tokenizer = load_package("tokenizers").Tokenizer.from_file(str(file))
-            tokenizer.no_truncation()
-            return lambda text: list(tokenizer.encode(text).ids), lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
-        file = file.with_name("tokenizer.model")
-        processor = load_package("sentencepiece").SentencePieceProcessor(model_file=str(file))
-    except MachineError:
-        raise
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise VerifyError(f"{file}: cannot be read as a tokenizer: {str(error)[:300]}") from error
-    return lambda text: list(processor.encode(text, add_bos=True)), lambda ids: str(processor.decode(ids))
-
-
-def _eos_ids(path: Path) -> list[int]:
-    """Tokens that end a text, from the configuration beside the model."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            eos_ids = json.loads((_folder(path) / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if eos_ids is not None:
-            return [int(end) for end in (eos_ids if isinstance(eos_ids, list) else [eos_ids])]
-    return []
 
 
 def _needs(path: Path) -> tuple[int, ...]:

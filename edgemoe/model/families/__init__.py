@@ -36,7 +36,14 @@ class Family:
     gguf_names: Mapping[str, str] = field(default_factory=dict)  # roles that llama.cpp calls otherwise in this architecture
     paired_rotary: bool = False  # llama.cpp rotates pairs, transformers halves: rows of q and k change places
     gguf_keys: Callable[[Config], Mapping[str, Any]] = field(default_factory=lambda: no_keys)  # beyond those of the block kinds
+    mlx_stacks: str = ""  # where mlx_lm's class keeps the experts' stacks in a layer; empty: it has no such class
+    mlx_refuse: Callable[[Config], str | None] = field(default_factory=lambda: no_reason)  # why its class would not load such a config
     extra_layers: bool = False  # layers after the last (next-token prediction) may be in the files and are left out
+
+
+def no_reason(_: Config) -> str | None:
+    """No reason to refuse a config."""
+    return None
 
 
 def no_keys(_: Config) -> Mapping[str, Any]:
@@ -169,6 +176,18 @@ def refuse_common(c: Config, *, biases: bool = False, window: Any = None) -> str
     if c.get("quantization_config"):
         return "quantization_config: quantized checkpoints of this family are not supported; give the original weights"
     return None
+
+
+def refuse_heads(c: Config) -> str | None:
+    """Reasons for which mlx_lm's older classes would not load a config: they divide the hidden size among the heads."""
+    if c.head_size * c.heads != c["hidden_size"]:
+        return f"head_dim {c.head_size} is not hidden_size / num_attention_heads, which mlx_lm takes"
+    return None
+
+
+def refuse_tied(c: Config) -> str | None:
+    """A reason for which some of mlx_lm's classes would not load a config."""
+    return "tie_word_embeddings true: mlx_lm wants an output matrix of its own" if c.get("tie_word_embeddings", False) else None
 
 
 def asked_window(c: Config) -> Any:

@@ -41,4 +41,5 @@ FAMILY = Family(
     refuse=refuse,
     shared_count="n_shared_experts",
     gguf_keys=dense_first_keys,
+    mlx_stacks="mlp.experts",
 )

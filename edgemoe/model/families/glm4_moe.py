@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, dense, experts, gqa, is_moe, norm, qk_norms, shared
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, dense_first_keys, refuse_common, rotary_share, sigmoid_router
+from edgemoe.model.families import Family, dense_first_keys, refuse_common, refuse_tied, rotary_share, sigmoid_router
 
 
 def layer(c: Config, number: int) -> Iterator[Block]:
@@ -42,4 +42,6 @@ FAMILY = Family(
     gguf_names={"ffn_norm": "post_attention_norm"},
     gguf_keys=dense_first_keys,
     extra_layers=True,
+    mlx_stacks="mlp.switch_mlp",
+    mlx_refuse=refuse_tied,
 )

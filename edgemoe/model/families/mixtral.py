@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, experts, gqa, norm
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, refuse_common, softmax_router
+from edgemoe.model.families import Family, refuse_common, refuse_heads, softmax_router
 
 LETTERS = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -29,4 +29,6 @@ FAMILY = Family(
     refuse=lambda c: refuse_common(c, window=c.get("sliding_window")),
     paired_rotary=True,
     gguf_keys=lambda c: {"feed_forward_length": c["intermediate_size"]},
+    mlx_stacks="block_sparse_moe.switch_mlp",
+    mlx_refuse=refuse_heads,
 )

@@ -39,4 +39,5 @@ FAMILY = Family(
     expert_size="intermediate_size",
     refuse=refuse,
     gguf_keys=lambda c: {"feed_forward_length": c["intermediate_size"]},
+    mlx_stacks="mlp.switch_mlp",
 )

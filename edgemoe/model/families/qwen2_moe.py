@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgemoe.model.blocks import Block, experts, gqa, norm, shared
 from edgemoe.model.config import Config
-from edgemoe.model.families import Family, asked_window, refuse_common, softmax_router
+from edgemoe.model.families import Family, asked_window, refuse_common, refuse_heads, refuse_tied, softmax_router
 
 
 def layer(c: Config, _: int) -> Iterator[Block]:
@@ -28,6 +28,12 @@ def refuse(c: Config) -> str | None:
     return refuse_common(c, window=asked_window(c))
 
 
+def mlx_refuse(c: Config) -> str | None:
+    """Refuse configs that mlx_lm's qwen2_moe would not load."""
+    biases = None if c.get("qkv_bias", True) else "qkv_bias false: mlx_lm's qwen2_moe has biases"
+    return biases or refuse_heads(c) or refuse_tied(c)
+
+
 FAMILY = Family(
     model_types=("qwen2_moe",),
     gguf="qwen2moe",
@@ -39,4 +45,6 @@ FAMILY = Family(
         "expert_feed_forward_length": c["moe_intermediate_size"],
         "expert_shared_feed_forward_length": c["shared_expert_intermediate_size"],
     },
+    mlx_stacks="mlp.switch_mlp",
+    mlx_refuse=mlx_refuse,
 )

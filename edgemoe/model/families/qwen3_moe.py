@@ -40,4 +40,5 @@ FAMILY = Family(
         "feed_forward_length": c.first("intermediate_size", "moe_intermediate_size"),
         "expert_feed_forward_length": c["moe_intermediate_size"],
     },
+    mlx_stacks="mlp.switch_mlp",
 )

@@ -1,0 +1,68 @@
+"""This module counts the bytes of an MLX folder and predicts the bytes that Metal holds beside the tensors.
+
+The budget bounds Metal's active peak (`mx.get_peak_memory`) of one sequence that fills the context: tensors, KV cache, and the values of a
+chunk of the prompt.  Python and its libraries are apart.  The constants come from mlx_lm's code and from fits (docs/decisions/0018-mlx.md).
+"""
+
+from __future__ import annotations
+
+from edgemoe.devices.profiles import Device
+from edgemoe.ir import Costs, Model, Unit
+from edgemoe.targets.mlx.formats import HALF_BYTES, formats_of_rows, row_bytes
+from edgemoe.targets.mlx.names import check_family
+
+STEP = 256  # tokens by which the KV cache grows (KVCache.step in mlx_lm/models/cache.py)
+CHUNK = 2048  # tokens of a prompt that are computed together (prefill_step_size)
+HELD = 1.75  # times the values of a chunk that Metal holds until a command buffer is done; fitted to mlx_lm/BENCHMARKS.md
+VOCABULARY = ("token_embd", "output")
+F32 = 4  # bytes
+
+
+def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
+    """Formats that can store a unit.
+
+    Raises:
+        ModelError: mlx_lm cannot load the family.
+    """
+    check_family(model)
+    return formats_of_rows(unit.cols, of_vocabulary=unit.role in VOCABULARY)
+
+
+def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
+    """Bytes of a module's tensors; a stack has `count` experts."""
+    n_weights = unit.n_weights * count // model.n_experts if unit.is_stack else unit.n_weights
+    return n_weights // unit.cols * row_bytes(name, unit.cols)
+
+
+def nothing_more(model: Model, unit: Unit, name: str, size: int) -> int:
+    """Bytes that the process holds for a unit beyond the file's, also while it loads: none, for tensors are read into their buffers."""
+    return 0
+
+
+def memory_parts(model: Model, context: int) -> dict[str, int]:
+    """KV cache, values of a chunk, and logits in bytes.
+
+    Args:
+        model: the shapes.
+        context: tokens.
+    """
+    tokens = -(-context // STEP) * STEP
+    return {
+        "kv": sum(HALF_BYTES * tokens * (cache.k + cache.v) for cache in model.caches),
+        "compute": int(HELD * HALF_BYTES * min(CHUNK, context) * values_of_token(model)),
+        "output": F32 * 2 * model.vocab_size,  # logits of the last token, and their logarithms
+        "runtime": 0,
+    }
+
+
+def values_of_token(model: Model) -> int:
+    """Numbers that a layer holds for each token of a chunk: 5 H + k (4 H + 2 M) + 6 heads x head_dim, fitted to nine shapes."""
+    q = model.attention.heads * max(model.attention.key_length, model.attention.value_length)
+    experts = model.top_k * (4 * model.hidden_size + 2 * model.expert.size)
+    others = 2 * max(model.dense_size, model.shared_size)
+    return 5 * model.hidden_size + experts + others + 6 * q
+
+
+def on_device(costs: Costs, device: Device) -> Costs:
+    """The price list unchanged, because the bytes that MLX holds do not depend on the box."""
+    return costs

@@ -1,0 +1,53 @@
+"""This module runs an MLX folder in a child process with stock mlx_lm; a crash of the child becomes an error.
+
+Prompts are tokenized here, with the tokenizer that lies in the folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgemoe.base.errors import MachineError
+from edgemoe.targets.child_process import OnLogits, run_job
+from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
+
+CHILD = Path(__file__).with_name("child.py")
+INSTALL = "pip install 'edgemoe[mlx]'"
+
+
+def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -> dict[str, Any]:
+    """Run one job (see child.py, but prompts are texts) and return its result; "peak" is the most that mlx held for arrays.
+
+    Args:
+        path: a shard of the folder.
+        job: the job as plain values.
+        on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
+
+    Raises:
+        VerifyError: the folder does not load, or mlx_lm stopped; the message has its last output.
+        MachineError: mlx or mlx_lm is missing or too old.
+    """
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise MachineError("mlx_lm is not installed", hint=INSTALL)
+    prompts = list(job.get("prompts", ()))
+    encode, decode = open_tokenizer(path) if prompts else (None, None)
+    ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
+    full = {**job, "prompts": list(ids.values()), "ends": eos_ids(path)}
+    result = run_job(CHILD, path, full, on_logits, runtime="mlx_lm", hint=INSTALL, environment={})
+    if decode:
+        answers = zip(ids, result["samples"], strict=True)
+        result["samples"] = [{"prompt": prompt, "text": decode(tokens), "tokens": tokens} for prompt, tokens in answers]
+        result["peak"] = result["metal_peak"]
+    return result
+
+
+def runtime() -> str:
+    """Name and version of the runtime that runs an MLX folder here."""
+    try:
+        return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
+    except PackageNotFoundError:
+        return "unknown"

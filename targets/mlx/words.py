@@ -1,0 +1,29 @@
+"""This module writes the lines of reports and cards that say how mlx_lm runs an MLX folder."""
+
+from __future__ import annotations
+
+from edgemoe.ir import Report
+from edgemoe.targets import Words
+
+
+def launch_lines(report: Report) -> list[str]:
+    """Commands of mlx_lm that run the artifact, on a Mac."""
+    return [
+        "pip install 'mlx>=0.32.2' 'mlx-lm>=0.32.2'",
+        f"mlx_lm.generate --model . --max-tokens {min(report.plan.context, 512)} --prompt 'Once upon a time'",
+        "mlx_lm.server --model . --port 8080",
+        "# to publish it: hf upload NAME .  (mlx_lm.upload would replace the card)",
+    ]
+
+
+WORDS = Words(
+    library="mlx",
+    beside="16-bit activations",
+    beside_in_summary=True,
+    beside_note='"Measured" is the file with float32 activations, as in the prediction; "16-bit activations" is the same file with the '
+    "output of every module rounded to the folder's float type, while sums stay float32, as on a Mac.",
+    launch_note="In the folder of this file, on a Mac.  The promise is Metal's active memory for one sequence that fills the context; "
+    "Python and its libraries are apart.",
+    language="sh",
+    launch_lines=launch_lines,
+)
