@@ -27,7 +27,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@echo "building llama.cpp from source, about 5 minutes on two cores"
 	CMAKE_ARGS="$(LLAMA_ARGS)" $(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt --no-binary llama-cpp-python llama-cpp-python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,llama,onnx,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,llama,onnx,mlx,dev]"
 	touch $@
 
 demo: setup

@@ -77,6 +77,7 @@ class Target:
     unit_staging: Callable[[Model, Unit, str, int], int]  # bytes of the copy that loading a unit of this size needs
     fixed_sizes: Callable[[Model, Sequence[int]], list[int]]  # bytes of everything without a format, for each kept count
     memory_parts: Callable[[Model, int], dict[str, int]]  # bytes of the process beside the weights, at a context (ir/memory.py)
+    settle: Callable[[Model, Stats], Target] | None = None  # the target as the statistics want it, where something was left open
     on_device: Callable[[Costs, Device], Costs]  # a price list with the bytes that a box holds beyond the file's
 
     # ------------------------------------------------------------------------------------------------------------- rounding
@@ -153,12 +154,16 @@ def _is_same(new: Path, old: Path) -> bool:
 
 
 def find_target(name: str) -> Target:
-    """A target by name.
+    """A target by name; what follows a dash are settings of the target, as in "mlx-bf16".
 
     Raises:
-        UsageError: no such target.
+        UsageError: no such target, or no such settings.
     """
-    if name not in TARGETS:
+    stem, dash, settings = name.partition("-")
+    if stem not in TARGETS:
         raise UsageError(f"target {name!r} is not known", hint=f"known: {', '.join(TARGETS)}")
-    target: Target = importlib.import_module(f"edgemoe.targets.{name}").TARGET
+    module = importlib.import_module(f"edgemoe.targets.{stem}")
+    if dash and not hasattr(module, "with_settings"):
+        raise UsageError(f"target {name!r} is not known: {stem} has no settings", hint=f"give --target {stem}")
+    target: Target = module.with_settings(settings) if dash else module.TARGET
     return target

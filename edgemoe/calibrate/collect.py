@@ -42,6 +42,7 @@ from edgemoe.stream.windows import WINDOW, Windows, tokenize
 REPLAY_TOKENS = 2048  # of all texts: tokens whose expert inputs are stored, to price kept sets from
 PROBE_TOKENS = 4096  # at most, in the windows of a probe
 
+ARRAYS = 2  # version of the arrays; 2: `largest` was added
 PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models get fewer probe tokens
 
 
@@ -71,6 +72,7 @@ def collect_stats(
         "expert_size": model.expert.size,
         "device": stream.device.type,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
+        "arrays": ARRAYS,
     }
     if model.top_k != model.own_top_k:  # said only then, so that the keys of all other calibrations do not change
         settings["top_k"] = model.top_k

@@ -53,14 +53,15 @@ def observe_layer(run: CalibrationRun, module: Any, layer: int, main: States, fo
         if not bool(torch.isfinite(out).all()):
             raise ModelError(f"{run.model.folder}: the model gives NaN or infinite states in calibration")
         following.write(index, out)
+        largest = {"largest": seen.largest_of(out)}
         if not routes:
-            return seen.input_sums(), ()
+            return seen.input_sums() | largest, ()
         mine = np.isin(run.replay[:, 0], index)
         rows = (run.replay[mine, 0] - index[0]) * windows.tokens.shape[1] + run.replay[mine, 1]
-        return seen.finish(out) | seen.input_sums(), seen.at(rows, out)
+        return seen.finish(out) | seen.input_sums() | largest, seen.at(rows, out)
 
     for sums, rows in map_ordered(watch, windows.chunks(), device=run.stream.device):
-        total = {name: total[name] + value if name in total else value for name, value in sums.items()}
+        total = {name: (np.maximum if name == "largest" else np.add)(total.get(name, 0), value) for name, value in sums.items()}
         replayed.append(rows)
     total["tokens"] = windows.count_tokens(domains)
     if not routes:
@@ -92,6 +93,7 @@ class LayerObserver:
         self.in_sq, self.mid_sq = torch.zeros(e, h), torch.zeros(e, m)
         self.importance, self.output = torch.zeros(e), torch.zeros(e, h)
         self.parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # expert, its tokens, g|f| of each
+        self.largest = 0.0  # magnitude in what experts read and give
         self.recorder = Recorder(on_expert=self._on_expert)
 
     def _on_expert(self, expert: int, token: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: torch.Tensor, gate: torch.Tensor) -> None:
@@ -99,6 +101,7 @@ class LayerObserver:
         real = self.real[token]
         token, g, x, h = token[real], gate.cpu()[real], x.cpu()[real], h.cpu()[real]
         f = f.float().cpu()[real]
+        self.largest = max([self.largest, *(float(part.abs().max()) for part in (h, f) if len(part))])
         norm = f.norm(dim=1)
         domain = self.domain[token]
         values = {"count": torch.ones_like(g), "gate": g, "gate_sq": g**2, "norm": norm, "norm_sq": norm**2}
@@ -133,6 +136,11 @@ class LayerObserver:
             sums.index_add_(0, self.domain[self.real], squares[self.real])
             found[f"in_sq.{activation}"] = sums.numpy().astype(np.float64)
         return found
+
+    def largest_of(self, states: torch.Tensor) -> F64:
+        """The largest magnitude of an activation in the layer [1]: inputs of matrices, experts' outputs, and `states` after the layer."""
+        seen = [x.cpu()[self.real] for x in self.recorder.inputs.values()] + [states.flatten(0, -2).cpu()[self.real]]
+        return np.array([max([self.largest, *(float(x.abs().max()) for x in seen)])])
 
     def _turned(self, states: torch.Tensor) -> torch.Tensor:
         """1 - cos of each token's stream before and after the experts' output is added [tokens], not below 0 (EASY-EP)."""

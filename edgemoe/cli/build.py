@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +17,13 @@ from edgemoe.cli.options import (
     CalibrationOpt,
     ContextOpt,
     DeviceOpt,
+    DtypeOpt,
     ForceOpt,
     GapOpt,
     HeldoutOpt,
     JsonOpt,
+    KvBitsOpt,
+    KvSizeOpt,
     MemoryOpt,
     ModelArg,
     ObjectiveOpt,
@@ -35,12 +38,15 @@ from edgemoe.cli.options import (
     TokensOpt,
     TopKOpt,
     WidthOpt,
+    settled_target,
 )
 from edgemoe.cli.plan import read_rules
 from edgemoe.cli.progress import print_rich, say, show_progress
 
 if TYPE_CHECKING:
+    from edgemoe.devices.profiles import Device
     from edgemoe.pipeline.request import BuildRequest
+    from edgemoe.rules import Rule
 
 
 STAGES = ("hash", "calibrate", "price", "plan", "repair", "emit", "verify")  # of every build, in this order
@@ -62,6 +68,9 @@ def build(
     device: DeviceOpt = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
+    dtype: DtypeOpt = None,
+    kv_bits: KvBitsOpt = None,
+    max_kv_size: KvSizeOpt = None,
     calibration: CalibrationOpt = None,
     calibration_tokens: TokensOpt = 65_536,
     heldout: HeldoutOpt = None,
@@ -82,25 +91,20 @@ def build(
     force: ForceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Everything: from the checkpoint to a GGUF (or ONNX) that fits the memory, run and measured, with a report.
+    """Everything: from the checkpoint to a GGUF (or ONNX, or MLX) that fits the memory, run and measured, with a report.
 
     A killed build goes on where it stopped when the same command is given again.
     """
-    from edgemoe.pipeline.request import BuildRequest
-
-    (budget, box), (rules, aim) = choose_budget(memory, device), read_rules(recipe, rule, objective)
-    request = BuildRequest(
+    request = _request(
+        choose_budget(memory, device),
+        read_rules(recipe, rule, objective),
         model=model,
-        memory=budget,
-        device=box,
         out=output,
         context=context,
-        target=target,
+        target=settled_target(target, dtype, kv_bits, max_kv_size),
         calibration=tuple(calibration or ()),
         calibration_tokens=calibration_tokens,
         heldout=tuple(heldout or ()),
-        rules=rules,
-        objective=aim,
         solver=solver,
         gap=gap,
         seconds=time_limit,
@@ -113,8 +117,15 @@ def build(
         work=work,
         force=force,
     )
-    command = _command_of(request, memory or f"{budget}B", _told(recipe, objective, rule))
+    command = _command_of(request, memory or f"{request.memory}B", _told(recipe, objective, rule))
     (print_needs if dry_run else _build)(replace(request, command=command), as_json=as_json)
+
+
+def _request(budget: tuple[int, Device | None], asked: tuple[tuple[Rule, ...], str], **given: Any) -> BuildRequest:
+    """The request; importing its class takes time that --help should not."""
+    from edgemoe.pipeline.request import BuildRequest
+
+    return BuildRequest(memory=budget[0], device=budget[1], rules=asked[0], objective=asked[1], **given)
 
 
 def _told(recipe: Path | None, objective: str | None, rules: list[str] | None) -> list[str]:

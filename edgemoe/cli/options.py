@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgemoe.base.errors import UsageError
+
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-30B-A3B.")
 ]
@@ -65,10 +67,20 @@ TimeOpt = Annotated[
 TargetOpt = Annotated[
     str,
     typer.Option(
-        metavar="gguf|onnx|browser",
+        metavar="gguf|onnx|browser|mlx",
         help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own. "
-        "browser: the same for web browsers and transformers.js.",
+        "browser: the same for web browsers and transformers.js. mlx: a folder for mlx_lm on a Mac; mlx-bf16 and mlx-kv8 are settings.",
     ),
+]
+DtypeOpt = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="f16|bf16", help="With --target mlx: the type of all floats. [default: f16 if the activations fit]"),
+]
+KvBitsOpt = Annotated[
+    int | None, typer.Option("--kv-bits", metavar="N", help="With --target mlx: plan for mlx_lm's KV cache quantized to N bits.")
+]
+KvSizeOpt = Annotated[
+    int | None, typer.Option("--max-kv-size", metavar="N", help="With --target mlx: plan for mlx_lm's rotating KV cache of N tokens.")
 ]
 WidthOpt = Annotated[
     str | None,
@@ -100,3 +112,17 @@ StatsOpt = Annotated[
         "--stats", metavar="DIR", help="With --preset pmq: the folder that calibrate made; PMQ weighs experts by how they are used."
     ),
 ]
+
+
+def settled_target(target: str, dtype: str | None, kv_bits: int | None, max_kv_size: int | None) -> str:
+    """The target's name with the settings that were given as options.
+
+    Raises:
+        UsageError: the target has no such settings.
+    """
+    given = {"--dtype": dtype, "--kv-bits": kv_bits, "--max-kv-size": max_kv_size}
+    asked = [option for option, value in given.items() if value is not None]
+    if asked and target != "mlx":
+        raise UsageError(f"{asked[0]} goes with --target mlx, not {target}", hint=f"leave {asked[0]} out")
+    words = [dtype, f"kv{kv_bits}" if kv_bits is not None else None, f"max{max_kv_size}" if max_kv_size is not None else None]
+    return "-".join([target, *(word for word in words if word is not None)])

@@ -45,7 +45,7 @@ class Stats:
         inputs of other matrices than experts', by the activation's name); expert_in_sq [E, H], expert_mid_sq [E, M] (sums of g^2 x^2 over
         routed tokens, domains weighted: the importance matrix); expert_out [E, H] (sums of f, domains weighted so);
         replay_x [N, H] (the MoE block's inputs), replay_logits [N, E], replay_domain [N], replay_stream [N] (|s|^2 of the residual stream
-        after the layer), candidates [N, K], gram [N, K(K+1)/2].
+        after the layer), candidates [N, K], gram [N, K(K+1)/2]; largest [1] (the largest magnitude of an activation).
     Arrays of layer -1: token_count [D, V], output_in_sq [D, H], replay_fisher [N] (observer.py: sensitivity to a change of the last state).
     """
 

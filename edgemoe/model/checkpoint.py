@@ -24,6 +24,7 @@ WRAPPERS = ("_orig_mod.", "module.", "base_model.")  # what torch.compile, data 
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 Header = dict[str, tuple[str, tuple[int, ...], int, str]]  # name -> dtype, shape, offset, file
 PACKED = "U8"  # type of packed rows in our own files; checkpoints have no such tensors
+WORDS = "U32"  # type of the codes in MLX folders
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -142,7 +143,7 @@ def _check_entry(path: Path, name: str, entry: Any, start: int, size: int, dtype
         raise ModelError(f"{path}: the header entry of {name!r} is malformed: {error!r}") from error
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise ModelError(f"{path}: {name} has dtype {dtype}, which is not supported", hint=f"supported: {', '.join(dtypes)}")
-    expected = math.prod(shape) * (1 if dtype == PACKED else np.dtype(DTYPES[dtype]).itemsize)
+    expected = math.prod(shape) * np.dtype({**DTYPES, PACKED: np.uint8, WORDS: np.uint32}[dtype]).itemsize
     if any(n < 0 for n in shape) or begin < 0 or end - begin != expected:
         raise ModelError(f"{path}: {name} of shape {list(shape)} in {dtype} takes {expected} bytes, its data_offsets {begin}..{end} do not")
     if start + end > size:

@@ -57,6 +57,7 @@ def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     prepare_output(request.out, force=request.force, names=fixed_names(job.target, job.model))
     work = open_work(request.out, request.work)
     offer, plan = plan_widths(job, work, progress, watch)
+    job = replace(job, target=find_target(plan.target))  # as the prices settled it
     offer, plan, rounds = refine(job, offer, plan, work, progress, watch)
     save_record(request.out / ".work" / "plan.json", plan)
     check_shards(job.target, offer.narrowed.model, plan.sizes, request.shard_max)

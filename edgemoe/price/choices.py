@@ -50,9 +50,11 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
 
     Raises:
         ModelError: the statistics were imported, not measured; or no format can hold a tensor.
+        UsageError: the statistics show that the target cannot have the settings that it was asked for.
     """
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
+    target = target.settle(model, stats) if target.settle else target
     units = target.list_units(model)
     counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.router)
     sizes = count_bytes(model, target, units, counts)

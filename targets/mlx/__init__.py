@@ -5,8 +5,10 @@ All floats of a folder have one 16-bit type, because mlx widens activations to f
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+from edgemoe.ir import Model, Stats
 from edgemoe.targets import Runs, Target
 from edgemoe.targets.copied_files import COPIED
 from edgemoe.targets.gguf.writer import list_units
@@ -15,21 +17,28 @@ from edgemoe.targets.mlx.formats import FORMATS, round_rows
 from edgemoe.targets.mlx.memory import memory_parts, nothing_more, offered_formats, on_device, unit_size
 from edgemoe.targets.mlx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.mlx.run import run, runtime
-from edgemoe.targets.mlx.words import WORDS
+from edgemoe.targets.mlx.settings import Settings, check_dtype, choose_dtype, parse_settings
+from edgemoe.targets.mlx.words import WORDS, launch_lines
 from edgemoe.targets.mlx.writer import fixed_sizes, least_shard, write
 from edgemoe.targets.tokenizer.beside import check_tokenizer
 
-__all__ = ["TARGET"]
+__all__ = ["TARGET", "with_settings"]
 
 
-def make_target(dtype: str, name: str) -> Target:
-    """The target whose floats are "f16" or "bf16"."""
+def make_target(settings: Settings) -> Target:
+    """The target with these settings; floats are float16 until they are settled."""
+    dtype = settings.dtype or "f16"
+
+    def settle(model: Model, stats: Stats) -> Target:
+        check_dtype(model, stats, settings.dtype)
+        return make_target(replace(settings, dtype=settings.dtype or choose_dtype(model, stats)))
+
     return Target(
-        name=name,
+        name=settings.name,
         form="stacks",
         offered=tuple(FORMATS),
         runs=Runs(compared={}, beside={"half": FLOATS[dtype]}),
-        words=WORDS,
+        words=replace(WORDS, launch_lines=partial(launch_lines, settings=settings)),
         least_shard=least_shard,
         fixed_names=("config.json", "model.safetensors", "model.safetensors.index.json", *COPIED),
         list_units=list_units,
@@ -38,7 +47,8 @@ def make_target(dtype: str, name: str) -> Target:
         unit_extra=nothing_more,
         unit_staging=nothing_more,
         fixed_sizes=fixed_sizes,
-        memory_parts=memory_parts,
+        memory_parts=partial(memory_parts, settings=settings),
+        settle=settle,
         on_device=on_device,
         round_rows=partial(round_rows, dtype=dtype),
         input_block=lambda name, role: 0,
@@ -53,4 +63,13 @@ def make_target(dtype: str, name: str) -> Target:
     )
 
 
-TARGET = make_target("f16", "mlx")
+def with_settings(words: str) -> Target:
+    """The target with the settings that a plan's target names after a dash.
+
+    Raises:
+        UsageError: an unknown word, or settings that mlx_lm cannot combine.
+    """
+    return make_target(parse_settings(words))
+
+
+TARGET = make_target(Settings())

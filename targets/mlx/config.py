@@ -35,7 +35,7 @@ def make_config(model: Model, stats: Stats, plan: Plan, dtype: str) -> dict[str,
     """
     attention, router = model.attention, model.router
     config = {key: value for key, value in model.config.items() if key not in LEFT_OUT}
-    config |= {key: plan.count for key in EXPERT_FIELDS if key in config}
+    config |= dict.fromkeys(EXPERT_FIELDS, plan.count)  # each class has its own name for it, and ignores the others
     config |= {key: value for key, value in DEFAULTS.items() if config.get(key) is None}
     config |= {
         "num_experts_per_tok": model.top_k,

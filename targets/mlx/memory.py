@@ -10,6 +10,7 @@ from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
 from edgemoe.targets.mlx.formats import HALF_BYTES, formats_of_rows, row_bytes
 from edgemoe.targets.mlx.names import check_family
+from edgemoe.targets.mlx.settings import KV_GROUP, Settings, check_heads
 
 STEP = 256  # tokens by which the KV cache grows (KVCache.step in mlx_lm/models/cache.py)
 CHUNK = 2048  # tokens of a prompt that are computed together (prefill_step_size)
@@ -39,17 +40,27 @@ def nothing_more(model: Model, unit: Unit, name: str, size: int) -> int:
     return 0
 
 
-def memory_parts(model: Model, context: int) -> dict[str, int]:
+def memory_parts(model: Model, context: int, settings: Settings) -> dict[str, int]:
     """KV cache, values of a chunk, and logits in bytes.
 
     Args:
         model: the shapes.
         context: tokens.
+        settings: of the cache.
+
+    Raises:
+        ModelError: the cache cannot be quantized.
     """
-    tokens = -(-context // STEP) * STEP
+    check_heads(model, settings)
+    chunk = min(CHUNK, context)
+    tokens = min(context, settings.max_kv + chunk) if settings.max_kv else context  # a rotating cache is cut after each chunk
+    tokens = -(-tokens // STEP) * STEP
+    bits = settings.kv_bits + 16 * HALF_BYTES / KV_GROUP if settings.kv_bits else 8 * HALF_BYTES
+    # Attention to a quantized cache is no fused kernel: the scores of all heads, and their softmax, are arrays.
+    scores = 2 * HALF_BYTES * chunk * tokens * model.attention.heads if settings.kv_bits else 0
     return {
-        "kv": sum(HALF_BYTES * tokens * (cache.k + cache.v) for cache in model.caches),
-        "compute": int(HELD * HALF_BYTES * min(CHUNK, context) * values_of_token(model)),
+        "kv": sum(int(bits * tokens * (cache.k + cache.v)) // 8 for cache in model.caches),
+        "compute": int(HELD * HALF_BYTES * chunk * values_of_token(model)) + scores,
         "output": F32 * 2 * model.vocab_size,  # logits of the last token, and their logarithms
         "runtime": 0,
     }

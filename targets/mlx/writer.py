@@ -220,6 +220,7 @@ def _contents(model: Model, stats: Stats, plan: Plan, dtype: str) -> Iterator[li
             if not first.planned:
                 values = read_tensor(model.folder, first)
                 values = values[list(kept_of[layer])] if first.role in PER_EXPERT else values
+                values = _above_zero(values) if first.role in WIDE and model.router.groups > 1 else values
                 yield [values if first.role in WIDE else _checked_half(model, first, values, dtype)]
                 continue
             kind, cols = kinds[first.role, first.layer], first.shape[1]
@@ -232,6 +233,15 @@ def _contents(model: Model, stats: Stats, plan: Plan, dtype: str) -> Iterator[li
                     rows.append(quantize_parallel(read_tensor(model.folder, tensor), kind, importance.get((tensor.role, e)), dtype, pool))
             parts = split_rows(np.concatenate(rows), kind, cols, dtype)
             yield [parts.codes, *(part for part in (parts.scales, parts.offsets) if part is not None)]
+
+
+def _above_zero(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A bias of the choice of experts, moved so that no score with it is negative.
+
+    mlx_lm gives experts of groups that were not chosen the score 0, where transformers leaves them out.  Scores are sigmoids, and a
+    constant that is added to all of them changes no choice.
+    """
+    return bias - np.minimum(bias.min(), np.float32(0))
 
 
 def _checked_half(model: Model, tensor: Tensor, values: NDArray[np.float32], dtype: str) -> NDArray[Any]:

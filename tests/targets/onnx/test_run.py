@@ -22,8 +22,8 @@ from edgemoe.ir.memory import peak
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets.onnx.memory import memory_parts, unit_extra
 from edgemoe.targets.onnx.run import run
-from edgemoe.targets.tokenizer.beside import check_tokenizer
 from edgemoe.targets.onnx.writer import list_units
+from edgemoe.targets.tokenizer.beside import check_tokenizer
 
 LONG = 150  # tokens: more than two chunks, and a rest
 PROMPTS = ["The old river ", "def main("]

@@ -1,0 +1,84 @@
+"""This module holds the settings of an MLX target: the float type of the folder, and how mlx_lm is to keep the KV cache.
+
+A plan remembers them as words after the target's name: "mlx-bf16", "mlx-f16-kv8", "mlx-max4096".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.ir import Model, Stats
+from edgemoe.targets.mlx.formats import LARGEST
+
+KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_GROUP = 64  # columns of a head that share a scale and an offset (mlx_lm's --kv-group-size)
+SHARE = 1 / 8  # of float16's largest number that activations may reach on calibration text
+_WORDS = re.compile(r"(?:(f16|bf16)(?:-|$))?(?:kv(\d+)(?:-|$))?(?:max(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The float type ("" until calibration has seen the activations), bits of a quantized KV cache (0: not quantized), its most tokens."""
+
+    dtype: str = ""
+    kv_bits: int = 0
+    max_kv: int = 0
+
+    @property
+    def name(self) -> str:
+        """The target's name with these settings."""
+        kv, most = (f"kv{self.kv_bits}" if self.kv_bits else ""), (f"max{self.max_kv}" if self.max_kv else "")
+        return "-".join(["mlx", *(word for word in (self.dtype, kv, most) if word)])
+
+
+def parse_settings(words: str) -> Settings:
+    """Settings from the words after "mlx-".
+
+    Raises:
+        UsageError: an unknown word, or settings that mlx_lm cannot combine.
+    """
+    found = _WORDS.fullmatch(words)
+    if found is None or not words or words.endswith("-"):
+        raise UsageError(f"target 'mlx-{words}' is not known", hint="settings of mlx: f16 or bf16, then kv8, or max4096")
+    settings = Settings(found[1] or "", int(found[2] or 0), int(found[3] or 0))
+    if found[2] and settings.kv_bits not in KV_BITS:
+        raise UsageError(f"--kv-bits {settings.kv_bits} is not known", hint=f"known: {', '.join(map(str, KV_BITS))}")
+    if settings.kv_bits and settings.max_kv:
+        raise UsageError("--kv-bits and --max-kv-size: mlx_lm cannot quantize a cache that rotates", hint="leave one out")
+    return settings
+
+
+def choose_dtype(model: Model, stats: Stats) -> str:
+    """float16 where the activations of the calibration text stay far below its largest number, else bfloat16."""
+    return "f16" if largest_activation(model, stats) <= SHARE * LARGEST["f16"] else "bf16"
+
+
+def check_dtype(model: Model, stats: Stats, dtype: str) -> None:
+    """Refuse float16 where calibration saw activations that are too large for it.
+
+    Raises:
+        UsageError: names the largest activation.
+    """
+    largest = largest_activation(model, stats)
+    if dtype == "f16" and not largest <= SHARE * LARGEST["f16"]:
+        what = f"--dtype f16: the largest activation on the calibration text is {largest:.0f}, and float16 ends at 65504"
+        raise UsageError(what, hint="give --dtype bf16, or leave --dtype out")
+
+
+def largest_activation(model: Model, stats: Stats) -> float:
+    """The largest magnitude of an activation on the calibration text; infinity if the statistics do not say."""
+    found = [stats.arrays(layer).get("largest") for layer in range(model.n_layers)]
+    return max(float("inf") if one is None else float(one[0]) for one in found)
+
+
+def check_heads(model: Model, settings: Settings) -> None:
+    """Refuse a quantized cache whose groups do not divide the heads.
+
+    Raises:
+        ModelError: names the length of a head.
+    """
+    lengths = (model.attention.key_length, model.attention.value_length)
+    if settings.kv_bits and any(length % KV_GROUP for length in lengths):
+        raise ModelError(f"{model.name}: heads of {lengths[0]} are no multiples of {KV_GROUP}", hint="leave --kv-bits out")

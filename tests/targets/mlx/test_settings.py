@@ -1,0 +1,65 @@
+"""The float type of an MLX folder follows the activations that calibration saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import error_of, run_cli
+from tiny import flat_stats
+
+from edgemoe.base.errors import UsageError
+from edgemoe.base.storage import array_file, load_arrays, save_arrays
+from edgemoe.ir import Model, Stats
+from edgemoe.model.inspect import inspect_model
+from edgemoe.targets import find_target
+from edgemoe.targets.mlx.settings import largest_activation
+
+
+def stats_with(model: Model, folder: Path, largest: float | None) -> Stats:
+    """Statistics in which the last layer saw such an activation, and all others smaller ones."""
+    stats = flat_stats(model, folder)
+    for layer in range(model.n_layers):
+        path = folder / array_file(layer)
+        told = {} if largest is None else {"largest": np.array([largest if layer == model.n_layers - 1 else 1.0])}
+        save_arrays(path, {**load_arrays(path), **told})
+    return stats
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(3.0, "f16"), (8188.0, "f16"), (8189.0, "bf16"), (1e9, "bf16"), (None, "bf16")])
+def test_float16_is_for_activations_far_below_its_end(sources: dict[str, Path], tmp_path: Path, largest: float | None, dtype: str) -> None:
+    model = inspect_model(sources["olmoe"])
+    stats, target = stats_with(model, tmp_path / "stats", largest), find_target("mlx-kv8")
+    assert target.settle is not None
+    assert target.settle(model, stats).name == f"mlx-{dtype}-kv8"
+
+
+def test_float16_is_refused_where_it_was_asked_for_and_activations_are_large(sources: dict[str, Path], tmp_path: Path) -> None:
+    model = inspect_model(sources["olmoe"])
+    settle = find_target("mlx-f16").settle
+    assert settle is not None
+    with pytest.raises(UsageError, match=r"--dtype f16: the largest activation on the calibration text is 70000"):
+        settle(model, stats_with(model, tmp_path / "stats", 70000.0))
+    settle = find_target("mlx-bf16").settle
+    assert settle is not None
+    assert settle(model, stats_with(model, tmp_path / "stats2", 70000.0)).name == "mlx-bf16"
+
+
+def test_calibration_records_the_largest_activation(shipped_stats: Stats) -> None:
+    from command import MODEL
+
+    model = inspect_model(MODEL)
+    largest = largest_activation(model, shipped_stats)
+    states = [float(shipped_stats.arrays(layer)["replay_stream"].max()) for layer in range(model.n_layers)]
+    inputs = [float(np.abs(shipped_stats.arrays(layer)["replay_x"]).max()) for layer in range(model.n_layers)]
+    assert max(inputs) <= largest * 1.01  # replay tokens are some of those that were seen, in bfloat16
+    assert largest**2 >= max(states) / model.hidden_size  # no less than the root mean square of a state
+    assert largest < 1000
+
+
+@pytest.mark.parametrize("options", [("--dtype", "bf16"), ("--kv-bits", "8"), ("--max-kv-size", "512")])
+def test_options_of_mlx_go_with_no_other_target(tmp_path: Path, options: tuple[str, str]) -> None:
+    refused = run_cli("build", tmp_path, "--memory", "1GB", *options, "-o", tmp_path / "out", "--dry-run")
+    assert refused.returncode == 2
+    assert f"{options[0]} goes with --target mlx, not gguf" in error_of(refused.stderr)
