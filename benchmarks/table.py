@@ -12,6 +12,14 @@ from pathlib import Path
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 440, 64, 180, 36, 48
 COLOURS = {"one type": "#c2410c", "mix": "#a16207", "random": "#9ca3af", "frequency": "#7c3aed", "REAP": "#0e7490", "REAP sum": "#22b8cf"}
 COLOURS |= {"PMQ": "#be185d", "CC-MoE": "#f472b6", "APEX": "#15803d", "published": "#84cc16", "target size": "#111827", "greedy": "#dc2626"}
+COLOURS |= {
+    "uniform": "#c2410c",
+    "mixed": "#a16207",
+    "recipe": "#84cc16",
+    "dynamic_quant": "#dc2626",
+    "gptq": "#be185d",
+    "oQe clipping": "#15803d",
+}
 COLOURS |= {"collaborative": "#fb923c", "REAP + target size": "#6b7280"}
 Point = tuple[float, float]  # file size in bytes, KL in nats per token
 

@@ -241,7 +241,8 @@ def _above_zero(bias: NDArray[np.float32]) -> NDArray[np.float32]:
     mlx_lm gives experts of groups that were not chosen the score 0, where transformers leaves them out.  Scores are sigmoids, and a
     constant that is added to all of them changes no choice.
     """
-    return bias - np.minimum(bias.min(), np.float32(0))
+    moved: NDArray[np.float32] = bias - np.minimum(bias.min(), np.float32(0))
+    return moved
 
 
 def _checked_half(model: Model, tensor: Tensor, values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
