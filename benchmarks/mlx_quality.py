@@ -57,6 +57,7 @@ MORE = 1.1  # a peer may have so many times our bytes
 EQUAL = 1.002  # and still count as a file of equal bytes
 Kept = tuple[tuple[int, ...], ...]
 TARGET = "mlx-f16"
+COLUMNS = ("MB", "kept", "predicted", "KL", "KL / predicted", "best peer of equal bytes", "ours / it", "best of 10 % more", "ours / it")
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,9 @@ def write_up(bench: Bench, command: str, ours: Sequence[File], peers: Sequence[F
     lines = [f"# {bench.model.name}: MLX folders at equal bytes", "", f"{table.made_by(command)}.", ""]
     tokens, count = int(bench.reference.windows.lengths.sum()), len(peers)
     lines += [
-        f"KL in nats per token against the original in float32, on {tokens} held-out tokens, of what the bytes of each file decode to, with",
-        f"float32 activations. ± is one standard error over windows. Ours are folders of float16 with one round of refinement; {count} files",
-        'of peers stand beside them. "Equal bytes" allows a peer 0.2 % more bytes than ours, and the next columns 10 % more.',
+        f"KL in nats per token against the original in float32, on {tokens} held-out tokens, of what the bytes of a file decode to, with",
+        f"float32 activations. ± is one standard error over windows. Ours are folders of float16 with one round of refinement. {count}",
+        'files of peers stand beside them. "Equal bytes" allows a peer 0.2 % more bytes than ours, and the next columns 10 % more.',
         "",
         *table.head(
             ("MB", "kept", "predicted", "KL", "KL / predicted", "best peer of equal bytes", "ours / it", "best of 10 % more", "ours / it")

@@ -1,8 +1,8 @@
 """What people do for mlx_lm today: stock conversions, recipes, dynamic_quant, gptq, and drops by REAP before a conversion.
 
-A peer is a loaded mlx model whose modules are quantized; its bytes are those of its arrays, and its weights are what these decode to.  Every
-peer starts from a folder of 16-bit floats that our writer makes, which equals the original.  Recipes whose rounding is weighed by importance
-(oQe's clipping, jundot/omlx) are rounded in numpy, and counted by the same formulas.
+A peer is a loaded mlx model whose modules are quantized; its bytes are those of its arrays, and its weights are what these decode to.
+Every peer starts from a folder of 16-bit floats that our writer makes, which equals the original.  Recipes whose rounding is weighed by
+importance (oQe's clipping, jundot/omlx) are rounded in numpy, and counted by the same formulas.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def converted(folder: Path, kind: str, name: str, bits: int | None, group: int |
     """What `mlx_lm.convert` makes."""
     model = open_base(folder)
     if isinstance(predicate, str):
-        predicate = mixed_quant_predicate_builder(predicate, model, group)
+        predicate = mixed_quant_predicate_builder(predicate, model, group or GROUP)
     config = {key: value for key, value in load_config(folder).items() if key not in ("quantization", "quantization_config")}
     return decode(kind, name, quantize_model(model, config, group, bits, mode=mode, quant_predicate=predicate)[0])
 
@@ -155,7 +155,7 @@ def clipped_peers(f16: Path, importance: Mapping[str, F32]) -> Iterator[Peer]:
         choose = by_recipe(experts, rest, group=128)
         for name, weight in base.values.items():
             module = name.removesuffix(".weight")
-            entry = choose(module, None) if weight.ndim >= 2 and not module.endswith("gate") else False
+            entry: Any = choose(module, None) if weight.ndim >= 2 and not module.endswith("gate") else False
             if entry:
                 kind = f"INT{entry['bits']}_{entry['group_size']}"
                 values[name] = clip_round(weight, kind, importance.get(name))
