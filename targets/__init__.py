@@ -21,6 +21,7 @@ from edgemoe.devices.profiles import Device
 from edgemoe.ir import Artifact, ArtifactFile, Costs, Model, Plan, Report, Stats, Unit
 from edgemoe.quantize.gptq import Hessian
 
+MISSING = "unknown"  # a runtime that is not installed
 TARGETS = ("gguf", "onnx", "browser", "mlx")
 
 
@@ -94,7 +95,9 @@ class Target:
     write: Callable[[Model, Stats, Plan, Path, int, Progress | None], Artifact]  # model, stats, plan, folder, most bytes of a file or 0
     run: Callable[[Path, Mapping[str, Any], OnLogits | None], dict[str, Any]]  # a job in a child process (see child.py)
     check_tokenizer: Callable[[Path, Model, Sequence[str]], list[str]]  # lines that the artifact tokenizes otherwise than the original
-    runtime: Callable[[], str]  # name and version of the runtime
+    runtime: Callable[[], str]  # name and version of the runtime; MISSING if it is not installed
+    # the model that an artifact's folder decodes to, where the runtime is missing: folder, original, plan, folder for the weights
+    decode: Callable[[Path, Model, Plan, Path], Model] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ def _quality(report: Report) -> Iterator[str]:
         yield _table(heads, [(s.name, s.tokens, *loss, f"{s.top1_agreement:.1%}", *perplexities(s)) for s, loss in pairs])
     loss = f"{nats(report.measured_kl)} on average" if report.scores else "not measured"
     words = find_target(report.plan.target).words
-    beside = f"; {words.beside} {nats(report.beside_kl)}" if report.scores else ""
+    beside = f"; {words.beside} {nats(report.beside_kl)}" if report.beside_kl else ""
     yield f"KL in nats per token: {loss}, {nats(report.plan.predicted_kl)} predicted{beside}. {words.beside_note}\n"
     peak = format_bytes(report.measured_peak) if report.measured_peak else "not measured"
     yield f"Peak memory: {peak}, {format_bytes(report.plan.memory['peak'])} predicted.\n"

@@ -132,7 +132,7 @@ def summarize_report(report: Report) -> Group:
         ("file", f"{format_bytes(report.artifact.model_size)}, {report.artifact.model_size} bytes, {size}"),
         ("peak memory", f"{peak}, {format_bytes(plan.memory['peak'])} predicted"),
         ("KL", f"{loss}, {nats(plan.predicted_kl)} predicted (mean, nats per token)"),
-        *([(f"KL {words.beside}", nats(report.beside_kl))] if report.scores and words.beside_in_summary else []),
+        *([(f"KL {words.beside}", nats(report.beside_kl))] if report.beside_kl and words.beside_in_summary else []),
         ("speed", speed if report.decode_tokens_per_second else "not measured"),
         ("plan", f"{proof(plan)}, gap {plan.gap:.3%}" if plan.gap < 1 else proof(plan)),
         ("artifact", str(report.artifact.path)),

@@ -27,6 +27,7 @@ from edgemoe.ir import Artifact, Model, Plan, Report
 from edgemoe.model.licence import read_card
 from edgemoe.stream.texts import Text
 from edgemoe.targets import Target
+from edgemoe.verify.decoded import NOTE, NOTHING, decoding_target, must_decode
 from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 DEFAULT_TOKENS = 16_384
@@ -68,11 +69,16 @@ def verify_artifact(
     check_files(artifact)
     windows = tokenize_heldout(model, heldout, max_tokens)
     states = reference_states(model, windows, work)
-    measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
+    decoded = must_decode(target)
+    if decoded:
+        target, measured, notes = decoding_target(target, artifact, model, plan, work), dict(NOTHING), [NOTE.format(target=target.name)]
+    else:
+        measured, notes = _measure(target, artifact, _measure_job(plan, heldout, windows))
     names = [t.name for t in heldout]
     texts = compare_logits(artifact.path, model, windows, states, names, target, progress=progress)
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
     settings = {**target.runs.beside, **((target.runs.fallback or {}) if notes else {})}
+    beside = 0.0 if decoded else mean_kl * _ratio_beside(artifact.path, model, windows, states, target, settings)
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
         model=_describe(model),
@@ -81,14 +87,14 @@ def verify_artifact(
         scores=texts,
         measured_kl=mean_kl,
         measured_peak=int(measured["peak"]),
-        beside_kl=mean_kl * _ratio_beside(artifact.path, model, windows, states, target, settings),
+        beside_kl=beside,
         prompt_tokens_per_second=measured["prompt_tokens_per_second"],
         decode_tokens_per_second=measured["decode_tokens_per_second"],
-        decode_ceiling=estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
+        decode_ceiling=0.0 if decoded else estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
         samples=samples,
         frontier=(),
         problems=(*_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl), *notes),
-        runtime=target.runtime(),
+        runtime="edgemoe's own decoding" if decoded else target.runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.ir import Model
+from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.gguf.formats import INSTALL, library_folder
 
@@ -42,4 +43,4 @@ def runtime() -> str:
     try:
         return f"llama.cpp in llama-cpp-python {version('llama-cpp-python')}"
     except PackageNotFoundError:
-        return "unknown"
+        return MISSING

@@ -15,6 +15,7 @@ from edgemoe.targets.gguf.writer import list_units
 from edgemoe.targets.mlx.config import FLOATS
 from edgemoe.targets.mlx.formats import FORMATS, round_rows
 from edgemoe.targets.mlx.memory import memory_parts, nothing_more, offered_formats, on_device, unit_size
+from edgemoe.targets.mlx.reader import decode_folder
 from edgemoe.targets.mlx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.mlx.run import run, runtime
 from edgemoe.targets.mlx.settings import Settings, check_dtype, choose_dtype, parse_settings
@@ -60,6 +61,7 @@ def make_target(settings: Settings) -> Target:
         run=run,
         check_tokenizer=check_tokenizer,
         runtime=runtime,
+        decode=decode_folder,
     )
 
 

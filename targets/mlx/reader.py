@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import VerifyError
-from edgemoe.base.storage import read_json
+from edgemoe.base.storage import array_file, read_json, save_arrays
 from edgemoe.base.types import F32
+from edgemoe.ir import Model, Plan
+from edgemoe.ir.model import is_stack
 from edgemoe.model.checkpoint import WORDS, read_header
+from edgemoe.model.describe import resize_experts
+from edgemoe.model.overlay import save_overlay
 from edgemoe.targets.mlx.formats import Packed, dequantize
+from edgemoe.targets.mlx.names import tensor_names
+from edgemoe.targets.mlx.writer import PER_EXPERT
 
 FLOAT_TYPES: dict[str, Any] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 NAMES = {"F16": "f16", "BF16": "bf16"}
@@ -56,6 +63,51 @@ def read_values(folder: Path) -> Iterator[tuple[str, F32]]:
             offsets=offsets.reshape(-1, scales.shape[-1]),
         )
         yield name, dequantize(rows, kind, cols, NAMES[headers[f"{module}.scales"][1]]).reshape(*shape[:-1], cols)
+
+
+def decode_folder(folder: Path, model: Model, plan: Plan, work: Path) -> Model:
+    """The model that a folder decodes to, with its weights in `work`; it has all experts, and those that the plan drops are zero.
+
+    Args:
+        folder: with config.json and shards.
+        model: the original.
+        plan: of the folder.
+        work: folder for the weights in float32; what lies there is replaced.
+
+    Raises:
+        VerifyError: a tensor is missing, or not what its entry in config.json says.
+    """
+    base = resize_experts(model.with_top_k(plan.top_k), plan.width or model.expert.size)
+    return lay_over(base, dict(read_values(folder)), plan.kept_of, work)
+
+
+def lay_over(base: Model, values: Mapping[str, F32], kept_of: Mapping[int, Sequence[int]], work: Path) -> Model:
+    """The model whose weights are these values, by the names of an MLX folder that keeps these experts of each layer.
+
+    Raises:
+        VerifyError: a tensor is missing, or has another shape.
+    """
+    names = tensor_names(base)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for layer in range(-1, base.n_layers):
+        arrays: dict[str, F32] = {}
+        for (role, expert), tensor in base.of_layer(layer).items():
+            name, kept = names[role, layer], list(kept_of.get(layer, ()))
+            if name not in values:
+                raise VerifyError(f"{name} is missing from the folder", hint="build or emit it again")
+            value = values[name]
+            if is_stack(role):
+                value = value[kept.index(expert)] if expert in kept else np.zeros(tensor.shape, np.float32)
+            elif role in PER_EXPERT:
+                whole = np.zeros(tensor.shape, np.float32)
+                whole[kept] = value
+                value = whole
+            if value.size != tensor.n_weights:
+                raise VerifyError(f"{name} has the shape {list(value.shape)}, expected {list(tensor.shape)}", hint="build or emit it again")
+            arrays[f"{role}.{expert}"] = value.reshape(tensor.shape)
+        save_arrays(work / array_file(layer), arrays)
+    return save_overlay(base, work, {})
 
 
 def float_types(folder: Path) -> set[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError
+from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
 
@@ -50,4 +51,4 @@ def runtime() -> str:
     try:
         return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
     except PackageNotFoundError:
-        return "unknown"
+        return MISSING

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.base.errors import MachineError
+from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.onnx.graph_builder import import_onnx
 from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
@@ -52,7 +53,7 @@ def runtime() -> str:
     try:
         return f"onnxruntime {version('onnxruntime')}"
     except PackageNotFoundError:
-        return "unknown"
+        return MISSING
 
 
 def _needs(path: Path) -> tuple[int, ...]:

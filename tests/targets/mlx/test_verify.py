@@ -1,0 +1,107 @@
+"""Verification of MLX folders: with stock mlx_lm, without it, and of folders that are not what was written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import error_of, run_cli
+from tiny import make_checkpoint
+
+from edgemoe.base.storage import load_record
+from edgemoe.ir import Plan
+from edgemoe.model.inspect import inspect_model
+from edgemoe.pipeline.output_folder import find_artifact
+from edgemoe.stream.texts import SHIPPED, choose_texts
+from edgemoe.targets import MISSING, find_target
+from edgemoe.verify.artifact import verify_artifact
+
+Built = tuple[Path, Path, Path]  # checkpoint, held-out text, output
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A build of a tied model with dropped experts to the report."""
+    root = tmp_path_factory.mktemp("mlx")
+    source = make_checkpoint(root / "model", "qwen3_moe", tied=True, hidden=128, expert_size=128, n_experts=6)
+    heldout = root / "heldout.txt"
+    heldout.write_text((SHIPPED / "heldout" / "english.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    options = ("--memory", "5.5MB", "--context", 256, "--target", "mlx", "--rule", "kept() <= 8", "--calibration-tokens", 2048)
+    done = run_cli("build", source, *options, "--heldout", heldout, "-o", root / "out")
+    assert done.returncode == 0, done.stderr
+    return source, heldout, root / "out"
+
+
+def test_a_build_ends_with_a_report_that_keeps_its_promises(built: Built) -> None:
+    report = json.loads((built[2] / "report.json").read_text())
+    plan = report["plan"]
+    assert plan["target"] == "mlx-f16"  # as calibration settled it
+    assert {len(kept) for kept in plan["kept"]} == {4}
+    assert sum(f["size"] for f in report["artifact"]["files"] if f["name"].endswith(".safetensors")) == plan["file_size"]
+    assert report["measured_peak"] <= plan["budget"]
+    assert 0 < report["measured_kl"] < 1
+    assert report["beside_kl"] > 0
+    assert report["runtime"].startswith("mlx ")
+    card = (built[2] / "README.md").read_text()
+    assert "library_name: mlx" in card
+    assert "mlx_lm.generate --model ." in card
+
+
+def test_without_mlx_the_bytes_are_decoded_and_the_report_says_so(built: Built, tmp_path: Path) -> None:
+    source, heldout, out = built
+    model, plan, artifact = inspect_model(source), load_record(out / "plan.json", Plan), find_artifact(out)
+    _, texts = choose_texts([], [str(heldout)])
+    target = find_target(plan.target)
+    found = {
+        there: verify_artifact(artifact, model, plan, texts, target if there else replace(target, runtime=lambda: MISSING), tmp_path)
+        for there in (True, False)
+    }
+    assert found[False].measured_kl == pytest.approx(found[True].measured_kl, rel=1e-4)
+    assert found[False].measured_peak == 0
+    assert found[False].decode_tokens_per_second == 0
+    assert found[False].runtime == "edgemoe's own decoding"
+    assert any("nothing was run" in problem for problem in found[False].problems)
+
+
+def spoil_byte(out: Path) -> None:
+    path = out / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 64
+    path.write_bytes(raw)
+
+
+def change_entry(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    config["quantization"]["model.embed_tokens"] = {"group_size": 128, "bits": 2, "mode": "affine"}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def lose_shard(out: Path) -> None:
+    (out / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_byte, change_entry, lose_shard])
+def test_a_folder_that_was_changed_is_refused_in_one_line(built: Built, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    source, heldout, out = built
+    copy = Path(shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns(".work")))
+    spoil(copy)
+    refused = run_cli("verify", source, copy, "--heldout", heldout)
+    assert refused.returncode == 6
+    assert re.search(r"was changed or damaged after edgemoe wrote it|is missing", error_of(refused.stderr))
+    assert refused.stderr.endswith("hint: build or emit it again\n")
+
+
+def test_a_folder_that_another_program_made_is_refused(built: Built, tmp_path: Path) -> None:
+    source, heldout, out = built
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(out / name, foreign)
+    refused = run_cli("verify", source, foreign, "--heldout", heldout)
+    assert refused.returncode == 4
+    assert "plan.json" in error_of(refused.stderr)
