@@ -31,12 +31,12 @@ class Compiled:
     """A program, and the methods that read its picks."""
 
     program: Program
-    c: int  # kept count
-    staging: NDArray[np.int64]  # [U', O] bytes of the copy that loading needs
-    kept_set: NDArray[np.bool_]  # [L, E], unless experts are chosen
-    units: NDArray[np.int64]  # [U'] program unit of every unit of the costs
+    count_place: int  # place of the kept count in costs.counts; `Solution.count_index` is its place among the allowed counts
+    staging: NDArray[np.int64]  # [P, O] bytes of the copy that loading needs, for the P units of the program
+    kept_set: NDArray[np.bool_]  # [L, E] kept experts; without meaning if the program picks the experts
+    units: NDArray[np.int64]  # [U] for each unit of the costs, its unit in the program
     n_formats: int
-    chosen: bool  # experts are picked by the program
+    picks_experts: bool  # whether the program decides which experts stay
 
     def formats(self, picks: Picks) -> NDArray[np.int64]:
         """Format of every unit of the costs [U]; -1: dropped."""
@@ -49,7 +49,7 @@ class Compiled:
 
     def kept(self, costs: Costs, picks: Picks) -> NDArray[np.bool_]:
         """Kept experts [L, E]."""
-        if not self.chosen:
+        if not self.picks_experts:
             return self.kept_set
         mask: NDArray[np.bool_] = picks[: self.program.n_experts].reshape(costs.n_layers, costs.n_experts) != DROP
         return mask
@@ -60,70 +60,102 @@ class Compiled:
         return replace(self, program=replace(self.program, room=room, cost=cost))
 
 
-def compile_program(costs: Costs, constraints: Constraints, c: int, *, objective: str = "mean", near: Near | None = None) -> Compiled:
+def compile_program(
+    costs: Costs, constraints: Constraints, count_place: int, *, objective: str = "mean", near: Near | None = None
+) -> Compiled:
     """The program of one kept count; `Compiled.within` gives it its room.
 
     Args:
         costs: the price list.
         constraints: from the rules.
-        c: index of the kept count.
+        count_place: place of the kept count in costs.counts.
         objective: "mean" over domains or the "worst" domain.
         near: an earlier plan, and the nats that every difference to it costs.
     """
-    chosen = costs.form == "experts" or constraints.chooses_experts or objective == "worst"
-    weights = costs.weights[None] if objective == "mean" else np.eye(len(costs.domains))
-    factor = weights @ costs.factor  # [K, U]
-    main = np.where(constraints.offered, costs.cost[c], np.inf)
-    blocked = np.full((*main.shape[:1], 1), np.inf)
-    pools = [main] if constraints.vram is None else _two_pools(costs, main)
-    base = np.concatenate([blocked, *pools], axis=1)
-    cost = np.where(np.isfinite(base), np.where(np.isfinite(base), base, 0.0) * factor[:, :, None], np.inf)
-    held = costs.size[c] + costs.extra[c]  # the room is for the bytes that the process holds
-    dropped, nothing = np.zeros((len(main), 1), np.int64), np.zeros_like(held)
-    size = np.concatenate([dropped, held, *([nothing] if constraints.vram else [])], axis=1)
-    staging = np.concatenate([dropped, costs.staging[c], *([nothing] if constraints.vram else [])], axis=1)
-    rows = [_row(costs, constraints, bound, c) for bound in constraints.bounds]
+    picks_experts = costs.form == "experts" or constraints.chooses_experts or objective == "worst"
+    domain_weights = costs.weights[None] if objective == "mean" else np.eye(len(costs.domains))  # [K, D]
+    cost, size, staging = _options(costs, constraints, count_place, domain_weights)
+    rows = [_row(costs, constraints, bound, count_place) for bound in constraints.bounds]
     if constraints.vram is not None:
-        rows.append(_vram_row(costs, constraints, c))
-    constant = weights @ costs.drop_cost[:, c].sum(axis=1)
-    drops = np.tensordot(weights, costs.expert_drop + costs.inherited, axes=1)  # [K, L, E]
-    if costs.form == "stacks" and chosen:
-        constant = constant - np.array([d[~costs.kept[c]].sum() for d in drops])
+        rows.append(_vram_row(costs, constraints, count_place))
+    constant, drops = _price_drops(costs, count_place, domain_weights, near, picks_experts=picks_experts)
     if near is not None:
-        gone = near.gone(costs)
         cost = cost + near.of_formats(costs, cost.shape[2])
-        constant = constant + near.nats * (gone.sum() if chosen else (gone != ~costs.kept[c]).sum())
-        drops = drops + np.where(gone, -near.nats, near.nats)
-    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, constraints, c), costs.kept[c]
-    if costs.form == "stacks" and chosen and len(weights) == 1 and not any(b.expression.needs_experts for b in constraints.bounds):
-        chosen = False  # nothing else depends on which experts stay, so the best sets are known before solving
-        gain, kept = _best_sets(constraints, blocks, drops)
-        constant, cost = constant + (gain if np.isfinite(gain) else 0.0), cost if np.isfinite(gain) else np.full_like(cost, np.inf)
+    units, blocks, kept = np.arange(len(costs.units)), _blocks(costs, constraints, count_place), costs.kept[count_place]
+    needs_experts = any(b.expression.needs_experts for b in constraints.bounds)
+    if costs.form == "stacks" and picks_experts and len(domain_weights) == 1 and not needs_experts:
+        picks_experts = False  # nothing else depends on which experts stay, so the best sets are known before solving
+        drop_nats, kept = _best_sets(constraints, blocks, drops)
+        if np.isfinite(drop_nats):
+            constant = constant + drop_nats
+        else:  # pins and groups allow no sets, so there is no plan
+            cost = np.full_like(cost, np.inf)
     if costs.form == "experts":
         units, cost, size, staging, rows = _experts_first(costs, cost, size, staging, rows, drops)
-    elif chosen:
+    elif picks_experts:
         cost, size, staging, rows = _with_selection(costs, cost, size, staging, rows, drops, constraints.bounds)
         units = units + costs.n_layers * costs.n_experts
-    if chosen:
+    if picks_experts:
         _pin(cost, constraints)
     program = Program(
         cost=cost,
         size=size,
         constant=constant,
-        fixed=int(costs.fixed_size[c]),
+        fixed=int(costs.fixed_size[count_place]),
         room=0,
-        blocks=blocks if chosen else None,
+        blocks=blocks if picks_experts else None,
         rows=tuple(rows),
         soft=tuple(Soft(name=s.name, low=s.low, high=s.high, price=s.price) for s in constraints.soft.values()),
-        format_of=_format_of(costs, size.shape, chosen=costs.form == "stacks" and chosen),
+        format_of=_format_of(costs, size.shape, selection=costs.form == "stacks" and picks_experts),
         max_formats=constraints.max_formats,
     )
     program, units, staging = _tie(program, units, staging, constraints)
-    return Compiled(program=program, c=c, staging=staging, kept_set=kept, units=units, n_formats=len(costs.formats), chosen=chosen)
+    return Compiled(
+        program=program,
+        count_place=count_place,
+        staging=staging,
+        kept_set=kept,
+        units=units,
+        n_formats=len(costs.formats),
+        picks_experts=picks_experts,
+    )
+
+
+def _options(costs: Costs, constraints: Constraints, count_place: int, domain_weights: F64) -> tuple[F64, Bytes, Bytes]:
+    """Nats [K, U, O], bytes in main memory and bytes of staging copies [U, O] of the options of all units that get a format."""
+    factor = domain_weights @ costs.factor  # [K, U]
+    main = np.where(constraints.offered, costs.cost[count_place], np.inf)
+    no_drop = np.full((len(main), 1), np.inf)  # only experts can be dropped, and they get the price of this option later
+    pools = [main] if constraints.vram is None else _two_pools(costs, main)
+    base = np.concatenate([no_drop, *pools], axis=1)
+    offered = np.isfinite(base)
+    # What is not offered must stay at inf where a factor is 0; inf times 0 would be no number.
+    cost = np.where(offered, np.where(offered, base, 0.0) * factor[:, :, None], np.inf)
+    held = costs.size[count_place] + costs.extra[count_place]  # the room is for the bytes that the process holds
+    dropped, nothing = np.zeros((len(main), 1), np.int64), np.zeros_like(held)
+    in_gpu = [nothing] if constraints.vram else []  # formats in GPU memory take no main memory
+    return cost, np.concatenate([dropped, held, *in_gpu], axis=1), np.concatenate([dropped, costs.staging[count_place], *in_gpu], axis=1)
+
+
+def _price_drops(costs: Costs, count_place: int, domain_weights: F64, near: Near | None, *, picks_experts: bool) -> tuple[F64, F64]:
+    """Nats that all choices of kept sets share [K], and nats of dropping each expert [K, L, E]."""
+    menu = costs.kept[count_place]
+    constant = domain_weights @ costs.drop_cost[:, count_place].sum(axis=1)
+    drops = np.tensordot(domain_weights, costs.expert_drop + costs.inherited, axes=1)
+    if costs.form == "stacks" and picks_experts:
+        # The constant holds the price of the menu's sets.  If experts are picked, each dropped one pays its own price beside it, so the own
+        # prices of those that the menu drops are subtracted: the menu's sets then cost what the menu says.
+        constant = constant - np.array([d[~menu].sum() for d in drops])
+    if near is not None:
+        gone = near.gone(costs)
+        # If experts are picked, each expert that the earlier plan drops is charged here, and dropping it again gives the charge back.
+        constant = constant + near.nats * (gone.sum() if picks_experts else (gone != ~menu).sum())
+        drops = drops + np.where(gone, -near.nats, near.nats)
+    return constant, drops
 
 
 def _pin(cost: F64, constraints: Constraints) -> None:
-    """Remove the options that pins exclude, of the experts, which come first in the costs [K, U, O]."""
+    """Make options that pins exclude infinitely dear, in place; the experts come first in the costs [K, U, O]."""
     pinned = constraints.pinned.ravel()
     cost[:, : pinned.size, DROP][:, pinned > 0] = np.inf
     cost[:, : pinned.size, SELECT:][:, pinned < 0] = np.inf
@@ -140,11 +172,11 @@ def _best_sets(constraints: Constraints, blocks: Blocks, drops: F64) -> tuple[fl
     return value, picks.reshape(blocks.n, blocks.size) != DROP
 
 
-def _format_of(costs: Costs, shape: tuple[int, ...], *, chosen: bool) -> NDArray[np.int64]:
-    """Format of every option [U, O]; -1 for dropping, and for experts whose format is their stack's."""
+def _format_of(costs: Costs, shape: tuple[int, ...], *, selection: bool) -> NDArray[np.int64]:
+    """Format of every option [U, O]; -1 for dropping, and with `selection` for the experts, whose format is their stack's."""
     of_option = np.array([-1, *(f % len(costs.formats) for f in range(shape[1] - 1))])
     found = np.tile(of_option, (shape[0], 1))
-    if chosen:
+    if selection:
         found[: costs.n_layers * costs.n_experts] = -1
     return found
 
@@ -156,13 +188,13 @@ def _two_pools(costs: Costs, main: F64) -> list[F64]:
     return [np.where((stack | cpu)[:, None], main, np.inf), np.where(cpu[:, None], np.inf, main)]
 
 
-def _row(costs: Costs, constraints: Constraints, bound: Bound, c: int) -> Row:
+def _row(costs: Costs, constraints: Constraints, bound: Bound, count_place: int) -> Row:
     """A rule's coefficients [U, O] at one kept count."""
     e = bound.expression
-    size = costs.size[c]
-    weights = np.array([costs.kept_weights(u, c) for u in range(len(costs.units))]) if e.weights.any() else np.zeros(len(size))
-    rates = active_rates(costs, costs.counts[c]) if e.active.any() else np.zeros(len(size))
-    coef = e.use + (e.size + e.active * rates)[:, None] * size + (e.weights * weights)[:, None]
+    size = costs.size[count_place]
+    n_weights = np.array([costs.kept_weights(u, count_place) for u in range(len(costs.units))]) if e.weights.any() else np.zeros(len(size))
+    rates = active_rates(costs, costs.counts[count_place]) if e.active.any() else np.zeros(len(size))
+    coef = e.use + (e.size + e.active * rates)[:, None] * size + (e.weights * n_weights)[:, None]
     if costs.form == "experts" and e.keep.any():
         layers = {layer: row for row, layer in enumerate(costs.expert_layers)}
         kept = np.array([e.keep[layers[u.layer], u.expert] if u.expert >= 0 else 0.0 for u in costs.units])
@@ -172,11 +204,12 @@ def _row(costs: Costs, constraints: Constraints, bound: Bound, c: int) -> Row:
     return Row(name=bound.name, coef=np.concatenate([np.zeros((len(size), 1)), *[coef] * pools], axis=1), limit=-e.constant, soft=soft)
 
 
-def _vram_row(costs: Costs, constraints: Constraints, c: int) -> Row:
+def _vram_row(costs: Costs, constraints: Constraints, count_place: int) -> Row:
+    """The limit of GPU memory, as coefficients [U, O] at one kept count."""
     assert constraints.vram is not None
-    size = costs.size[c].astype(np.float64)
-    in_ram = np.where(held_by_gpu(costs)[:, None], size, 0.0)
-    coef = np.concatenate([np.zeros((len(size), 1)), in_ram, size], axis=1)
+    size = costs.size[count_place].astype(np.float64)
+    of_main = np.where(held_by_gpu(costs)[:, None], size, 0.0)  # GPU bytes of a unit in main memory: a GPU also holds a tied embedding
+    coef = np.concatenate([np.zeros((len(size), 1)), of_main, size], axis=1)
     return Row(
         name=constraints.vram.name or "vram",
         coef=coef,
@@ -208,21 +241,21 @@ def _with_selection(
 ) -> tuple[F64, Bytes, Bytes, list[Row]]:
     """Compile the stacks form with free kept sets: experts come first, as units that are dropped or kept and hold no bytes."""
     n, options = costs.n_layers * costs.n_experts, size.shape[1]
-    extra = np.full((len(cost), n, options), np.inf)
-    extra[:, :, DROP], extra[:, :, SELECT] = drops.reshape(len(cost), n), 0.0
+    expert_cost = np.full((len(cost), n, options), np.inf)
+    expert_cost[:, :, DROP], expert_cost[:, :, SELECT] = drops.reshape(len(cost), n), 0.0
     found = []
     for number, row in enumerate(rows):
         coef = np.zeros((n, options))
-        if number < len(bounds):
+        if number < len(bounds):  # behind the rules comes the row of GPU memory, of which experts as such take nothing
             coef[:, SELECT] = bounds[number].expression.keep.ravel()
         found.append(Row(name=row.name, coef=np.concatenate([coef, row.coef]), limit=row.limit, soft=row.soft))
     none = np.zeros((n, options), np.int64)
-    return np.concatenate([extra, cost], axis=1), np.concatenate([none, size]), np.concatenate([none, staging]), found
+    return np.concatenate([expert_cost, cost], axis=1), np.concatenate([none, size]), np.concatenate([none, staging]), found
 
 
-def _blocks(costs: Costs, constraints: Constraints, c: int) -> Blocks:
+def _blocks(costs: Costs, constraints: Constraints, count_place: int) -> Blocks:
     """The layers as blocks, with the number of experts that stay in the layer and in each routing group."""
-    n_layers, n_experts, count = costs.n_layers, costs.n_experts, costs.counts[c]
+    n_layers, n_experts, count = costs.n_layers, costs.n_experts, costs.counts[count_place]
     groups, least = constraints.groups
     if constraints.equal_groups:
         least = count // groups
@@ -243,13 +276,13 @@ def _tie(program: Program, units: NDArray[np.int64], staging: Bytes, constraints
     """Join tied units into one unit, whose costs, bytes and coefficients are sums and whose copy is the largest; experts cannot be tied."""
     if not constraints.ties:
         return program, units, staging
-    target = np.arange(program.cost.shape[1])
+    into = np.arange(program.cost.shape[1])  # for each unit, the first unit that it is tied to
     for tie in constraints.ties:
         tied = units[tie]
         if (tied < program.n_experts).any():
             raise UsageError("single experts cannot share a format", hint="tie stacks and other tensors")
-        target[np.isin(target, target[tied])] = target[tied].min()
-    names, merged = np.unique(target, return_inverse=True)
+        into[np.isin(into, into[tied])] = into[tied].min()
+    names, merged = np.unique(into, return_inverse=True)
     shape = len(names), program.size.shape[1]
 
     def add(values: NDArray[Any]) -> NDArray[Any]:
@@ -283,9 +316,9 @@ class Near:
 
     def of_formats(self, costs: Costs, n_options: int) -> F64:
         """Nats of every option [U, O] whose format differs from the earlier plan's."""
-        before = {name: f for f, name in enumerate(costs.formats)}
-        chosen = np.array([before.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
-        return np.where((np.arange(n_options) - 1) % len(costs.formats) == chosen[:, None], 0.0, self.nats)
+        number = {name: f for f, name in enumerate(costs.formats)}
+        earlier = np.array([number.get(self.plan.formats.get(unit.name, ""), -1) for unit in costs.units])
+        return np.where((np.arange(n_options) - 1) % len(costs.formats) == earlier[:, None], 0.0, self.nats)
 
     def gone(self, costs: Costs) -> NDArray[np.bool_]:
         """Experts that the earlier plan drops [L, E]."""

@@ -205,6 +205,6 @@ def sweep_sizes(costs: Costs, sizes: Sequence[int]) -> tuple[dict[str, float], .
             solution, compiled = best
             formats = compiled.formats(solution.picks)
             stored = np.flatnonzero(formats >= 0)
-            beyond = int(costs.extra[compiled.c, stored, formats[stored]].sum())
+            beyond = int(costs.extra[compiled.count_place, stored, formats[stored]].sum())
             found.append({"file_size": float(size - beyond), "predicted_kl": costs.predict_kl(solution.cost)})
     return tuple(found)

@@ -89,4 +89,4 @@ def largest_staging(costs: Costs, compiled: Compiled, solution: Solution) -> int
     """Bytes of the largest copy that loading this choice makes in main memory."""
     formats, vram = compiled.formats(solution.picks), compiled.in_vram(solution.picks)
     rows = np.flatnonzero((formats >= 0) & ~vram)
-    return int(costs.staging[compiled.c, rows, formats[rows]].max(initial=0))
+    return int(costs.staging[compiled.count_place, rows, formats[rows]].max(initial=0))

@@ -34,7 +34,7 @@ REPAIRED = 0.5
 FED_BACK = 0.55  # cost of rounding with feedback in the refitted stream over that of stock rounding (docs/pricing.md, 12)
 SHRINK = 0.01  # share of the layer's mean use that is added to every expert's use in every domain, so that no factor is 0
 Probes = Mapping[tuple[str, int], Probe]
-# By role and layer, of a stack or matrix: its part in the KL of a whole-model probe, or the share of its own probe's KL that adds up.
+# By role and layer, of a stack or matrix: its part in the KL of a whole-model probe, or its additive factor (`_split_flips`).
 Parts = dict[tuple[str, int], float]
 
 
@@ -61,7 +61,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     cost, input_cost, factor = np.full(sizes.size.shape, np.inf), np.zeros(sizes.size.shape), np.ones((len(stats.domains), len(units)))
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
-    kappa, kappa_sum, share = _split_flips(model, stats, probes, whole)
+    kappa, kappa_sum, additive_factors = _split_flips(model, stats, probes, whole)
     drops = _no_drops(model, len(stats.domains), counts)
     for row, layer in enumerate(model.moe_layers):
         reach = float(routers_behind("", layer, model.moe_layers).mean())
@@ -69,7 +69,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
-        scale, nats = (share[unit.role, unit.layer], matrices[u]) if u in matrices else (1.0, _of_experts(layers[unit.layer], unit, share))
+        scale, nats = _scale_and_nats(u, unit, layers, matrices, additive_factors)
         for f in np.flatnonzero(sizes.offered[u]):
             from_inputs = nats.inputs[target.offered[f]] * scale
             if np.isfinite(both := nats.weights[target.offered[f]] * scale + from_inputs).all():  # else no such file would run
@@ -109,9 +109,14 @@ def _check_priced(model: Model, units: list[Unit], cost: F64) -> None:
         raise ModelError(f"{model.folder}: no format can hold the weights of {units[u].name}", hint="is the checkpoint damaged?")
 
 
-def _of_experts(layer: Layer, unit: Unit, share: Parts) -> ByCause[dict[str, F64]]:
-    """Nats of a unit of experts in every format, scaled to the part of its probes' KL that adds up."""
-    return layer.price(unit, {role: share[role, unit.layer] for role in layer.slope})
+def _scale_and_nats(
+    u: int, unit: Unit, layers: Mapping[int, Layer], matrices: Mapping[int, ByCause[ErrorsByFormat]], additive_factors: Parts
+) -> tuple[float, ByCause[Any]]:
+    """The factor that a unit's nats still need, and the nats by format; experts come with their additive factors in the nats."""
+    if u in matrices:
+        return additive_factors[unit.role, unit.layer], matrices[u]
+    layer = layers[unit.layer]
+    return 1.0, layer.price(unit, {role: additive_factors[role, unit.layer] for role in layer.slope})
 
 
 def _price_probes(
@@ -252,7 +257,11 @@ def _shares(sums: F64) -> F64:
 
 
 def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int, Parts]) -> tuple[float, float, Parts]:
-    """Kappa of flips, kappa of a sum of prices, and the share of each probe's KL that adds up (model/routing/flips.py)."""
+    """Kappa of flips, kappa of a sum of prices, and each tensor's additive factor.
+
+    The additive factor is the price that belongs to the KL of the tensor's probe (`additive_part`), divided by this KL.  It is no share: it
+    takes out the flips of the probe and puts in those of a typical plan, so it can exceed 1.
+    """
     keys = list(whole[WHOLE_BITS[0]])
     every = [probes[key] for key in keys]
     probed = np.array([probe_kl(stats, probe) for probe in every])
@@ -263,8 +272,8 @@ def _split_flips(model: Model, stats: Stats, probes: Probes, whole: Mapping[int,
     ]
     kappa, kappa_sum = fit_flips(every, model.moe_layers, probed, trusted)
     reach = np.array([routers_behind(p.role, p.layer, model.moe_layers).mean() for p in every])
-    shares = additive_part(probed, kappa * reach) / np.maximum(probed, 1e-300)
-    return kappa, kappa_sum, dict(zip(keys, shares.tolist(), strict=True))
+    additive_factors = additive_part(probed, kappa * reach) / np.maximum(probed, 1e-300)
+    return kappa, kappa_sum, dict(zip(keys, additive_factors.tolist(), strict=True))
 
 
 def least_process(model: Model, target: Target, context: int) -> int:

@@ -65,12 +65,12 @@ class Layer:
         """Nats of a stack's part in the probe of the whole model at these bits, if nats grew with the error alone."""
         return self.slope[role] * float(self.use @ self.errors.weights[role][f"whole{bits}"])
 
-    def price(self, unit: Unit, share: Mapping[str, float]) -> ByCause[dict[str, F64]]:
+    def price(self, unit: Unit, additive_factors: Mapping[str, float]) -> ByCause[dict[str, F64]]:
         """Nats of a stack for each kept count [C], or of a single expert with all of its matrices [1], by format.
 
-        `share` is the part of a probe's KL, by role, that adds up over tensors; the rest is flips (model/routing/flips.py).
+        `additive_factors`, by role, turn prices that grow with the error alone into prices that add up (`_split_flips` in choices.py).
         """
-        slope = {role: value * share[role] for role, value in self.slope.items()}
+        slope = {role: value * additive_factors[role] for role, value in self.slope.items()}
         formats = self.stored[unit.role, unit.expert]
 
         @np.errstate(invalid="ignore")  # infinity times no use
@@ -176,8 +176,8 @@ def price_losses(points: list[tuple[float, F64]], weights: F64, losses: F64, kap
         return np.zeros((len(weights), *losses.shape))
     known = [loss for loss, _ in points]
     means = [float(weights @ kl) for _, kl in points]
-    shares = [float(additive_part(mean, kappa)) / max(mean, 1e-300) for mean in means]
-    slopes = np.array([kl / loss * share for (loss, kl), share in zip(points, shares, strict=True)])  # [probes, D]
+    additive_factors = [float(additive_part(mean, kappa)) / max(mean, 1e-300) for mean in means]
+    slopes = np.array([kl / loss * factor for (loss, kl), factor in zip(points, additive_factors, strict=True)])  # [probes, D]
     return np.stack([np.interp(losses, known, slope) * losses for slope in slopes.T])
 
 

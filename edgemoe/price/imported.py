@@ -142,7 +142,7 @@ def price_imported(
         progress: called with (layers done, all layers).
 
     Raises:
-        ModelError: a shard is damaged.
+        ModelError: a file of the checkpoint is damaged.
     """
     base = price_generic(model, target, context)
     scores = saliency or _frequency(model, stats)

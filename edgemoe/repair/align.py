@@ -1,7 +1,7 @@
-"""This module refits a matrix by least squares, from inputs of the rounded stream to outputs of the original (docs/pricing.md, 12).
+"""This module refits a matrix by least squares, from inputs of the changed stream to outputs of the original (docs/pricing.md, 12).
 
 Rounding and dropping move the stream that later matrices read.  The linear part of this move can be undone before a matrix is rounded
-itself.  If x is what the original reads and x' is what the rounded stream brings, the map M of x ~ M x' is folded into every matrix that
+itself.  If x is what the original reads and x' is what the changed stream brings, the map M of x ~ M x' is folded into every matrix that
 reads x', router and output matrix included.  The attention output is refitted to the difference between the two streams.  A refit needs
 only sums over tokens.
 """

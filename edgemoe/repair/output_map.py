@@ -1,4 +1,4 @@
-"""This module finds the map M from the rounded stream's last states to the original's that gives the least KL (docs/pricing.md, 12).
+"""This module finds the map M from the changed stream's last states to the original's that gives the least KL (docs/pricing.md, 12).
 
 The output matrix is the only matrix whose cost is known in nats for each token.  Logits are linear in the state, so the gradient of the KL
 with respect to M is a few matrix products.  M starts as the least-squares map, and Adam lowers its KL.
@@ -26,7 +26,7 @@ BLOCK = 2**24  # logits at once
 class HeadInputs:
     """What a window's tokens bring to the output matrix."""
 
-    changed: torch.Tensor  # [N, H] normed states of the rounded stream
+    changed: torch.Tensor  # [N, H] normed states of the changed stream
     original: torch.Tensor  # [N, H]
     weights: torch.Tensor  # [N]
 

@@ -115,7 +115,7 @@ def quantize_embedding(
         of_token = group[np.concatenate([w[:n] for w, n in zip(streams.windows.tokens, streams.windows.lengths, strict=True)])]
         seen = np.bincount(of_token[~streams.guard], minlength=GROUPS)
         sums, routers = gradient_sums(of_token, gradients, streams.guard), streams.routers.from_layer(0)
-        fitted, guard = ([add_flips(one[side], routers, streams.quantize_plan.flips) for one in sums] for side in (0, 1))
+        fitted, guard = ([add_flips(one[side], routers, streams.quantize_plan.flip_weight) for one in sums] for side in (0, 1))
         metrics = group_metrics(list(zip(fitted, guard, strict=True)), seen.tolist())
     packed, values = quantize_rows_by_group(streams.quantize_plan, "token_embd", weights, group, metrics)
     save_arrays(streams.work / array_file(-1), {"token_embd.-1": packed})

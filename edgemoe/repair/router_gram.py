@@ -45,7 +45,7 @@ class RouterGram:
         return gram
 
 
-def add_flips(gram: F64, routers: F64, flips: float) -> F64:
-    """G [H, H] of the stream's gradients plus the flips that gradients do not see: `flips` times G's trace, times the routers' sum."""
-    total: F64 = gram + flips * np.trace(gram) * routers
+def add_flips(gram: F64, routers: F64, flip_weight: float) -> F64:
+    """G [H, H] of the stream's gradients, plus the flips that they do not see: `flip_weight` times G's trace, times the routers' sum."""
+    total: F64 = gram + flip_weight * np.trace(gram) * routers
     return total

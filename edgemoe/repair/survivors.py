@@ -44,7 +44,7 @@ def repair_survivors(
         start: the model whose experts are refitted, if it is not the original: a narrowed one, in a work folder of its own.
         max_tokens: of all texts together; every text gives the same number.
         epochs: of descent after the closed form; 0 refits W_down alone.
-        quantize_plan: if given, every matrix is rounded to its format when the stream reaches it (see `quantize_layer.py`).
+        quantize_plan: if given, every matrix is packed in its format when the stream reaches it (see `quantize_layer.py`).
         progress: called with (layers done, all layers).
 
     Returns:
@@ -62,7 +62,7 @@ def repair_survivors(
     if quantize_plan and not plan.repair:
         epochs = -1
     fit = (WINDOW, max_tokens, GUARD_EVERY, epochs, RATE, RIDGE, DOMAIN_POWER, default_device(), plan.width, plan.top_k)
-    made_for = (quantize_plan.stats.key, plan.formats, f"{quantize_plan.flips:.6g}") if quantize_plan else None
+    made_for = (quantize_plan.stats.key, plan.formats, f"{quantize_plan.flip_weight:.6g}") if quantize_plan else None
     key = key_of("repair", model.fingerprint, texts_key(texts), plan.kept, fit, made_for)
     folder = path_of(work.absolute(), "repair", key)
     formats = quantize_plan.formats if quantize_plan else {}

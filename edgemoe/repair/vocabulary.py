@@ -18,7 +18,7 @@ from edgemoe.base.threads import open_threads
 from edgemoe.base.types import F32
 from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.quantize.importance import importance_of
-from edgemoe.repair.quantize_layer import ErrorMetric, Gram, PackedRows, QuantizePlan, quantize_matrix
+from edgemoe.repair.quantize_layer import ErrorMetric, Gram, PackedAndDecoded, QuantizePlan, quantize_matrix
 
 GROUPS = 16  # four times as many gain 2 % more (docs/decisions/0012-outputs.md)
 STEPS = 8  # of k-means
@@ -79,7 +79,7 @@ def group_metrics(sums: Sequence[tuple[Gram, Gram]], seen: Sequence[float]) -> l
 # ----------------------------------------------------------------------------------------------------------------- rounding
 def quantize_rows_by_group(
     quantize_plan: QuantizePlan, role: str, weights: F32, group: NDArray[np.int64], metrics: Sequence[ErrorMetric] | None
-) -> PackedRows:
+) -> PackedAndDecoded:
     """Pack a matrix [V, H] group by group of rows, by the stock quantizer if there are no metrics; also return the decoded values."""
     importance = importance_of(quantize_plan.model, quantize_plan.stats, -1).get((role, -1))
     packed: list[NDArray[np.uint8]] = []

@@ -1,5 +1,6 @@
-"""This module writes a plan's GGUF by gguf-py's writer and ggml's quantizers, in file order, with one expert stack in memory at a time.
+"""This module writes a plan's GGUF by gguf-py's writer, in file order, with one expert stack in memory at a time.
 
+Rows that are packed already, by repair and rounding with feedback, are copied.  Only what is not packed yet goes through ggml's quantizers.
 The header's length does not depend on the plan, because the expert map has one flag per expert and hashes have a fixed length.  So the
 planner knows the file's size to the byte before anything is written.
 """
@@ -29,10 +30,10 @@ from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shap
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 
 Packable = TypeVar("Packable", np.float32, np.uint8)
+# File types (enum llama_ftype in llama.h) by the format that holds most bytes of a file; Q3_K, Q4_K and Q5_K have those of the M mixes.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
 FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
 FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
-
 
 # These tensors stay F32 and have a row or number for each expert.
 PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
@@ -91,14 +92,14 @@ def write(model: Model, stats: Stats, plan: Plan, folder: Path, shard_max: int =
 
     Args:
         model: whose weights are stored.
-        stats: the importance matrix.
+        stats: they hold the importance matrix.
         plan: says which experts stay, and in which formats.
         folder: must exist.
         shard_max: most bytes of a file, with its header (0: one file).
         progress: called with (bytes written, all bytes).
 
     Raises:
-        ModelError: a shard is damaged or holds NaN, or the plan keeps more experts in some layers than in others.
+        ModelError: a file of the checkpoint is damaged or holds NaN, or the plan keeps more experts in some layers than in others.
         MachineError: the disk is full or not writable.
     """
     if not plan.has_one_count:
@@ -173,7 +174,7 @@ def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: 
                 dtype: type = np.float32 if kind == "F32" else np.float16
                 shape = (*stack, *first.shape)
             else:
-                dtype = np.uint8
+                dtype = np.uint8  # gguf-py takes the shape of packed rows in bytes
             infos[name] = int(np.prod(shape)) * np.dtype(dtype).itemsize
             writer.add_tensor_info(name, shape, np.dtype(dtype), infos[name], gguf.GGMLQuantizationType(FORMATS[kind].id))
         else:
@@ -200,7 +201,7 @@ def group_tensors(model: Model) -> list[tuple[str, list[Tensor]]]:
 
 def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecutor) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor's bytes, in file order."""
-    layer, importance, kept_of = -2, {}, plan.kept_of
+    layer, importance, kept_of = -2, {}, plan.kept_of  # -2 is no layer; layer -1 holds the embedding and the output matrix
     for name, group in group_tensors(model):
         first = group[0]
         if first.layer != layer:
@@ -214,18 +215,23 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
         rows: list[NDArray[np.uint8]] = []
         for tensor in kept:  # one expert is in float32 at a time, and only the packed stack grows
             if tensor.packed == kind:
-                rows.append(prepare(model, tensor, read_packed(model.folder, tensor, row_bytes(kind, tensor.shape[1]))))
+                rows.append(order_for_rotary(model, tensor, read_packed(model.folder, tensor, row_bytes(kind, tensor.shape[1]))))
                 continue
-            weights = prepare(model, tensor, read_tensor(model.folder, tensor))
+            weights = order_for_rotary(model, tensor, read_tensor(model.folder, tensor))
             rows.append(quantize_parallel([(weights, importance.get((tensor.role, tensor.expert)))], kind, pool))
         yield name, np.concatenate(rows)
 
 
-def prepare(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
-    """Rows (weights or packed) in the target's order: llama.cpp's `llama` rotates pairs of rows where transformers rotates halves."""
+def order_for_rotary(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
+    """Rows of a query or key matrix, weights or packed, in the order in which llama.cpp's rotary embedding reads them.
+
+    Rotary embedding turns pairs of rows of a head.  In transformers, a row of the first half and a row of the second half are a pair.
+    llama.cpp's architecture `llama` takes neighbours instead, so the halves of each head are interleaved for it.  All other tensors, and
+    those of other architectures, stay as they are.
+    """
     heads = {"attn_q": model.attention.heads, "attn_k": model.attention.kv_heads}.get(tensor.role)
     if heads is None or not find_family(model.model_type).paired_rotary:
         return weights
     rows, cols = weights.shape
-    paired = weights.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2)
+    paired = weights.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2)  # [heads, pairs, 2, cols]
     return np.ascontiguousarray(paired.reshape(rows, cols))

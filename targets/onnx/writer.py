@@ -149,7 +149,7 @@ def write(
 
     Args:
         model: whose weights are stored.
-        stats: the importance of columns.
+        stats: they hold the importance matrix.
         plan: says which experts stay, and in which formats.
         folder: must exist.
         shard_max: not used, because such files are not split.
@@ -158,7 +158,7 @@ def write(
 
     Raises:
         UsageError: the layout is unknown, or cannot hold the plan's formats.
-        ModelError: a shard is damaged or holds NaN, or a small file of the checkpoint is malformed.
+        ModelError: a file of the checkpoint is damaged or holds NaN, or one of its small files is malformed.
         MachineError: the disk is full or not writable, or onnx is not installed.
     """
     check_layout(plan.formats.values(), layout)

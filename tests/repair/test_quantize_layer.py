@@ -113,11 +113,11 @@ def test_what_moves_a_routers_choice_is_dear_where_flips_are(model: Model, stats
     q = 1e-4
     few = replace(plan, domain_q={d.name: q for d in stats.domains}, predicted_kl=q + 0.008 * q**0.5)
     quantize_plan = plan_quantization(model, stats, few, find_target("gguf"), tmp_path)
-    assert quantize_plan.flips == pytest.approx(0.4)
-    assert plan_quantization(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flips == 0
+    assert quantize_plan.flip_weight == pytest.approx(0.4)
+    assert plan_quantization(model, stats, replace(few, predicted_kl=q), find_target("gguf"), tmp_path).flip_weight == 0
     gram = np.eye(model.hidden_size)
     routers = RouterGram(model)
-    watched = [add_flips(gram, routers.from_layer(first), quantize_plan.flips) for first in range(model.n_layers + 1)]
+    watched = [add_flips(gram, routers.from_layer(first), quantize_plan.flip_weight) for first in range(model.n_layers + 1)]
     np.testing.assert_array_equal(watched[-1], gram)
     assert np.trace(watched[0]) == pytest.approx(1.4 * np.trace(gram))
     assert np.trace(watched[1]) == pytest.approx(1.2 * np.trace(gram))  # one of two routers is behind

@@ -24,7 +24,7 @@ from edgemoe.quantize.importance import importance_of
 from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, dequantize, round_rows
 from edgemoe.targets.gguf.run import check_tokenizer
-from edgemoe.targets.gguf.writer import _open_writer, fixed_sizes, group_tensors, list_units, prepare, write
+from edgemoe.targets.gguf.writer import _open_writer, fixed_sizes, group_tensors, list_units, order_for_rotary, write
 
 
 def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Path]) -> None:
@@ -36,7 +36,7 @@ def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Pa
             weights = read_tensor(model.folder, tensor)
             rows = np.arange(len(weights)).reshape(heads, 2, -1).transpose(0, 2, 1).ravel()  # halves of a head -> pairs
             moved = family == "mixtral" and role != "attn_v"
-            np.testing.assert_array_equal(prepare(model, tensor, weights), weights[rows] if moved else weights)
+            np.testing.assert_array_equal(order_for_rotary(model, tensor, weights), weights[rows] if moved else weights)
 
 
 # --------------------------------------------------------------------------------------------------------- sizes, contents
@@ -77,7 +77,7 @@ def test_a_file_has_the_predicted_bytes_and_holds_what_rounding_says(
         assert tensor.n_bytes == len(tensor.data.tobytes()) <= plan.sizes[name] < tensor.n_bytes + 32
         packed = tensor.data.view(np.uint8).reshape(-1, first.shape[0], tensor.n_bytes // np.prod(tensor.shape[1:], dtype=int))
         for i, source in enumerate([group[e] for e in experts] if first.expert >= 0 else group):
-            weights = prepare(model, source, read_tensor(model.folder, source))
+            weights = order_for_rotary(model, source, read_tensor(model.folder, source))
             expected = round_rows(weights, kind, importance.get((source.role, source.expert)))
             np.testing.assert_array_equal(dequantize(packed[i], kind, first.shape[1]), expected, err_msg=f"{name} {kind} {source.expert}")
             if kind == "F32":
