@@ -62,10 +62,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
     kappa, kappa_sum, additive_factors = _split_flips(model, stats, probes, whole)
-    drops = _no_drops(model, len(stats.domains), counts)
-    for row, layer in enumerate(model.moe_layers):
-        reach = float(routers_behind("", layer, model.moe_layers).mean())
-        _enter_drops(drops, row, layers[layer], stats.arrays(layer)["gate_norm"], stats.weights, target, kappa * reach)
+    drops = _price_drops(model, stats, target, layers, counts, kappa)
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
@@ -149,6 +146,17 @@ def _price_probes(
             if progress:
                 progress(layer + 1, model.n_layers)
     return layers, matrices, whole
+
+
+def _price_drops(
+    model: Model, stats: Stats, target: Target, layers: Mapping[int, Layer], counts: tuple[int, ...], kappa: float
+) -> dict[str, Any]:
+    """The fields of Costs that say what dropping costs."""
+    drops = _no_drops(model, len(stats.domains), counts)
+    for row, layer in enumerate(model.moe_layers):
+        reach = float(routers_behind("", layer, model.moe_layers).mean())
+        _enter_drops(drops, row, layers[layer], stats.arrays(layer)["gate_norm"], stats.weights, target, kappa * reach)
+    return drops
 
 
 def _no_drops(model: Model, domains: int, counts: tuple[int, ...]) -> dict[str, Any]:
