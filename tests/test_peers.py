@@ -21,7 +21,7 @@ from edgemoe.model.describe import describe, load_shape
 from edgemoe.model.inspect import inspect_model
 from edgemoe.price.saliency import SCORES
 from edgemoe.targets.gguf.formats import FORMATS
-from edgemoe.targets.gguf.writer import list_units
+from edgemoe.targets.stacks import list_units
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

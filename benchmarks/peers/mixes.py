@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from edgemoe.ir import Model, Tensor, Unit, tensor_name
 from edgemoe.model.describe import describe, load_shape
 from edgemoe.targets.gguf.formats import FORMATS, row_bytes
-from edgemoe.targets.gguf.writer import list_units
+from edgemoe.targets.stacks import list_units
 
 # Type for rows that the block of 256 does not divide; F16 where 32 does not either.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}

@@ -16,7 +16,8 @@ from edgemoe.model.checkpoint import read_tensor
 from edgemoe.plan.pmq import allocate_bits
 from edgemoe.price.saliency import score_experts
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, pad, row_bytes
-from edgemoe.targets.gguf.writer import fixed_sizes, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes
+from edgemoe.targets.stacks import list_units
 from peers.mixes import fall_back
 
 Kept = tuple[tuple[int, ...], ...]

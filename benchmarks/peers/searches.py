@@ -20,7 +20,8 @@ from edgemoe.ir import Model, Stats, Unit
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets.gguf.formats import FORMATS, NARROW, OFFERED, WIDE, round_rows
-from edgemoe.targets.gguf.writer import fixed_sizes, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes
+from edgemoe.targets.stacks import list_units
 from peers.recipes import row_lengths, unit_bytes
 
 TRIM = 0.01  # of the rows with the least and the largest error, where there are 100 or more

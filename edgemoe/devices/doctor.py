@@ -36,10 +36,14 @@ PACKAGES = (  # distribution, module, needed for, remedy, target
     ("llama-cpp-python", "llama_cpp", "price, emit, verify", "pip install 'edgemoe[llama]'", "gguf"),
     ("onnx", "onnx", "emit", "pip install 'edgemoe[onnx]'", "onnx"),
     ("onnxruntime", "onnxruntime", "verify", "pip install 'onnxruntime>=1.32'", "onnx"),
+    ("mlx", "mlx", "verify", "pip install 'edgemoe[mlx]'", "mlx"),
+    ("mlx-lm", "mlx_lm", "verify", "pip install 'edgemoe[mlx]'", "mlx"),
     ("pulp", "pulp", "plan", "pip install pulp", ""),
     ("highspy", "highspy", "plan", "pip install highspy", ""),
 )
-LEAST = {"onnxruntime": (1, 32)}  # older versions lack 3 bits, and unpack 4- and 8-bit experts for every token, which is 50 times slower
+# Older versions of onnxruntime lack 3 bits, and unpack 4- and 8-bit experts for every token, which is 50 times slower.  Older versions of
+# mlx give garbage in products of sorted experts on an M5 (ml-explore/mlx #3856, #3887).
+LEAST = {"onnxruntime": (1, 32), "mlx": (0, 32, 2), "mlx-lm": (0, 32, 2)}
 TOOLS = (("cmake", "building llama-cpp-python"), ("c++", "building llama-cpp-python"))
 
 
@@ -77,7 +81,7 @@ def find_package(distribution: str, module: str) -> str:
         found = version(distribution) if importlib.util.find_spec(module) else ""
     except PackageNotFoundError:
         return ""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     return found if numbers >= LEAST.get(distribution, ()) else ""
 
 

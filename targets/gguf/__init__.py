@@ -6,7 +6,8 @@ from edgemoe.targets.gguf.memory import memory_parts, offered_formats, on_device
 from edgemoe.targets.gguf.rounding import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
 from edgemoe.targets.gguf.words import WORDS
-from edgemoe.targets.gguf.writer import fixed_sizes, least_shard, list_units, write
+from edgemoe.targets.gguf.writer import fixed_sizes, least_shard, write
+from edgemoe.targets.stacks import list_units
 
 __all__ = ["TARGET"]
 

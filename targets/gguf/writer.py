@@ -28,6 +28,7 @@ from edgemoe.targets import write_whole
 from edgemoe.targets.gguf.formats import ALIGNMENT, FORMATS, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shape
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
+from edgemoe.targets.stacks import list_units
 
 Packable = TypeVar("Packable", np.float32, np.uint8)
 # File types (enum llama_ftype in llama.h) by the format that holds most bytes of a file; Q3_K, Q4_K and Q5_K have those of the M mixes.
@@ -40,16 +41,6 @@ PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("g
 # Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
 HEADER_PER_ENTRY = 64
 SPLIT_KEYS = 256  # bytes of the three keys that number the files of a split, and more
-
-
-def list_units(model: Model) -> list[Unit]:
-    """The units that get a format, in file order: one for each matrix and one for each expert stack."""
-    sizes: dict[tuple[str, int, int], int] = {}
-    for tensor in model.tensors:
-        if tensor.planned:
-            key = tensor.role, tensor.layer, tensor.shape[1]
-            sizes[key] = sizes.get(key, 0) + tensor.n_weights
-    return [Unit(name=tensor_name(role, layer), role=role, layer=layer, n_weights=n, cols=c) for (role, layer, c), n in sizes.items()]
 
 
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:

@@ -11,7 +11,6 @@ from functools import partial
 from edgemoe.ir import Model, Stats
 from edgemoe.targets import Runs, Target
 from edgemoe.targets.copied_files import COPIED
-from edgemoe.targets.gguf.writer import list_units
 from edgemoe.targets.mlx.config import FLOATS
 from edgemoe.targets.mlx.formats import FORMATS, round_rows
 from edgemoe.targets.mlx.memory import memory_parts, nothing_more, offered_formats, on_device, unit_size
@@ -21,6 +20,7 @@ from edgemoe.targets.mlx.run import run, runtime
 from edgemoe.targets.mlx.settings import Settings, check_dtype, choose_dtype, parse_settings
 from edgemoe.targets.mlx.words import WORDS, launch_lines
 from edgemoe.targets.mlx.writer import fixed_sizes, least_shard, write
+from edgemoe.targets.stacks import list_units
 from edgemoe.targets.tokenizer.beside import check_tokenizer
 
 __all__ = ["TARGET", "with_settings"]

@@ -13,9 +13,11 @@ def launch_lines(report: Report, settings: Settings = PLAIN) -> list[str]:
     """Commands of mlx_lm that run the artifact, on a Mac."""
     cache = f" --kv-bits {settings.kv_bits} --kv-group-size {KV_GROUP} --quantized-kv-start 0" if settings.kv_bits else ""
     most = f" --max-kv-size {settings.max_kv}" if settings.max_kv else ""
+    held = -(-report.plan.memory["peak"] // 2**20)
     return [
         "pip install 'mlx>=0.32.2' 'mlx-lm>=0.32.2'",
         f"mlx_lm.generate --model . --max-tokens {min(report.plan.context, 512)}{cache}{most} --prompt 'Once upon a time'",
+        f"# if Metal's recommended working set is below {held} MiB: sudo sysctl iogpu.wired_limit_mb={held}",
         *([] if settings.max_kv else [f"mlx_lm.server --model . --port 8080{cache}"]),
         "# to publish it: hf upload NAME .  (mlx_lm.upload would replace the card)",
     ]

@@ -25,10 +25,10 @@ from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
 from edgemoe.targets.copied_files import read_copied
-from edgemoe.targets.gguf.writer import list_units
 from edgemoe.targets.mlx.config import dump, make_config, make_index
 from edgemoe.targets.mlx.formats import FORMATS, HALF_BYTES, quantize_parallel, row_bytes, split_rows, to_half
 from edgemoe.targets.mlx.names import module_of, tensor_names
+from edgemoe.targets.stacks import list_units
 
 SHARD = 5 * 2**30  # bytes of a file, as mlx_lm splits
 PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias")  # a row or number for each expert

@@ -31,7 +31,8 @@ from edgemoe.stream.texts import SHIPPED, Text, read_text
 from edgemoe.stream.windows import tokenize
 from edgemoe.targets import find_target, gguf
 from edgemoe.targets.gguf.run import run
-from edgemoe.targets.gguf.writer import fixed_sizes, list_units
+from edgemoe.targets.gguf.writer import fixed_sizes
+from edgemoe.targets.stacks import list_units
 
 WIDTH = 96  # of 160: no multiple of 64, nor half
 

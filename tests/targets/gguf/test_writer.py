@@ -24,7 +24,8 @@ from edgemoe.quantize.importance import importance_of
 from edgemoe.stream.texts import SHIPPED
 from edgemoe.targets.gguf.formats import FORMATS, WIDE, dequantize, round_rows
 from edgemoe.targets.gguf.run import check_tokenizer
-from edgemoe.targets.gguf.writer import _open_writer, fixed_sizes, group_tensors, list_units, order_for_rotary, write
+from edgemoe.targets.gguf.writer import _open_writer, fixed_sizes, group_tensors, order_for_rotary, write
+from edgemoe.targets.stacks import list_units
 
 
 def test_query_and_key_rows_change_places_for_mixtral_only(sources: dict[str, Path]) -> None:
