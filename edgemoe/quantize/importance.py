@@ -37,3 +37,12 @@ def shrink(sums: F64, weight: F64, count: NDArray[np.int64], tokens: float = 64.
     trust = (count / (count + tokens))[:, None]
     mixed: F32 = (trust * own + (1 - trust) * overall).astype(np.float32)
     return mixed
+
+
+def floor_importance(importance: NDArray[np.floating] | None, cols: int) -> F32:
+    """Importance of mean 1 and at least a thousandth; ones if there is no importance or all of it is zero."""
+    values = np.ones(cols, np.float32) if importance is None else np.asarray(importance, np.float32)
+    mean = float(values.mean())
+    if not mean > 0 or not np.isfinite(mean):
+        return np.ones_like(values)
+    return np.ascontiguousarray(np.maximum(values / mean, 1e-3))

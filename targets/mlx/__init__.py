@@ -26,13 +26,13 @@ from edgemoe.targets.tokenizer.beside import check_tokenizer
 __all__ = ["TARGET", "with_settings"]
 
 
-def make_target(settings: Settings) -> Target:
+def _make_target(settings: Settings) -> Target:
     """The target with these settings; floats are float16 until they are settled."""
     dtype = settings.dtype or "f16"
 
     def settle(model: Model, stats: Stats) -> Target:
         check_dtype(model, stats, settings.dtype)
-        return make_target(replace(settings, dtype=settings.dtype or choose_dtype(model, stats)))
+        return _make_target(replace(settings, dtype=settings.dtype or choose_dtype(model, stats)))
 
     return Target(
         name=settings.name,
@@ -71,7 +71,7 @@ def with_settings(words: str) -> Target:
     Raises:
         UsageError: an unknown word, or settings that mlx_lm cannot combine.
     """
-    return make_target(parse_settings(words))
+    return _make_target(parse_settings(words))
 
 
-TARGET = make_target(Settings())
+TARGET = _make_target(Settings())

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32
 from edgemoe.quantize.bits import pack, unpack
+from edgemoe.quantize.importance import floor_importance
 
 HALF_BYTES = 2
 DTYPES: dict[str, Any] = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -120,7 +121,7 @@ def quantize(rows: F32, name: str, importance: F32 | None, dtype: str) -> Packed
     if not kind.group:
         return Packed(codes=to_half(rows, dtype).view(np.uint8))
     groups = cols // kind.group
-    weights = _floor_importance(importance, cols).reshape(groups, kind.group)
+    weights = floor_importance(importance, cols).reshape(groups, kind.group)
     codes = np.empty((n * groups, kind.group), np.uint8)
     scales, offsets = np.empty(n * groups, np.float32), np.empty(n * groups, np.float32)
     step = max(1, _CHUNK // cols)
@@ -154,15 +155,6 @@ def quantize_parallel(rows: F32, name: str, importance: F32 | None, dtype: str, 
     """Rows of bytes in a format, made by several threads; the bytes are those of a single call."""
     parts = pool.map(lambda i: quantize(rows[i : i + 256], name, importance, dtype).side_by_side(), range(0, len(rows), 256))
     return np.concatenate(list(parts))
-
-
-def _floor_importance(importance: F32 | None, cols: int) -> F32:
-    """Importance of mean 1 and at least a thousandth; ones if there is no importance or all of it is zero."""
-    values = np.ones(cols, np.float32) if importance is None else np.asarray(importance, np.float32)
-    mean = float(values.mean())
-    if not mean > 0 or not np.isfinite(mean):
-        return np.ones_like(values)
-    return np.ascontiguousarray(np.maximum(values / mean, 1e-3))
 
 
 Grid = tuple[F32, F32]  # scales and offsets [B]

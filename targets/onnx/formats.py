@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
 from edgemoe.quantize.bits import pack, packed_size, unpack
+from edgemoe.quantize.importance import floor_importance
 
 ALIGNMENT = 64  # bytes: every piece of the data file starts at a multiple; a cache line, and the widest vector (AVX-512)
 _CHUNK = 2**16  # weights that are searched at a time, so that temporaries stay in the cache
@@ -130,7 +131,7 @@ def quantize(rows: NDArray[np.float32], name: str, importance: NDArray[np.float3
     if not kind.block:
         return Packed(codes=rows.view(np.uint8))
     blocks = cols // kind.block
-    weights = _floor_importance(importance, cols).reshape(blocks, kind.block)
+    weights = floor_importance(importance, cols).reshape(blocks, kind.block)
     codes = np.empty((n * blocks, kind.block), np.uint8)
     scales, zeros = np.empty(n * blocks, np.float32), np.empty(n * blocks, np.uint8)
     step = max(1, _CHUNK // cols)
@@ -171,15 +172,6 @@ def quantize_parallel(
     """Rows in a format, quantized by several threads: the pieces from top to bottom, with the same bytes as from a single call."""
     starts = range(0, len(rows), rows_each)
     return list(pool.map(lambda i: quantize(rows[i : i + rows_each], name, importance), starts))
-
-
-def _floor_importance(importance: NDArray[np.floating] | None, cols: int) -> NDArray[np.float32]:
-    """Importance of mean 1 and at least a thousandth; ones if there is no importance or all of it is zero."""
-    values = np.ones(cols, np.float32) if importance is None else np.asarray(importance, np.float32)
-    mean = float(values.mean())
-    if not mean > 0 or not np.isfinite(mean):
-        return np.ones_like(values)
-    return np.ascontiguousarray(np.maximum(values / mean, 1e-3))
 
 
 Grid = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]  # codes [B, block], scales [B], zeros [B]

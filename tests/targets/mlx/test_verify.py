@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command import error_of, run_cli
+from command import error_of, run_cli, stop_when
 from tiny import make_checkpoint
 
 from edgemoe.base.storage import load_record
@@ -31,10 +32,40 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     source = make_checkpoint(root / "model", "qwen3_moe", tied=True, hidden=128, expert_size=128, n_experts=6)
     heldout = root / "heldout.txt"
     heldout.write_text((SHIPPED / "heldout" / "english.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    options = ("--memory", "5.5MB", "--context", 256, "--target", "mlx", "--rule", "kept() <= 8", "--calibration-tokens", 2048)
-    done = run_cli("build", source, *options, "--heldout", heldout, "-o", root / "out")
+    done = run_cli(*command(source, heldout, root / "work", root / "out"))
     assert done.returncode == 0, done.stderr
     return source, heldout, root / "out"
+
+
+def command(source: Path, heldout: Path, work: Path, out: Path) -> list[object]:
+    options = ["--memory", "5.5MB", "--context", 256, "--target", "mlx", "--rule", "kept() <= 8", "--calibration-tokens", 2048]
+    return ["build", source, *options, "--heldout", heldout, "--work", work, "-o", out]
+
+
+def test_a_build_killed_while_it_writes_goes_on_to_the_same_bytes(built: Built, tmp_path: Path) -> None:
+    source, heldout, made = built
+    again = command(source, heldout, made.with_name("work"), tmp_path / "out")
+    status, errors = stop_when(again, lambda: any((tmp_path / "out").glob(".part/*")), 0.01, signal.SIGKILL)
+    assert status == -signal.SIGKILL, errors
+    assert not (tmp_path / "out" / "report.json").exists()
+    done = run_cli(*again)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "config.json", "model.safetensors.index.json", "plan.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes(), name
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in made.iterdir()}
+
+
+def test_the_stages_one_by_one_give_the_same_bytes(built: Built, tmp_path: Path) -> None:
+    source, _, made = built
+    stats = next(made.with_name("work").glob("**/stats.json")).parent
+    for stage in (
+        ("price", source, stats, "--target", "mlx", "--context", 256, "-o", tmp_path / "costs.json"),
+        ("plan", tmp_path / "costs.json", "--memory", "5.5MB", "--rule", "kept() <= 8", "-o", tmp_path / "plan.json"),
+        ("emit", source, stats, tmp_path / "plan.json", "--calibration-tokens", 2048, "-o", tmp_path / "out"),
+    ):
+        done = run_cli(*stage)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
 def test_a_build_ends_with_a_report_that_keeps_its_promises(built: Built) -> None:
