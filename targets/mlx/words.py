@@ -7,18 +7,30 @@ from edgemoe.targets import Words
 from edgemoe.targets.mlx.settings import KV_GROUP, Settings
 
 PLAIN = Settings()
+CHIPS = {"M4 Pro": 273e9, "M4 Max": 546e9, "M3 Ultra": 819e9}  # bytes per second that the memory gives at most
+REACHED = 0.95  # of it, in Apple's table of Qwen3-30B-A3B on an M4 Max (mlx_lm/BENCHMARKS.md)
+LAUNCHES = 5.2e-3 / 48  # seconds of a layer in the same table, however few bytes it reads
+
+
+def speed_range(report: Report, bandwidth: float) -> tuple[float, float]:
+    """Tokens per second between the fit to Apple's table and what bandwidth alone would allow; an estimate, nothing was run on a Mac."""
+    read = report.plan.active_bytes + report.plan.memory["kv"]
+    layers = int(report.model["n_layers"])
+    return 1 / (LAUNCHES * layers + read / (REACHED * bandwidth)), bandwidth / read
 
 
 def launch_lines(report: Report, settings: Settings = PLAIN) -> list[str]:
     """Commands of mlx_lm that run the artifact, on a Mac."""
     cache = f" --kv-bits {settings.kv_bits} --kv-group-size {KV_GROUP} --quantized-kv-start 0" if settings.kv_bits else ""
     most = f" --max-kv-size {settings.max_kv}" if settings.max_kv else ""
+    speeds = [(chip, *speed_range(report, bandwidth)) for chip, bandwidth in CHIPS.items()]
     held = -(-report.plan.memory["peak"] // 2**20)
     return [
         "pip install 'mlx>=0.32.2' 'mlx-lm>=0.32.2'",
         f"mlx_lm.generate --model . --max-tokens {min(report.plan.context, 512)}{cache}{most} --prompt 'Once upon a time'",
         f"# if Metal's recommended working set is below {held} MiB: sudo sysctl iogpu.wired_limit_mb={held}",
         *([] if settings.max_kv else [f"mlx_lm.server --model . --port 8080{cache}"]),
+        *(f"# decoding, estimated: {low:.0f} to {high:.0f} tokens per second on an {chip}" for chip, low, high in speeds),
         "# to publish it: hf upload NAME .  (mlx_lm.upload would replace the card)",
     ]
 

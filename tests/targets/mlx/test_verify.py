@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import error_of, run_cli, stop_when
@@ -20,6 +21,7 @@ from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.output_folder import find_artifact
 from edgemoe.stream.texts import SHIPPED, choose_texts
 from edgemoe.targets import MISSING, find_target
+from edgemoe.targets.mlx.words import CHIPS, speed_range
 from edgemoe.verify.artifact import verify_artifact
 
 Built = tuple[Path, Path, Path]  # checkpoint, held-out text, output
@@ -136,3 +138,11 @@ def test_a_folder_that_another_program_made_is_refused(built: Built, tmp_path: P
     refused = run_cli("verify", source, foreign, "--heldout", heldout)
     assert refused.returncode == 4
     assert "plan.json" in error_of(refused.stderr)
+
+
+def test_the_speed_on_a_mac_is_a_range_that_holds_apples_own_figures() -> None:
+    """Qwen3-30B-A3B decodes at 113.33, 101.00, 94.14 and 83.16 tokens per second on an M4 Max (mlx_lm/BENCHMARKS.md)."""
+    for active, speed in ((1.87e9, 113.33), (2.28e9, 101.00), (2.70e9, 94.14), (3.53e9, 83.16)):
+        plan = SimpleNamespace(active_bytes=active, memory={"kv": 0})
+        low, high = speed_range(SimpleNamespace(plan=plan, model={"n_layers": 48}), CHIPS["M4 Max"])  # type: ignore[arg-type]
+        assert low * 0.96 <= speed <= high
