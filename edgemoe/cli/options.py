@@ -41,7 +41,9 @@ GapOpt = Annotated[float, typer.Option("--gap", min=0, help="Relative distance t
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutOpt = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where the result goes.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Replace what edgemoe wrote to OUT before.")]
-ShardOpt = Annotated[str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF into files of at most this size.")]
+ShardOpt = Annotated[
+    str | None, typer.Option("--shard-max", metavar="SIZE", help="Split the GGUF or the MLX weights: most bytes of a file.")
+]
 RoundingOpt = Annotated[
     str,
     typer.Option(

@@ -96,4 +96,6 @@ def check_split(target: Target, shard_max: int) -> None:
         UsageError: names the option.
     """
     if shard_max and target.least_shard is None:
-        raise UsageError("--shard-max: only a GGUF can be split; ONNX is a graph and one data file", hint="leave --shard-max out")
+        raise UsageError(
+            f"--shard-max: {target.name} writes a graph and one data file, which cannot be split", hint="leave --shard-max out"
+        )
