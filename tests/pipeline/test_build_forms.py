@@ -1,4 +1,4 @@
-"""Every form of checkpoint that inspect accepts is built to the report, on both targets.
+"""Every form of checkpoint that inspect accepts is built to the report, on every target.
 
 A tied embedding once ended in an internal error after calibration: inspect accepted this form, and no test built it.  Each case below joins
 several forms, because a build takes long.
@@ -78,6 +78,14 @@ class TestGguf:  # classes go to different workers
     @pytest.mark.parametrize("form", FORMS)
     def test_a_checkpoint_is_built_to_the_report(self, tmp_path: Path, form: str) -> None:
         check_build(tmp_path, form, "gguf", 1_500_000)
+
+
+class TestMlx:
+    """The two forms as a folder for mlx_lm that are least like those of tests/targets/mlx; the other two take a minute."""
+
+    @pytest.mark.parametrize("form", [ODD, "shared expert, sharded, rows of no multiple of 256, F32"])
+    def test_a_checkpoint_is_built_to_the_report(self, tmp_path: Path, form: str) -> None:
+        check_build(tmp_path, form, "mlx", 600_000)
 
 
 class TestOnnx:
