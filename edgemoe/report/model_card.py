@@ -55,7 +55,8 @@ def render_card(report: Report) -> str:
             [(f.name, largest if f.holds_model else "", f.size, format_bytes(f.size)) for f in report.artifact.files],
         ),
         "## What was dropped, and how the rest is stored\n",
-        f"Each of the {len(plan.kept)} layers {drop}; {picks(plan, int(model['top_k']))} for every token. Router and norms stay F32.\n",
+        f"Each of the {len(plan.kept)} layers {drop}; {picks(plan, int(model['top_k']))} for every token. "
+        f"Router and norms stay {find_target(plan.target).words.plain}.\n",
         _table(("part", "formats", "size"), [(g, ", ".join(f), format_bytes(sum(f.values()))) for g, f in shares_by_group(plan).items()]),
         "Which experts were kept is in `report.json` and, as a picture, in `report.html`.\n",
         "## Measured against the original\n",

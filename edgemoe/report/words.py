@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from edgemoe.ir import Plan, Report, TextScore, Unit
+from edgemoe.targets import find_target
 
 SURPRISE = 1.25  # measured over predicted KL from which pages say so
 SMALL_KL = 1e-3  # nats below which they do not
@@ -97,7 +98,7 @@ def shares_by_group(plan: Plan) -> dict[str, dict[str, int]]:
     for name, size in plan.sizes.items():
         formats = shares[group_of(name)]
         formats[plan.formats[name]] = formats.get(plan.formats[name], 0) + size
-    shares[REST]["F32"] = plan.file_size - sum(plan.sizes.values())
+    shares[REST][find_target(plan.target).words.plain] = plan.file_size - sum(plan.sizes.values())
     return {group: dict(sorted(formats.items())) for group, formats in shares.items() if sum(formats.values()) > 0}
 
 

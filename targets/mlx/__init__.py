@@ -39,7 +39,7 @@ def _make_target(settings: Settings) -> Target:
         form="stacks",
         offered=tuple(FORMATS),
         runs=Runs(compared={}, beside={"half": FLOATS[dtype]}),
-        words=replace(WORDS, launch_lines=partial(launch_lines, settings=settings)),
+        words=replace(WORDS, plain=FLOATS[dtype], launch_lines=partial(launch_lines, settings=settings)),
         least_shard=least_shard,
         fixed_names=("config.json", "model.safetensors", "model.safetensors.index.json", *COPIED),
         list_units=list_units,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,12 @@ def lay_over(base: Model, values: Mapping[str, F32], kept_of: Mapping[int, Seque
     return save_overlay(base, work, {})
 
 
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors of a folder, without headers."""
+    headers = [entry for path in shards_of(folder) for entry in read_header(path, tuple(TYPES)).values()]
+    return sum(math.prod(shape) * TYPES[dtype].itemsize for dtype, shape, _ in headers)
+
+
 def float_types(folder: Path) -> set[str]:
     """Types of the floats in a folder's shards, but for biases of the choice of experts, which mlx_lm itself leaves in float32."""
     found = {name: entry[0] for path in shards_of(folder) for name, entry in read_header(path, tuple(TYPES)).items()}
@@ -120,7 +127,7 @@ def _read(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> NDArra
     kind = TYPES[dtype]
     with path.open("rb") as file:
         file.seek(offset)
-        values = np.fromfile(file, kind, int(np.prod(shape)))
-    if values.size != np.prod(shape):
+        values = np.fromfile(file, kind, math.prod(shape))
+    if values.size != math.prod(shape):
         raise VerifyError(f"{path}: ends inside a tensor", hint="build or emit it again")
     return values.reshape(shape)

@@ -11,17 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgemoe.base.errors import MachineError
+from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
+from edgemoe.targets.mlx.reader import tensor_bytes
 from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
 
 CHILD = Path(__file__).with_name("child.py")
+SLACK = 4096  # bytes; mlx itself holds 8 for the state of its random numbers
 INSTALL = "pip install 'edgemoe[mlx]'"
 
 
 def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -> dict[str, Any]:
-    """Run one job (see child.py, but prompts are texts) and return its result; "peak" is the most that mlx held for arrays.
+    """Run one job (see child.py, but prompts are texts) and return its result; "peak" is the most that Metal held, or 0.
 
     Args:
         path: a shard of the folder.
@@ -29,7 +31,7 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
         on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
 
     Raises:
-        VerifyError: the folder does not load, or mlx_lm stopped; the message has its last output.
+        VerifyError: the folder does not load, mlx_lm stopped (the message has its last output), or it holds other bytes than planned.
         MachineError: mlx or mlx_lm is missing or too old.
     """
     if importlib.util.find_spec("mlx_lm") is None:
@@ -39,11 +41,24 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
     full = {**job, "prompts": list(ids.values()), "ends": eos_ids(path)}
     result = run_job(CHILD, path, full, on_logits, runtime="mlx_lm", hint=INSTALL, environment={})
+    _check_held(path, result["active"])
     if decode:
         answers = zip(ids, result["samples"], strict=True)
         result["samples"] = [{"prompt": prompt, "text": decode(tokens), "tokens": tokens} for prompt, tokens in answers]
+    if "metal_peak" in result:
         result["peak"] = result["metal_peak"]
     return result
+
+
+def _check_held(path: Path, active: int) -> None:
+    """Refuse a runtime that holds other bytes for the loaded folder than its tensors have; plans count these.
+
+    Raises:
+        VerifyError: names both numbers.
+    """
+    tensors = tensor_bytes(path.parent)
+    if abs(active - tensors) > SLACK:
+        raise VerifyError(f"{path.parent}: mlx holds {active} bytes, but the tensors have {tensors}", hint="please report this")
 
 
 def runtime() -> str:

@@ -40,7 +40,8 @@ WORDS = Words(
     beside="16-bit activations",
     beside_in_summary=True,
     beside_note='"Measured" is the file with float32 activations, as in the prediction; "16-bit activations" is the same file with the '
-    "output of every module rounded to the folder's float type, while sums stay float32, as on a Mac.",
+    "output of every module rounded to the folder's float type, while sums stay float32, as on a Mac. Peak and speed are measured on a Mac "
+    "alone; elsewhere the tensors that mlx holds are compared with those of the plan.",
     launch_note="In the folder of this file, on a Mac.  The promise is Metal's active memory for one sequence that fills the context; "
     "Python and its libraries are apart.",
     language="sh",

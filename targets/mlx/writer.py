@@ -56,8 +56,8 @@ class Entry:
 # ------------------------------------------------------------------------------------------------------------------ sizes
 def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
     """Bytes of headers, norms and routers for each kept count."""
-    plain = [t for t in model.tensors if not t.planned]
-    return [_header_room(model) + sum(_plain_entry(model, t, "name", count, "f16").size for t in plain) for count in counts]
+    plain, room = [t for t in model.tensors if not t.planned], _header_room(model)
+    return [room + sum(_plain_entry(model, t, "name", count, "f16").size for t in plain) for count in counts]
 
 
 def least_shard(model: Model, sizes: Mapping[str, int]) -> tuple[int, str]:
@@ -76,6 +76,7 @@ def _header_room(model: Model) -> int:
         unit, name = units.get((tensor.role, tensor.layer)), names[tensor.role, tensor.layer]
         if unit is None:
             entries.append(_plain_entry(model, tensor, name, model.n_experts, "bf16"))
+            most += entries[-1].size
         else:
             entries += [Entry(name=f"{module_of(name)}.{part}", dtype="BF16", shape=_shape(model, tensor)) for part in _PARTS]
             most += max(unit.n_weights // unit.cols * row_bytes(kind, unit.cols) for kind in FORMATS if _divides(kind, unit.cols))

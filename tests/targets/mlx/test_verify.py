@@ -76,13 +76,15 @@ def test_a_build_ends_with_a_report_that_keeps_its_promises(built: Built) -> Non
     assert plan["target"] == "mlx-f16"  # as calibration settled it
     assert {len(kept) for kept in plan["kept"]} == {4}
     assert sum(f["size"] for f in report["artifact"]["files"] if f["name"].endswith(".safetensors")) == plan["file_size"]
-    assert report["measured_peak"] <= plan["budget"]
+    assert report["measured_peak"] == 0  # measured on a Mac alone
+    assert "not measured on this machine" in (built[2] / "report.html").read_text()
     assert 0 < report["measured_kl"] < 1
     assert report["beside_kl"] > 0
     assert report["runtime"].startswith("mlx ")
     card = (built[2] / "README.md").read_text()
     assert "library_name: mlx" in card
     assert "mlx_lm.generate --model ." in card
+    assert "Router and norms stay float16" in card
 
 
 def test_without_mlx_the_bytes_are_decoded_and_the_report_says_so(built: Built, tmp_path: Path) -> None:
