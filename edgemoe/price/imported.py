@@ -144,6 +144,7 @@ def price_imported(
     Raises:
         ModelError: a file of the checkpoint is damaged.
     """
+    target = target.settle(model, stats) if target.settle else target
     base = price_generic(model, target, context)
     scores = saliency or _frequency(model, stats)
     weights = np.full(len(scores.domains), 1 / len(scores.domains))

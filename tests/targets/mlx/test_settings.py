@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command import error_of, run_cli
-from tiny import flat_stats
+from tiny import EXAMPLES, flat_stats
 
 from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, load_arrays, save_arrays
@@ -63,3 +64,10 @@ def test_options_of_mlx_go_with_no_other_target(tmp_path: Path, options: tuple[s
     refused = run_cli("build", tmp_path, "--memory", "1GB", *options, "-o", tmp_path / "out", "--dry-run")
     assert refused.returncode == 2
     assert f"{options[0]} goes with --target mlx, not gguf" in error_of(refused.stderr)
+
+
+def test_prices_from_an_imatrix_know_no_activation_and_take_bfloat16(tmp_path: Path) -> None:
+    source = EXAMPLES / "tiny-moe-b"
+    done = run_cli("price", source, "--imatrix", source / "imatrix.gguf", "--target", "mlx", "-o", tmp_path / "costs.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "costs.json").read_text())["target"] == "mlx-bf16"
