@@ -16,6 +16,7 @@ are float32, prompts are continued in CPU_CONTEXT tokens, and peak and speed are
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def _packages() -> tuple[Any, Any]:
         sys.stderr.write(f"mlx or mlx_lm cannot be imported: {error}\n")
         raise SystemExit(LACKING) from None
     found = version("mlx")
-    if tuple(int(part) for part in found.split(".")[:3]) < LEAST:
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < LEAST:
         sys.stderr.write(f"mlx {found} is too old: {'.'.join(map(str, LEAST))} or newer is needed\n")
         raise SystemExit(LACKING)
     return mx, utils
