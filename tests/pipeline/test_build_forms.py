@@ -33,8 +33,8 @@ class Form:
 
 ODD = "stacked, rows of no multiple of 32, BF16"
 FORMS = {
-    "tied, stacked, one layer, top-k of all experts, F16": Form(
-        "mixtral", torch.float16, generation=False, shape={"tied": True, "stacked": True, "layers": 1, "n_experts": 3, "top_k": 3}
+    "tied, stacked, two layers, top-k of all experts, F16": Form(
+        "mixtral", torch.float16, generation=False, shape={"tied": True, "stacked": True, "layers": 2, "n_experts": 3, "top_k": 3}
     ),
     "shared expert, sharded, rows of no multiple of 256, F32": Form(
         "qwen2_moe", torch.float32, generation=True, shape={"sharded": True, "hidden": 160, "expert_size": 96}
@@ -46,7 +46,7 @@ FORMS = {
 
 def make_form(folder: Path, form: Form) -> Path:
     """The checkpoint of a form."""
-    shape: dict[str, Any] = {"n_experts": 4, "hidden": 128, "expert_size": 128, **form.shape}
+    shape: dict[str, Any] = {"n_experts": 4, "hidden": 128, "expert_size": 128, "layers": 1, **form.shape}  # layers with experts
     source = make_checkpoint(folder, form.family, **shape)
     for file in source.glob("*.safetensors"):
         save_file({name: weight.to(form.dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
