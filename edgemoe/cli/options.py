@@ -120,11 +120,13 @@ def settled_target(target: str, dtype: str | None, kv_bits: int | None, max_kv_s
     """The target's name with the settings that were given as options.
 
     Raises:
-        UsageError: the target has no such settings.
+        UsageError: the target has no such settings, or the type is not known.
     """
     given = {"--dtype": dtype, "--kv-bits": kv_bits, "--max-kv-size": max_kv_size}
     asked = [option for option, value in given.items() if value is not None]
     if asked and target != "mlx":
         raise UsageError(f"{asked[0]} goes with --target mlx, not {target}", hint=f"leave {asked[0]} out")
+    if dtype not in (None, "f16", "bf16"):
+        raise UsageError(f"--dtype {dtype} is not known", hint="known: f16, bf16")
     words = [dtype, f"kv{kv_bits}" if kv_bits is not None else None, f"max{max_kv_size}" if max_kv_size is not None else None]
     return "-".join([target, *(word for word in words if word is not None)])

@@ -66,6 +66,12 @@ def test_options_of_mlx_go_with_no_other_target(tmp_path: Path, options: tuple[s
     assert f"{options[0]} goes with --target mlx, not gguf" in error_of(refused.stderr)
 
 
+def test_an_unknown_type_is_refused_by_its_option(tmp_path: Path) -> None:
+    refused = run_cli("build", tmp_path, "--memory", "1GB", "--target", "mlx", "--dtype", "f32", "-o", tmp_path / "out", "--dry-run")
+    assert refused.returncode == 2
+    assert "--dtype f32 is not known" in error_of(refused.stderr)
+
+
 def test_prices_from_an_imatrix_know_no_activation_and_take_bfloat16(tmp_path: Path) -> None:
     source = EXAMPLES / "tiny-moe-b"
     done = run_cli("price", source, "--imatrix", source / "imatrix.gguf", "--target", "mlx", "-o", tmp_path / "costs.json")
