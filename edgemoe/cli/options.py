@@ -69,7 +69,7 @@ TimeOpt = Annotated[
 TargetOpt = Annotated[
     str,
     typer.Option(
-        metavar="gguf|onnx|browser|mlx",
+        metavar="NAME",
         help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own. "
         "browser: the same for web browsers and transformers.js. mlx: a folder for mlx_lm on a Mac; mlx-bf16 and mlx-kv8 are settings.",
     ),

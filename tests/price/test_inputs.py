@@ -19,7 +19,7 @@ from edgemoe.stream.texts import choose_texts
 from edgemoe.targets import find_target
 from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
-TOKENS = 8192
+TOKENS = 4096
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K"])  # inputs in blocks of 32, and of 256
