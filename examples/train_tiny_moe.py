@@ -14,7 +14,6 @@ With --minutes the learning-rate schedule follows the clock if that is ahead of 
 
 import argparse
 import hashlib
-import json
 import math
 import random
 import time
@@ -23,11 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from save_tiny_moe import EOS, save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-EOS = "<|endoftext|>"
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MIX = {"english": 0.32, "german": 0.32, "python": 0.24, "math": 0.12}  # share of the sequences
 
@@ -241,84 +239,6 @@ def seed_routers(model, batch):
         layer.mlp.gate.weight.copy_(centre * 4 / seen[0].norm(dim=1).mean())
 
 
-def save(model, tok, folder):
-    c = model.c
-    mixtral = c.family == "mixtral"
-    folder.mkdir(parents=True, exist_ok=True)
-    out = {"model.embed_tokens.weight": model.embed_tokens.weight, "model.norm.weight": model.norm.weight}
-    if not c.tied:
-        out["lm_head.weight"] = model.lm_head.weight
-    for i, layer in enumerate(model.layers):
-        pre = f"model.layers.{i}."
-        for name, p in layer.named_parameters():
-            if not name.startswith("mlp."):
-                out[pre + name] = p
-        moe = pre + ("block_sparse_moe." if mixtral else "mlp.")
-        out[moe + "gate.weight"] = layer.mlp.gate.weight
-        for e in range(c.experts):
-            gate, up = layer.mlp.gate_up[e].chunk(2, 0)
-            names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-            for name, p in zip(names, (gate, up, layer.mlp.down[e])):
-                out[f"{moe}experts.{e}.{name}.weight"] = p
-    save_file({k: v.detach().to("cpu", torch.bfloat16).clone() for k, v in out.items()}, folder / "model.safetensors", {"format": "pt"})
-    eos = tok.token_to_id(EOS)
-    config = dict(
-        model_type=c.family,
-        hidden_size=c.hidden,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        vocab_size=c.vocab,
-        max_position_embeddings=c.long_seq,
-        rope_theta=c.rope_theta,
-        rms_norm_eps=1e-6,
-        hidden_act="silu",
-        tie_word_embeddings=c.tied,
-        torch_dtype="bfloat16",
-        bos_token_id=eos,
-        eos_token_id=eos,
-        initializer_range=0.02,
-        use_cache=True,
-        attention_dropout=0.0,
-        num_experts_per_tok=c.top_k,
-        router_aux_loss_coef=c.aux,
-        output_router_logits=False,
-    )
-    if mixtral:
-        config |= dict(architectures=["MixtralForCausalLM"], num_local_experts=c.experts, intermediate_size=c.inner, sliding_window=None)
-    else:
-        config |= dict(
-            architectures=["Qwen3MoeForCausalLM"],
-            num_experts=c.experts,
-            moe_intermediate_size=c.inner,
-            norm_topk_prob=True,
-            intermediate_size=c.inner * c.top_k,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            attention_bias=False,
-            rope_scaling=None,
-            use_sliding_window=False,
-            sliding_window=None,
-        )
-    dump = lambda name, obj: (folder / name).write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n")
-    dump("config.json", config)
-    dump("generation_config.json", dict(bos_token_id=eos, eos_token_id=eos, do_sample=True, temperature=0.8, top_k=40))
-    dump(
-        "tokenizer_config.json",
-        dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            bos_token=None,
-            eos_token=EOS,
-            pad_token=EOS,
-            unk_token=None,
-            model_max_length=c.long_seq,
-            clean_up_tokenization_spaces=False,
-        ),
-    )
-    tok.save(str(folder / "tokenizer.json"))
-
-
 @torch.no_grad()
 def evaluate(model, held, device, seq, windows=16):
     model.eval()
@@ -331,7 +251,7 @@ def evaluate(model, held, device, seq, windows=16):
     return result
 
 
-def main():
+def parse():
     ap = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     arg = ap.add_argument
     arg("--corpus", type=Path, help="folder made by make_corpus.py")
@@ -365,10 +285,11 @@ def main():
         arg("--" + name.replace("_", "-"), type=float, default=value)
     arg("--save-every", type=int, default=100)
     arg("--tied", action="store_true", help="share the embedding with the output head (no warm start then)")
-    c = ap.parse_args()
-    torch.manual_seed(c.seed)
-    gen = torch.Generator().manual_seed(c.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ap.parse_args()
+
+
+def open_texts(c, device):
+    """The teacher, if there is one, the tokenizer, the tokens to train on and held out by domain, and the mix of domains."""
     if c.teacher:
         teacher = load_teacher(c.teacher).to(device)
         tok = Tokenizer.from_file(str(c.teacher / "tokenizer.json"))
@@ -378,11 +299,11 @@ def main():
         teacher, mix = None, MIX
         tok = Tokenizer.from_file(str(c.tokenizer)) if c.tokenizer else make_tokenizer(c.corpus, c.vocab)
         data, held = load_tokens(tok, c.corpus)
-    c.vocab = tok.get_vocab_size()
-    print("tokens", {k: len(v) for k, v in data.items()}, "vocab", c.vocab, flush=True)
-    model = TinyMoE(c).to(device)
-    print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
-    start = time.time()
+    return teacher, tok, data, held, mix
+
+
+def start_weights(model, teacher, data, mix, c, device):
+    """Weights that training starts from: the teacher's outer matrices or a warm start, and routers that split the tokens."""
     if teacher is not None:
         model.embed_tokens.weight.data.copy_(teacher.model.embed_tokens.weight)
         model.lm_head.weight.data.copy_(teacher.lm_head.weight)
@@ -391,6 +312,10 @@ def main():
         warm_start(model, data, device)
     first = [ids[s : s + c.seq + 1] for d, ids in data.items() for s in torch.linspace(0, len(ids) - c.seq - 1, round(50 * mix[d])).long()]
     seed_routers(model, torch.stack(first).to(device))
+
+
+def make_optimizer(model, c):
+    """AdamW with rates of its own for routers and for what is no matrix of a layer."""
     named = list(model.named_parameters())
     matrix = lambda n, p: p.dim() > 1 and not n.startswith(("embed", "lm_head")) and not n.endswith("gate.weight")
     groups = [
@@ -401,8 +326,44 @@ def main():
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-10, fused=True)
     for g in opt.param_groups:
         g["peak"] = g["lr"]
-    domains, weights = list(mix), torch.tensor(list(mix.values())).cumsum(0)
-    seen, drawn, log = 0, 0, []
+    return opt
+
+
+class Draws:
+    """Windows drawn from the domains by their mix; golden-ratio steps give every stretch of the run the same mix."""
+
+    def __init__(self, data, mix, c, gen):
+        self.data, self.c, self.gen = data, c, gen
+        self.domains, self.weights, self.drawn = list(mix), torch.tensor(list(mix.values())).cumsum(0), 0
+
+    def batch(self, seq):
+        picks = []
+        for _ in range(self.c.batch * self.c.seq // seq):
+            self.drawn += 1
+            picks.append(min(int(torch.searchsorted(self.weights, self.drawn * 0.6180339887 % 1)), len(self.domains) - 1))
+        rows = []
+        for d in picks:
+            ids = self.data[self.domains[d]]
+            s = torch.randint(len(ids) - seq - 1, (1,), generator=self.gen).item()
+            rows.append(ids[s : s + seq + 1])
+        return torch.stack(rows)
+
+
+def main():
+    c = parse()
+    torch.manual_seed(c.seed)
+    gen = torch.Generator().manual_seed(c.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher, tok, data, held, mix = open_texts(c, device)
+    c.vocab = tok.get_vocab_size()
+    print("tokens", {k: len(v) for k, v in data.items()}, "vocab", c.vocab, flush=True)
+    model = TinyMoE(c).to(device)
+    print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
+    start = time.time()
+    start_weights(model, teacher, data, mix, c, device)
+    opt = make_optimizer(model, c)
+    draws = Draws(data, mix, c, gen)
+    seen, log = 0, []
     for step in range(c.steps + 1):
         done = max(step / c.steps, (time.time() - start) / 60 / c.minutes if c.minutes else 0.0)
         if step % c.save_every == 0 or done >= 1:
@@ -412,16 +373,7 @@ def main():
         if done >= 1:
             break
         seq = c.seq if done < c.long_from else c.long_seq
-        picks = []
-        for _ in range(c.batch * c.seq // seq):  # golden-ratio steps: every stretch of the run has the same mix
-            drawn += 1
-            picks.append(min(int(torch.searchsorted(weights, drawn * 0.6180339887 % 1)), len(domains) - 1))
-        rows = []
-        for d in picks:
-            ids = data[domains[d]]
-            s = torch.randint(len(ids) - seq - 1, (1,), generator=gen).item()
-            rows.append(ids[s : s + seq + 1])
-        x = torch.stack(rows).to(device)
+        x = draws.batch(seq).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
             with torch.no_grad():
                 targets = teacher(x[:, :-1], use_cache=False).logits.softmax(-1) if teacher is not None else x[:, 1:]
