@@ -222,6 +222,33 @@ def gqa(
     return Tiny(arch, keys, tensors, model, types or {})
 
 
+def glu(hidden: int, size: int, suffix: str = "") -> Shapes:
+    """The three matrices of a feed-forward part."""
+    found: Shapes = {f"ffn_{n}{suffix}.weight": (size, hidden) for n in ("gate", "up")}
+    return found | {f"ffn_down{suffix}.weight": (hidden, size)}
+
+
+def with_shared(hidden: int, n_experts: int, size: int) -> Shapes:
+    """Experts with a bias for the choice, beside a shared one."""
+    return {**experts(hidden, n_experts, size), "exp_probs_b.bias": (n_experts,), **glu(hidden, size, "_shexp")}
+
+
+def latent_attention(hidden: int, heads: int, rank: int, rope: int, nope: int, value: int, q_rank: int) -> Shapes:
+    """The tensors of latent attention and the norms of its layer."""
+    return {
+        "attn_norm.weight": (hidden,),
+        "attn_q_a_norm.weight": (q_rank,),
+        "attn_kv_a_norm.weight": (rank,),
+        "attn_q_a.weight": (q_rank, hidden),
+        "attn_q_b.weight": (heads * (nope + rope), q_rank),
+        "attn_kv_a_mqa.weight": (rank + rope, hidden),
+        "attn_k_b.weight": (heads, rank, nope),
+        "attn_v_b.weight": (heads, value, rank),
+        "attn_output.weight": (hidden, heads * value),
+        "ffn_norm.weight": (hidden,),
+    }
+
+
 def mla(
     *,
     hidden: int = HIDDEN,
@@ -260,25 +287,10 @@ def mla(
         "expert_weights_norm": True,
         "expert_gating_func": 2,
     }
-    mixer: Shapes = {
-        "attn_norm.weight": (hidden,),
-        "attn_q_a_norm.weight": (q_rank,),
-        "attn_kv_a_norm.weight": (rank,),
-        "attn_q_a.weight": (q_rank, hidden),
-        "attn_q_b.weight": (heads * (nope + rope), q_rank),
-        "attn_kv_a_mqa.weight": (rank + rope, hidden),
-        "attn_k_b.weight": (heads, rank, nope),
-        "attn_v_b.weight": (heads, value, rank),
-        "attn_output.weight": (hidden, heads * value),
-        "ffn_norm.weight": (hidden,),
-    }
+    mixer = latent_attention(hidden, heads, rank, rope, nope, value, q_rank)
     tensors = ends(hidden, VOCAB)
     for layer in range(layers):
-        if layer == 0:
-            part: Shapes = {"ffn_gate.weight": (dense, hidden), "ffn_up.weight": (dense, hidden), "ffn_down.weight": (hidden, dense)}
-        else:
-            part = {**experts(hidden, n_experts, size), "exp_probs_b.bias": (n_experts,)}
-            part |= {f"ffn_{n}_shexp.weight": (size, hidden) for n in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, size)}
+        part = with_shared(hidden, n_experts, size) if layer else glu(hidden, dense)
         tensors |= in_layer(layer, {**mixer, **part})
     model = bare_model(
         tensors=tensors,
