@@ -111,6 +111,15 @@ class Sizes:
     offered: NDArray[np.bool_]
 
 
+def settle(target: Target, model: Model, stats: Stats) -> Target:
+    """The target as the statistics want it.
+
+    Raises:
+        UsageError: the statistics show that the target cannot have the settings that it was asked for.
+    """
+    return target.settle(model, stats) if target.settle else target
+
+
 def count_bytes(model: Model, target: Target, units: Sequence[Unit], counts: Sequence[int]) -> Sizes:
     """Bytes of every unit in every format, for each kept count; 0 if a format is not offered."""
     size = np.zeros((len(counts), len(units), len(target.offered)), np.int64)

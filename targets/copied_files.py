@@ -1,9 +1,12 @@
-"""This module reads the files of a checkpoint that a target copies unchanged beside its weights."""
+"""This module reads the files that a target copies unchanged beside its weights, and formats the JSON that it writes beside them."""
 
 from __future__ import annotations
 
+import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import read_json
@@ -23,6 +26,11 @@ COPIED = {
     "vocab.json": 2**27,
     "vocab.txt": 2**27,
 }
+
+
+def dump_json(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file, with sorted keys, so that equal values give equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_copied(folder: Path) -> dict[str, bytes]:

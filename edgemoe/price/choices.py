@@ -24,7 +24,7 @@ from edgemoe.price.experts import Layer, price_layer
 from edgemoe.price.matrices import ByCause, ErrorsByFormat, price_matrix, probe_kl
 from edgemoe.quantize.importance import importance_of
 from edgemoe.quantize.reference import WHOLE_BITS
-from edgemoe.targets import Target, count_bytes
+from edgemoe.targets import Target, count_bytes, settle
 
 ROUNDINGS = ("feedback", "stock")
 TRUSTED_KL = 0.2  # nats, above which KL is no longer of second order in the change (docs/pricing.md, 5)
@@ -54,7 +54,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     """
     if not stats.probes:
         raise ModelError(f"{stats.folder}: holds no probes: it was made from an imatrix", hint="price with --imatrix, or calibrate")
-    target = target.settle(model, stats) if target.settle else target
+    target = settle(target, model, stats)
     units = target.list_units(model)
     counts = (model.n_experts,) if target.form == "experts" else offered_counts(model.n_experts, model.router)
     sizes = count_bytes(model, target, units, counts)

@@ -29,7 +29,7 @@ from edgemoe.model.routing.kept_sets import drop_floor
 from edgemoe.price.matrices import LEAST_ROWS, sample_rows
 from edgemoe.price.priors import Saliency, layer_nats, price_drops, price_generic
 from edgemoe.quantize.importance import importance_of
-from edgemoe.targets import Target
+from edgemoe.targets import Target, settle
 
 MAX_CSV = 64 * 2**20  # bytes; ten domains of 75 layers of 256 experts take 6 MiB
 MAX_DOMAIN = 64  # characters; names are printed in tables
@@ -144,7 +144,7 @@ def price_imported(
     Raises:
         ModelError: a file of the checkpoint is damaged.
     """
-    target = target.settle(model, stats) if target.settle else target
+    target = settle(target, model, stats)
     base = price_generic(model, target, context)
     scores = saliency or _frequency(model, stats)
     weights = np.full(len(scores.domains), 1 / len(scores.domains))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,8 +82,3 @@ def module_entries(model: Model, plan: Plan) -> dict[str, Any]:
 def make_index(places: Mapping[str, str], total_size: int, total_parameters: int) -> dict[str, Any]:
     """The content of model.safetensors.index.json: the file of each tensor, and the sums that the hub shows."""
     return {"metadata": {"total_size": total_size, "total_parameters": total_parameters}, "weight_map": dict(sorted(places.items()))}
-
-
-def dump(value: Mapping[str, Any]) -> bytes:
-    """JSON with sorted keys."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

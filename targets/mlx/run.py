@@ -14,7 +14,7 @@ from typing import Any
 from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
-from edgemoe.targets.mlx.reader import tensor_bytes
+from edgemoe.targets.mlx.reader import float_types, tensor_bytes
 from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
 
 CHILD = Path(__file__).with_name("child.py")
@@ -41,7 +41,7 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
     full = {**job, "prompts": list(ids.values()), "ends": eos_ids(path)}
     result = run_job(CHILD, path, full, on_logits, runtime="mlx_lm", hint=INSTALL, environment={})
-    _check_held(path, result["active"])
+    _check_loaded(path.parent, result["active"])
     if decode:
         answers = zip(ids, result["samples"], strict=True)
         result["samples"] = [{"prompt": prompt, "text": decode(tokens), "tokens": tokens} for prompt, tokens in answers]
@@ -50,15 +50,18 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     return result
 
 
-def _check_held(path: Path, active: int) -> None:
-    """Refuse a runtime that holds other bytes for the loaded folder than its tensors have; plans count these.
+def _check_loaded(folder: Path, active: int) -> None:
+    """Refuse a folder whose floats have several types, and a runtime that holds other bytes than the tensors have; plans count these.
 
     Raises:
-        VerifyError: names both numbers.
+        VerifyError: names the types, or both numbers.
     """
-    tensors = tensor_bytes(path.parent)
-    if abs(active - tensors) > SLACK:
-        raise VerifyError(f"{path.parent}: mlx holds {active} bytes, but the tensors have {tensors}", hint="please report this")
+    if len(found := float_types(folder)) > 1:
+        raise VerifyError(
+            f"{folder}: floats are {' and '.join(sorted(found))}: mlx would widen all activations", hint="build or emit it again"
+        )
+    if abs(active - (tensors := tensor_bytes(folder))) > SLACK:
+        raise VerifyError(f"{folder}: mlx holds {active} bytes, but the tensors have {tensors}", hint="please report this")
 
 
 def runtime() -> str:

@@ -24,8 +24,8 @@ from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
-from edgemoe.targets.copied_files import read_copied
-from edgemoe.targets.mlx.config import dump, make_config, make_index
+from edgemoe.targets.copied_files import dump_json, read_copied
+from edgemoe.targets.mlx.config import make_config, make_index
 from edgemoe.targets.mlx.formats import FORMATS, HALF_BYTES, quantize_parallel, row_bytes, split_rows, to_half
 from edgemoe.targets.mlx.names import module_of, tensor_names
 from edgemoe.targets.stacks import list_units
@@ -163,8 +163,8 @@ def write(
                             progress(written, total)
         places = {entry.name: name for name, shard in zip(names, shards, strict=True) for _, entries in shard for entry in entries}
         small = read_copied(Path(model.folder))
-        small["config.json"] = dump(make_config(model, stats, plan, dtype))
-        small["model.safetensors.index.json"] = dump(make_index(places, total, _count_weights(model, plan)))
+        small["config.json"] = dump_json(make_config(model, stats, plan, dtype))
+        small["model.safetensors.index.json"] = dump_json(make_index(places, total, _count_weights(model, plan)))
         for name, data in small.items():
             (scratch / name).write_bytes(data)
         return [*names, *sorted(small)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgemoe.base.errors import MachineError, ModelError, UsageError
 from edgemoe.ir import Model, Plan
-from edgemoe.targets.copied_files import read_copied
+from edgemoe.targets.copied_files import dump_json, read_copied
 
 # For each layout, the graph and its weights, relative to the folder.  The graph's `location` is the second name without its directory.
 # transformers.js 4.3.1 takes the data file's name from the graph's: "model.onnx" + "_data".
@@ -79,8 +79,8 @@ def write_sidecars(model: Model, plan: Plan, folder: Path, layout: str = "onnx")
     check_layout(plan.formats.values(), layout)
     files = read_copied(Path(model.folder))
     generation = json.loads(files.get("generation_config.json", b"{}"))
-    files["config.json"] = _dump(make_config(model, plan, layout))
-    files["genai_config.json"] = _dump(make_genai_config(model, generation, plan.context, layout))
+    files["config.json"] = dump_json(make_config(model, plan, layout))
+    files["genai_config.json"] = dump_json(make_genai_config(model, generation, plan.context, layout))
     try:
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -178,7 +178,3 @@ def _setting(model: Model, generation: Mapping[str, Any], key: str, default: flo
     if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, int | float):
         raise ModelError(f"{Path(model.folder) / 'generation_config.json'}: {key} is {value!r}, expected such a value as {default!r}")
     return value
-
-
-def _dump(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
