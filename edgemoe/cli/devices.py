@@ -62,7 +62,7 @@ def detect(
     read: Annotated[str | None, typer.Option(metavar="SIZE", help="Also the most tokens/s when a token reads this much.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """What this machine gives now; its memory bandwidth is measured, for half a second."""
+    """What this machine gives now; its memory bandwidth is measured, for a quarter of a second."""
     from edgemoe.devices.detect import detect_device, measure_bandwidth
 
     device = detect_device()
