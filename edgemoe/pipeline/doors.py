@@ -37,6 +37,7 @@ def check_needs(job: Job) -> None:
     Raises:
         BudgetError: no plan fits the budget, or keeps the rules; names the least budget, or the rules.
         UsageError: a rule names something that the model lacks, or --shard-max is below the smallest form of a tensor.
+        ModelError: the device can hold no form of a tensor.
         MachineError: the disk has too little space.
     """
     least, budget = least_process(job.smallest, job.target, job.context), job.request.memory
@@ -47,8 +48,19 @@ def check_needs(job: Job) -> None:
             hint=f"ask for --memory {least}B or more, or a smaller --context",
         )
     check_shards(job.target, job.smallest, least_sizes(job.smallest, job.target), job.request.shard_max)
+    check_device(job)
     check_rules(job)
     check_disk(job)
+
+
+def check_device(job: Job) -> None:
+    """Refuse a box that can hold no form of one of the tensors.
+
+    Raises:
+        ModelError: names the tensor.
+    """
+    if job.request.device:
+        job.target.on_device(price_generic(job.smallest, job.target, job.context), job.request.device)
 
 
 # ------------------------------------------------------------------------------------------------------------------- rules

@@ -6,6 +6,12 @@ chunk of the prompt.  Python and its libraries are apart.  The constants come fr
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
+
+from edgemoe.base.errors import ModelError
+from edgemoe.base.units import format_bytes
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
 from edgemoe.targets.mlx.formats import HALF_BYTES, formats_of_rows, row_bytes
@@ -15,6 +21,7 @@ from edgemoe.targets.mlx.settings import KV_GROUP, Settings, check_heads
 STEP = 256  # tokens by which the KV cache grows (KVCache.step in mlx_lm/models/cache.py)
 CHUNK = 2048  # tokens of a prompt that are computed together (prefill_step_size)
 HELD = 1.75  # times the values of a chunk that Metal holds until a command buffer is done; fitted to mlx_lm/BENCHMARKS.md
+BUFFER = 0.75  # of Metal's working set: the largest buffer (86,586,540,032 of 115,448,725,504 bytes on an M4 Max with 128 GB)
 VOCABULARY = ("token_embd", "output")
 F32 = 4  # bytes
 
@@ -75,5 +82,20 @@ def values_of_token(model: Model) -> int:
 
 
 def on_device(costs: Costs, device: Device) -> Costs:
-    """The price list unchanged, because the bytes that MLX holds do not depend on the box."""
-    return costs
+    """The price list without formats in which a unit is larger than the largest buffer that Metal gives on the box.
+
+    Raises:
+        ModelError: a unit has no other format.
+    """
+    if device.backend != "Metal":
+        return costs
+    largest = BUFFER * device.pools[0].usable
+    cost = np.where(costs.size > largest, np.inf, costs.cost)
+    for u in np.flatnonzero(np.isinf(cost).all(axis=(0, 2))):
+        least = int(costs.size[:, u][np.isfinite(costs.cost[:, u])].min())
+        raise ModelError(
+            f"{costs.units[u].name}: has {format_bytes(least)} at least, and Metal's largest buffer on {device.id} is "
+            f"{format_bytes(int(largest))}",
+            hint="choose a larger device, or --target gguf",
+        )
+    return dataclasses.replace(costs, cost=cost)

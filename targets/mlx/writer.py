@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import ModelError
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
 from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor
@@ -137,6 +137,7 @@ def write(
     Raises:
         ModelError: a shard is damaged or holds NaN, or the plan keeps more experts in some layers than in others.
         MachineError: the disk is full or not writable.
+        UsageError: another file of weights is in `folder`.
     """
     if not plan.has_one_count:
         raise ModelError("the plan keeps different numbers of experts in different layers: mlx_lm has one count", hint="make another plan")
@@ -145,6 +146,8 @@ def write(
     shards = _split(modules, (shard_max or SHARD) - (room if shard_max else 0))
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     total = sum(entry.size for _, entries in modules for entry in entries)
+    if strays := sorted({path.name for path in folder.glob("model*.safetensors")} - set(names)):
+        raise UsageError(f"{folder / strays[0]}: is there, and mlx would load it as well", hint="move it away, and go on")
 
     def fill(scratch: Path) -> list[str]:
         contents, written, spent = _contents(model, stats, plan, dtype), 0, 0

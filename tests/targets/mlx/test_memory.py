@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from edgemoe.base.errors import ModelError, UsageError
+from edgemoe.devices.profiles import find_device
 from edgemoe.ir import Model
 from edgemoe.model.describe import describe, load_shape
+from edgemoe.price.priors import price_generic
 from edgemoe.targets import count_bytes, find_target
 from edgemoe.targets.mlx.memory import memory_parts
 from edgemoe.targets.mlx.settings import Settings, parse_settings
@@ -47,6 +50,20 @@ def test_a_quantized_cache_is_smaller_and_a_rotating_one_has_an_end(qwen: Model)
     small = replace(qwen, attention=replace(qwen.attention, key_length=96))
     with pytest.raises(ModelError, match="heads of 96"):
         memory_parts(small, context, Settings(kv_bits=8))
+
+
+def test_a_tensor_is_not_larger_than_metals_largest_buffer(qwen: Model) -> None:
+    target, box = find_target("mlx-bf16"), find_device("mac-16gb")
+    costs = price_generic(qwen, target, 512)
+    assert target.on_device(costs, box).cost.tolist() == costs.cost.tolist()
+    stack = int(costs.size.max())  # of one projection of a layer's experts in 16 bits
+    tight = replace(box, pools=(replace(box.pools[0], usable=stack, reserve=0),))
+    offered = np.isfinite(target.on_device(costs, tight).cost)
+    assert offered.any(axis=2).all()
+    assert costs.size[offered].max() <= 0.75 * stack < costs.size[np.isfinite(costs.cost)].max()
+    smaller = replace(box, pools=(replace(box.pools[0], usable=stack // 20, reserve=0),))
+    with pytest.raises(ModelError, match=r"has .* at least, and Metal's largest buffer on mac-16gb is"):
+        target.on_device(costs, smaller)
 
 
 @pytest.mark.parametrize("words", ["f16", "bf16", "kv8", "bf16-kv4", "f16-max4096", "max512"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from mlx_folder import KINDS, decoded_checkpoint, hand_plan, mixed, stock_logits, write_folder
 from parity import UNEVEN, heldout_tokens, judge, original_logits
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, edit_config, flat_stats, make_checkpoint
 
-from edgemoe.base.errors import ModelError, VerifyError
+from edgemoe.base.errors import ModelError, UsageError, VerifyError
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import find_target
 from edgemoe.targets.mlx.formats import FORMATS
@@ -100,6 +100,24 @@ def test_the_process_holds_what_the_plan_counts(sources: dict[str, Path], tmp_pa
     assert found["peak"] == 0  # a CPU's says nothing of a Mac
     assert len(found["samples"]) == 1
     assert len(found["samples"][0]["tokens"]) <= 8
+
+
+def test_a_folder_of_several_float_types_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    plan, artifact = write_folder(sources["qwen3_moe"], tmp_path / "out", "INT4_64")
+    weights = load_file(artifact.path)
+    save_file({name: w.astype(np.float32) if name.endswith("norm.weight") else w for name, w in weights.items()}, artifact.path)
+    job = {"context": 64, "tokens": list(heldout_tokens()), "prompts": [], "generate": 0}
+    with pytest.raises(VerifyError, match="floats are F16 and F32"):
+        find_target(plan.target).run(artifact.path, job, None)
+
+
+def test_shards_of_another_plan_are_not_left_beside_new_ones(sources: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(sources["olmoe"], tmp_path / "split", "INT4_64", shard_max=700_000)
+    model, target, plan = inspect_model(sources["olmoe"]), find_target("mlx-f16"), hand_plan(inspect_model(sources["olmoe"]), "INT8_64")
+    before = sorted(path.name for path in (tmp_path / "split").iterdir())
+    with pytest.raises(UsageError, match=r"of-0000\d.safetensors: is there, and mlx would load it as well"):
+        target.write(model, flat_stats(model, tmp_path / "stats"), plan, tmp_path / "split", 0, None)
+    assert sorted(path.name for path in (tmp_path / "split").iterdir()) == before
 
 
 def test_shards_hold_the_same_tensors_and_load(sources: dict[str, Path], tmp_path: Path) -> None:
