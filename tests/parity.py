@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiny import EXAMPLES, flat_plan, flat_stats
+from tiny import flat_plan, flat_stats, small_tokenizer
 
 from edgemoe.ir import Artifact, Model, Plan
 from edgemoe.stream.layers import LayerStream
@@ -30,7 +31,7 @@ UNEVEN = [(0, 2, 3, 5, 7), (1, 2, 4, 5, 6)]  # kept experts of the two layers: d
 def heldout_tokens() -> tuple[int, ...]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(EXAMPLES / "tiny-moe" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(json.dumps(small_tokenizer(), ensure_ascii=False))  # its tokens are among the bundled models' too
     texts = [(SHIPPED / "heldout" / f"{name}.txt").read_text(encoding="utf-8")[:4000] for name in ("english", "german", "python", "math")]
     return tuple(token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids[: N_TOKENS // len(texts)])
 

@@ -24,7 +24,7 @@ from edgemoe.model.families import find_family
 from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 1024  # a quarter of the bundled model's, because probes and heads take most of a small build's time
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
 STACK = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
@@ -47,7 +47,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "qwen3_moe": lambda sizes: {
         "intermediate_size": 3 * sizes.expert_size,
         "moe_intermediate_size": sizes.expert_size,
-        "head_dim": 64,  # heads need not fill the width
+        "head_dim": 32,  # heads need not fill the width; rows of 128 have no IQ types, whose tables ggml fills for seconds
         "num_experts": sizes.n_experts,
         "norm_topk_prob": True,
     },
@@ -78,7 +78,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "norm_topk_prob": True,
         "use_qk_norm": True,
         "attention_bias": True,
-        "head_dim": 64,
+        "head_dim": 32,
         "partial_rotary_factor": 0.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
     },
@@ -129,11 +129,20 @@ def make_checkpoint(
     module = AutoModelForCausalLM.from_config(_config(family, sizes), dtype=torch.float32)
     _enliven(module, seed)
     module.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB" if sharded else "1GB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLES / "tiny-moe" / name, folder)
+    shutil.copy(EXAMPLES / "tiny-moe" / "tokenizer_config.json", folder)
+    (folder / "tokenizer.json").write_text(json.dumps(small_tokenizer(), ensure_ascii=False), encoding="utf-8")
     if stacked:
         _stack(folder, family, n_experts)
     return folder
+
+
+def small_tokenizer() -> dict[str, Any]:
+    """The bundled model's tokenizer as training would have given it with VOCAB_SIZE tokens: the content of tokenizer.json."""
+    tokenizer: dict[str, Any] = json.loads((EXAMPLES / "tiny-moe" / "tokenizer.json").read_text(encoding="utf-8"))
+    bpe = tokenizer["model"]
+    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < VOCAB_SIZE}
+    bpe["merges"] = [merge for merge in bpe["merges"] if "".join(merge) in bpe["vocab"]]
+    return tokenizer
 
 
 def _config(family: str, sizes: Sizes) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,23 @@ from edgemoe.calibrate.collect import collect_stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.price.choices import price_choices
 from edgemoe.stream.texts import choose_texts
-from edgemoe.targets import find_target
+from edgemoe.targets import Target, find_target
 from edgemoe.verify.logits import compare_logits, reference_states, tokenize_heldout
 
 TOKENS = 4096
 
 
+def with_formats(target: Target, names: tuple[str, ...]) -> Target:
+    """The target with these formats alone, which takes a third of the time that pricing all of them takes."""
+    return replace(
+        target, offered=names, offered_formats=lambda model, unit: tuple(n for n in target.offered_formats(model, unit) if n in names)
+    )
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K"])  # inputs in blocks of 32, and of 256
 def test_rounded_inputs_are_priced_at_what_they_lose_in_llama_cpp(tmp_path: Path, name: str) -> None:
-    target, folder = find_target("gguf"), tmp_path / "exact"
+    folder = tmp_path / "exact"
+    target = with_formats(find_target("gguf"), ("Q8_0", "Q6_K"))
     shutil.copytree(EXAMPLES / "tiny-moe-b", folder)
     tensors = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
     for key, value in tensors.items():

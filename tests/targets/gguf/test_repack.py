@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from oracles import child_settings, hear_llama_cpp, predict_peak
 from shapes import Tiny, gqa, write_sparse
-from tiny import make_checkpoint
+from tiny import VOCAB_SIZE, make_checkpoint
 
 from edgemoe.devices.detect import detect_device
 from edgemoe.devices.profiles import Device, load_devices
@@ -62,7 +62,7 @@ def test_what_this_machine_repacks_is_among_what_is_counted_where_no_device_is_n
 def test_what_no_box_repacks_costs_a_tied_embedding_nothing(tmp_path: Path) -> None:
     extra = extra_bytes(inspect_model(make_checkpoint(tmp_path / "model", "qwen3_moe", tied=True)), None)
     assert extra["Q3_K"] == 0 == extra["F16"]
-    assert extra["Q8_0"] == 4096 * 256 // 32 * 34
+    assert extra["Q8_0"] == VOCAB_SIZE * 256 // 32 * 34
 
 
 BOXES = load_devices()
