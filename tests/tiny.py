@@ -47,7 +47,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "qwen3_moe": lambda sizes: {
         "intermediate_size": 3 * sizes.expert_size,
         "moe_intermediate_size": sizes.expert_size,
-        "head_dim": 32,  # heads need not fill the width; rows of 128 have no IQ types, whose tables ggml fills for seconds
+        "head_dim": 64,  # heads need not fill the width
         "num_experts": sizes.n_experts,
         "norm_topk_prob": True,
     },
@@ -78,7 +78,7 @@ FAMILIES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
         "norm_topk_prob": True,
         "use_qk_norm": True,
         "attention_bias": True,
-        "head_dim": 32,
+        "head_dim": 64,
         "partial_rotary_factor": 0.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
     },
