@@ -33,6 +33,7 @@ from edgemoe.ir import Model, Report, Stats
 from edgemoe.ir.memory import peak
 from edgemoe.ir.model import is_stack
 from edgemoe.model.checkpoint import read_tensor
+from edgemoe.model.describe import resize_experts
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.overlay import save_overlay
 from edgemoe.pipeline.build import build_artifact
@@ -106,27 +107,28 @@ class Bench:
         return float(np.mean([part.mean() for part in self.reference.split(file.windows)]))
 
     # -------------------------------------------------------------------------------------------------------- measuring
-    def kl_of(self, values: Mapping[str, F32], kept: Kept) -> tuple[float, ...]:
-        """KL of the model with these weights in each window; `values` by the names of an MLX folder."""
-        changed = self.lay_over(values, kept)
+    def kl_of(self, values: Mapping[str, F32], kept: Kept, width: int = 0) -> tuple[float, ...]:
+        """KL of the model with these weights in each window; `values` by the names of an MLX folder, `width` of cut experts."""
+        changed = self.lay_over(values, kept, width)
         windows, head = self.reference.windows, read_tensor(changed.folder, changed.output_matrix)
         states = final_states(changed, windows, self.work, kept=kept)
         pairs = zip(self.reference.states, states, windows.lengths, strict=True)
         return tuple(float(kl_of_rows(a[:n] @ self.reference.head.T, b[:n] @ head.T).mean()) for a, b, n in pairs)
 
-    def lay_over(self, values: Mapping[str, F32], kept: Kept) -> Model:
-        """The model in which these weights replace the checkpoint's; dropped experts keep theirs, and are never run."""
-        names, folder = tensor_names(self.model), self.work / "decoded"
+    def lay_over(self, values: Mapping[str, F32], kept: Kept, width: int) -> Model:
+        """The model in which these weights replace the checkpoint's; dropped experts are zero, and are never run."""
+        model = resize_experts(self.model, width) if width else self.model
+        names, folder = tensor_names(model), self.work / "decoded"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         kept_of = dict(zip(self.model.moe_layers, kept, strict=True))
-        for layer in range(-1, self.model.n_layers):
+        for layer in range(-1, model.n_layers):
             arrays: dict[str, Any] = {}
-            for (role, expert), tensor in self.model.of_layer(layer).items():
+            for (role, expert), tensor in model.of_layer(layer).items():
                 value = values[names[role, layer]]
                 if is_stack(role):
-                    if expert in kept_of[layer]:
-                        arrays[f"{role}.{expert}"] = value[kept_of[layer].index(expert)]
+                    stays = expert in kept_of[layer]
+                    arrays[f"{role}.{expert}"] = value[kept_of[layer].index(expert)] if stays else np.zeros(tensor.shape, np.float32)
                 elif role in ("ffn_gate_inp", "exp_probs_b.bias"):
                     whole = read_tensor(self.model.folder, tensor).copy()
                     whole[list(kept_of[layer])] = value
@@ -134,7 +136,7 @@ class Bench:
                 else:
                     arrays[f"{role}.{expert}"] = value.reshape(tensor.shape)
             save_arrays(folder / array_file(layer), arrays)
-        return save_overlay(self.model, folder, {})
+        return save_overlay(model, folder, {})
 
     # ------------------------------------------------------------------------------------------------------------ peers
     def base(self, dtype: str, kept: Kept) -> Path:
@@ -210,7 +212,7 @@ class Bench:
         except VerifyError as error:
             print(f"  note: {error}")
         plan = load_record(request.out / "report.json", Report).plan
-        windows = self.kl_of(dict(read_values(request.out)), plan.kept)
+        windows = self.kl_of(dict(read_values(request.out)), plan.kept, plan.width)
         found = File("ours", f"{size}", plan.file_size, windows, predicted=plan.predicted_kl, kept=plan.count)
         shutil.rmtree(request.out)
         return self.remember(key, found)
