@@ -2,15 +2,13 @@
 
 The file (GGUF, `llama-imatrix`) has two F32 tensors for each matrix W.  `W.in_sum2` [matrices, columns] holds sums of x^2 over the tokens
 that reached each matrix, not weighted by gates.  `W.counts` [matrices, 1] holds the number of these tokens.  The reader does not trust the
-file: it walks the header by hand within a limit (gguf-py's reader loops as often as a length in the file says), and reads only as many
-bytes of data as the model's own shapes need.
+file, and reads only as many bytes of data as the model's own shapes need.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,11 @@ from edgemoe.base.storage import array_file, hash_file, save_arrays, save_record
 from edgemoe.base.types import F64
 from edgemoe.base.work import key_of, path_of
 from edgemoe.ir import Domain, Model, Stats, is_stack, tensor_name
+from edgemoe.model.gguf_header import Entry as Tensor
+from edgemoe.model.gguf_header import read_gguf_header
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 
 MAX_HEADER = 4 * 2**20  # bytes; two tensors for each of a thousand matrices take 0.2 MiB
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types (gguf.h)
-STRING, ARRAY = 8, 9
-GGML_F32 = 0  # ggml type
-MAX_DIMS = 4  # GGML_MAX_DIMS
 STACK_ARRAYS = {"ffn_norm": "expert_in_sq", "expert_hidden": "expert_mid_sq"}  # of Stats, by what the experts' stacks read
 
 
@@ -78,17 +74,19 @@ def read_imatrix(path: Path, model: Model) -> Imatrix:
     Raises:
         ModelError: it is no imatrix in GGUF, is damaged, or belongs to a model of other shapes; the message names the tensor.
     """
-    header = _read_header(path)
+    hint = "a .dat file has no counts of single experts: make it again with `llama-imatrix -m MODEL -f TEXT -o FILE.gguf`"
+    header = read_gguf_header(path, MAX_HEADER, hint=hint)
     if header.values.get("general.type") != "imatrix":
         raise ModelError(
             f"{path}: general.type is {header.values.get('general.type')!r}, not 'imatrix'", hint="give what llama-imatrix made"
         )
+    places = {name: (_matrix_shape(path, name, entry), entry.offset) for name, entry in header.tensors.items()}
     entries = {}
-    for name, (shape, at) in header.tensors.items():
+    for name, (shape, at) in places.items():
         base = name.removesuffix(".in_sum2")
         if base == name:
             continue
-        counts = header.tensors.get(f"{base}.counts")
+        counts = places.get(f"{base}.counts")
         if counts is None or counts[0] != (shape[0], 1):
             found = "is missing" if counts is None else f"has shape {list(counts[0])}, expected {[shape[0], 1]}"
             raise ModelError(f"{path}: {base + '.counts'!r} {found}")
@@ -97,6 +95,18 @@ def read_imatrix(path: Path, model: Model) -> Imatrix:
     datasets = header.values.get("imatrix.datasets", [])
     names = tuple(str(d) for d in datasets) if isinstance(datasets, list) else ()
     return Imatrix(path=path, datasets=names, entries=entries)
+
+
+def _matrix_shape(path: Path, name: str, tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tensor, which must be a matrix or a vector in F32.
+
+    Raises:
+        ModelError: it is not.
+    """
+    shape = tensor.shape[-2:] if len(tensor.shape) > 1 else (1, *tensor.shape)
+    if tensor.kind != "F32" or any(n != 1 for n in tensor.shape[:-2]):
+        raise ModelError(f"{path}: {name!r} of type {tensor.kind} and shape {list(tensor.shape)} is not an F32 matrix")
+    return shape[0], shape[1]
 
 
 def _check_model(path: Path, entries: Mapping[str, Entry], model: Model) -> None:
@@ -127,106 +137,6 @@ def read_together(model: Model, layer: int) -> dict[str, tuple[str, ...]]:
         found |= {f"in_sq.{step.reads}": plain} if plain else {}
         found |= {STACK_ARRAYS[step.reads]: stacks} if stacks else {}
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------------- header
-@dataclass(frozen=True, slots=True)
-class _Header:
-    values: dict[str, Any]
-    tensors: dict[str, tuple[tuple[int, int], int]]  # name -> ([rows, columns], first byte in the file)
-
-
-class _Cursor:
-    """Takes bytes from the front of a header, and refuses to take more than are left."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, n: int) -> bytes:
-        """The next n bytes."""
-        if n > len(self.data) - self.at:
-            raise ValueError(f"it ends at byte {len(self.data)}, or asks for more than {MAX_HEADER}")
-        self.at += n
-        return self.data[self.at - n : self.at]
-
-    def number(self, kind: str) -> Any:
-        """One number, by its letter in `struct`."""
-        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
-
-    def text(self) -> str:
-        """A string, after its length."""
-        return self.take(self.number("Q")).decode("utf-8")
-
-    def value(self) -> Any:
-        """A value, after its type; every item of an array takes at least a byte, so no array has more items than the header has bytes."""
-        kind = self.number("I")
-        if kind != ARRAY:
-            return self._item(kind)
-        kind, n = self.number("I"), self.number("Q")
-        if n > len(self.data):
-            raise ValueError(f"an array claims {n} items")
-        return [self._item(kind) for _ in range(n)]
-
-    def _item(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.text()
-        if kind not in NUMBERS:
-            raise ValueError(f"a value has type {kind}")
-        return self.number(NUMBERS[kind])
-
-
-def _read_header(path: Path) -> _Header:
-    """Values and tensors of a GGUF file of F32 matrices.
-
-    Raises:
-        ModelError: the file is not GGUF, is damaged, or has other tensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            cursor = _Cursor(file.read(MAX_HEADER))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if cursor.data[:4] != b"GGUF":
-        hint = "a .dat file has no counts of single experts: make it again with `llama-imatrix -m MODEL -f TEXT -o FILE.gguf`"
-        raise ModelError(f"{path}: is not a GGUF file", hint=hint)
-    try:
-        cursor.take(4)
-        version, n_tensors, n_values = (cursor.number(kind) for kind in "IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is not supported")
-        values: dict[str, Any] = {}
-        for _ in range(n_values):
-            name = cursor.text()
-            values[name] = cursor.value()
-        infos = list(_tensor_infos(cursor, n_tensors))
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 0 < alignment <= MAX_HEADER:
-            raise ValueError(f"general.alignment is {alignment!r}")
-    except (ValueError, struct.error) as error:
-        raise ModelError(f"{path}: the header is malformed: {error}") from error
-    start = -(-cursor.at // alignment) * alignment
-    tensors: dict[str, tuple[tuple[int, int], int]] = {}
-    for name, shape, offset in infos:
-        if name in tensors:
-            raise ModelError(f"{path}: {name!r} is there twice")
-        if start + offset + 4 * shape[0] * shape[1] > size:
-            raise ModelError(f"{path}: file ends at byte {size}, inside {name!r} of shape {list(shape)}", hint="copy or make it again")
-        tensors[name] = shape, start + offset
-    return _Header(values, tensors)
-
-
-def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Name, [rows, columns] and offset in the data of every tensor."""
-    for _ in range(n_tensors):
-        name, n_dims = cursor.text(), cursor.number("I")
-        if not 1 <= n_dims <= MAX_DIMS:
-            raise ValueError(f"{name!r} has {n_dims} dimensions")
-        dims = [cursor.number("Q") for _ in range(n_dims)]
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind != GGML_F32 or any(n != 1 for n in dims[2:]):
-            raise ValueError(f"{name!r} of type {kind} and dimensions {dims} is not an F32 matrix")
-        yield name, (dims[1] if n_dims > 1 else 1, dims[0]), offset
 
 
 # ------------------------------------------------------------------------------------------------------------------ Stats

@@ -26,6 +26,7 @@ from edgemoe.cli.progress import open_model, print_rich, say, show_progress
 
 if TYPE_CHECKING:
     from edgemoe.ir import Model
+    from edgemoe.model.gguf_source import GgufSource
 
 
 SameTextsOpt = Annotated[
@@ -36,17 +37,21 @@ SameTextsOpt = Annotated[
         help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]",
     ),
 ]
+InspectedArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, a hub id, or a GGUF (of a split set, the first file).")
+]
 SameTokensOpt = Annotated[
     int | None,
     typer.Option("--calibration-tokens", metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]"),
 ]
 
 
-def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
-    """What a checkpoint holds, from its headers alone."""
+def inspect(model: InspectedArg, as_json: JsonOpt = False) -> None:
+    """What a checkpoint or a GGUF holds, from its headers alone."""
+    from edgemoe.model.gguf_source import is_gguf, read_gguf
     from edgemoe.model.inspect import inspect_model
 
-    facts = _facts(inspect_model(model, hashed=False))
+    facts = _gguf_facts(read_gguf(model)) if is_gguf(model) else _facts(inspect_model(model, hashed=False))
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
@@ -68,6 +73,24 @@ def _facts(model: Model) -> dict[str, Any]:
         "weights": model.n_weights,
         "in experts": f"{experts / model.n_weights:.1%}",
         "bytes": format_bytes(model.n_bytes),
+    }
+
+
+def _gguf_facts(source: GgufSource) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "architecture": source.architecture,
+        "n_layers": source.n_layers,
+        "with experts": len(source.moe_layers),
+        "n_experts": source.n_experts,
+        "top_k": source.top_k,
+        "hidden_size": source.hidden_size,
+        "vocab_size": source.vocab_size,
+        "context_length": source.context_length,
+        "weights": source.n_weights,
+        "in experts": f"{source.n_expert_weights / source.n_weights:.1%}",
+        "bytes": format_bytes(source.n_bytes),
+        "types": ", ".join(f"{kind} {size / source.n_bytes:.1%}" for kind, size in source.bytes_by_type.items()),
     }
 
 

@@ -16,6 +16,7 @@ from edgemoe.model.checkpoint import Header, list_shards, read_headers
 from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
+from edgemoe.model.gguf_source import is_gguf
 from edgemoe.model.hashes import hash_model
 from edgemoe.model.licence import PATTERNS as LICENCE_PATTERNS
 
@@ -55,10 +56,15 @@ def resolve_source(source: str | Path) -> Path:
     """The local folder of a checkpoint: `source` itself, or a hub snapshot from the cache, which is downloaded if it is missing.
 
     Raises:
-        UsageError: neither a folder nor a hub id.
+        UsageError: neither a folder nor a hub id, or a GGUF.
         MachineError: a hub id that is not cached and cannot be downloaded; the hint is the command that would.
     """
     folder = Path(source)
+    if folder.exists() and is_gguf(folder):
+        raise UsageError(
+            f"{source}: is a GGUF, which `edgemoe inspect` reads and no other command does",
+            hint="give the folder or hub id of the Hugging Face checkpoint that it was made from",
+        )
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder / 'config.json'}: is missing", hint="give the folder of a Hugging Face checkpoint")

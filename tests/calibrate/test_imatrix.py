@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hostile_gguf import HOSTILE, header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imatrix_file import REAL, Entries, entries_of, write
@@ -141,33 +142,6 @@ def test_other_kinds_of_files_are_refused_with_a_reason(model: Model, tmp_path: 
     assert ".dat" in error.value.hint
     with pytest.raises(ModelError, match="cannot be read"):
         read_imatrix(tmp_path, model)
-
-
-def header(*parts: bytes, tensors: int = 0, values: int = 0) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + b"".join(parts)
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-HOSTILE = {
-    "empty": b"",
-    "magic alone": b"GGUF",
-    "version": b"GGUF" + struct.pack("<IQQ", 9, 0, 0),
-    "more values than there are": header(values=2**62),
-    "more tensors than there are": header(tensors=2**62),
-    "a name without end": header(struct.pack("<Q", 2**63), values=1),
-    "an array without end": header(text("a"), struct.pack("<IIQ", 9, 4, 2**61), values=1),
-    "strings without end": header(text("a"), struct.pack("<IIQ", 9, 8, 2**30), b"\0" * 99, values=1),
-    "arrays of arrays": header(text("a"), struct.pack("<IIQ", 9, 9, 1) * 5000, values=1),
-    "a type that is none": header(text("a"), struct.pack("<I", 77), values=1),
-    "a name that is no text": header(struct.pack("<Q", 2), b"\xff\xfe", values=1),
-    "dimensions without end": header(text("t"), struct.pack("<I", 2**31), tensors=1),
-    "a tensor of all memory": header(text("t"), struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), tensors=1),
-    "a tensor past the end": header(text("t"), struct.pack("<IQQIQ", 2, 1, 1, 0, 2**63), tensors=1),
-    "alignment 0": header(text("general.alignment"), struct.pack("<II", 4, 0), values=1),
-}
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)

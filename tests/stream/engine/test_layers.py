@@ -10,9 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, N_EXPERTS, make_all
+from architectures import ARCHITECTURES, N_EXPERTS, TOP_K, make_all
 from numpy.typing import NDArray
 
+from edgemoe.model.gguf_source import read_gguf
 from edgemoe.stream.engine.graph import VIEWS, Graph
 from edgemoe.stream.engine.places import find_experts, hide_experts
 from edgemoe.stream.engine.session import Seen, Session
@@ -60,6 +61,14 @@ def test_a_pass_that_begins_at_a_layer_and_a_layer_alone_compute_what_the_whole_
         changed = session.run(WINDOWS, after=start, values=other)
         assert changed is not None and np.abs(changed - whole).max() > 1e-3  # the pass does read what it is given
     np.testing.assert_array_equal(session.run(WINDOWS), whole)
+
+
+@every
+def test_the_header_says_which_layers_have_experts(session: Session, files: dict[str, Path], architecture: str) -> None:
+    source, places = read_gguf(files[architecture]), find_experts(session.graph(WINDOWS))
+    assert (source.architecture, source.n_experts, source.top_k) == (architecture, N_EXPERTS, TOP_K)
+    assert list(source.moe_layers) == sorted(places)
+    assert {t.name for t in source.tensors if t.expert_axis} <= {t.name for t in source.tensors if N_EXPERTS in t.shape}
 
 
 @every
