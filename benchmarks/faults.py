@@ -253,11 +253,11 @@ KINDS = {f.__name__: f for f in (kills, signals, disks, flips, weights, artifact
 
 def prepare(folder: Path) -> Bench:
     """The checkpoint, and the build without faults, which also warms the compiler's cache."""
-    from tiny import make_checkpoint
+    from tiny import WHOLE_VOCAB, make_checkpoint
 
     model = folder / "random"
     if not (model / "config.json").exists():
-        make_checkpoint(model, "mixtral", n_experts=4, hidden=128, expert_size=64)
+        make_checkpoint(model, "mixtral", n_experts=4, hidden=128, expert_size=64, vocab=WHOLE_VOCAB)
     text = (ROOT / "edgemoe" / "stream" / "data" / "heldout" / "python.txt").read_text(encoding="utf-8")[:4000]
     (folder / "heldout.txt").write_text(text, encoding="utf-8")
     bench = Bench(folder, model, 10**9)

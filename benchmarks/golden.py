@@ -95,13 +95,13 @@ def edgemoe(*arguments: object) -> None:
 def make_models(work: Path) -> dict[str, Path]:
     """The bundled models, and two random ones."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny import make_checkpoint
+    from tiny import WHOLE_VOCAB, make_checkpoint
 
     made = {"olmoe": work / "models" / "olmoe", "tied": work / "models" / "tied"}
     if not made["olmoe"].exists():
-        make_checkpoint(made["olmoe"], "olmoe", seed=1)
+        make_checkpoint(made["olmoe"], "olmoe", seed=1, vocab=WHOLE_VOCAB)
     if not made["tied"].exists():
-        make_checkpoint(made["tied"], "qwen3_moe", seed=2, tied=True)
+        make_checkpoint(made["tied"], "qwen3_moe", seed=2, tied=True, vocab=WHOLE_VOCAB)
     return made | {name: ROOT / "examples" / name for name in ("tiny-moe", "tiny-moe-b")}
 
 

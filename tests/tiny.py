@@ -24,7 +24,8 @@ from edgemoe.model.families import find_family
 from edgemoe.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-VOCAB_SIZE = 1024  # a quarter of the bundled model's, because probes and heads take most of a small build's time
+WHOLE_VOCAB = 4096  # of the bundled model
+VOCAB_SIZE = 1024  # of random checkpoints, because probes and heads take most of a small build's time
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
 STACK = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 
@@ -40,6 +41,7 @@ class Sizes:
     expert_size: int
     layers: int
     tied: bool
+    vocab: int
 
 
 # Everything that is parametrised by family tests each of these: model_type -> what its config has beside what all have (_config).
@@ -111,6 +113,7 @@ def make_checkpoint(
     hidden: int = 256,
     expert_size: int = 256,
     layers: int = 2,
+    vocab: int = VOCAB_SIZE,
 ) -> Path:
     """A random checkpoint in bf16 with the tokenizer of the bundled model: logits of std about 1, routers that make up their minds.
 
@@ -121,26 +124,28 @@ def make_checkpoint(
         stacked: experts as `mlp.experts.gate_up_proj` [E, 2M, H] and `down_proj` [E, H, M].
         sharded: several files with an index.
         tied: no output matrix of its own.
-        n_experts, top_k, hidden, expert_size, layers: the shape.
+        n_experts, top_k, hidden, expert_size, layers, vocab: the shape.
     """
     from transformers import AutoModelForCausalLM
 
-    sizes = Sizes(n_experts=n_experts, top_k=top_k, hidden=hidden, expert_size=expert_size, layers=layers, tied=tied)
+    sizes = Sizes(n_experts=n_experts, top_k=top_k, hidden=hidden, expert_size=expert_size, layers=layers, tied=tied, vocab=vocab)
     module = AutoModelForCausalLM.from_config(_config(family, sizes), dtype=torch.float32)
     _enliven(module, seed)
     module.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB" if sharded else "1GB")
-    shutil.copy(EXAMPLES / "tiny-moe" / "tokenizer_config.json", folder)
-    (folder / "tokenizer.json").write_text(json.dumps(small_tokenizer(), ensure_ascii=False), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLES / "tiny-moe" / name, folder)
+    if vocab < WHOLE_VOCAB:
+        (folder / "tokenizer.json").write_text(json.dumps(small_tokenizer(vocab), ensure_ascii=False), encoding="utf-8")
     if stacked:
         _stack(folder, family, n_experts)
     return folder
 
 
-def small_tokenizer() -> dict[str, Any]:
-    """The bundled model's tokenizer as training would have given it with VOCAB_SIZE tokens: the content of tokenizer.json."""
+def small_tokenizer(vocab: int = VOCAB_SIZE) -> dict[str, Any]:
+    """The bundled model's tokenizer as training would have given it with fewer tokens: the content of tokenizer.json."""
     tokenizer: dict[str, Any] = json.loads((EXAMPLES / "tiny-moe" / "tokenizer.json").read_text(encoding="utf-8"))
     bpe = tokenizer["model"]
-    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < VOCAB_SIZE}
+    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < vocab}
     bpe["merges"] = [merge for merge in bpe["merges"] if "".join(merge) in bpe["vocab"]]
     return tokenizer
 
@@ -149,7 +154,7 @@ def _config(family: str, sizes: Sizes) -> Any:
     from transformers import AutoConfig
 
     common: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": sizes.vocab,
         "hidden_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": 4,
