@@ -58,7 +58,7 @@ def _experts_forward(module: Any, x: torch.Tensor, index: torch.Tensor, gates: t
 
     It tells the recorder (expert, tokens, input, hidden, output, gate) of each chosen expert.
     """
-    recorder = _recorder()
+    recorder = current_recorder()
     out = torch.zeros_like(x)
     if recorder is not None:
         recorder.moe_input, recorder.moe_output = x, out
@@ -89,7 +89,8 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         _local.recorder = None
 
 
-def _recorder() -> Recorder | None:
+def current_recorder() -> Recorder | None:
+    """The recorder that sees what this thread runs."""
     found: Recorder | None = getattr(_local, "recorder", None)
     return found
 
@@ -191,7 +192,7 @@ def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Te
 
 def _record_input(activation: str) -> Callable[[Any, Any], None]:
     def hook(_: Any, args: Any) -> None:
-        recorder = _recorder()
+        recorder = current_recorder()
         if recorder is not None:
             recorder.inputs[activation] = args[0].flatten(0, -2)
 
@@ -200,7 +201,7 @@ def _record_input(activation: str) -> Callable[[Any, Any], None]:
 
 def _record_output(role: str) -> Callable[[Any, Any, Any], None]:
     def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-        recorder = _recorder()
+        recorder = current_recorder()
         if recorder is not None and recorder.outputs is not None:
             recorder.outputs[role] = output
 
@@ -208,18 +209,18 @@ def _record_output(role: str) -> Callable[[Any, Any, Any], None]:
 
 
 def _record_logits(_: Any, __: Any, output: Any) -> None:
-    recorder = _recorder()
+    recorder = current_recorder()
     if recorder is not None:
         recorder.logits = output[0].float()
 
 
 def _record_ffn(_: Any, __: Any, output: Any) -> None:
-    recorder = _recorder()
+    recorder = current_recorder()
     if recorder is not None:
         recorder.ffn_output = output
 
 
 def _stop_after_attention(_: Any, args: Any) -> None:
-    recorder = _recorder()
+    recorder = current_recorder()
     if recorder is not None and recorder.attention_only:
         raise _AttentionDone(args[0])

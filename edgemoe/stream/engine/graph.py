@@ -116,15 +116,21 @@ class Graph:
         for number, node in enumerate(self.nodes):
             if node.layer >= 0:
                 first.setdefault(node.layer, number)
-        found, before = {}, -1
-        for layer, number in first.items():
-            if number > 0:
-                start = max((i for i in range(before + 1, number) if self.nodes[i].weights), default=before)
-                found[layer] = min(range(max(start, 0), number), key=lambda i: (self._n_live[i], -i))
-            before = number
-        return found
+        return {layer: self._cut_before(number) for layer, number in first.items() if number > 0}
+
+    @functools.cached_property
+    def head(self) -> int:
+        """The node after which the head begins, with the last norm: of those after the layers, the first with fewest live values."""
+        last = max(number for number, node in enumerate(self.nodes) if node.layer >= 0)
+        following = next(number for number in range(last + 1, len(self.nodes)) if self.nodes[number].weights)
+        return min(range(last, following), key=lambda i: (self._n_live[i], i))
+
+    def _cut_before(self, number: int) -> int:
+        """Of the nodes between the last that reads a weight before `number`, and `number`: the last with fewest live values."""
+        start = max((i for i in range(number) if self.nodes[i].weights), default=0)
+        return min(range(start, number), key=lambda i: (self._n_live[i], -i))
 
     def exits(self, layer: int) -> int:
-        """The node after which a layer has ended: the next layer's entry, or the graph's last node."""
+        """The node after which a layer has ended: the next layer's entry, or the head's."""
         later = [self.entries[other] for other in self.layers[self.layers.index(layer) + 1 :]]
-        return later[0] if later else len(self.nodes) - 1
+        return later[0] if later else self.head

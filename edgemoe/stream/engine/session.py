@@ -166,14 +166,21 @@ class Session:
         shape = (windows.size, self.n_vocab)
         return np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), shape=shape).copy()
 
-    def live_values(self, windows: NDArray[np.int64], at: int, **cut: Any) -> dict[int, NDArray[Any]]:
-        """The values of the nodes that are live after node `at`, which a pass must be given to begin there; `cut` goes to `run`."""
+    def live_values(
+        self, windows: NDArray[np.int64], at: int, *, also: Mapping[int, Watch] | None = None, **cut: Any
+    ) -> dict[int, NDArray[Any]]:
+        """The values of the nodes that are live after node `at`, which a pass must be given to begin there.
+
+        `also` is watched on the way, and `cut` goes to `run`.
+        """
         graph, found = self.graph(windows), {}
 
-        def take(_: Seen) -> None:  # each value is read here and not when it is made, because later nodes may overwrite it in place
+        def take(seen: Seen) -> None:  # each value is read here and not when it is made, because later nodes may overwrite it in place
+            if also and at in also:
+                also[at](seen)
             found.update({number: self.ggml.read(self._now[number]) for number in graph.live(at)})
 
-        self.run(windows, until=at, watch={at: take}, **cut)
+        self.run(windows, until=at, watch={**(also or {}), at: take}, **cut)
         return found
 
     def _decode(self, windows: NDArray[np.int64], *, logits: bool) -> None:

@@ -51,15 +51,16 @@ def test_a_pass_that_begins_at_a_layer_and_a_layer_alone_compute_what_the_whole_
         values = session.live_values(WINDOWS, start)
         assert len(values) < 5
         np.testing.assert_array_equal(session.run(WINDOWS, after=start, values=values), whole)
-        if end < len(graph.nodes) - 1:
-            alone = session.live_values(WINDOWS, end, after=start, values=values)
-            expected = session.live_values(WINDOWS, end)
-            assert list(alone) == list(expected)
-            for number, found in alone.items():
-                np.testing.assert_array_equal(found, expected[number])
+        alone = session.live_values(WINDOWS, end, after=start, values=values)
+        expected = session.live_values(WINDOWS, end)
+        assert list(alone) == list(expected)
+        for number, found in alone.items():
+            np.testing.assert_array_equal(found, expected[number])
         other = {number: value[::-1] if value.dtype == np.float32 else value for number, value in values.items()}
         changed = session.run(WINDOWS, after=start, values=other)
         assert changed is not None and np.abs(changed - whole).max() > 1e-3  # the pass does read what it is given
+    last = session.live_values(WINDOWS, graph.head)
+    np.testing.assert_array_equal(session.run(WINDOWS, after=graph.head, values=last), whole)
     np.testing.assert_array_equal(session.run(WINDOWS), whole)
 
 
