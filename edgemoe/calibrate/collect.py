@@ -37,6 +37,7 @@ from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
 from edgemoe.stream.layers import LayerStream
 from edgemoe.stream.states import States
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights, texts_key
+from edgemoe.stream.verbs import Stream
 from edgemoe.stream.windows import WINDOW, Windows, tokenize
 
 REPLAY_TOKENS = 2048  # of all texts: tokens whose expert inputs are stored, to price kept sets from
@@ -48,7 +49,13 @@ PROBE_EFFORT = 4  # probes may cost this many times the main pass; deep models g
 
 # ------------------------------------------------------------------------------------------------------------ entry point
 def collect_stats(
-    model: Model, texts: Sequence[Text], work: Path, *, max_tokens: int = DEFAULT_TOKENS, progress: Progress | None = None
+    model: Model,
+    texts: Sequence[Text],
+    work: Path,
+    *,
+    max_tokens: int = DEFAULT_TOKENS,
+    progress: Progress | None = None,
+    stream: Stream | None = None,
 ) -> Stats:
     """Watch the original model on `texts`, and return the Stats.
 
@@ -59,18 +66,19 @@ def collect_stats(
             there too.
         max_tokens: most tokens of all texts together; every text gives the same share at most.
         progress: called with (layers done, all layers); the head counts as a layer.
+        stream: what computes the layers; None: transformers.
 
     Raises:
         ModelError: a text gives no tokens, or the model gives NaN or infinite states.
     """
     windows = tokenize(model, texts, max_tokens, WINDOW)
     settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
-    stream = LayerStream(model)
+    stream = stream or LayerStream(model)
     settings |= {
         "edgemoe": __version__,
         "format": FORMAT_VERSION,
         "expert_size": model.expert.size,
-        "device": stream.device.type,
+        "device": stream.name,
         "bits": (EXPERT_BITS, OTHER_BITS, *WHOLE_BITS),
         "arrays": ARRAYS,
     }
@@ -93,7 +101,7 @@ def _observe_all(
     model: Model,
     texts: Sequence[Text],
     windows: Windows,
-    stream: LayerStream,
+    stream: Stream,
     work: Path,
     key: str,
     settings: dict[str, Any],

@@ -15,10 +15,10 @@ from edgemoe.base.storage import array_file, save_arrays
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model
 from edgemoe.model.routing.rule import choice_scores
-from edgemoe.stream.adapter import experts_of, run_expert, weights_of
-from edgemoe.stream.layers import LayerStream, Recorder, apply_norm, recording
+from edgemoe.stream.layers import Recorder, apply_norm, recording
 from edgemoe.stream.passes import map_ordered
 from edgemoe.stream.states import States
+from edgemoe.stream.verbs import Stream
 from edgemoe.stream.windows import Windows
 
 CANDIDATES = 64  # experts per replay token whose outputs are computed, so that kept sets can be priced
@@ -29,7 +29,7 @@ class CalibrationRun:
     """The data that all steps of one calibration share."""
 
     model: Model
-    stream: LayerStream
+    stream: Stream
     windows: Windows
     probe_index: NDArray[np.int64]  # the windows that the probes use
     replay: NDArray[np.int64]  # [N, 2] window and position of the replay tokens
@@ -67,13 +67,14 @@ def observe_layer(run: CalibrationRun, module: Any, layer: int, main: States, fo
     if not routes:
         return total
     x, logits, domain, stream = (np.concatenate(parts) for parts in zip(*replayed, strict=True))
-    bias = weights_of(module, "exp_probs_b.bias").cpu().numpy() if run.model.router.biased else np.zeros(logits.shape[1], np.float32)
+    biased = run.model.router.biased
+    bias = run.stream.values(module, "exp_probs_b.bias") if biased else np.zeros(logits.shape[1], np.float32)
     choice = choice_scores(run.model.router, logits, bias)
     candidates = np.argsort(-choice, axis=1, kind="stable")[:, : min(run.model.n_experts, max(CANDIDATES, 3 * run.model.top_k))]
     total |= {"replay_x": x, "replay_logits": logits, "replay_domain": domain, "replay_stream": stream}
     total["candidates"] = candidates.astype(np.int32)
     total["gram"] = gram_of_candidates(run, module, x, candidates)
-    if run.model.router.biased:
+    if biased:
         total["router_bias"] = bias
     return total
 
@@ -161,21 +162,16 @@ class LayerObserver:
 
 def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDArray[np.int64]) -> F32:
     """Upper triangle of the Gram matrix of each token's candidate outputs [N, K(K+1)/2]."""
-    experts, device = experts_of(module), run.stream.device
     rows, cols = np.triu_indices(candidates.shape[1])
 
     def block(index: NDArray[np.int64]) -> F32:
-        part, chosen = torch.from_numpy(x[index]).to(device), candidates[index]
-        outputs = torch.zeros(*chosen.shape, x.shape[1], device=device)
-        for expert in np.unique(chosen):
-            token, slot = np.nonzero(chosen == expert)
-            outputs[token, slot] = run_expert(experts, int(expert), part[token])[1]
+        outputs = run.stream.candidate_outputs(module, x[index], candidates[index])
         result: F32 = (outputs @ outputs.transpose(1, 2)).cpu().numpy()[:, rows, cols]
         return result
 
     with torch.inference_mode():
         blocks = [np.arange(i, min(i + 128, len(x))) for i in range(0, len(x), 128)]
-        return np.concatenate(list(map_ordered(block, blocks, device=device)))
+        return np.concatenate(list(map_ordered(block, blocks, device=run.stream.device)))
 
 
 def save_outer_sums(run: CalibrationRun, main: States) -> None:

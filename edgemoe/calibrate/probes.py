@@ -5,7 +5,6 @@ The change is one tensor rounded in one layer, experts dropped in one layer, or 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +17,8 @@ from edgemoe.base.types import F64
 from edgemoe.calibrate.observer import CalibrationRun
 from edgemoe.ir import Model, Probe
 from edgemoe.ir.model import is_stack
-from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
-from edgemoe.stream.adapter import only_experts, weights_of
 from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
@@ -65,7 +62,7 @@ def advance(run: CalibrationRun, module: Any, number: int, layer: int, shape: tu
 
 def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
     """Start the probe of a rounded embedding (number 0) and those of the whole model (the next ones)."""
-    table = read_tensor(run.model.folder, run.model.get("token_embd"))
+    table = run.stream.embedding()
     for number, bits in enumerate((OTHER_BITS, *WHOLE_BITS)):
         rounded = round_to_nearest(table, bits)
         states = _probe_states(run, number, 0, shape)
@@ -77,21 +74,19 @@ def add_first_states(run: CalibrationRun, shape: tuple[int, int, int]) -> None:
 def add_probes(run: CalibrationRun, module: Any, layer: int, main: States, probes: list[Probe], shape: tuple[int, int, int]) -> list[Probe]:
     """Perturb this layer in one way after another and start a probe from each; carry the probes of the whole model."""
     new: list[Probe] = []
-    views = {role: weights_of(module, role) for role in run.model.planned_roles(layer)}
-    for role, view in views.items():
+    roles = run.model.planned_roles(layer)
+    for role in roles:
         bits = EXPERT_BITS if is_stack(role) else OTHER_BITS
-        with _rounded(view, bits):
+        with run.stream.rounded(module, {role: bits}):
             advance(run, module, len(probes) + len(new), layer, shape, main)
         new.append(Probe(kind="round", role=role, layer=layer, bits=bits))
     for kept in _probe_sets(run, layer):
-        with only_experts(module, kept):
+        with run.stream.only(module, kept):
             advance(run, module, len(probes) + len(new), layer, shape, main)
         new.append(Probe(kind="drop", layer=layer, kept=tuple(int(e) for e in kept)))
     for number, probe in enumerate(probes):
         if probe.kind == "all":
-            with ExitStack() as stack:
-                for view in views.values():
-                    stack.enter_context(_rounded(view, probe.bits))
+            with run.stream.rounded(module, dict.fromkeys(roles, probe.bits)):
                 advance(run, module, number, layer, shape)
     return new
 
@@ -107,27 +102,6 @@ def _probe_sets(run: CalibrationRun, layer: int) -> list[NDArray[np.int64]]:
     arrays = load_arrays(run.work / array_file(layer))
     menu = build_menu(make_replay(arrays, run.weights, model.router), tuple(counts))
     return [np.flatnonzero(kept) for kept in menu.kept]
-
-
-class _rounded:
-    """Round a weight in place, and put it back; experts are rounded one at a time, so that memory holds one copy of one tensor."""
-
-    def __init__(self, view: torch.Tensor, bits: int) -> None:
-        self.view, self.bits = view, bits
-
-    def __enter__(self) -> None:
-        self.before = self.view.to(torch.bfloat16) if _is_bf16(self.view) else self.view.clone()
-        for part in self.view if self.view.dim() == 3 else (self.view,):
-            part.copy_(torch.from_numpy(round_to_nearest(part.cpu().numpy(), self.bits)))
-
-    def __exit__(self, *_: object) -> None:
-        self.view.copy_(self.before)
-        del self.before
-
-
-def _is_bf16(view: torch.Tensor) -> bool:
-    """Whether every weight is exact in bfloat16, as in nearly every checkpoint; the copy to put back is then half as large."""
-    return all(torch.equal(p, p.to(torch.bfloat16).float()) for p in (view if view.dim() == 3 else (view,)))
 
 
 # --------------------------------------------------------------------------------------------------------------- the head

@@ -10,8 +10,8 @@ do not depend on the number of cores.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,19 @@ from edgemoe.base.types import F32
 from edgemoe.ir import Model, Tensor, is_stack
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.model.config import inference_fields
-from edgemoe.stream.adapter import count_experts, ffn_of, layer_of, linear_of, make_rotary, router_of, run_expert, weights_of
+from edgemoe.stream.adapter import (
+    count_experts,
+    experts_of,
+    ffn_of,
+    layer_of,
+    linear_of,
+    make_rotary,
+    only_experts,
+    router_of,
+    run_expert,
+    weights_of,
+)
+from edgemoe.stream.rounded import rounded_weights
 
 _local = threading.local()
 
@@ -174,11 +186,44 @@ class LayerStream:
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
+    @property
+    def name(self) -> str:
+        """The kind of device that computes the layers."""
+        return self.device.type
+
+    def values(self, module: Any, role: str) -> F32:
+        """The weights of a role in a loaded layer."""
+        found: F32 = weights_of(module, role).cpu().numpy()
+        return found
+
+    @contextmanager
+    def rounded(self, module: Any, bits: Mapping[str, int]) -> Iterator[None]:
+        """Let the weights of these roles be rounded to so many bits while the context lasts."""
+        with ExitStack() as stack:
+            for role, n in bits.items():
+                stack.enter_context(rounded_weights(weights_of(module, role), n))
+            yield
+
+    def only(self, module: Any, kept: NDArray[np.int64]) -> only_experts:
+        """Let the router choose among these experts alone while the context lasts."""
+        return only_experts(module, kept)
+
+    def candidate_outputs(self, module: Any, x: F32, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Outputs [n, K, hidden] of chosen experts [n, K] for inputs [n, hidden]."""
+        experts, part = experts_of(module), torch.from_numpy(x).to(self.device)
+        outputs = torch.zeros(*chosen.shape, x.shape[1], device=self.device)
+        for expert in np.unique(chosen):
+            token, slot = np.nonzero(chosen == expert)
+            outputs[token, slot] = run_expert(experts, int(expert), part[token])[1]
+        return outputs
+
+    def embedding(self) -> F32:
+        """The checkpoint's embedding [vocab, hidden]."""
+        return read_tensor(self.model.folder, self.model.get("token_embd"))
+
     def embed(self, tokens: NDArray[np.int64], table: F32 | None = None) -> torch.Tensor:
         """First states [windows, length, hidden], from the checkpoint's embedding or another table."""
-        if table is None:
-            table = read_tensor(self.model.folder, self.model.get("token_embd"))
-        return torch.from_numpy(table[tokens])
+        return torch.from_numpy((self.embedding() if table is None else table)[tokens])
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""

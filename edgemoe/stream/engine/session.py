@@ -201,6 +201,16 @@ class Session:
             raise ModelError(f"llama.cpp fails to decode ({result}): {self._last_words()}")
 
     # --------------------------------------------------------------------------------------------------------------- weights
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """The values of a weight that a recorded graph reads."""
+        import gguf
+
+        pointer = self._pointers[name]
+        tensor, raw = struct_at(pointer), self.ggml.read_bytes(pointer)
+        kind = gguf.GGMLQuantizationType(tensor.type)
+        values = gguf.quants.dequantize(raw.reshape(*tensor.shape[:-1], -1) if len(tensor.shape) > 1 else raw, kind)
+        return values.astype(np.float32).reshape(tensor.shape)
+
     @contextmanager
     def pointed(self, weights: Mapping[str, NDArray[np.float32]]) -> Iterator[None]:
         """Let weights have other values while the context lasts: each points to our array instead of the file's bytes.

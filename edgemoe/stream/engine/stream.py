@@ -5,7 +5,9 @@ A model's roles are llama.cpp's names of tensors, so the matrix of a role is fou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,23 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
+from edgemoe.base.types import F32
 from edgemoe.ir import Model, tensor_name
+from edgemoe.quantize.reference import round_to_nearest
 from edgemoe.stream.engine.graph import Graph
-from edgemoe.stream.engine.places import Experts, find_experts
+from edgemoe.stream.engine.places import Experts, find_experts, hide_experts
 from edgemoe.stream.engine.session import Seen, Session, Watch
 from edgemoe.stream.layers import Recorder, current_recorder
 
 
 class EngineStream:
-    """A GGUF whose layers llama.cpp computes one at a time, in float32 as far as its weights are."""
+    """A GGUF whose layers llama.cpp computes one at a time, in float32 as far as its weights are; a loaded layer is its number.
+
+    One pass runs at a time, whatever thread asks for it, and llama.cpp shares it out among its own threads.
+    """
+
+    name = "llama.cpp"
+    device = torch.device("cpu")
 
     def __init__(self, model: Model, path: Path, *, windows: int, length: int, threads: int) -> None:
         """Open the file with room for so many windows of so many tokens at a time.
@@ -32,28 +42,109 @@ class EngineStream:
         """
         self.model = model
         self.session = Session(path, windows=windows, length=length, threads=threads)
+        self._largest = np.zeros((windows, length), np.int64)  # tokens of a pass that begins behind the embedding
+        self._kept: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+        self.session.graph(self._largest)
 
-    def embed(self, tokens: NDArray[np.int64]) -> torch.Tensor:
-        """First states [windows, length, hidden]."""
-        graph = self.session.graph(tokens)
-        return self._state(graph, tokens.shape, self.session.live_values(tokens, graph.entries[graph.layers[0]]))
+    def embedding(self) -> F32:
+        """The embedding [vocab, hidden]."""
+        return self.session.weight("token_embd.weight")
+
+    def embed(self, tokens: NDArray[np.int64], table: F32 | None = None) -> torch.Tensor:
+        """First states [windows, length, hidden], from the file's embedding or another table."""
+        with self._lock, self.session.pointed({} if table is None else {"token_embd.weight": table}):
+            graph = self.session.graph(tokens)
+            return self._state(tokens.shape, self.session.live_values(tokens, graph.entries[graph.layers[0]]))
+
+    def load_layer(self, layer: int) -> int:
+        """The layer's number; the file is mapped."""
+        return layer
+
+    def unload_layer(self, layer: int) -> None:
+        """Nothing, for the file is mapped."""
 
     def run_layer(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States [windows, length, hidden] after a layer; the recorder of this thread sees it."""
-        tokens = np.zeros(states.shape[:2], np.int64)  # the layer begins behind the embedding
-        graph = self.session.graph(tokens)
-        start, end = graph.entries[layer], graph.exits(layer)
-        (entered,) = self._one_value(graph, start)
-        recorder = current_recorder()
-        watch = {} if recorder is None else self._watch(graph, layer, recorder)
-        values = {entered: states.reshape(-1, states.shape[-1]).numpy()}
-        return self._state(graph, tokens.shape, self.session.live_values(tokens, end, after=start, values=values, also=watch))
+        tokens = self._largest[: len(states), : states.shape[1]]
+        with self._lock:
+            graph = self.session.graph(tokens)
+            start, end = graph.entries[layer], graph.exits(layer)
+            recorder = current_recorder()
+            watch = {} if recorder is None else self._watch(graph, layer, recorder)
+            if layer in self._kept:
+                gone = np.setdiff1d(np.arange(self.model.n_experts), self._kept[layer])
+                watch |= hide_experts(graph, {layer: gone.tolist()})
+            values = {self._one_value(graph, start): states.reshape(-1, states.shape[-1]).numpy()}
+            return self._state(tokens.shape, self.session.live_values(tokens, end, after=start, values=values, also=watch))
+
+    def values(self, layer: int, role: str) -> F32:
+        """The weights of a role in a layer."""
+        return self.session.weight(tensor_name(role, layer))
+
+    @contextmanager
+    def rounded(self, layer: int, bits: Mapping[str, int]) -> Iterator[None]:
+        """Let the weights of these roles be rounded to so many bits while the context lasts."""
+        changed = {}
+        for role, n in bits.items():
+            values = self.values(layer, role)
+            rows = values.reshape(-1, values.shape[-1])
+            changed[tensor_name(role, layer)] = round_to_nearest(rows, n).reshape(values.shape)
+        with self.session.pointed(changed):
+            yield
+
+    @contextmanager
+    def only(self, layer: int, kept: NDArray[np.int64]) -> Iterator[None]:
+        """Let the router choose among these experts alone while the context lasts."""
+        self._kept[layer] = kept
+        try:
+            yield
+        finally:
+            del self._kept[layer]
+
+    def candidate_outputs(self, layer: int, x: F32, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Outputs [n, K, hidden] of chosen experts [n, K] for inputs [n, hidden], whatever an expert computes.
+
+        A pass begins at the experts with our inputs and our choice, as many experts at a time as the router picks.
+        """
+        with self._lock:
+            graph = self.session.graph(self._largest)
+            places = find_experts(graph)[layer]
+            first = min(places.stacks.values())
+            inputs, picks = (graph.root(source) for source in graph.nodes[first].sources[1:3] if isinstance(source, int))
+            k, room = graph.nodes[first].shape[1], self._largest.size
+            found = np.zeros((*chosen.shape, x.shape[1]), np.float32)
+
+            def run(rows: slice, slots: slice) -> None:
+                part, experts = x[rows], chosen[rows, slots]
+                given = np.zeros(graph.nodes[inputs].shape, np.float32)
+                given[: len(part)] = part
+                ids = np.zeros(graph.nodes[picks].shape, np.int32)
+                ids[: len(part), : experts.shape[1]] = experts
+
+                def take(seen: Seen) -> None:
+                    found[rows, slots] = seen.values()[: len(part), : experts.shape[1]]
+
+                self.session.run(
+                    self._largest, after=first - 1, values={inputs: given, picks: ids}, until=places.outputs, watch={places.outputs: take}
+                )
+
+            for start in range(0, len(x), room):
+                for slot in range(0, chosen.shape[1], k):
+                    run(slice(start, start + room), slice(slot, slot + k))
+        return torch.from_numpy(found)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
+        names = ("output_norm.weight", "token_embd.weight" if self.model.is_tied else "output.weight")
+        norm, output = (torch.from_numpy(self.session.weight(name)) for name in names)
+        return norm, output, self.model.norm_eps
 
     def close(self) -> None:
         """Give the memory back."""
         self.session.close()
 
-    def _one_value(self, graph: Graph, at: int) -> tuple[int, ...]:
+    def _one_value(self, graph: Graph, at: int) -> int:
         """The node whose values are all that a layer reads.
 
         Raises:
@@ -63,9 +154,9 @@ class EngineStream:
         if len(live) != 1:
             names = ", ".join(graph.nodes[number].name for number in live)
             raise ModelError(f"{self.model.name}: a layer reads more than the stream before it: {names}")
-        return live
+        return live[0]
 
-    def _state(self, graph: Graph, shape: tuple[int, ...], values: dict[int, NDArray[np.float32]]) -> torch.Tensor:
+    def _state(self, shape: tuple[int, ...], values: dict[int, NDArray[np.float32]]) -> torch.Tensor:
         (value,) = values.values()
         return torch.from_numpy(value.reshape(*shape, -1))
 

@@ -10,15 +10,18 @@ import torch
 from numpy.typing import NDArray
 from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats
 
+from edgemoe.base.storage import array_file, load_arrays
+from edgemoe.calibrate.collect import collect_stats
 from edgemoe.calibrate.observer import LayerObserver
 from edgemoe.model.inspect import inspect_model
 from edgemoe.stream.engine.stream import EngineStream
 from edgemoe.stream.layers import LayerStream, recording
 from edgemoe.stream.texts import choose_texts
-from edgemoe.stream.windows import tokenize
+from edgemoe.stream.windows import CHUNK_TOKENS, WINDOW, tokenize
 from edgemoe.targets import find_target
 
-LENGTH, AT_ONCE, WITHIN = 256, 4, 1e-5
+LENGTH, AT_ONCE, WITHIN, TOKENS = 256, 4, 1e-5, 2048
+ROUNDED = 8e-3  # of values that are stored in bfloat16
 BUNDLED = ("tiny-moe", "tiny-moe-b")
 
 
@@ -60,7 +63,34 @@ def sums(seen: LayerObserver, states: torch.Tensor, *, routes: bool) -> dict[str
     return found
 
 
-def close(found: object, expected: object, name: str) -> None:
+def close(found: object, expected: object, name: str, within: float = WITHIN) -> None:
     a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert a.shape == b.shape, name
-    assert np.abs(a - b).max() <= WITHIN * np.abs(b).max(), f"{name}: {np.abs(a - b).max() / np.abs(b).max():.1e}"
+    assert np.abs(a - b).max() <= within * np.abs(b).max(), f"{name}: {np.abs(a - b).max() / np.abs(b).max():.1e}"
+
+
+@pytest.mark.parametrize("name", ["tiny-moe-b", "olmoe"])  # benchmarks/engines.py: tiny-moe too
+def test_calibration_through_llama_cpp_gives_the_same_stats_and_probes(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    model, texts = inspect_model(EXAMPLES / name if name in BUNDLED else sources[name]), choose_texts((), ())[0]
+    target = find_target("gguf")
+    path = target.write(model, flat_stats(model, tmp_path / "stats"), flat_plan(model, "F32"), tmp_path, 0, None).path
+    stream = EngineStream(model, path, windows=CHUNK_TOKENS // WINDOW, length=WINDOW, threads=1)
+    theirs = collect_stats(model, texts, tmp_path / "theirs", max_tokens=TOKENS)
+    ours = collect_stats(model, texts, tmp_path / "ours", max_tokens=TOKENS, stream=stream)
+    stream.close()
+    for layer in range(-1, model.n_layers):
+        expected, found = (load_arrays(Path(stats.folder) / array_file(layer)) for stats in (theirs, ours))
+        assert set(found) == set(expected)
+        for key, value in found.items():
+            if key in ("count", "candidates", "tokens", "token_count", "replay_domain"):
+                np.testing.assert_array_equal(value, expected[key], f"{layer}: {key}")
+            else:
+                close(value, expected[key], f"{layer}: {key}", ROUNDED if key in ("replay_x", "gram") else WITHIN)
+    assert [(p.kind, p.role, p.layer, p.kept) for p in ours.probes] == [(p.kind, p.role, p.layer, p.kept) for p in theirs.probes]
+    kl, wanted = (np.array([p.kl for p in stats.probes]) for stats in (ours, theirs))
+    apart = np.abs(kl / wanted - 1)
+    if name in BUNDLED:
+        assert apart.max() < 3 * WITHIN  # of one text
+        np.testing.assert_allclose(kl.mean(1), wanted.mean(1), rtol=WITHIN)
+    else:  # random routers nearly toss a coin for some tokens, and one that falls on the other side changes the KL of its text
+        assert (apart > 3 * WITHIN).sum() <= apart.size // 100
