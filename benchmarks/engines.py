@@ -41,8 +41,8 @@ COLUMNS = (
     "CPU s",
     "of transformers",
 )
-NOTE = """Differences are relative: of sums to the largest of their array, the worst of all arrays that are stored in full; of KL to its own size,
-the worst of all probes. "Moved" are choices of experts in which the engines differ."""
+NOTE = """Differences are relative: of sums to the largest of their array, the worst of all arrays that are stored in full; of KL to its own
+size, the worst of all probes. "Moved" are choices of experts in which the engines differ."""
 
 
 def main() -> None:
