@@ -169,7 +169,7 @@ class EngineStream:
             if plain:
                 watch[products[tensor_name(plain[0], layer)]] = _input_of(recorder, step.reads)
         if layer in self.model.moe_layers:
-            watch |= _watch_experts(find_experts(graph)[layer], recorder)
+            watch |= watch_experts(find_experts(graph)[layer], recorder)
         return watch
 
 
@@ -180,8 +180,14 @@ def _input_of(recorder: Recorder, activation: str) -> Watch:
     return see
 
 
-def _watch_experts(places: Experts, recorder: Recorder) -> dict[int, Watch]:
-    """What gives the recorder the router's logits and, once the gates are known, each expert's tokens."""
+def watch_experts(places: Experts, recorder: Recorder) -> dict[int, Watch]:
+    """What gives the recorder the router's logits and, once the gates are known, each expert's tokens.
+
+    Raises:
+        ModelError: the gates are multiplied into the experts' inputs.
+    """
+    if places.weighted < 0:
+        raise ModelError("experts whose gates are multiplied into their inputs (llama4) cannot be watched yet")
     held: dict[str, NDArray[np.float32]] = {}
     chosen: list[NDArray[np.int32]] = []
 

@@ -13,10 +13,13 @@ import pytest
 from architectures import ARCHITECTURES, N_EXPERTS, TOP_K, make_all
 from numpy.typing import NDArray
 
+from edgemoe.base.errors import ModelError
 from edgemoe.model.gguf_source import read_gguf
 from edgemoe.stream.engine.graph import VIEWS, Graph
 from edgemoe.stream.engine.places import find_experts, hide_experts
 from edgemoe.stream.engine.session import Seen, Session
+from edgemoe.stream.engine.stream import watch_experts
+from edgemoe.stream.layers import Recorder
 
 LENGTH = 48
 WINDOWS = np.random.default_rng(0).integers(1, 120, (2, LENGTH))
@@ -92,7 +95,12 @@ def test_gates_times_expert_outputs_are_what_the_layer_sums(session: Session, ar
         assert seen["f"].shape[1] == 3
         gates = seen.get("gates", np.ones((1, 1, 1), np.float32))
         np.testing.assert_allclose((seen["f"] * gates).sum(1), seen["sum"], rtol=1e-5, atol=1e-6 * np.abs(seen["sum"]).max())
-    assert ("gates" in seen) == (architecture != "llama4")  # whose gates are in the inputs
+    if architecture == "llama4":  # whose gates are in the inputs
+        assert "gates" not in seen
+        with pytest.raises(ModelError, match="llama4"):
+            watch_experts(next(iter(places.values())), Recorder())
+    else:
+        assert "gates" in seen
 
 
 def _sum_of_slots(graph: Graph, product: int) -> int:
