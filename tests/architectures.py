@@ -204,7 +204,7 @@ class _InitParams(ctypes.Structure):
 
 def main(folder: Path, architectures: Sequence[str]) -> None:
     from edgemoe.stream.engine.layout import loaded_library
-    from edgemoe.stream.engine.session import load_bindings
+    from edgemoe.stream.engine.runtime import load_bindings
 
     llama, libraries = load_bindings()
     base = ctypes.CDLL(str(loaded_library(libraries)))

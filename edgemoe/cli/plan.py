@@ -103,15 +103,15 @@ def plan(
         _print_lines(_diff(*diff), as_json=as_json)
         return
     asked: dict[str, object] = {"--recipe": recipe, "--rule": rule, "--objective": objective, "--solver": solver != "highs"}
+    asked |= {"--near": near, "--explain": explain, "--why": why, "--sweep": sweep, "--time-limit": time_limit != DEFAULT_SECONDS}
     asked |= {
-        "--near": near,
-        "--explain": explain,
-        "--why": why,
-        "--sweep": sweep,
-        "--time-limit": time_limit != DEFAULT_SECONDS,
         "--stats": stats,
+        "--gap": gap != DEFAULT_GAP,
+        "--generic": generic,
+        "--memory": memory,
+        "--device": device,
+        "--export": export,
     }
-    asked |= {"--gap": gap != DEFAULT_GAP, "--generic": generic, "--memory": memory, "--device": device, "--export": export}
     _check_together(preset, [option for option, value in asked.items() if value])
     rules, aim = read_rules(recipe, rule, objective)
     budget, box = (0, None) if sweep is not None else choose_budget(memory, device)

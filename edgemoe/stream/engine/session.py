@@ -6,8 +6,6 @@ there, and one layer costs its own share of a forward pass.  What was skipped is
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.base.errors import MachineError, ModelError
 from edgemoe.stream.engine.graph import Graph, Leaf, Node
-from edgemoe.stream.engine.layout import COMPUTE, Ggml, open_ggml, struct_at
+from edgemoe.stream.engine.layout import COMPUTE, Ggml, struct_at
+from edgemoe.stream.engine.runtime import Runtime
 
-INSTALL = "pip install 'edgemoe[llama]'"
-F32, NO_FLASH, MMAP = 0, 0, 1  # ggml's type of the cache, llama.cpp's flash attention, its way to load
 F32_BYTES = 4
 _RUN, _SKIP, _SEE, _PUT = range(4)
 
@@ -54,26 +50,13 @@ Watch = Callable[[Seen], None]
 class Session:
     """A GGUF in llama.cpp whose passes can be watched, cut and fed; windows are sequences of one batch."""
 
-    def __init__(self, path: Path, *, windows: int, length: int, threads: int, mmap: bool = True) -> None:
+    def __init__(self, path: Path, *, windows: int, length: int, threads: int) -> None:
         """Load the file with room for so many windows of so many tokens at a time.
 
         Raises:
             MachineError: llama-cpp-python is missing, or its ggml is another.
             ModelError: llama.cpp does not load the file.
         """
-        self.llama, libraries = load_bindings()
-        self._log: list[str] = []
-        self._on_log = self.llama.llama_log_callback(lambda _, text, __: self._log.append(text.decode(errors="replace")))
-        self.llama.llama_log_set(self._on_log, ctypes.c_void_p(0))
-        self.llama.llama_backend_init()
-        params = self.llama.llama_model_default_params()
-        params.n_gpu_layers, params.load_mode, params.use_extra_bufts = 0, MMAP if mmap else 0, False
-        self.model = self.llama.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise ModelError(f"{path}: llama.cpp does not load it: {self._last_words()}")
-        self.ggml = open_ggml(libraries, self.llama.GGML_TYPE_COUNT)
-        self.n_vocab: int = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
-        self._open(windows, length, threads)
         self._graphs: dict[tuple[int, int, bool], Graph] = {}
         self._computes: dict[tuple[int, int, bool], list[bool]] = {}  # whether each node is computed at all
         self._pointers: dict[str, int] = {}  # of weights
@@ -85,28 +68,12 @@ class Session:
         self._asked = self._current = 0
         self._now: list[int] = []  # pointers of the nodes of this pass
         self._error: BaseException | None = None
-
-    def _open(self, windows: int, length: int, threads: int) -> None:
-        options = self.llama.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = windows * length
-        options.n_seq_max, options.n_threads, options.n_threads_batch = windows, threads, threads
-        options.type_k = options.type_v = F32
-        options.flash_attn_type, options.op_offload, options.kv_unified = NO_FLASH, False, False
-        self._on_node = self.llama.ggml_backend_sched_eval_callback(self._called)
-        options.cb_eval = self._on_node
-        self.context = self.llama.llama_init_from_model(self.model, options)
-        if not self.context:
-            raise ModelError(f"llama.cpp makes no context: {self._last_words()}")
-        self._memory = self.llama.llama_get_memory(self.context)
-
-    def _last_words(self) -> str:
-        lines = "".join(self._log).strip().splitlines() or ["it says nothing"]
-        return next((line for line in reversed(lines) if "error" in line), lines[-1])[:300]
+        self.runtime = Runtime(path, windows, length, threads, self._called)
+        self.ggml = self.runtime.ggml
 
     def close(self) -> None:
         """Give the memory back."""
-        self.llama.llama_free(self.context)
-        self.llama.llama_model_free(self.model)
+        self.runtime.close()
 
     # ---------------------------------------------------------------------------------------------------------------- passes
     def graph(self, windows: NDArray[np.int64], *, logits: bool = True) -> Graph:
@@ -158,13 +125,8 @@ class Session:
             orders[number] = _PUT
         self._orders, self._watches, self._values, self._asked, self._now = orders, watch or {}, values or {}, 0, []
         self._flagged = self._computes[*windows.shape, logits]
-        whole = logits and until is None
         self._decode(windows, logits=logits)
-        self._orders = []
-        if not whole:
-            return None
-        shape = (windows.size, self.n_vocab)
-        return np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), shape=shape).copy()
+        return self.runtime.logits(windows.size) if logits and until is None else None
 
     def live_values(
         self, windows: NDArray[np.int64], at: int, *, also: Mapping[int, Watch] | None = None, **cut: Any
@@ -184,21 +146,12 @@ class Session:
         return found
 
     def _decode(self, windows: NDArray[np.int64], *, logits: bool) -> None:
-        self.llama.llama_memory_clear(self._memory, True)  # recurrent states too
-        tokens = windows.size
-        batch = self.llama.llama_batch_init(tokens, 0, 1)
-        batch.n_tokens = tokens
-        for i, token in enumerate(windows.reshape(-1).tolist()):
-            sequence, position = divmod(i, windows.shape[1])
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
-            batch.logits[i] = logits or i == tokens - 1
-        result = self.llama.llama_decode(self.context, batch)
-        self.llama.llama_batch_free(batch)
-        if self._error is not None:
-            error, self._error = self._error, None
+        try:
+            self.runtime.decode(windows, logits=logits)
+        finally:
+            self._orders, error, self._error = [], self._error, None
+        if error is not None:
             raise error
-        if result:
-            raise ModelError(f"llama.cpp fails to decode ({result}): {self._last_words()}")
 
     # --------------------------------------------------------------------------------------------------------------- weights
     def weight(self, name: str) -> NDArray[np.float32]:
@@ -285,16 +238,3 @@ class Session:
         if leaf.is_weight:
             self._pointers[leaf.name] = pointer
         return leaf
-
-
-def load_bindings() -> tuple[Any, Path]:
-    """llama-cpp-python's ctypes bindings, and the folder of its shared libraries.
-
-    Raises:
-        MachineError: it is not installed, or cannot be loaded.
-    """
-    try:
-        bindings = importlib.import_module("llama_cpp.llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MachineError(f"llama-cpp-python cannot be used: {error}", hint=INSTALL) from error
-    return bindings, Path(str(bindings.__file__)).parent / "lib"

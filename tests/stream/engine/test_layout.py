@@ -11,7 +11,7 @@ import pytest
 from edgemoe.base.errors import MachineError
 from edgemoe.stream.engine import layout
 from edgemoe.stream.engine.layout import Ggml, check_layout, open_ggml
-from edgemoe.stream.engine.session import load_bindings
+from edgemoe.stream.engine.runtime import load_bindings
 
 FIELDS = [name for name, *_ in layout.TensorStruct._fields_]
 
