@@ -163,16 +163,16 @@ _HINT = "install the version of llama-cpp-python that constraints.txt names"
 def loaded_library(folder: Path) -> Path:
     """The file of the libggml-base that libllama has loaded; the folder may hold the same file by other names, which would load twice."""
     if sys.platform == "linux":
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            path = Path(line.split(maxsplit=5)[-1])
-            if path.name.startswith("libggml-base") and path.parent == folder.resolve():
-                return path
-        raise MachineError(f"{folder}: libggml-base is not loaded", hint=_HINT)
+        mapped = {Path(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_text(errors="replace").splitlines()}
+        found = sorted(path for path in mapped if path.name.startswith("libggml-base") and path.parent == folder.resolve())
+        if not found:
+            raise MachineError(f"{folder}: libggml-base is not loaded", hint=_HINT)
+        return found[-1]  # libllama asks for it by its version, and the file without one may be another copy
     names = ("libggml-base.0.dylib", "libggml-base.dylib", "ggml-base.dll")
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
+    there = next((folder / name for name in names if (folder / name).exists()), None)
+    if there is None:
         raise MachineError(f"{folder}: libggml-base is not there", hint=_HINT)
-    return found
+    return there
 
 
 def _op_names(library: Any) -> dict[int, str]:

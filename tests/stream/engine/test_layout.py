@@ -6,12 +6,14 @@ import ctypes
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgemoe.base.errors import MachineError
 from edgemoe.stream.engine import layout
-from edgemoe.stream.engine.layout import Ggml, check_layout, open_ggml
+from edgemoe.stream.engine.layout import Ggml, check_layout, loaded_library, open_ggml
 from edgemoe.stream.engine.runtime import load_bindings
+from edgemoe.targets.gguf.formats import quantize
 
 FIELDS = [name for name, *_ in layout.TensorStruct._fields_]
 
@@ -39,6 +41,13 @@ def test_a_field_that_lies_elsewhere_is_noticed(ggml: Ggml, monkeypatch: pytest.
 
 def test_other_numbers_of_operations_are_noticed(ggml: Ggml) -> None:
     assert check_layout(dataclasses.replace(ggml, ops={number + 1: name for number, name in ggml.ops.items()})) == ["op"]
+
+
+def test_the_copy_that_libllama_uses_is_chosen_beside_that_of_the_quantizers(ggml: Ggml) -> None:
+    quantize(np.zeros((1, 256), np.float32), "Q4_K")  # loads libggml-base.so, which may be another file
+    folder = load_bindings()[1]
+    needed = {path.name for path in folder.glob("libggml-base.so.*")}
+    assert loaded_library(folder).name in needed or (folder / "libggml-base.so").is_symlink()
 
 
 def test_a_library_that_is_not_loaded_is_not_loaded_twice(tmp_path: Path) -> None:
