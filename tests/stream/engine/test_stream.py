@@ -69,9 +69,9 @@ def close(found: object, expected: object, name: str, within: float = WITHIN) ->
     assert np.abs(a - b).max() <= within * np.abs(b).max(), f"{name}: {np.abs(a - b).max() / np.abs(b).max():.1e}"
 
 
-@pytest.mark.parametrize("name", ["tiny-moe-b", "olmoe"])  # benchmarks/engines.py: tiny-moe too
-def test_calibration_through_llama_cpp_gives_the_same_stats_and_probes(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    model, texts = inspect_model(EXAMPLES / name if name in BUNDLED else sources[name]), choose_texts((), ())[0]
+def test_calibration_through_llama_cpp_gives_the_same_stats_and_probes(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A random model, because this takes long; benchmarks/engines.py compares the bundled models."""
+    model, texts = inspect_model(sources["olmoe"]), choose_texts((), ())[0]
     target = find_target("gguf")
     path = target.write(model, flat_stats(model, tmp_path / "stats"), flat_plan(model, "F32"), tmp_path, 0, None).path
     stream = EngineStream(model, path, windows=CHUNK_TOKENS // WINDOW, length=WINDOW, threads=1)
@@ -89,8 +89,5 @@ def test_calibration_through_llama_cpp_gives_the_same_stats_and_probes(name: str
     assert [(p.kind, p.role, p.layer, p.kept) for p in ours.probes] == [(p.kind, p.role, p.layer, p.kept) for p in theirs.probes]
     kl, wanted = (np.array([p.kl for p in stats.probes]) for stats in (ours, theirs))
     apart = np.abs(kl / wanted - 1)
-    if name in BUNDLED:
-        assert apart.max() < 3 * WITHIN  # of one text
-        np.testing.assert_allclose(kl.mean(1), wanted.mean(1), rtol=WITHIN)
-    else:  # random routers nearly toss a coin for some tokens, and one that falls on the other side changes the KL of its text
-        assert (apart > 3 * WITHIN).sum() <= apart.size // 100
+    # Random routers nearly toss a coin for some tokens, and one that falls on the other side changes the KL of its text.
+    assert (apart > 3 * WITHIN).sum() <= apart.size // 100

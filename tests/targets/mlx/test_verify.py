@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from command import error_of, run_cli, stop_when
-from tiny import make_checkpoint
+from tiny import WHOLE_VOCAB, make_checkpoint
 
 from edgemoe.base.storage import load_record
 from edgemoe.ir import Plan
@@ -31,7 +31,8 @@ Built = tuple[Path, Path, Path]  # checkpoint, held-out text, output
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """A build of a tied model with dropped experts to the report."""
     root = tmp_path_factory.mktemp("mlx")
-    source = make_checkpoint(root / "model", "qwen3_moe", tied=True, hidden=128, expert_size=128, n_experts=6, layers=1)
+    shape = {"hidden": 128, "expert_size": 128, "n_experts": 6, "layers": 1, "vocab": WHOLE_VOCAB}
+    source = make_checkpoint(root / "model", "qwen3_moe", tied=True, **shape)
     heldout = root / "heldout.txt"
     heldout.write_text((SHIPPED / "heldout" / "english.txt").read_text(encoding="utf-8")[:2500], encoding="utf-8")
     done = run_cli(*command(source, heldout, root / "work", root / "out"))
