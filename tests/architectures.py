@@ -36,11 +36,7 @@ ARCHITECTURES = (
 
 def metadata(arch: str) -> dict[str, Any]:
     """Keys and values of an architecture's tiny model; keys that it does not read do no harm."""
-    size = {"embd": 256, "head": 2, "ff": 384, "layer": 2}
-    size |= {"llama4": {"layer": 4}, "nemotron_h_moe": {"layer": 3}, "laguna": {"embd": 160}, "afmoe": {"head": 4}}.get(arch, {})
-    size |= {"deepseek4": {"embd": 512, "head": 8, "ff": 1024, "layer": 4}}.get(arch, {})
-    size |= {"embd": 128, "head": 1, "ff": 192} if arch in LATENT else {}
-    hidden, heads, inner, layers = size["embd"], size["head"], size["ff"], size["layer"]
+    hidden, heads, inner, layers = _sizes(arch)
     head = hidden // heads
     each = [0 if layer == 1 else heads for layer in range(layers)] if arch in HYBRID else heads
     own: dict[str, Any] = {
@@ -81,15 +77,7 @@ def metadata(arch: str) -> dict[str, Any]:
         "expert_gating_func": 4 if arch == "deepseek4" else 2,
         "expert_group_scale": 1.0,
         "experts_per_group": 1,
-        "ssm.inner_size": 256 if arch in ("qwen3next", "qwen35moe", "qwen4exp") else 2 * hidden,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 128,
-        "ssm.time_step_rank": heads,
-        "ssm.group_count": 2,
-        "kda.head_dim": 128,
-        "kda.safe_gate": True,
-        "kda.gate_lower_bound": -5.0,
-        "shortconv.l_cache": 3,
+        **_recurrent(arch, hidden, heads),
         "residual_scale": 3.5565588200778455,
         "attn_res.block_size": 12,
         "activation.situ_beta": 4.0,
@@ -99,6 +87,30 @@ def metadata(arch: str) -> dict[str, Any]:
     own |= _special(arch, hidden, head, layers)
     tokens = {"tokenizer.ggml.model": "test", "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)]}
     return {**{f"{arch}.{key}": value for key, value in own.items()}, **tokens, "tokenizer.ggml.scores": [0.0] * N_VOCAB}
+
+
+def _sizes(arch: str) -> tuple[int, int, int, int]:
+    """Hidden size, heads, neurons and layers."""
+    size = {"embd": 256, "head": 2, "ff": 384, "layer": 2}
+    size |= {"llama4": {"layer": 4}, "nemotron_h_moe": {"layer": 3}, "laguna": {"embd": 160}, "afmoe": {"head": 4}}.get(arch, {})
+    size |= {"deepseek4": {"embd": 512, "head": 8, "ff": 1024, "layer": 4}}.get(arch, {})
+    size |= {"embd": 128, "head": 1, "ff": 192} if arch in LATENT else {}
+    return size["embd"], size["head"], size["ff"], size["layer"]
+
+
+def _recurrent(arch: str, hidden: int, heads: int) -> dict[str, Any]:
+    """State spaces, delta rules and short convolutions."""
+    return {
+        "ssm.inner_size": 256 if arch in ("qwen3next", "qwen35moe", "qwen4exp") else 2 * hidden,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 128,
+        "ssm.time_step_rank": heads,
+        "ssm.group_count": 2,
+        "kda.head_dim": 128,
+        "kda.safe_gate": True,
+        "kda.gate_lower_bound": -5.0,
+        "shortconv.l_cache": 3,
+    }
 
 
 def _latent(arch: str, layers: int) -> dict[str, Any]:

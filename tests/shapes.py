@@ -249,6 +249,16 @@ def latent_attention(hidden: int, heads: int, rank: int, rope: int, nope: int, v
     }
 
 
+def latent_lengths(rank: int, rope: int, nope: int, value: int) -> dict[str, Any]:
+    """Lengths of the cached row, and of an expanded head."""
+    return {
+        "attention.key_length": rank + rope,
+        "attention.value_length": rank,
+        "attention.key_length_mla": nope + rope,
+        "attention.value_length_mla": value,
+    }
+
+
 def mla(
     *,
     hidden: int = HIDDEN,
@@ -270,10 +280,7 @@ def mla(
         "feed_forward_length": dense,
         "attention.head_count": heads,
         "attention.head_count_kv": 1,
-        "attention.key_length": rank + rope,
-        "attention.value_length": rank,
-        "attention.key_length_mla": nope + rope,
-        "attention.value_length_mla": value,
+        **latent_lengths(rank, rope, nope, value),
         "attention.q_lora_rank": q_rank,
         "attention.kv_lora_rank": rank,
         "attention.layer_norm_rms_epsilon": 1e-6,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from edgemoe.base.errors import ModelError
 
-MAX_HEADER = 512 * 2**20  # bytes; a vocabulary of 256,000 tokens with its merges takes 16 MiB
+MAX_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 tokens with its merges takes 16 MiB, and a list in memory 8 bytes for each
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types (gguf.h)
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
@@ -123,15 +123,15 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufHeader:
     for name, kind, shape, offset in infos:
         if name in tensors:
             raise ModelError(f"{path}: {name!r} is there twice")
-        entry = Entry(kind, shape, start + offset, _n_bytes(name, kind, shape))
+        entry = Entry(block_sizes()[kind][0], shape, start + offset, _n_bytes(name, kind, shape))
         if entry.offset + entry.n_bytes > size:
             raise ModelError(f"{path}: file ends at byte {size}, inside {name!r} of shape {list(shape)}", hint="copy or make it again")
         tensors[name] = entry
     return GgufHeader(path, values, spans, tensors)
 
 
-def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Name, type, shape and offset in the data of every tensor."""
+def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+    """Name, number of the type, shape and offset in the data of every tensor."""
     for _ in range(n_tensors):
         name, n_dims = cursor.text(), cursor.number("I")
         if not 1 <= n_dims <= MAX_DIMS:
@@ -140,13 +140,13 @@ def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, str, t
         kind, offset = cursor.number("I"), cursor.number("Q")
         if kind not in block_sizes():
             raise ValueError(f"{name!r} has type {kind}, which is not known")
-        yield name, block_sizes()[kind][0], shape, offset
+        yield name, kind, shape, offset
 
 
-def _n_bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
-    block, size = next((block, size) for known, block, size in block_sizes().values() if known == kind)
+def _n_bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
+    known, block, size = block_sizes()[kind]
     if shape[-1] % block:
-        raise ValueError(f"{name!r} has rows of {shape[-1]}, and {kind} stores blocks of {block}")
+        raise ValueError(f"{name!r} has rows of {shape[-1]}, and {known} stores blocks of {block}")
     return math.prod(shape) // block * size
 
 
