@@ -45,6 +45,7 @@ class Words:
     beside_note: str
     launch_note: str
     language: str  # of the launch lines
+    more: str = "; a longer text, or several at once, need more"  # ends the sentence on what the memory holds
     plain: str = "F32"  # what tensors without a format are stored as
     launch_lines: Callable[[Report], list[str]]  # commands or code that run the artifact
     modelfile: Callable[[Report], list[str]] | None = None  # Ollama's Modelfile, if Ollama loads such files

@@ -118,9 +118,13 @@ def load_record(path: Path, kind: type[R]) -> R:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    body, whole = read_sealed(path)
+    try:
+        body, whole = read_sealed(path)
+    except ModelError as error:
+        hint = f"give a {kind.__name__} that edgemoe wrote, or make it again"
+        raise ModelError(str(error), hint=error.hint or hint) from error
     if body.pop("record", None) != kind.__name__:
-        raise ModelError(f"{path}: is not a {kind.__name__} record of edgemoe")
+        raise ModelError(f"{path}: is not a {kind.__name__} record of edgemoe", hint=f"give a {kind.__name__} that edgemoe wrote")
     version, seals = body.pop("format_version", None), body.pop("arrays", None)
     if version != FORMAT_VERSION:
         raise ModelError(f"{path}: format_version is {version}, this edgemoe reads {FORMAT_VERSION}", hint="make it again")
@@ -206,7 +210,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
             raise ModelError(f"{path}: {size} bytes is too large for a JSON file")
         return parse_json(path, path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from edgemoe.cli.options import (
     TopKOpt,
     WidthOpt,
     settled_target,
+    target_options,
 )
 from edgemoe.cli.plan import read_rules
 from edgemoe.cli.progress import print_rich, say, show_progress
@@ -151,10 +152,11 @@ def _command_of(request: BuildRequest, memory: str, told: list[str]) -> str:
     """The command that makes the same again, as it is published: options where they are not the default, no paths of this machine."""
     model = Path(request.model).name if Path(request.model).exists() else request.model
     usual = {f.name: f.default for f in fields(request)}
-    shown = ("target", "context", "calibration_tokens", "solver", "gap", "shard_max", "rounding", "refine", "width", "top_k")
+    shown = ("context", "calibration_tokens", "solver", "gap", "shard_max", "rounding", "refine", "width", "top_k")
     names = {f"--{name.replace('_', '-')}": name for name in shown} | {"--time-limit": "seconds"}
     given = {option: getattr(request, name) for option, name in names.items() if getattr(request, name) != usual[name]}
     asked = [part for option, value in given.items() for part in (option, f"{value}B" if option == "--shard-max" else str(value))]
+    asked = [*(target_options(request.target) if request.target != usual["target"] else []), *asked]
     asked += [] if request.repair else ["--no-repair"]
     return shlex.join(["edgemoe", "build", model, "--memory", memory, *asked, *told, "-o", request.out.name])
 

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 # Our own threads do the work; a second layer of threads inside numpy would only make results depend on the number of cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -37,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Give a Mixture-of-Experts checkpoint and a memory budget, get the best GGUF (or ONNX) that really fits.\n\n"
+    help="Give a Mixture-of-Experts checkpoint and a memory budget, get the best GGUF, ONNX or MLX folder that really fits.\n\n"
     "    edgemoe build Qwen/Qwen3-30B-A3B --memory 16GB -o qwen3-16gb\n\n"
     "`build` does everything; the other commands are its stages, each starting from the file that the one before wrote.",
 )
@@ -101,8 +101,12 @@ def main() -> None:
     logging.getLogger("edgemoe").handlers = [_Notes()]  # one, however often a process calls this
     try:
         _check_folder()
-        app()
+        code = app(standalone_mode=False)  # of a command that ends by typer.Exit; None of one that returns
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
+        if code:
+            sys.exit(code)
     except BrokenPipeError:
         _end_quietly()
     except (Exception, KeyboardInterrupt, Stopped) as error:
@@ -110,8 +114,6 @@ def main() -> None:
             raise
         _fail(*_explain(error))
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            _fail(*_explain(KeyboardInterrupt()))
         if isinstance(stop.__context__, BrokenPipeError):  # what typer makes of a closed pipe is exit 1
             _end_quietly()
         raise
@@ -121,6 +123,8 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
     """An error as message, hint and exit code."""
     if isinstance(error, EdgemoeError):
         return str(error), error.hint, error.exit_code
+    if hasattr(error, "format_message"):  # of typer: a wrong option, or no command at all, for which its message is the help
+        return _explain_usage(error)
     if isinstance(error, Stopped):
         return f"stopped by {error}", "give the same command again to go on", error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -134,6 +138,14 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, MemoryError):
         return "this machine has too little memory", "close other programs, or use a larger machine", MachineError.exit_code
     return f"internal: {type(error).__name__}: {error}", "please report this; --debug shows where", 1
+
+
+def _explain_usage(error: Any) -> tuple[str, str, int]:
+    message, command = error.format_message(), error.ctx.command_path if error.ctx else "edgemoe"
+    if "\n" in message:
+        print(message, file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+    return message.rstrip("."), f"`{command} --help` lists the options", UsageError.exit_code
 
 
 def _explain_os(error: OSError) -> tuple[str, str, int]:

@@ -71,7 +71,7 @@ TargetOpt = Annotated[
     typer.Option(
         metavar="NAME",
         help="What to write. gguf: one file for stock llama.cpp. onnx: a folder for onnxruntime, each expert with a width of its own. "
-        "browser: the same for web browsers and transformers.js. mlx: a folder for mlx_lm on a Mac; mlx-bf16 and mlx-kv8 are settings.",
+        "browser: the same for web browsers and transformers.js. mlx: a folder for mlx_lm on a Mac.",
     ),
 ]
 DtypeOpt = Annotated[
@@ -79,10 +79,12 @@ DtypeOpt = Annotated[
     typer.Option("--dtype", metavar="f16|bf16", help="With --target mlx: the type of all floats. [default: f16 if the activations fit]"),
 ]
 KvBitsOpt = Annotated[
-    int | None, typer.Option("--kv-bits", metavar="N", help="With --target mlx: plan for mlx_lm's KV cache quantized to N bits.")
+    int | None,
+    typer.Option("--kv-bits", metavar="2|4|8", help="With --target mlx: plan for mlx_lm's quantized KV cache; a report has its KL."),
 ]
 KvSizeOpt = Annotated[
-    int | None, typer.Option("--max-kv-size", metavar="N", help="With --target mlx: plan for mlx_lm's rotating KV cache of N tokens.")
+    int | None,
+    typer.Option("--max-kv-size", metavar="N", help="With --target mlx: plan for mlx_lm's rotating KV cache, which forgets older tokens."),
 ]
 WidthOpt = Annotated[
     str | None,
@@ -128,5 +130,16 @@ def settled_target(target: str, dtype: str | None, kv_bits: int | None, max_kv_s
         raise UsageError(f"{asked[0]} goes with --target mlx, not {target}", hint=f"leave {asked[0]} out")
     if dtype not in (None, "f16", "bf16"):
         raise UsageError(f"--dtype {dtype} is not known", hint="known: f16, bf16")
+    for option, value, what in (("--kv-bits", kv_bits, "bits"), ("--max-kv-size", max_kv_size, "tokens")):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} {value} is not a number of {what}", hint=f"leave {option} out")
     words = [dtype, f"kv{kv_bits}" if kv_bits is not None else None, f"max{max_kv_size}" if max_kv_size is not None else None]
     return "-".join([target, *(word for word in words if word is not None)])
+
+
+def target_options(target: str) -> list[str]:
+    """The options that give a target with its settings: what `settled_target` reads, written again."""
+    name, *words = target.split("-")
+    starts = {"kv": "--kv-bits", "max": "--max-kv-size", "": "--dtype"}
+    told = [(next(start for start in starts if word.startswith(start)), word) for word in words]
+    return ["--target", name, *(part for start, word in told for part in (starts[start], word.removeprefix(start)))]

@@ -15,9 +15,12 @@ from edgemoe.cli.options import (
     DEFAULT_SECONDS,
     ContextOpt,
     DeviceOpt,
+    DtypeOpt,
     ForceOpt,
     GapOpt,
     JsonOpt,
+    KvBitsOpt,
+    KvSizeOpt,
     MemoryOpt,
     ObjectiveOpt,
     PresetOpt,
@@ -28,6 +31,7 @@ from edgemoe.cli.options import (
     StatsOpt,
     TargetOpt,
     TimeOpt,
+    settled_target,
 )
 from edgemoe.cli.progress import print_rich, say, show_progress
 
@@ -86,6 +90,9 @@ def plan(
     generic: GenericOpt = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
+    dtype: DtypeOpt = None,
+    kv_bits: KvBitsOpt = None,
+    max_kv_size: KvSizeOpt = None,
     explain: ExplainOpt = False,
     why: WhyOpt = None,
     sweep: SweepOpt = None,
@@ -104,18 +111,13 @@ def plan(
         return
     asked: dict[str, object] = {"--recipe": recipe, "--rule": rule, "--objective": objective, "--solver": solver != "highs"}
     asked |= {"--near": near, "--explain": explain, "--why": why, "--sweep": sweep, "--time-limit": time_limit != DEFAULT_SECONDS}
-    asked |= {
-        "--stats": stats,
-        "--gap": gap != DEFAULT_GAP,
-        "--generic": generic,
-        "--memory": memory,
-        "--device": device,
-        "--export": export,
-    }
+    asked |= {"--stats": stats, "--gap": gap != DEFAULT_GAP, "--generic": generic, "--memory": memory, "--device": device}
+    asked |= {"--export": export}
     _check_together(preset, [option for option, value in asked.items() if value])
     rules, aim = read_rules(recipe, rule, objective)
     budget, box = (0, None) if sweep is not None else choose_budget(memory, device)
-    prices, origin = _open_costs(costs, generic, context, target, repair=not no_repair, rounding=rounding)
+    named = settled_target(target, dtype, kv_bits, max_kv_size)
+    prices, origin = _open_costs(costs, generic, context, named, repair=not no_repair, rounding=rounding)
     if box is not None:
         prices = _find_target(prices.target).on_device(prices, box)
     _check_outputs(prices, output, export, folder=sweep is not None, force=force)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemoe.base.errors import ModelError, UsageError
-from edgemoe.cli.options import ContextOpt, ForceOpt, ModelArg, OutOpt, TargetOpt
+from edgemoe.cli.options import ContextOpt, DtypeOpt, ForceOpt, KvBitsOpt, KvSizeOpt, ModelArg, OutOpt, TargetOpt, settled_target
 from edgemoe.cli.progress import open_model, say, show_progress
 
 if TYPE_CHECKING:
@@ -34,19 +34,16 @@ def price(
     ] = None,
     context: ContextOpt = None,
     target: TargetOpt = "gguf",
+    dtype: DtypeOpt = None,
+    kv_bits: KvBitsOpt = None,
+    max_kv_size: KvSizeOpt = None,
     force: ForceOpt = False,
 ) -> None:
     """Nats and bytes of every choice -> a costs file.
 
     With --imatrix nothing is calibrated: less exact prices, from files that exist, and statistics for `emit` in a folder beside OUT.
     """
-    if (stats is None) == (imatrix is None):
-        hint = "STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration"
-        raise UsageError("give exactly one of STATS and --imatrix", hint=hint)
-    if saliency is not None and imatrix is None:
-        raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
-    if score is not None and stats is None:
-        raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
+    _check_together(stats, imatrix, saliency, score)
     from edgemoe.base.ownership import check_outside, check_replaceable
     from edgemoe.base.storage import save_record
     from edgemoe.calibrate.imatrix import read_imatrix
@@ -61,7 +58,7 @@ def price(
     check_outside(model, output)
     check_replaceable([output], force=force, record="Costs")
     check_replaceable([output.with_suffix(".safetensors")], force=force)
-    chosen = find_target(target)
+    chosen = find_target(settled_target(target, dtype, kv_bits, max_kv_size))
     if score is not None:
         check_score(score, chosen.form)
     if imatrix is not None:  # files of the user are read before all tensors are hashed
@@ -79,6 +76,21 @@ def price(
         costs = _price_measured(found, stats, chosen, tokens, score)
     save_record(output, costs)
     say(f"{output}: {len(costs.units)} units, {len(costs.counts)} kept counts, kappa {costs.kappa:.4f}", *notes)
+
+
+def _check_together(stats: Path | None, imatrix: Path | None, saliency: Path | None, score: str | None) -> None:
+    """Refuse options that have no meaning beside each other.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if (stats is None) == (imatrix is None):
+        hint = "STATS from `edgemoe calibrate` prices best; --imatrix FILE needs no calibration"
+        raise UsageError("give exactly one of STATS and --imatrix", hint=hint)
+    if saliency is not None and imatrix is None:
+        raise UsageError("--saliency goes with --imatrix: STATS already say what each expert is worth", hint="leave --saliency out")
+    if score is not None and stats is None:
+        raise UsageError("--score goes with STATS", hint="with --imatrix, give your scores with --saliency")
 
 
 def _price_measured(model: Model, folder: Path, target: Target, context: int, score: str | None) -> Costs:

@@ -180,15 +180,15 @@ def verify(
     from edgemoe.base.errors import VerifyError
     from edgemoe.base.storage import load_record
     from edgemoe.ir import Plan, Report
-    from edgemoe.pipeline.output_folder import find_artifact, finish_output, hold_output
+    from edgemoe.pipeline.output_folder import check_built, find_artifact, finish_output, hold_output
     from edgemoe.report.terminal import summarize_report
     from edgemoe.stream.texts import choose_texts
     from edgemoe.targets import find_target
     from edgemoe.verify.artifact import broken_promises, verify_artifact
 
-    found, chosen = open_model(model), load_record(output / "plan.json", Plan)
+    check_built(output)
+    chosen, artifact, found = load_record(output / "plan.json", Plan), find_artifact(output), open_model(model)
     check_same_model(found.fingerprint, chosen.model, output / "plan.json")
-    artifact = find_artifact(output)
     old = load_record(output / "report.json", Report) if (output / "report.json").exists() else None
     _, texts = choose_texts([], heldout or [])
     target = find_target(chosen.target)

@@ -18,6 +18,7 @@ from edgemoe.ir import Costs, Model
 from edgemoe.model.describe import resize_experts
 from edgemoe.pipeline.estimate import estimate_needs
 from edgemoe.pipeline.request import Job
+from edgemoe.pipeline.widths import offered_here
 from edgemoe.plan.infeasible import explain_infeasible, least_of_task
 from edgemoe.plan.task import make_task
 from edgemoe.price.choices import least_process
@@ -85,7 +86,7 @@ def check_rules(job: Job) -> None:
 def _refuse_at_width(job: Job, model: Model) -> BudgetError | None:
     request = job.request
     costs = _with_domains(price_generic(model, job.target, job.context), [t.name for t in job.calibration])
-    costs = job.target.on_device(costs, request.device) if request.device else costs
+    costs = offered_here(costs, model, job.target, request)
     apply_rules(costs, request.rules)  # names are checked for all of them
     rules = [rule for rule in request.rules if not _needs_usage(apply_rules(costs, [rule]))]
     task = make_task(costs, apply_rules(costs, rules), Effort(until=deadline(LOOK)))

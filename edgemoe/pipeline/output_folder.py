@@ -98,6 +98,18 @@ def hold_output(out: Path) -> Iterator[None]:
         yield
 
 
+def check_built(out: Path) -> None:
+    """Refuse a folder that neither `emit` nor `build` finished.
+
+    Raises:
+        ModelError: no folder, or none with a plan.
+    """
+    if (out / "plan.json").exists():
+        return
+    what = "has no plan.json, so edgemoe did not finish it" if out.is_dir() else "is a file" if out.exists() else "no such folder"
+    raise ModelError(f"{out}: {what}", hint="give the folder that build or emit made")
+
+
 def find_artifact(out: Path) -> Artifact:
     """The artifact that `emit` or `build` left in a folder.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from edgemoe.base.errors import BudgetError, UnsolvedError
 from edgemoe.base.progress import GapProgress, Progress, StageProgress
 from edgemoe.base.storage import hash_file, load_record, save_record
@@ -17,6 +19,8 @@ from edgemoe.price.choices import discount, price_choices
 from edgemoe.repair.survivors import EPOCHS
 from edgemoe.repair.width import FEW_BITS, Narrowed, charge, narrow_experts
 from edgemoe.targets import Target
+
+HUGE = 2**60  # bytes, more than any other tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=in_stage(progress, f"calibrate{name}"))
         costs, key = price_cached(narrowed.model, stats, target, job.context, narrowed.work, in_stage(progress, f"price{name}"))
         costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
-        costs = target.on_device(costs, request.device) if request.device else costs
+        costs = offered_here(costs, narrowed.model, target, request)
         priced.append(costs)
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)
         try:
@@ -74,6 +78,15 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
         raise refused[-1]
     offer, plan = best
     return replace(offer, others=tuple(costs for costs in priced if costs is not offer.costs)), plan
+
+
+def offered_here(costs: Costs, model: Model, target: Target, request: BuildRequest) -> Costs:
+    """The prices without the formats in which a unit is too large for the request's device, or for a file of --shard-max bytes."""
+    costs = target.on_device(costs, request.device) if request.device else costs
+    if not request.shard_max or target.least_shard is None:
+        return costs
+    beside = target.least_shard(model, {"": HUGE})[0] - HUGE  # what a file holds beside its largest unit
+    return replace(costs, cost=np.where(costs.size + beside > request.shard_max, np.inf, costs.cost))
 
 
 def solve_request(request: BuildRequest, offer: Offer, watch: GapProgress) -> Plan:

@@ -10,6 +10,8 @@ from edgemoe.ir import Report, counts_text
 from edgemoe.report.words import mean_bits, nats, perplexities, picks, shares_by_format, shares_by_group
 from edgemoe.targets import find_target
 
+PLAIN = {"F32", "F16", "BF16"}  # formats that a checkpoint may have too
+
 
 def _markdown(text: object) -> str:
     """Text that Markdown and the HTML inside it show unchanged, on one line and in one table cell."""
@@ -37,10 +39,11 @@ def render_card(report: Report) -> str:
     drop = "keeps all its experts" if whole else f"keeps {counts} of its {plan.n_experts} experts, chosen layer by layer"
     drop += f", each cut to its {plan.width} best neurons and refitted" if plan.width else ""
     known = {key: model[key] for key in ("license", "license_name", "license_link", "language", "base_model") if model.get(key)}
-    tags = [plan.target, "moe", "imatrix", "edgemoe"]
+    quantized = any(name not in PLAIN for name in plan.formats.values())
+    tags = [plan.target.partition("-")[0], "moe", *(["imatrix"] if quantized else []), "edgemoe"]
     front = {
         **known,
-        "base_model_relation": "quantized",
+        **({"base_model_relation": "quantized"} if quantized else {}),
         "library_name": words.library,
         "pipeline_tag": "text-generation",
         "tags": tags,
@@ -105,5 +108,5 @@ def _limits(report: Report) -> Iterator[str]:
         yield f"Fewer experts compute a token, {fewer}: that is faster, and less good where several were needed."
     if tokens:
         yield f"Quality was measured on {tokens} tokens of the texts named above; try your own task before you rely on it."
-    yield f"Memory holds for one sequence of {plan.context} tokens without memory mapping; more context, more slots or a GPU need more."
+    yield f"Memory holds for one sequence of {plan.context} tokens{find_target(plan.target).words.more}."
     yield "Faults of the original are faults of this file too."

@@ -29,7 +29,9 @@ MEMORY_PARTS = {"weights": "weights", "kv": "KV", "compute": "compute", "output"
 
 
 def nats(value: float) -> str:
-    """A KL or cost as text."""
+    """A KL or cost as text; what float64 adds up to in thousands of logits is no loss, and long."""
+    if 0 < abs(value) < 1e-9:
+        return "<1e-9"
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 

@@ -93,7 +93,11 @@ def verify_artifact(
         decode_ceiling=0.0 if decoded else estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
         samples=samples,
         frontier=(),
-        problems=(*_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl), *notes),
+        problems=(
+            *_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl),
+            *_note_beside(target, mean_kl, beside),
+            *notes,
+        ),
         runtime="edgemoe's own decoding" if decoded else target.runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )
@@ -162,6 +166,13 @@ def _find_problems(
         surprise = f"measured KL {kl:.4f} is more than {KL_SURPRISE:g} times the prediction {plan.predicted_kl:.4f}"
         problems.append(surprise if kl > KL_BROKEN else f"note: {surprise}")
     return problems
+
+
+def _note_beside(target: Target, kl: float, beside: float) -> list[str]:
+    """A note if the runtime's own settings, as a quantized KV cache, cost far more than the weights, which alone are predicted."""
+    if beside <= KL_SURPRISE * max(kl, KL_NOTED):
+        return []
+    return [f"note: with {target.words.beside}, KL is {beside:.4f}; the weights alone have {kl:.1e}"]
 
 
 def broken_promises(report: Report) -> list[str]:

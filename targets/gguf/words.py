@@ -27,6 +27,7 @@ WORDS = Words(
     beside_in_summary=False,
     beside_note='"As deployed" includes the runtime\'s own half-precision KV cache and flash attention.',
     launch_note="The lines that this plan is for: one sequence, F16 KV cache, micro-batch of 512, no memory mapping.",
+    more=" without memory mapping; more context, more slots or a GPU need more",
     language="sh",
     launch_lines=launch_lines,
     modelfile=modelfile,

@@ -18,7 +18,7 @@ from edgemoe.targets.mlx.reader import decode_folder
 from edgemoe.targets.mlx.rounding import descend_rows, feeds_back, pack_rows, unpack_rows
 from edgemoe.targets.mlx.run import run, runtime
 from edgemoe.targets.mlx.settings import Settings, check_dtype, choose_dtype, parse_settings
-from edgemoe.targets.mlx.words import WORDS, launch_lines
+from edgemoe.targets.mlx.words import words_of
 from edgemoe.targets.mlx.writer import fixed_sizes, least_shard, write
 from edgemoe.targets.stacks import list_units
 from edgemoe.targets.tokenizer.beside import check_tokenizer
@@ -38,8 +38,8 @@ def _make_target(settings: Settings) -> Target:
         name=settings.name,
         form="stacks",
         offered=tuple(FORMATS),
-        runs=Runs(compared={}, beside={"half": FLOATS[dtype]}),
-        words=replace(WORDS, plain=FLOATS[dtype], launch_lines=partial(launch_lines, settings=settings)),
+        runs=Runs(compared={}, beside={"half": FLOATS[dtype], **settings.job}),
+        words=words_of(settings, FLOATS[dtype]),
         least_shard=least_shard,
         fixed_names=("config.json", "model.safetensors", "model.safetensors.index.json", *COPIED),
         list_units=list_units,
@@ -58,7 +58,7 @@ def _make_target(settings: Settings) -> Target:
         descend_rows=partial(descend_rows, dtype=dtype),
         unpack_rows=partial(unpack_rows, dtype=dtype),
         write=partial(write, dtype=dtype),
-        run=run,
+        run=partial(run, settings=settings),
         check_tokenizer=check_tokenizer,
         runtime=runtime,
         decode=decode_folder,

@@ -4,9 +4,12 @@ Logits go to stdout as float32.
 
 Jobs:
     {"windows": [[ids]], "half": ""}: the logits of every position of every window, with float32 activations; with "half": "float16" or
-    "bfloat16", what each module gives is rounded to this type, as a Mac would have it, while sums stay float32;
+    "bfloat16", what each module gives is rounded to this type, as a Mac would have it, while sums stay float32; with settings of the cache,
+    every token sees the tokens before it through such a cache;
     {"context": n, "tokens": [ids], "prompts": [[ids]], "generate": n, "ends": [ids]}: run a context, measure, and continue the prompts
     greedily.
+
+Settings of the cache, for both: {"kv_bits": n or 0, "kv_group": n, "max_kv": n or 0, "chunk": n}, as mlx_lm's --kv-bits and so on.
 
 On a Mac the context is filled as a user would fill it, in the folder's own type, and peak and speed are Metal's.  Elsewhere mlx runs on the
 CPU, which sums products in the type of the activations (no Mac does) and has no float16 for plain expert stacks.  There the activations
@@ -27,6 +30,7 @@ from typing import Any
 LACKING = 5  # exit code: this machine lacks something
 LEAST = (0, 32, 2)  # of mlx; older ones give garbage for some shapes on an M5
 CPU_CONTEXT = 512
+CHUNK = 2048  # tokens of a prompt that are computed together, if the job says nothing else
 OnPrompt = Callable[[int, int], None] | None  # called with (tokens done, all tokens) of a prompt
 
 
@@ -55,6 +59,8 @@ class Runner:
         self.active = self.mx.get_active_memory()
         if full:
             self.widen()
+        self.bits, self.group, self.most = (int(job.get(name, 0)) for name in ("kv_bits", "kv_group", "max_kv"))
+        self.chunk = int(job.get("chunk", CHUNK))
 
     def widen(self) -> None:
         """Compute in float32: scales, offsets and plain weights are widened exactly."""
@@ -63,8 +69,16 @@ class Runner:
         mx = self.mx
         self.model.update(tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, self.model.parameters()))
 
-    def logits(self, tokens: Sequence[int], cache: Any = None) -> Any:
+    def cache(self) -> Any:
+        """An empty cache of the kind that the job asks for."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        made = make_prompt_cache(self.model, self.most or None)
+        return [each.to_quantized(group_size=self.group, bits=self.bits) for each in made] if self.bits else made
+
+    def logits(self, tokens: Sequence[int]) -> Any:
         """Logits [tokens, vocab] in float32."""
+        cache = self.cache() if self.bits or self.most else None
         out = self.model(self.mx.array([list(tokens)]), cache=cache)[0].astype(self.mx.float32)
         self.mx.eval(out)
         return out
@@ -76,7 +90,17 @@ class Runner:
         from mlx_lm.generate import generate_step
 
         out: list[int] = []
-        for token, _ in generate_step(self.mx.array(list(tokens)), self.model, max_tokens=n, prompt_progress_callback=on_prompt):
+        quantized = {"kv_bits": self.bits, "kv_group_size": self.group, "quantized_kv_start": 0} if self.bits else {}
+        steps = generate_step(
+            self.mx.array(list(tokens)),
+            self.model,
+            max_tokens=n,
+            prompt_progress_callback=on_prompt,
+            prefill_step_size=self.chunk,
+            max_kv_size=self.most or None,
+            **quantized,
+        )
+        for token, _ in steps:
             if int(token) in eos_ids:
                 break
             out.append(int(token))

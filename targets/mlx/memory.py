@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from edgemoe.base.errors import ModelError
+from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.base.units import format_bytes
 from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
@@ -19,7 +19,6 @@ from edgemoe.targets.mlx.names import check_family
 from edgemoe.targets.mlx.settings import KV_GROUP, Settings, check_heads
 
 STEP = 256  # tokens by which the KV cache grows (KVCache.step in mlx_lm/models/cache.py)
-CHUNK = 2048  # tokens of a prompt that are computed together (prefill_step_size)
 HELD = 1.75  # times the values of a chunk that Metal holds until a command buffer is done; fitted to mlx_lm/BENCHMARKS.md
 BUFFER = 0.75  # of Metal's working set: the largest buffer (86,586,540,032 of 115,448,725,504 bytes on an M4 Max with 128 GB)
 VOCABULARY = ("token_embd", "output")
@@ -57,9 +56,27 @@ def memory_parts(model: Model, context: int, settings: Settings) -> dict[str, in
 
     Raises:
         ModelError: the cache cannot be quantized.
+        UsageError: the settings of the cache save nothing at this context.
     """
     check_heads(model, settings)
-    chunk = min(CHUNK, context)
+    parts, plain = _parts(model, context, settings), _parts(model, context, Settings())
+    if settings.max_kv and parts["kv"] >= plain["kv"]:
+        what = f"--max-kv-size {settings.max_kv} saves nothing at a context of {context} tokens"
+        raise UsageError(
+            f"{what}: prompts are computed in chunks of {settings.chunk} tokens, which the cache holds too", hint="leave --max-kv-size out"
+        )
+    if settings.kv_bits and sum(parts.values()) >= sum(plain.values()):
+        more = sum(parts.values()) - sum(plain.values())
+        raise UsageError(
+            f"--kv-bits {settings.kv_bits} takes {format_bytes(more)} more than it saves at a context of {context} tokens: "
+            "attention to a quantized cache holds the scores of all heads",
+            hint="leave --kv-bits out",
+        )
+    return parts
+
+
+def _parts(model: Model, context: int, settings: Settings) -> dict[str, int]:
+    chunk = min(settings.chunk, context)
     tokens = min(context, settings.max_kv + chunk) if settings.max_kv else context  # a rotating cache is cut after each chunk
     tokens = -(-tokens // STEP) * STEP
     bits = settings.kv_bits + 16 * HALF_BYTES / KV_GROUP if settings.kv_bits else 8 * HALF_BYTES

@@ -15,6 +15,7 @@ from edgemoe.base.errors import MachineError, VerifyError
 from edgemoe.targets import MISSING
 from edgemoe.targets.child_process import OnLogits, run_job
 from edgemoe.targets.mlx.reader import float_types, tensor_bytes
+from edgemoe.targets.mlx.settings import Settings
 from edgemoe.targets.tokenizer.beside import eos_ids, open_tokenizer
 
 CHILD = Path(__file__).with_name("child.py")
@@ -22,13 +23,14 @@ SLACK = 4096  # bytes; mlx itself holds 8 for the state of its random numbers
 INSTALL = "pip install 'edgemoe[mlx]'"
 
 
-def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -> dict[str, Any]:
+def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None, *, settings: Settings) -> dict[str, Any]:
     """Run one job (see child.py, but prompts are texts) and return its result; "peak" is the most that Metal held, or 0.
 
     Args:
         path: a shard of the folder.
         job: the job as plain values.
         on_logits: called with (window number, logits [tokens, vocab]) as the logits come.
+        settings: of the cache, with which a job that generates text runs; a job of windows says itself whether it wants them.
 
     Raises:
         VerifyError: the folder does not load, mlx_lm stopped (the message has its last output), or it holds other bytes than planned.
@@ -39,7 +41,8 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
     prompts = list(job.get("prompts", ()))
     encode, decode = open_tokenizer(path) if prompts else (None, None)
     ids = {prompt: tokens for prompt in prompts if (tokens := encode(prompt))} if encode else {}
-    full = {**job, "prompts": list(ids.values()), "ends": eos_ids(path)}
+    cache = {} if "windows" in job else settings.job
+    full = {**job, **cache, "prompts": list(ids.values()), "ends": eos_ids(path)}
     result = run_job(CHILD, path, full, on_logits, runtime="mlx_lm", hint=INSTALL, environment={})
     _check_loaded(path.parent, result["active"])
     if decode:

@@ -1,6 +1,6 @@
 """This module holds the settings of an MLX target: the float type of the folder, and how mlx_lm is to keep the KV cache.
 
-A plan remembers them as words after the target's name: "mlx-bf16", "mlx-f16-kv8", "mlx-max4096".
+A plan remembers them as words after the target's name: "mlx-bf16", "mlx-f16-kv8", "mlx-max4096".  The command line has an option for each.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from edgemoe.base.errors import ModelError, UsageError
 from edgemoe.ir import Model, Stats
 from edgemoe.targets.mlx.formats import LARGEST
 
-KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_BITS = (2, 4, 8)  # mlx_lm's cache allocates a wrong number of words for others
 KV_GROUP = 64  # columns of a head that share a scale and an offset (mlx_lm's --kv-group-size)
 SHARE = 1 / 8  # of float16's largest number that activations may reach on calibration text
-_WORDS = re.compile(r"(?:(f16|bf16)(?:-|$))?(?:kv(\d+)(?:-|$))?(?:max(\d+))?")
+KEEP = 4  # first tokens that mlx_lm's rotating cache never forgets
+CHUNK = 2048  # tokens of a prompt that mlx_lm computes together (prefill_step_size)
+SMALL_CHUNK = 256  # with a setting of the cache: the scores of a larger chunk would take more than the cache saves
+_WORD = re.compile(r"(?P<dtype>f16|bf16)|kv(?P<kv>\d{1,9})|max(?P<max>\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,17 @@ class Settings:
         kv, most = (f"kv{self.kv_bits}" if self.kv_bits else ""), (f"max{self.max_kv}" if self.max_kv else "")
         return "-".join(["mlx", *(word for word in (self.dtype, kv, most) if word)])
 
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are computed together."""
+        return SMALL_CHUNK if self.kv_bits or self.max_kv else CHUNK
+
+    @property
+    def job(self) -> dict[str, int]:
+        """How the child is to keep its cache (see child.py)."""
+        told = {"kv_bits": self.kv_bits, "kv_group": KV_GROUP, "max_kv": self.max_kv, "chunk": self.chunk}
+        return told if self.kv_bits or self.max_kv else {}
+
 
 def parse_settings(words: str) -> Settings:
     """Settings from the words after "mlx-".
@@ -39,12 +53,18 @@ def parse_settings(words: str) -> Settings:
     Raises:
         UsageError: an unknown word, or settings that mlx_lm cannot combine.
     """
-    found = _WORDS.fullmatch(words)
-    if found is None or not words or words.endswith("-"):
-        raise UsageError(f"target 'mlx-{words}' is not known", hint="settings of mlx: f16 or bf16, then kv8, or max4096")
-    settings = Settings(found[1] or "", int(found[2] or 0), int(found[3] or 0))
-    if found[2] and settings.kv_bits not in KV_BITS:
+    found: dict[str, str] = {}
+    for word in words.split("-"):
+        match = _WORD.fullmatch(word)
+        if match is None or match.lastgroup in found:
+            raise UsageError(f"target 'mlx-{words}' is not known", hint="settings of mlx: f16 or bf16; kv8, or max4096")
+        found[str(match.lastgroup)] = match[str(match.lastgroup)]
+    settings = Settings(found.get("dtype", ""), int(found.get("kv", 0)), int(found.get("max", 0)))
+    if "kv" in found and settings.kv_bits not in KV_BITS:
         raise UsageError(f"--kv-bits {settings.kv_bits} is not known", hint=f"known: {', '.join(map(str, KV_BITS))}")
+    if "max" in found and settings.max_kv <= KEEP:
+        what = f"--max-kv-size {settings.max_kv}: mlx_lm always keeps the first {KEEP} tokens"
+        raise UsageError(what, hint="give more tokens than these")
     if settings.kv_bits and settings.max_kv:
         raise UsageError("--kv-bits and --max-kv-size: mlx_lm cannot quantize a cache that rotates", hint="leave one out")
     return settings

@@ -291,7 +291,7 @@ def test_a_report_that_is_none_is_named(run: Run, records: Path, tmp_path: Path)
 
 def test_verify_needs_a_folder_that_emit_or_build_made(run: Run, records: Path, tmp_path: Path) -> None:
     code, errors = run("verify", MODEL, tmp_path / "nowhere")
-    assert code == 4 and str(tmp_path / "nowhere" / "plan.json") in error_of(errors)
+    assert code == 4 and f"{tmp_path / 'nowhere'}: no such folder" in error_of(errors)
     code, errors = run("verify", MODEL, records)
     assert code == 4 and f"{records}: neither artifact.json nor report.json" in error_of(errors)
 

@@ -14,7 +14,7 @@ from edgemoe.model.describe import describe, load_shape
 from edgemoe.price.priors import price_generic
 from edgemoe.targets import count_bytes, find_target
 from edgemoe.targets.mlx.memory import memory_parts
-from edgemoe.targets.mlx.settings import Settings, parse_settings
+from edgemoe.targets.mlx.settings import KV_BITS, Settings, parse_settings
 
 # mlx_lm/BENCHMARKS.md: `mx.get_peak_memory` in GB of Qwen3-30B-A3B on an M4 Max, a prompt of 2048 tokens and 128 new ones.
 APPLE = {4: 18.20, 5: 22.01, 6: 25.82, 8: 33.46}
@@ -45,11 +45,36 @@ def test_a_quantized_cache_is_smaller_and_a_rotating_one_has_an_end(qwen: Model)
     context = 32_768
     plain, eight, rotating = (memory_parts(qwen, context, s) for s in (Settings(), Settings(kv_bits=8), Settings(max_kv=4096)))
     assert eight["kv"] == plain["kv"] * 17 // 32  # 8 bits, and 32 bits for each 64 numbers
-    assert eight["compute"] > plain["compute"]  # the scores of attention are arrays then
-    assert rotating["kv"] == plain["kv"] * (4096 + 2048) // context
+    scores = 2 * 2 * 256 * context * qwen.attention.heads  # of attention, and their softmax: arrays of a chunk of 256 tokens
+    assert eight["compute"] - scores == pytest.approx(plain["compute"] / 8, abs=1)
+    assert rotating["kv"] == plain["kv"] * (4096 + 256) // context
     small = replace(qwen, attention=replace(qwen.attention, key_length=96))
     with pytest.raises(ModelError, match="heads of 96"):
         memory_parts(small, context, Settings(kv_bits=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "context", "said"),
+    [
+        (Settings(kv_bits=8), 32_768, "takes .* more than it saves at a context of 32768"),
+        (Settings(max_kv=8000), 8192, "saves nothing at a context of 8192"),
+        (Settings(max_kv=100_000), 8192, "saves nothing"),
+    ],
+)
+def test_a_setting_of_the_cache_that_saves_nothing_is_refused(qwen: Model, settings: Settings, context: int, said: str) -> None:
+    many = replace(qwen, attention=replace(qwen.attention, heads=128))  # whose scores take more than a cache
+    with pytest.raises(UsageError, match=said):
+        memory_parts(many, context, settings)
+
+
+@pytest.mark.parametrize("heads", [64, 128, 192, 256])
+@pytest.mark.parametrize("bits", KV_BITS)
+def test_mlx_lm_can_hold_every_cache_that_is_offered(bits: int, heads: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    keys = mx.ones((1, 2, 5, heads))
+    mx.eval(QuantizedKVCache(64, bits).update_and_fetch(keys, keys))
 
 
 def test_a_tensor_is_not_larger_than_metals_largest_buffer(qwen: Model) -> None:
@@ -66,6 +91,10 @@ def test_a_tensor_is_not_larger_than_metals_largest_buffer(qwen: Model) -> None:
         target.on_device(costs, smaller)
 
 
+def test_the_order_of_settings_does_not_matter() -> None:
+    assert find_target("mlx-kv8-bf16").name == "mlx-bf16-kv8"
+
+
 @pytest.mark.parametrize("words", ["f16", "bf16", "kv8", "bf16-kv4", "f16-max4096", "max512"])
 def test_a_plan_remembers_the_settings_in_its_targets_name(words: str) -> None:
     assert parse_settings(words).name == f"mlx-{words}"
@@ -79,6 +108,9 @@ def test_a_plan_remembers_the_settings_in_its_targets_name(words: str) -> None:
         ("mlx-", "target 'mlx-' is not known"),
         ("mlx-f16-", "is not known"),
         ("mlx-kv7", "--kv-bits 7 is not known"),
+        ("mlx-kv5", "--kv-bits 5 is not known"),
+        ("mlx-f16-bf16", "is not known"),
+        ("mlx-max4", "--max-kv-size 4: mlx_lm always keeps the first 4 tokens"),
         ("mlx-kv8-max512", "cannot quantize a cache that rotates"),
         ("gguf-f16", "gguf has no settings"),
         ("tflite", "known: gguf, onnx, browser, mlx"),

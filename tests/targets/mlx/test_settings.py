@@ -12,6 +12,7 @@ from tiny import EXAMPLES, flat_stats
 
 from edgemoe.base.errors import UsageError
 from edgemoe.base.storage import array_file, load_arrays, save_arrays
+from edgemoe.cli.options import target_options
 from edgemoe.ir import Model, Stats
 from edgemoe.model.inspect import inspect_model
 from edgemoe.targets import find_target
@@ -70,6 +71,30 @@ def test_an_unknown_type_is_refused_by_its_option(tmp_path: Path) -> None:
     refused = run_cli("build", tmp_path, "--memory", "1GB", "--target", "mlx", "--dtype", "f32", "-o", tmp_path / "out", "--dry-run")
     assert refused.returncode == 2
     assert "--dtype f32 is not known" in error_of(refused.stderr)
+
+
+@pytest.mark.parametrize(("option", "value", "what"), [("--kv-bits", -1, "bits"), ("--max-kv-size", 0, "tokens")])
+def test_a_number_that_is_none_is_refused_by_its_option(option: str, value: int, what: str) -> None:
+    refused = run_cli("plan", "--generic", "olmoe-1b-7b", "--target", "mlx", option, value, "--memory", "9GB")
+    assert refused.returncode == 2
+    assert f"{option} {value} is not a number of {what}" in error_of(refused.stderr)
+
+
+def test_a_target_with_settings_is_told_by_its_options() -> None:
+    assert target_options("gguf") == ["--target", "gguf"]
+    assert target_options("mlx-bf16-kv8") == ["--target", "mlx", "--dtype", "bf16", "--kv-bits", "8"]
+    assert target_options("mlx-max4096") == ["--target", "mlx", "--max-kv-size", "4096"]
+
+
+def test_a_plan_without_weights_takes_the_settings_of_the_cache() -> None:
+    def kv(*options: object) -> int:
+        done = run_cli(
+            "plan", "--generic", "qwen3-30b-a3b", "--target", "mlx", "--memory", "40GB", "--solver", "lagrange", "--json", *options
+        )
+        assert done.returncode == 0, done.stderr
+        return int(json.loads(done.stdout)["memory"]["kv"])
+
+    assert kv("--kv-bits", 4, "--dtype", "bf16") == kv() * 9 // 32
 
 
 def test_prices_from_an_imatrix_know_no_activation_and_take_bfloat16(tmp_path: Path) -> None:

@@ -11,18 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from command import error_of, run_cli, stop_when
 from tiny import WHOLE_VOCAB, make_checkpoint
 
 from edgemoe.base.storage import load_record
-from edgemoe.ir import Plan
+from edgemoe.ir import Plan, Report
 from edgemoe.model.inspect import inspect_model
 from edgemoe.pipeline.output_folder import find_artifact
+from edgemoe.report.model_card import render_card
 from edgemoe.stream.texts import SHIPPED, choose_texts
+from edgemoe.stream.windows import tokenize
 from edgemoe.targets import MISSING, find_target
 from edgemoe.targets.mlx.words import CHIPS, speed_range
-from edgemoe.verify.artifact import verify_artifact
+from edgemoe.verify.artifact import _note_beside, verify_artifact
+from edgemoe.verify.logits import compare_logits, reference_states
 
 Built = tuple[Path, Path, Path]  # checkpoint, held-out text, output
 
@@ -104,6 +108,51 @@ def test_without_mlx_the_bytes_are_decoded_and_the_report_says_so(built: Built, 
     assert any("nothing was run" in problem for problem in found[False].problems)
 
 
+def test_a_quantized_cache_is_in_the_second_kl_and_a_rotating_one_forgets(built: Built, tmp_path: Path) -> None:
+    source, heldout, out = built
+    model, artifact = inspect_model(source), find_artifact(out)
+    _, texts = choose_texts([], [str(heldout)])
+    windows = tokenize(model, texts, 512, 256)
+    states = reference_states(model, windows, tmp_path)
+    loss = {}
+    for name in ("mlx-f16", "mlx-f16-kv8", "mlx-f16-kv2", "mlx-f16-max64"):
+        target = find_target(name)
+        loss[name] = compare_logits(artifact.path, model, windows, states, ["english"], target, settings=target.runs.beside)[0].kl_mean
+    assert loss["mlx-f16"] < loss["mlx-f16-kv8"] * 1.01 < loss["mlx-f16-kv2"]
+    assert loss["mlx-f16-max64"] > 1.01 * loss["mlx-f16"]
+
+
+def test_the_card_runs_the_cache_that_was_planned(built: Built) -> None:
+    report = load_record(built[2] / "report.json", Report)
+    for name, said in (
+        ("mlx-f16-kv2", "--prefill-step-size 256 --kv-bits 2 --kv-group-size 64 --quantized-kv-start 0"),
+        ("mlx-f16-max64", "--prefill-step-size 256 --max-kv-size 64"),
+    ):
+        card = render_card(replace(report, plan=replace(report.plan, target=name)))
+        assert f"mlx_lm.generate --model . --max-tokens 256 {said} --prompt" in card
+        assert ("mlx_lm.server --model ." in card) == (name == "mlx-f16-kv2")
+
+
+def test_a_window_through_a_quantized_cache_is_what_mlx_lm_decodes_token_by_token(built: Built) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from edgemoe.targets.mlx.child import Runner
+
+    tokens = list(range(40, 60))
+    runner = Runner({"path": str(built[2] / "model.safetensors"), "kv_bits": 4, "kv_group": 64}, full=True)
+    cache = [each.to_quantized(group_size=64, bits=4) for each in make_prompt_cache(runner.model)]
+    steps = [runner.model(mx.array([[token]]), cache=cache)[0, 0] for token in tokens]
+    assert np.abs(np.array(runner.logits(tokens)) - np.array(mx.stack(steps))).max() < 1e-4
+
+
+def test_a_large_cost_of_the_runtimes_own_settings_is_noted() -> None:
+    target = find_target("mlx-f16-kv2")
+    assert _note_beside(target, 0.01, 0.029) == []
+    assert _note_beside(target, 0.0, 0.002) == []
+    assert "16-bit activations, 2-bit KV, KL is 0.1250" in _note_beside(target, 0.0003, 0.125)[0]
+
+
 def spoil_byte(out: Path) -> None:
     path = out / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -141,6 +190,14 @@ def test_a_folder_that_another_program_made_is_refused(built: Built, tmp_path: P
     refused = run_cli("verify", source, foreign, "--heldout", heldout)
     assert refused.returncode == 4
     assert "plan.json" in error_of(refused.stderr)
+    assert refused.stderr.endswith("hint: give the folder that build or emit made\n")
+
+
+@pytest.mark.parametrize(("name", "said"), [("nowhere", "no such folder"), ("heldout.txt", "is a file")])
+def test_what_is_no_folder_is_refused_at_once(built: Built, name: str, said: str) -> None:
+    refused = run_cli("verify", built[0], built[1].with_name(name))
+    assert refused.returncode == 4
+    assert error_of(refused.stderr).endswith(said)
 
 
 def test_the_speed_on_a_mac_is_a_range_that_holds_apples_own_figures() -> None:
