@@ -10,11 +10,12 @@ AMX := $(shell echo | $(or $(CC),cc) -march=native -dM -E - 2>/dev/null | grep -
 # pip's cache is not used: it would give a wheel that was compiled with other flags.
 LLAMA_ARGS := -DLLAVA_BUILD=OFF $(if $(AMX),-DCMAKE_C_FLAGS=$(AMX) -DCMAKE_CXX_FLAGS=$(AMX))
 
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test test-all check bench format clean
 
 help:
 	@echo "make demo    build the bundled model to a budget and show the report"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the test suite"
+	@echo "make test-all  also the slow tests: every architecture that llama.cpp runs"
 	@echo "make check   ruff, mypy --strict (benchmarks: mypy), import layers"
 	@echo "make bench   our plans beside the peers on both bundled models, and planning times (two hours)"
 	@echo "make format  ruff format and fix"
@@ -37,6 +38,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+test-all: test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist load -m slow
 
 check: setup
 	$(BIN)/ruff check .

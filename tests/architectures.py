@@ -20,7 +20,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-N_EXPERTS, TOP_K, N_VOCAB, N_CTX = 8, 3, 128, 256
+N_EXPERTS, TOP_K, N_VOCAB, N_CTX = 8, 3, 384, 256
 LATENT = ("deepseek2", "deepseek32", "glm-dsa", "dots3note", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next", "mistral4", "hy_v4")
 HYBRID = ("jamba", "nemotron_h_moe", "granitehybrid", "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next")
 LISTED_WINDOWS = ("cohere2moe", "mimo2", "step35", "granite_swa", "dots3note", "maple")
@@ -32,6 +32,8 @@ ARCHITECTURES = (
     *("minimax-m2", "minimax-m3", "mistral3", "mistral4", "nemotron_h_moe", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe"),
     *("qwen3next", "qwen3vlmoe", "qwen4exp", "rnd1", "smallthinker"),
 )
+# Biases, latent attention, no gates, fused matrices with recurrent layers, no causality, several live values, gates in the inputs.
+QUICK = ("gpt-oss", "deepseek2", "nemotron_h_moe", "qwen3next", "llada-moe", "kimi-k3", "llama4", "grovemoe", "granitehybrid", "hy_v3")
 
 
 def metadata(arch: str) -> dict[str, Any]:
@@ -85,8 +87,24 @@ def metadata(arch: str) -> dict[str, Any]:
     }
     own |= _latent(arch, layers) if arch in LATENT else {}
     own |= _special(arch, hidden, head, layers)
-    tokens = {"tokenizer.ggml.model": "test", "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)]}
-    return {**{f"{arch}.{key}": value for key, value in own.items()}, **tokens, "tokenizer.ggml.scores": [0.0] * N_VOCAB}
+    return {**{f"{arch}.{key}": value for key, value in own.items()}, **_vocabulary()}
+
+
+def _vocabulary() -> dict[str, Any]:
+    """A tokenizer in the manner of SentencePiece: control tokens, every byte, and pairs of letters."""
+    control, unknown, byte, normal = 3, 2, 6, 1
+    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), *((f"<0x{n:02X}>", byte) for n in range(256))]
+    letters = "▁etaoinshrdlu"
+    pieces += [(letter, normal) for letter in letters] + [(a + b, normal) for a in letters for b in letters if a != b]
+    pieces = pieces[:N_VOCAB]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text for text, _ in pieces],
+        "tokenizer.ggml.scores": [-float(i) for i in range(N_VOCAB)],
+        "tokenizer.ggml.token_type": [kind for _, kind in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
 
 
 def _sizes(arch: str) -> tuple[int, int, int, int]:
@@ -193,11 +211,37 @@ def _write_metadata(arch: str, path: Path) -> Path:
         if isinstance(value, np.ndarray):
             writer.add_key_value(key, value.tolist(), gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.UINT64)
         elif isinstance(value, list):
-            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=kinds[type(value[0])])
+            sub_type = gguf.GGUFValueType.INT32 if key.endswith("token_type") else kinds[type(value[0])]
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=sub_type)
         else:
             writer.add_key_value(key, value, kinds[type(value)])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def add_predicting_block(source: Path, path: Path) -> Path:
+    """The same model with one more block, which predicts a further token and which llama.cpp does not run: a copy of the last."""
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer, n = gguf.GGUFWriter(path, arch), int(reader.fields[f"{arch}.block_count"].contents())
+    changed = {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
+    for key, field in reader.fields.items():
+        value = changed.get(key, field.contents())
+        if not key.startswith("GGUF.") and key != "general.architecture" and value != []:
+            writer.add_key_value(key, value, field.types[0], sub_type=field.types[-1] if isinstance(value, list) else None)
+    hidden = int(reader.fields[f"{arch}.embedding_length"].contents())
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    last = {name: data for name, data in tensors.items() if name.startswith(f"blk.{n - 1}.") and "scale" not in name}
+    tensors |= {name.replace(f"blk.{n - 1}.", f"blk.{n}."): data for name, data in last.items()}
+    for name, shape in {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}.items():
+        tensors[f"blk.{n}.nextn.{name}.weight"] = np.ones(shape, np.float32)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     return path
 

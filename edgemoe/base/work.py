@@ -20,7 +20,7 @@ from edgemoe.base.files import alone, remove_parts
 from edgemoe.base.storage import check_arrays, hash_json, load_sealed, save_sealed
 
 # A revision is raised when the same inputs give another result of its kind, so that no older result is opened.
-REVISIONS = {"stats": 2, "imatrix": 2, "gradients": 2, "costs": 8, "narrow": 2, "repair": 6, "reference": 2, "measured": 6}
+REVISIONS = {"stats": 2, "imatrix": 2, "gradients": 2, "costs": 8, "narrow": 2, "repair": 6, "rounded": 1, "reference": 2, "measured": 6}
 UNHASHED = "0" * 64  # fingerprint of a model whose tensors were not hashed; it is as long as a hash, because sizes of files depend on that
 T = TypeVar("T")
 

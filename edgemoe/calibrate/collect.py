@@ -34,7 +34,7 @@ from edgemoe.calibrate.probes import add_first_states, add_probes, advance, coun
 from edgemoe.ir import Domain, Model, Probe, Stats
 from edgemoe.model.routing.kept_sets import COLD_TOKENS
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS
-from edgemoe.stream.layers import LayerStream
+from edgemoe.stream.open import open_stream
 from edgemoe.stream.states import States
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights, texts_key
 from edgemoe.stream.verbs import Stream
@@ -66,14 +66,14 @@ def collect_stats(
             there too.
         max_tokens: most tokens of all texts together; every text gives the same share at most.
         progress: called with (layers done, all layers); the head counts as a layer.
-        stream: what computes the layers; None: transformers.
+        stream: what computes the layers; None: what `open_stream` chooses for the model.
 
     Raises:
         ModelError: a text gives no tokens, or the model gives NaN or infinite states.
     """
     windows = tokenize(model, texts, max_tokens, WINDOW)
     settings = {"window": windows.tokens.shape[1], "max_tokens": max_tokens, "replay": REPLAY_TOKENS, "probe": PROBE_TOKENS}
-    stream = stream or LayerStream(model)
+    own, stream = stream is None, stream or open_stream(model)
     settings |= {
         "edgemoe": __version__,
         "format": FORMAT_VERSION,
@@ -94,7 +94,11 @@ def collect_stats(
             check_arrays(folder / array_file(layer))  # all of them, before anything is made from them
         return replace(load_record(folder / "stats.json", Stats), folder=str(folder))
 
-    return open_or_make(folder, read, lambda: _observe_all(model, texts, windows, stream, folder, key, settings, progress))
+    try:
+        return open_or_make(folder, read, lambda: _observe_all(model, texts, windows, stream, folder, key, settings, progress))
+    finally:
+        if own:
+            stream.close()
 
 
 def _observe_all(
@@ -164,7 +168,7 @@ def _find_cold(model: Model, work: Path) -> tuple[tuple[int, int], ...]:
 # --------------------------------------------------------------------------------------------------------------- the pass
 def _run_layers(run: CalibrationRun, key: str, progress: Progress | None) -> tuple[Probe, ...]:
     """Run the main stream and the probes through all layers and the head; return the probes with their KL."""
-    model, shape = run.model, (*run.windows.tokens.shape, run.model.hidden_size)
+    model, shape = run.model, (*run.windows.tokens.shape, run.stream.width)
     probe_shape = (len(run.probe_index), *shape[1:])
     steps = Steps(run.work, key)
     probes, start = _resume(run, steps)

@@ -88,11 +88,11 @@ class LayerObserver:
         self.domain = torch.from_numpy(np.repeat(windows.domain, length))
         self.factor = torch.from_numpy(factor.astype(np.float32))
         self.domains = domains
-        e, h, m = model.n_experts, model.hidden_size, model.expert.size
+        e, (rows, h, m) = model.n_experts, expert_widths(model)
         names = ("count", "gate", "gate_sq", "norm", "norm_sq", "gate_norm", "energy")
         self.experts = {name: torch.zeros(domains, e, dtype=torch.float64) for name in names}
         self.in_sq, self.mid_sq = torch.zeros(e, h), torch.zeros(e, m)
-        self.importance, self.output = torch.zeros(e), torch.zeros(e, h)
+        self.importance, self.output = torch.zeros(e), torch.zeros(e, rows)
         self.parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # expert, its tokens, g|f| of each
         self.largest = 0.0  # magnitude in what experts read and give
         self.recorder = Recorder(on_expert=self._on_expert)
@@ -147,6 +147,8 @@ class LayerObserver:
         """1 - cos of each token's stream before and after the experts' output is added [tokens], not below 0 (EASY-EP)."""
         assert self.recorder.moe_output is not None
         after, output = states.flatten(0, -2), self.recorder.moe_output
+        if after.shape != output.shape:  # experts in a latent space: what they add to the stream is not seen
+            return torch.zeros(len(after), dtype=torch.float64)
         turned: torch.Tensor = 1 - torch.nn.functional.cosine_similarity(after - output, after, dim=-1)
         return turned.clamp(min=0).cpu().double()
 
@@ -158,6 +160,15 @@ class LayerObserver:
         x = self.recorder.moe_input.float().cpu()[picked].bfloat16().float().numpy()
         stream = states.flatten(0, -2).cpu()[picked].float().square().sum(dim=1)
         return x, self.recorder.logits.cpu()[picked].numpy(), self.domain[picked].numpy().astype(np.int32), stream.numpy()
+
+
+def expert_widths(model: Model) -> tuple[int, int, int]:
+    """Outputs, inputs and neurons of an expert, by its matrices."""
+    if not model.moe_layers:
+        return model.hidden_size, model.hidden_size, model.expert.size
+    shapes = {role: tensor.shape for (role, expert), tensor in model.of_layer(model.moe_layers[0]).items() if expert == 0}
+    rows, neurons = shapes.pop("ffn_down_exps")
+    return rows, next(iter(shapes.values()))[1], neurons
 
 
 def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDArray[np.int64]) -> F32:
@@ -177,21 +188,23 @@ def gram_of_candidates(run: CalibrationRun, module: Any, x: F32, candidates: NDA
 def save_outer_sums(run: CalibrationRun, main: States) -> None:
     """Save token counts, statistics of the output matrix's inputs, and the sensitivity of the replay tokens' last states."""
     model, windows = run.model, run.windows
-    norm, output, eps = run.stream.head()
     domains = len(run.weights)
     counts, squares = np.zeros((domains, model.vocab_size), np.int64), np.zeros((domains, model.hidden_size))
+    # Only experts that are priced one by one need the tokens' sensitivity, and a GGUF stacks them.
+    head = None if model.architecture else run.stream.head()
     fisher = []
     for index in windows.chunks():
         real = windows.take(index).real
         last = main.read(index)
-        states = apply_norm(last, norm, eps).double().cpu().numpy()
+        states = run.stream.normed(last).double().cpu().numpy()
         for row, i in enumerate(index):
             np.add.at(counts[windows.domain[i]], windows.tokens[i][real[row]], 1)
             squares[windows.domain[i]] += (states[row][real[row]] ** 2).sum(axis=0)
-        window, position = run.replay[np.isin(run.replay[:, 0], index)].T
-        fisher.append(fisher_of_states(last[window - index[0], position], norm, output, eps).cpu().numpy())
-    arrays = {"token_count": counts, "output_in_sq": squares, "replay_fisher": np.concatenate(fisher)}
-    save_arrays(run.work / array_file(-1), arrays)
+        if head is not None:
+            window, position = run.replay[np.isin(run.replay[:, 0], index)].T
+            fisher.append(fisher_of_states(last[window - index[0], position], *head).cpu().numpy())
+    arrays = {"token_count": counts, "output_in_sq": squares}
+    save_arrays(run.work / array_file(-1), arrays | ({"replay_fisher": np.concatenate(fisher)} if fisher else {}))
 
 
 def fisher_of_states(states: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:

@@ -19,7 +19,6 @@ from edgemoe.ir import Model, Probe
 from edgemoe.ir.model import is_stack
 from edgemoe.model.routing.kept_sets import build_menu, make_replay
 from edgemoe.quantize.reference import EXPERT_BITS, OTHER_BITS, WHOLE_BITS, round_to_nearest
-from edgemoe.stream.layers import apply_norm
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
 
@@ -108,11 +107,11 @@ def _probe_sets(run: CalibrationRun, layer: int) -> list[NDArray[np.int64]]:
 def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape: tuple[int, int, int]) -> tuple[Probe, ...]:
     """KL of every probe by domain; a probe of the rounded output matrix is added."""
     model, windows, last = run.model, run.windows, run.model.n_layers
-    norm, output, eps = run.stream.head()
-    tied = model.is_tied
-    rounded = {b: torch.from_numpy(round_to_nearest(output.cpu().numpy(), b)).to(output.device) for b in (OTHER_BITS, *WHOLE_BITS)}
+    tied, stream = model.is_tied, run.stream
+    output = stream.output().cpu().numpy()
+    rounded = {b: torch.from_numpy(round_to_nearest(output, b)).to(stream.device) for b in (OTHER_BITS, *WHOLE_BITS)}
     states = [_probe_states(run, number, last, shape) for number in range(len(probes))]
-    heads = [rounded[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else output for p in probes]
+    heads = [rounded[p.bits] if p.kind == "all" or (tied and p.role == "token_embd") else None for p in probes]
     chosen = windows.take(run.probe_index)
     length = windows.tokens.shape[1]
 
@@ -120,13 +119,13 @@ def measure_probes(run: CalibrationRun, probes: list[Probe], main: States, shape
         real = torch.from_numpy(chosen.take(index).real.ravel())
         domain = torch.from_numpy(np.repeat(chosen.domain[index], length))[real]
 
-        def flat(states: torch.Tensor) -> torch.Tensor:
-            return apply_norm(states, norm, eps).flatten(0, 1)[real.to(norm.device)]
+        def logits(states: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+            return stream.logits(states, head).flatten(0, 1)[real.to(stream.device)]
 
-        base = flat(main.read(run.probe_index[index]))
-        reference = (base @ output.T).double().log_softmax(-1)
-        kls = [token_kl(reference, flat(s.read(index)) @ head.T) for s, head in zip(states, heads, strict=True)]
-        kls.append(token_kl(reference, base @ rounded[OTHER_BITS].T))
+        base = main.read(run.probe_index[index])
+        reference = logits(base, None).double().log_softmax(-1)
+        kls = [token_kl(reference, logits(s.read(index), head)) for s, head in zip(states, heads, strict=True)]
+        kls.append(token_kl(reference, logits(base, rounded[OTHER_BITS])))
         sums = torch.zeros(len(run.weights), len(kls), dtype=torch.float64)
         sums.index_add_(0, domain, torch.stack(kls, dim=1).cpu())
         totals: F64 = sums.numpy()

@@ -48,7 +48,7 @@ def price(
     from edgemoe.base.storage import save_record
     from edgemoe.calibrate.imatrix import read_imatrix
     from edgemoe.model.inspect import inspect_model
-    from edgemoe.pipeline.request import choose_context
+    from edgemoe.pipeline.request import check_source, choose_context
     from edgemoe.price.imported import read_saliency
     from edgemoe.price.saliency import check_score
     from edgemoe.targets import find_target
@@ -65,6 +65,7 @@ def price(
         headers = inspect_model(model, hashed=False)
         read = read_imatrix(imatrix, headers), read_saliency(saliency, headers) if saliency else None
     found = open_model(model)
+    check_source(found, chosen.name)
     tokens = choose_context(found, context)
     notes = []
     if imatrix is not None:

@@ -35,11 +35,11 @@ def print_rich(renderable: Any) -> None:
 
 
 def open_model(source: str) -> Model:
-    """Inspect a checkpoint, with a bar while its tensors are hashed."""
-    from edgemoe.model.inspect import inspect_model
+    """Inspect a checkpoint or a GGUF, with a bar while its tensors are hashed."""
+    from edgemoe.pipeline import build
 
     with show_progress() as progress:
-        return inspect_model(source, progress=lambda done, total: progress("hash", done, total))
+        return build.open_model(source, lambda done, total: progress("hash", done, total))
 
 
 class Display(Protocol):

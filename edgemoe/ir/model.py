@@ -15,6 +15,16 @@ PROJECTIONS = ("gate", "up", "down")
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+def bytes_of(dtype: str, n_weights: int) -> int:
+    """Bytes of so many weights in a type of a checkpoint, or in a type of ggml, whose blocks they fill."""
+    if dtype in _DTYPE_BYTES:
+        return n_weights * _DTYPE_BYTES[dtype]
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
+    return int(n_weights // block * size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
     """One matrix or vector of the checkpoint, as bytes in a file; an expert inside a stacked tensor is a Tensor of its own.
@@ -28,7 +38,7 @@ class Tensor:
     layer: int = -1  # -1: outside the layers
     expert: int = -1  # -1: not an expert's
     shape: tuple[int, ...]
-    dtype: str  # BF16, F16, F32 or F64
+    dtype: str  # BF16, F16, F32 or F64; in a GGUF any type of ggml
     file: str
     offset: int  # of the first byte in the file
     packed: str = ""  # the target's format in which the file holds the rows, ready to be copied; empty for plain `dtype`
@@ -45,7 +55,7 @@ class Tensor:
     @property
     def n_bytes(self) -> int:
         """Bytes in the checkpoint."""
-        return self.n_weights * _DTYPE_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.n_weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +100,7 @@ class Router:
     """
 
     top_k: int
-    scoring: str = "softmax"  # softmax, sigmoid or chosen
+    scoring: str = "softmax"  # softmax, sigmoid, sqrtsoftplus or chosen; "unknown" if no rule of ours gives the choice that was seen
     biased: bool = False  # a bias is added to the scores for choosing, not for weighing
     renormalize: bool = True  # gates of the chosen are divided by their sum
     scale: float = 1.0  # and then multiplied by this
@@ -104,8 +114,9 @@ class Expert:
     """The shape of a routed expert: W_down (act(W_gate x) * W_up x)."""
 
     size: int  # neurons
-    activation: str = "silu"
+    activation: str = "silu"  # "unknown": the formula above does not give what was seen
     biased: bool = False  # the matrices have biases
+    adds: bool = True  # the weighted outputs are added to the stream as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +137,7 @@ class Model:
     folder: str
     name: str
     model_type: str
+    architecture: str = ""  # llama.cpp's name of it, if the source is a GGUF
     config: dict[str, Any]
     hidden_size: int
     vocab_size: int
@@ -136,6 +148,7 @@ class Model:
     router: Router
     expert: Expert
     layers: tuple[Layer, ...]
+    causal: bool = True  # tokens see those before them alone
     dense_size: int = 0  # neurons of layers without experts
     shared_size: int = 0  # neurons of the shared expert
     tensors: tuple[Tensor, ...]

@@ -152,7 +152,7 @@ def _check_entry(path: Path, name: str, entry: Any, start: int, size: int, dtype
 
 
 def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
-    """One tensor as float32 (exact for bf16 and f16).
+    """One tensor as float32 (exact for bf16 and f16); one of a GGUF as its type decodes.
 
     Raises:
         ModelError: the file is too short, or a weight is NaN or infinite.
@@ -171,11 +171,21 @@ def read_tensor(folder: str | Path, tensor: Tensor) -> NDArray[np.float32]:
     if got != tensor.n_bytes:
         raise ModelError(f"{path}: file ends inside {tensor.name}", hint="finish the download")
     _check_hash(path, tensor, raw)
-    values: NDArray[np.float32] = raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape).astype(np.float32, copy=False)
+    values = _decode(raw, tensor).reshape(tensor.shape)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise ModelError(f"{path}: {tensor.name} holds {bad} NaN or infinite weights")
     return values
+
+
+def _decode(raw: NDArray[np.uint8], tensor: Tensor) -> NDArray[np.float32]:
+    if tensor.dtype in DTYPES:
+        plain: NDArray[np.float32] = raw.view(DTYPES[tensor.dtype]).astype(np.float32, copy=False)
+        return plain
+    import gguf
+
+    decoded: NDArray[np.float32] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.dtype])
+    return decoded
 
 
 def read_packed(folder: str | Path, tensor: Tensor, row_bytes: int) -> NDArray[np.uint8]:

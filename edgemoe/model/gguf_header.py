@@ -36,12 +36,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Values by key, and tensors by name, in the order of the file; `spans` are the bytes of each key with its value."""
+    """Values by key, and tensors by name, in the order of the file.
+
+    `kinds` are the numbers of the values' types, and of the types of an array's items (0 if it is no array); `start` is the first byte
+    behind the header.
+    """
 
     path: Path
     values: dict[str, Any]
-    spans: dict[str, tuple[int, int]]
+    kinds: dict[str, tuple[int, int]]
     tensors: dict[str, Entry]
+    start: int
 
 
 class _Cursor:
@@ -65,18 +70,18 @@ class _Cursor:
         """A string, after its length."""
         return self.take(self.number("Q")).decode("utf-8")
 
-    def value(self) -> Any:
-        """A value, after its type; every item of an array takes at least a byte, so no array has more items than bytes are left."""
+    def value(self) -> tuple[Any, tuple[int, int]]:
+        """A value and its types; every item of an array takes at least a byte, so no array has more items than bytes are left."""
         kind = self.number("I")
         if kind != ARRAY:
-            return self.text() if kind == STRING else self.number(_letter(kind))
-        kind, n = self.number("I"), self.number("Q")
+            return self.text() if kind == STRING else self.number(_letter(kind)), (kind, 0)
+        item, n = self.number("I"), self.number("Q")
         if n > self.end - self.at:
             raise ValueError(f"an array claims {n} items")
-        if kind == STRING:
-            return [self.text() for _ in range(n)]
-        width = struct.calcsize(f"<{_letter(kind)}")
-        return list(struct.unpack(f"<{n}{_letter(kind)}", self.take(n * width)))
+        if item == STRING:
+            return [self.text() for _ in range(n)], (kind, item)
+        width = struct.calcsize(f"<{_letter(item)}")
+        return list(struct.unpack(f"<{n}{_letter(item)}", self.take(n * width))), (kind, item)
 
 
 def _letter(kind: int) -> str:
@@ -109,11 +114,10 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufHeader:
     if version not in VERSIONS:
         raise ValueError(f"GGUF version {version} is not supported")
     values: dict[str, Any] = {}
-    spans: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
-        start, name = cursor.at, cursor.text()
-        values[name] = cursor.value()
-        spans[name] = start, cursor.at
+        name = cursor.text()
+        values[name], kinds[name] = cursor.value()
     infos = list(_tensor_infos(cursor, n_tensors))
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT:
@@ -127,7 +131,7 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufHeader:
         if entry.offset + entry.n_bytes > size:
             raise ModelError(f"{path}: file ends at byte {size}, inside {name!r} of shape {list(shape)}", hint="copy or make it again")
         tensors[name] = entry
-    return GgufHeader(path, values, spans, tensors)
+    return GgufHeader(path, values, kinds, tensors, start)
 
 
 def _tensor_infos(cursor: _Cursor, n_tensors: int) -> Iterator[tuple[str, int, tuple[int, ...], int]]:

@@ -57,7 +57,13 @@ class GgufSource:
     hidden_size: int
     context_length: int
     vocab_size: int
+    values: dict[str, Any]  # of the first file, by key
+    kinds: dict[str, tuple[int, int]]  # and the types of these values (GgufHeader)
     tensors: tuple[GgufTensor, ...]
+
+    def of_architecture(self, key: str, default: Any = None) -> Any:
+        """The value of one of the architecture's own keys."""
+        return self.values.get(f"{self.architecture}.{key}", default)
 
     @property
     def n_bytes(self) -> int:
@@ -126,6 +132,8 @@ def read_gguf(source: str | Path) -> GgufSource:
         hidden_size=_number(first, f"{arch}.embedding_length"),
         context_length=_number(first, f"{arch}.context_length"),
         vocab_size=next((tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight"), 0),
+        values=first.values,
+        kinds=first.kinds,
         tensors=tensors,
     )
 

@@ -64,6 +64,11 @@ def _hash_model(model: Model, progress: Progress | None) -> Model:
 def _fingerprint(folder: Path, model: Model, tensors: Sequence[Tensor]) -> str:
     content = [(t.role, t.layer, t.expert, t.name, t.dtype, t.shape, t.sha256) for t in tensors]
     digest = hashlib.sha256(hash_json(model.config, content).encode())
+    if model.architecture:  # keys and vocabulary stand before the first tensor of each file
+        for name in sorted({tensor.file for tensor in tensors}):
+            with (folder / name).open("rb") as file:
+                digest.update(file.read(min(tensor.offset for tensor in tensors if tensor.file == name)))
+        return digest.hexdigest()
     for path in sorted(folder.iterdir()):
         if path.name.startswith(SMALL_FILES) and path.is_file():
             if (size := regular_size(path)) > MAX_SMALL:

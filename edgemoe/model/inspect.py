@@ -16,6 +16,7 @@ from edgemoe.model.checkpoint import Header, list_shards, read_headers
 from edgemoe.model.config import Config, inference_fields
 from edgemoe.model.describe import describe_as, list_tensors
 from edgemoe.model.families import Family, find_family
+from edgemoe.model.gguf_model import inspect_gguf
 from edgemoe.model.gguf_source import is_gguf
 from edgemoe.model.hashes import hash_model
 from edgemoe.model.licence import PATTERNS as LICENCE_PATTERNS
@@ -29,7 +30,8 @@ def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress
     """Read the family, the router's rule and every tensor's place from a checkpoint, and hash its tensors.
 
     Args:
-        source: a folder with config.json and safetensors files, or a hub id such as "Qwen/Qwen3-30B-A3B".
+        source: a folder with config.json and safetensors files, a hub id such as "Qwen/Qwen3-30B-A3B", or a GGUF, of which the headers say
+            less (`stream/engine/traced.py` completes its Model).
         hashed: hash every tensor, so that something can be made from the model; False: the headers alone are read.
         progress: called with (bytes hashed, all bytes) if there is something to hash.
 
@@ -37,6 +39,9 @@ def inspect_model(source: str | Path, *, hashed: bool = True, progress: Progress
         ModelError: the checkpoint is not supported or malformed; the message names the file and the field.
         MachineError: a hub id that is not in the cache and cannot be fetched.
     """
+    if is_gguf(source):
+        from_header = inspect_gguf(source)
+        return hash_model(from_header, progress) if hashed else from_header
     folder = resolve_source(source)
     config = Config(read_json(folder / "config.json"), str(folder / "config.json"))
     family = find_family(str(config.get("model_type")))
@@ -56,20 +61,15 @@ def resolve_source(source: str | Path) -> Path:
     """The local folder of a checkpoint: `source` itself, or a hub snapshot from the cache, which is downloaded if it is missing.
 
     Raises:
-        UsageError: neither a folder nor a hub id, or a GGUF.
+        UsageError: neither a folder nor a hub id.
         MachineError: a hub id that is not cached and cannot be downloaded; the hint is the command that would.
     """
     folder = Path(source)
-    if folder.exists() and is_gguf(folder):
-        raise UsageError(
-            f"{source}: is a GGUF, which `edgemoe inspect` reads and no other command does",
-            hint="give the folder or hub id of the Hugging Face checkpoint that it was made from",
-        )
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder / 'config.json'}: is missing", hint="give the folder of a Hugging Face checkpoint")
         return folder.resolve()
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):  # "./name" is meant as a folder
         raise UsageError(f"{source}: no such folder", hint="give a checkpoint folder or a hub id such as Qwen/Qwen3-30B-A3B")
     fetch = f"hf download {source}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def read_card(folder: Path) -> dict[str, Any]:
     elif _HUB_ID.fullmatch(base) and not Path(base).exists():
         found["base_model"] = base
     return found
+
+
+def read_gguf_card(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a GGUF, from its own keys."""
+    names = {"license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link"}
+    found = {name: values[key] for name, key in names.items() if _is_plain(values.get(key))}
+    base = str(values.get("general.base_model.0.repo_url", "")).removeprefix("https://huggingface.co/")
+    return found | ({"base_model": base} if _HUB_ID.fullmatch(base) else {})
 
 
 def _is_plain(value: Any) -> bool:

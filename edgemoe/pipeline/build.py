@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemoe.base.errors import VerifyError
-from edgemoe.base.progress import GapProgress, StageProgress
+from edgemoe.base.progress import GapProgress, Progress, StageProgress
 from edgemoe.base.storage import save_record
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Costs, Model, Plan, Report, Round
@@ -20,11 +20,13 @@ from edgemoe.pipeline.doors import check_needs, check_shards
 from edgemoe.pipeline.emit import copy_licences, emit_artifact, fixed_names
 from edgemoe.pipeline.output_folder import finish_output, hold_output, open_work, prepare_output
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.pipeline.request import BuildRequest, Job, choose_context, prepare, warn_of_context
+from edgemoe.pipeline.request import BuildRequest, Job, check_source, choose_context, prepare, warn_of_context
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
 from edgemoe.price.choices import discount
+from edgemoe.repair.engine_matrices import can_repair
+from edgemoe.stream.engine.traced import complete_model
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
 from edgemoe.verify.artifact import broken_promises, verify_artifact
@@ -48,7 +50,7 @@ def build_artifact(
     job = prepare(request)
     check_needs(job)
     with hold_output(request.out):
-        return _build(replace(job, model=hash_model(job.model, in_stage(progress, "hash"))), progress, watch)
+        return _build(complete_job(replace(job, model=hash_model(job.model, in_stage(progress, "hash")))), progress, watch)
 
 
 def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
@@ -91,6 +93,22 @@ def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     if broken:
         raise VerifyError(f"{artifact.path.name}: {broken[0]}", hint=f"see {request.out / 'report.html'}; the artifact was kept")
     return report
+
+
+def complete_job(job: Job) -> Job:
+    """The job of a model that is hashed, with what a GGUF's Model lacks; experts of unknown formula are not repaired."""
+    model = complete_model(job.model)
+    repair = job.request.repair and (not model.architecture or can_repair(model))
+    return replace(job, model=model, request=replace(job.request, repair=repair))
+
+
+def open_model(source: str, progress: Progress | None = None) -> Model:
+    """The Model of a checkpoint or a GGUF, hashed, and complete.
+
+    Raises:
+        EdgemoeError: as `inspect_model` and `complete_model`.
+    """
+    return complete_model(inspect_model(source, progress=progress))
 
 
 def refine(
@@ -152,11 +170,13 @@ def price_model(
     Raises:
         EdgemoeError: as `inspect_model`, `collect_stats` and `price_choices`.
     """
-    model, chosen = inspect_model(source), find_target(target)
+    model, chosen = open_model(source), find_target(target)
+    check_source(model, chosen.name)
     calibration, _ = choose_texts((), ())
     stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
     costs = price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
-    return discount(costs, repair=repair, rounding=rounding)
+    repair = repair and (not model.architecture or can_repair(model))
+    return discount(costs, repair=repair, rounding=rounding, gradients=not model.architecture)
 
 
 def frontier_of(priced: Sequence[Costs], weights: int) -> tuple[dict[str, float], ...]:

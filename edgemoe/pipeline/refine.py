@@ -22,7 +22,6 @@ from edgemoe.base.storage import load_sealed, save_sealed
 from edgemoe.base.types import F32, F64
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Costs, Model, Plan, Round, Stats
-from edgemoe.model.checkpoint import read_tensor
 from edgemoe.pipeline.emit import emit_artifact
 from edgemoe.plan.evaluate import price_choice
 from edgemoe.stream.texts import DEFAULT_TOKENS, Text, text_weights
@@ -279,15 +278,15 @@ class Measurer:
 
     def _drops(self, plan: Plan, original: F32, folder: Path) -> list[float]:
         """KL in each window of the kept experts, repaired and not rounded, run one layer at a time; 0 if nothing is left out."""
-        from edgemoe.stream.passes import final_states
+        from edgemoe.stream.passes import final_states, open_head
 
         stored = self.stored_as(plan, "stock")
         if stored is self.model and all(len(kept) == self.model.n_experts for kept in plan.kept):
             return [0.0] * len(original)
         changed = final_states(stored, self.windows, folder, kept=plan.kept)
-        head = read_tensor(self.model.folder, self.model.output_matrix)
-        each = enumerate(self.windows.lengths)
-        return [float(kl_of_rows(original[i, :n] @ head.T, changed[i, :n] @ head.T).mean()) for i, n in each]
+        with open_head(self.model) as head:
+            each = enumerate(self.windows.lengths)
+            return [float(kl_of_rows(head(original[i])[:n], head(changed[i])[:n]).mean()) for i, n in each]
 
 
 def measuring_windows(model: Model, texts: Sequence[Text], max_tokens: int) -> tuple[Windows, NDArray[np.bool_]]:

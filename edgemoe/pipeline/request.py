@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemoe.base.errors import UsageError
@@ -91,6 +91,8 @@ def prepare(request: BuildRequest) -> Job:
     check_solver(request.solver)
     check_rounding(request.rounding)
     model = inspect_model(request.model, hashed=False)
+    if model.architecture:
+        request = settle_gguf(request, model)
     check_output(request.out, force=request.force, names=fixed_names(target, model))
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     for texts, tokens in ((calibration, request.calibration_tokens), (heldout, HELDOUT_TOKENS)):
@@ -105,6 +107,31 @@ def prepare(request: BuildRequest) -> Job:
         calibration=calibration,
         heldout=heldout,
     )
+
+
+def settle_gguf(request: BuildRequest, model: Model) -> BuildRequest:
+    """The request for a GGUF, whose experts keep their width.
+
+    Raises:
+        UsageError: an option that a GGUF cannot have.
+    """
+    check_source(model, request.target)
+    if request.width not in ("", "full", str(model.expert.size)):
+        raise UsageError(f"--width {request.width}: experts of a GGUF keep their neurons", hint="leave --width out")
+    if request.top_k not in (None, model.top_k):
+        raise UsageError(f"--top-k {request.top_k}: a GGUF's router picks {model.top_k}", hint="leave --top-k out")
+    return replace(request, width="full")
+
+
+def check_source(model: Model, target: str) -> None:
+    """Refuse to make anything but a GGUF of a GGUF, which holds no graph and no tokenizer for other runtimes.
+
+    Raises:
+        UsageError: names the target.
+    """
+    if model.architecture and target != "gguf":
+        hint = "give the checkpoint that it was made from, or leave --target out"
+        raise UsageError(f"--target {target}: {model.name} is a GGUF, and a GGUF is all that can be made of it", hint=hint)
 
 
 def choose_context(model: Model, asked: int | None) -> int:

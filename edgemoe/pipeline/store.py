@@ -8,6 +8,7 @@ from pathlib import Path
 from edgemoe.base.progress import Progress
 from edgemoe.ir import Model, Plan, Stats
 from edgemoe.price.choices import check_rounding
+from edgemoe.repair.engine_rounding import round_gguf
 from edgemoe.repair.quantize_layer import plan_quantization
 from edgemoe.repair.survivors import repair_survivors
 from edgemoe.repair.width import Narrowed
@@ -46,6 +47,9 @@ def store_weights(
         ModelError: as `repair_survivors`.
     """
     check_rounding(rounding)
+    if model.architecture:
+        stays = rounding == "stock" or not stats.probes
+        return model if stays else round_gguf(model, texts, stats, plan, work, max_tokens=max_tokens, progress=progress)
     quantize_plan, start = None, narrowed.model if narrowed else model
     backward = 2 * model.n_layers  # steps, once for all plans
 

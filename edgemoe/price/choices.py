@@ -32,6 +32,7 @@ TRUSTED_KL = 0.2  # nats, above which KL is no longer of second order in the cha
 # (benchmarks/results/repair.md).
 REPAIRED = 0.5
 FED_BACK = 0.55  # cost of rounding with feedback in the refitted stream over that of stock rounding (docs/pricing.md, 12)
+FED_BACK_PLAIN = 0.65  # the same without gradients: 0.45 and 0.73 on the bundled models in Q3_K, where gradients gave 0.37 and 0.63
 SHRINK = 0.01  # share of the layer's mean use that is added to every expert's use in every domain, so that no factor is 0
 Probes = Mapping[tuple[str, int], Probe]
 # By role and layer, of a stack or matrix: its part in the KL of a whole-model probe, or its additive factor (`_split_flips`).
@@ -71,6 +72,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
             from_inputs = nats.inputs[target.offered[f]] * scale
             if np.isfinite(both := nats.weights[target.offered[f]] * scale + from_inputs).all():  # else no such file would run
                 input_cost[:, u, f], cost[:, u, f] = from_inputs, both
+    _free_own_types(model, target, units, cost, input_cost)
     _check_priced(model, units, cost)
     return Costs(
         model=model.fingerprint,
@@ -98,6 +100,14 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         n_groups=kept_groups(model.router),
         **drops,
     )
+
+
+def _free_own_types(model: Model, target: Target, units: list[Unit], cost: F64, input_cost: F64) -> None:
+    """Let a tensor of a GGUF cost nothing in the type that it has: its bytes are copied, and the original ran with them."""
+    for u, unit in enumerate(units):
+        own = model.get(unit.role, unit.layer, 0 if unit.is_stack else -1).dtype if model.architecture else ""
+        if own in target.offered:
+            cost[:, u, target.offered.index(own)] = input_cost[:, u, target.offered.index(own)] = 0.0
 
 
 def _check_priced(model: Model, units: list[Unit], cost: F64) -> None:
@@ -206,8 +216,8 @@ def discount_drops(costs: Costs) -> Costs:
     )
 
 
-def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
-    """Turn measured prices into the prices of a build that repairs, or rounds with feedback.
+def discount(costs: Costs, *, repair: bool, rounding: str, gradients: bool = True) -> Costs:
+    """Turn measured prices into the prices of a build that repairs, or rounds with feedback, which knows gradients or does not.
 
     Raises:
         UsageError: `rounding` is not known.
@@ -216,7 +226,8 @@ def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
     if repair:
         costs = discount_drops(costs)
     if rounding == "feedback":  # feedback does not lower the cost of rounded inputs
-        costs = replace(costs, cost=costs.cost * FED_BACK + costs.input_cost * (1 - FED_BACK))
+        factor = FED_BACK if gradients else FED_BACK_PLAIN
+        costs = replace(costs, cost=costs.cost * factor + costs.input_cost * (1 - factor))
     return costs
 
 

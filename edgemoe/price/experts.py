@@ -35,6 +35,7 @@ from edgemoe.price.matrices import (
     ByCause,
     ErrorsByFormat,
     Importance,
+    draw_normal,
     formats_too_small,
     probe_kl,
     round_sampled,
@@ -139,7 +140,11 @@ def price_layer(
         use, weights = weigh_experts(replay, arrays, stats.weights, stats.arrays(-1)["replay_fisher"].astype(np.float64))
     sample = _Sample(model, target, arrays["replay_x"].astype(np.float32), weights, importance_of(model, stats, layer), stored)
     tensors = model.of_layer(layer)
-    jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
+    if model.expert.activation == "silu":
+        jobs = [pool.submit(_expert_errors, sample, {p: tensors[f"ffn_{p}_exps", e] for p in PROJECTIONS}) for e in range(model.n_experts)]
+    else:
+        roles = [unit.role for unit in units]
+        jobs = [pool.submit(_product_errors, sample, {role: tensors[role, e] for role in roles}) for e in range(model.n_experts)]
     found = [job.result() for job in jobs]
     errors = ByCause(weights=_by_role([e.weights for e in found]), inputs=_by_role([e.inputs for e in found]))
     slope = {}
@@ -262,6 +267,31 @@ def _expert_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[
         result[role] |= dict.fromkeys(formats_too_small(sample.target, matrix, formats, columns), np.inf)
         blocks = {name: sample.target.input_block(name, role) for name in sample.formats(role, expert)}
         by_block = {block: float(weight @ _input_squares(block, projection, inputs, (a, b, h), matrices)) for block in {*blocks.values()}}
+        from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}
+    return ByCause(weights=result, inputs=from_inputs)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a format that cannot hold a weight gives infinity, and is then not offered
+def _product_errors(sample: _Sample, tensors: dict[str, Tensor]) -> ByCause[dict[str, ErrorsByFormat]]:
+    """Mean squared errors per use of the products with one expert's matrices, by role and format.
+
+    They need the second moments of the inputs alone, and no formula of the expert: whatever follows a product is taken as linear.
+    """
+    result: dict[str, ErrorsByFormat] = {}
+    from_inputs: dict[str, ErrorsByFormat] = {}
+    for role, tensor in tensors.items():
+        matrix, columns = read_tensor(sample.model.folder, tensor), sample.importance[role, tensor.expert]
+        rows = sample_rows(matrix.shape[0], max(LEAST_ROWS, SAMPLE_WEIGHTS // sample.model.n_experts // matrix.shape[1]))
+        scale, part, formats = matrix.shape[0] / len(rows), matrix[rows], sample.formats(role, tensor.expert)
+        rounded = round_sampled(sample.target, part, formats, columns, EXPERT_BITS)
+        result[role] = {name: scale * float(((r - part).astype(np.float64) ** 2 @ columns).sum()) for name, r in rounded}
+        result[role] |= dict.fromkeys(formats_too_small(sample.target, matrix, formats, columns), np.inf)
+        x = draw_normal(columns)
+        blocks = {name: sample.target.input_block(name, role) for name in formats}
+        by_block = {
+            block: scale * float((((round_to_int8(x, block) - x) @ part.T) ** 2).sum(axis=1).mean()) if block else 0.0
+            for block in {*blocks.values()}
+        }
         from_inputs[role] = {name: by_block[block] for name, block in blocks.items()}
     return ByCause(weights=result, inputs=from_inputs)
 

@@ -108,8 +108,14 @@ def _draw_inputs(stats: Stats, layer: int, second_moments: F32) -> F32:
     if replay is not None and replay.shape[1] == len(second_moments):
         x = replay[sample_rows(len(replay), INPUT_TOKENS)].astype(np.float32)
         x /= np.sqrt(np.maximum((replay.astype(np.float32) ** 2).mean(axis=0), 1e-30))
-    else:
-        x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
+        drawn: F32 = x * np.sqrt(np.maximum(second_moments, 0.0))
+        return drawn
+    return draw_normal(second_moments)
+
+
+def draw_normal(second_moments: F32) -> F32:
+    """Normal inputs [64, cols] with these mean squares."""
+    x = np.random.default_rng(SEED).standard_normal((INPUT_TOKENS, len(second_moments)), np.float32)
     drawn: F32 = x * np.sqrt(np.maximum(second_moments, 0.0))
     return drawn
 

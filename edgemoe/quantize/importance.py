@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.types import F32, F64
 from edgemoe.ir import Model, Stats
+from edgemoe.ir.model import is_stack
 
 
 def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int], F32]:
@@ -24,9 +25,11 @@ def importance_of(model: Model, stats: Stats, layer: int) -> dict[tuple[str, int
     if layer not in model.moe_layers:
         return found
     count = arrays["count"].sum(axis=0)
-    for names, key in ((("ffn_gate_exps", "ffn_up_exps"), "expert_in_sq"), (("ffn_down_exps",), "expert_mid_sq")):
+    stacks = [role for role in model.planned_roles(layer) if is_stack(role)]
+    inner = [role for role in stacks if role == "ffn_down_exps"]
+    for roles, key in (([role for role in stacks if role not in inner], "expert_in_sq"), (inner, "expert_mid_sq")):
         shrunk = shrink(arrays[key], arrays["expert_importance"], count)
-        found |= {(role, e): shrunk[e] for role in names for e in range(model.n_experts)}
+        found |= {(role, e): shrunk[e] for role in roles for e in range(model.n_experts)}
     return found
 
 

@@ -137,12 +137,12 @@ def quantize_matrix(
 
 # ---------------------------------------------------------------------------------------------------------------- the experts
 def quantize_experts(
-    quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int], routers: Gram
+    quantize_plan: QuantizePlan, layer: int, tokens: Tokens, experts: Experts, residual: F32, kept: Sequence[int], routers: Gram | None
 ) -> tuple[Packed, float]:
     """Pack a layer's survivors, set their weights to the decoded values, and update the residual.
 
     Gate and up are packed first.  Then W_down is refitted in closed form to the residual that they leave, and packed.  `routers` [H, H] is
-    the sum of R'R over the routers of all later layers (`RouterGram.from_layer`).
+    the sum of R'R over the routers of all later layers (`RouterGram.from_layer`); it counts with gradients alone.
 
     Returns:
         The packed matrices, and the guard tokens' weighted mean square residual at the end.
@@ -153,7 +153,9 @@ def quantize_experts(
     def pack_projections(n: int, projections: Sequence[str], layer_gram: Gram | None) -> Packed:
         down = "down" in projections
         metrics = expert_metrics(tokens, experts, n, hidden=down, layer_gram=layer_gram)
-        if down and metrics[0].outputs is not None:  # only W_down writes to the stream, and errors of the stream flip choices of routers
+        if (
+            down and metrics[0].outputs is not None and routers is not None
+        ):  # only W_down writes to the stream, and errors of the stream flip choices of routers
             metrics = [replace(metrics[0], outputs=add_flips(metrics[0].outputs, routers, quantize_plan.flip_weight))]
         found = Packed()
         for projection, metric in zip(projections, metrics, strict=True):
@@ -184,7 +186,8 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
     """The metrics of a survivor's gate and up, or of its down (`hidden`).
 
     H counts each token by its squared gradient.  G counts tokens alike for gate and up; for down it counts each token by the square of its
-    hidden activations.  The gradients hold the token's weight and its gate already.
+    hidden activations.  The gradients hold the token's weight and its gate already.  Without gradients, H counts each token by its weight
+    and squared gate, and there is no G.
 
     Args:
         tokens: what the layer's experts see, with gradients.
@@ -195,6 +198,8 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
     """
     rows, slots = np.nonzero(tokens.chosen == n)
     _, n_outputs, n_inputs = experts.down.shape if hidden else experts.up.shape
+    if tokens.gradients is None:
+        return _plain_metrics(tokens, experts, n, hidden=hidden, layer_gram=layer_gram)
 
     def sums(piece: slice) -> list[Gram]:
         x, out_gradients, guard = _inputs_and_gradients(tokens, experts, rows[piece], slots[piece])
@@ -212,6 +217,27 @@ def expert_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, la
     return [ErrorMetric(inputs=inputs, guard=guard, outputs=shrink_hessian(one, n_fitted)) for one in outputs]
 
 
+def _plain_metrics(tokens: Tokens, experts: Experts, n: int, *, hidden: bool, layer_gram: Gram | None) -> list[ErrorMetric]:
+    """`expert_metrics` without gradients."""
+    rows, slots = np.nonzero(tokens.chosen == n)
+    cols = experts.down.shape[2 if hidden else 1]
+
+    def sums(piece: slice) -> list[Gram]:
+        x, weights, guard = _inputs_and_weights(tokens, rows[piece], slots[piece])
+        values = experts.hidden(n, x) if hidden else x
+        return [_gram(values, weights * side) for side in (~guard, guard)]
+
+    fitted, guard = _add_pieces(sums, len(rows), experts, [np.zeros((cols, cols))] * 2)
+    inputs = factor_hessian(mix_hessians(fitted, int((~tokens.guard[rows]).sum()), layer_gram))
+    return [ErrorMetric(inputs=inputs, guard=guard)] * (1 if hidden else 2)
+
+
+def _inputs_and_weights(tokens: Tokens, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    """Inputs of an expert [n, H], the tokens' weights times their squared gates [n], and which of these are guard tokens."""
+    weights = tokens.weights[rows] * tokens.gates[rows, slots] ** 2
+    return torch.from_numpy(np.asarray(tokens.x[rows])), torch.from_numpy(weights), torch.from_numpy(tokens.guard[rows])
+
+
 def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
     """H of the inputs of gate and up over all survivors, weighted as in `expert_metrics`, over the fitted tokens."""
     total = np.zeros((experts.down.shape[1],) * 2)
@@ -219,6 +245,9 @@ def sum_grams(tokens: Tokens, experts: Experts) -> Gram:
         rows, slots = np.nonzero(tokens.chosen == n)
 
         def sums(piece: slice, n: int = n, rows: NDArray[np.int64] = rows, slots: NDArray[np.int64] = slots) -> list[Gram]:
+            if tokens.gradients is None:
+                x, weights, guard = _inputs_and_weights(tokens, rows[piece], slots[piece])
+                return [_gram(x, weights * ~guard)]
             x, out_gradients, guard = _inputs_and_gradients(tokens, experts, rows[piece], slots[piece])
             _, *inner = experts.hidden_gradients(n, x, out_gradients)
             return [_gram(x, sum(g.square().sum(dim=1) for g in inner) * ~guard)]

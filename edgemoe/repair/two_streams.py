@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from edgemoe.repair.align import PairSums, sum_pairs
 from edgemoe.repair.quantize_layer import QuantizePlan
 from edgemoe.repair.router_gram import RouterGram
 from edgemoe.stream.gradients import open_gradients
-from edgemoe.stream.layers import LayerStream, apply_norm
+from edgemoe.stream.layers import apply_norm
+from edgemoe.stream.open import open_stream
 from edgemoe.stream.passes import map_ordered, token_kl
 from edgemoe.stream.states import States
 from edgemoe.stream.texts import Text, text_weights
@@ -54,8 +56,8 @@ class TwoStreams:
             quantize_plan: if given, every matrix is rounded when the stream reaches it; else weights stay unrounded.
         """
         self.model, self.work, self.steps, self.quantize_plan = model, work, Steps(work, key), quantize_plan
-        self.original = LayerStream(model)
-        self.changed = self.original if start is model else LayerStream(start)
+        self.original: Any = open_stream(model)
+        self.changed: Any = self.original if start is model else open_stream(start)
         self.windows = windows = tokenize(model, texts, max_tokens, WINDOW)
         self.weights, self.routers = text_weights(texts), RouterGram(start)
         work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ class TwoStreams:
 
     def states(self, name: str, layer: int) -> States:
         """Hidden states before a layer: "original" or "changed"."""
-        return States(self.work / f"{name}-{layer}.bin", (*self.windows.tokens.shape, self.model.hidden_size))
+        return States(self.work / f"{name}-{layer}.bin", (*self.windows.tokens.shape, self.original.width))
 
     def rows(self, index: NDArray[np.int64]) -> slice:
         """Token rows of a chunk of windows."""

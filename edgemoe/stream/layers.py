@@ -9,6 +9,7 @@ do not depend on the number of cores.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -120,7 +121,7 @@ class LayerStream:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register("edgemoe", _experts_forward)
-        self.model = model
+        self.model, self.width = model, model.hidden_size
         self.device = torch.device(device or default_device())
         own = {"num_experts_per_tok": model.top_k, "num_key_value_heads": model.attention.kv_heads, "sliding_window": None}
         try:
@@ -227,7 +228,26 @@ class LayerStream:
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
+        return self._head
+
+    @functools.cached_property
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.read(self.model.get("output_norm")), self.read(self.model.output_matrix), self.model.norm_eps
+
+    def output(self) -> torch.Tensor:
+        """The output matrix [vocab, hidden]."""
+        return self._head[1]
+
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """What the output matrix reads [windows, length, hidden], from the states after the last layer."""
+        return apply_norm(states, self._head[0], self._head[2])
+
+    def logits(self, states: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [windows, length, vocab] from the states after the last layer, with the model's output matrix or another."""
+        return self.normed(states) @ (self._head[1] if output is None else output).T
+
+    def close(self) -> None:
+        """Nothing, for Python gives the memory back."""
 
 
 def apply_norm(states: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:

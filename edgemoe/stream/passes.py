@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,8 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.threads import count_cores
 from edgemoe.base.types import F32
 from edgemoe.ir import Model
-from edgemoe.stream.adapter import only_experts
-from edgemoe.stream.layers import LayerStream, apply_norm
+from edgemoe.model.checkpoint import read_tensor
+from edgemoe.stream.open import open_stream
 from edgemoe.stream.states import States
 from edgemoe.stream.windows import Windows
 
@@ -48,10 +48,13 @@ def final_states(
     work: Path,
     kept: Sequence[Sequence[int]] | None = None,
 ) -> F32:
-    """Normed last hidden states of the model [windows, length, hidden], one layer at a time; with `kept`, only these experts run."""
+    """What `open_head` turns into logits [windows, length, hidden], computed one layer at a time; with `kept`, only these experts run.
+
+    These are the normed last states; of a GGUF, whose head may have more than a norm and a matrix, the states after the last layer.
+    """
     kept_of = {} if kept is None else dict(zip(model.moe_layers, kept, strict=True))
-    stream = LayerStream(model)
-    states = States(work / "states.bin", (*windows.tokens.shape, model.hidden_size))
+    stream = open_stream(model)
+    states = States(work / "states.bin", (*windows.tokens.shape, stream.width))
     chunks = windows.chunks()
     try:
         for index in chunks:
@@ -62,18 +65,33 @@ def final_states(
             def run(index: NDArray[np.int64], module: Any = module) -> None:
                 states.write(index, stream.run_layer(module, states.read(index)))
 
-            with nullcontext() if layer not in kept_of else only_experts(module, np.array(kept_of[layer])):
+            with nullcontext() if layer not in kept_of else stream.only(module, np.array(kept_of[layer])):
                 for _ in map_ordered(run, chunks, device=stream.device):
                     pass
             stream.unload_layer(layer)
-        norm, _, eps = stream.head()
-        rows = [apply_norm(states.read(index), norm, eps).cpu().numpy() for index in chunks]
+        read = [states.read(index) for index in chunks] if model.architecture else [stream.normed(states.read(index)) for index in chunks]
+        rows = [part.cpu().numpy() for part in read]
     finally:
         states.close(delete=True)
+        stream.close()
     result: F32 = np.concatenate(rows)
     if not np.isfinite(result).all():
         raise ModelError(f"{model.folder}: the original model gives NaN or infinite states on the held-out text")
     return result
+
+
+@contextmanager
+def open_head(model: Model) -> Iterator[Callable[[F32], F32]]:
+    """What turns states [length, hidden] that `final_states` gave into logits [length, vocab]."""
+    if not model.architecture:
+        head = read_tensor(model.folder, model.output_matrix)
+        yield lambda states: states @ head.T
+        return
+    stream = open_stream(model)
+    try:
+        yield lambda states: stream.logits(torch.from_numpy(states[None]))[0].numpy()
+    finally:
+        stream.close()
 
 
 def token_kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

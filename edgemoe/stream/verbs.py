@@ -17,6 +17,7 @@ class Stream(Protocol):
     """A model of which one layer is loaded at a time; a loaded layer is whatever `load_layer` gives."""
 
     device: torch.device
+    width: int  # of the states between layers
 
     @property
     def name(self) -> str:
@@ -49,5 +50,17 @@ class Stream(Protocol):
     def candidate_outputs(self, module: Any, x: F32, chosen: NDArray[np.int64]) -> torch.Tensor:
         """Outputs [n, K, hidden] of chosen experts [n, K] for inputs [n, hidden]."""
 
+    def output(self) -> torch.Tensor:
+        """The output matrix [vocab, hidden]."""
+
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """What the output matrix reads [windows, length, hidden], from the states after the last layer."""
+
+    def logits(self, states: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [windows, length, vocab] from the states after the last layer, with the model's output matrix or another."""
+
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
+
+    def close(self) -> None:
+        """Give the memory back."""

@@ -60,7 +60,7 @@ def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) 
     Raises:
         ModelError: there is no tokenizer, or a text has no tokens.
     """
-    encode = load_tokenizer(Path(model.folder), special=True)
+    encode = _encoder_of(model)
     length = min(window, model.context_length)
     share = max(max_tokens // len(texts), 2)
     tokens, lengths, domain = [], [], []
@@ -76,11 +76,21 @@ def tokenize(model: Model, texts: Sequence[Text], max_tokens: int, window: int) 
             raise ModelError(f"{model.folder}: the tokenizer gives id {max(ids)}, but vocab_size is {model.vocab_size}")
         for start in range(0, len(ids), length):
             part = ids[start : start + length]
-            if len(part) > 1:
+            whole = model.causal or len(part) == length or len(ids) < length  # padding is seen by tokens that look ahead
+            if len(part) > 1 and whole:
                 tokens.append(part + [0] * (length - len(part)))
                 lengths.append(len(part))
                 domain.append(number)
     return Windows(tokens=np.array(tokens), lengths=np.array(lengths), domain=np.array(domain))
+
+
+def _encoder_of(model: Model) -> Encode:
+    if not model.architecture:
+        return load_tokenizer(Path(model.folder), special=True)
+    from edgemoe.model.gguf_model import first_file
+    from edgemoe.stream.engine.vocabulary import load_encoder
+
+    return load_encoder(first_file(model))
 
 
 def _first_tokens(encode: Encode, document: str, count: int) -> list[int]:

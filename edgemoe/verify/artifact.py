@@ -24,7 +24,7 @@ from edgemoe.base.units import format_bytes
 from edgemoe.devices.detect import measure_bandwidth
 from edgemoe.devices.profiles import estimate_speed
 from edgemoe.ir import Artifact, Model, Plan, Report
-from edgemoe.model.licence import read_card
+from edgemoe.model.licence import read_card, read_gguf_card
 from edgemoe.stream.texts import Text
 from edgemoe.targets import Target
 from edgemoe.verify.decoded import NOTE, NOTHING, decoding_target, must_decode
@@ -182,4 +182,5 @@ def broken_promises(report: Report) -> list[str]:
 
 def _describe(model: Model) -> dict[str, Any]:
     keys = ("name", "model_type", "n_layers", "n_experts", "top_k", "hidden_size", "n_weights", "n_bytes")
-    return {**{k: getattr(model, k) for k in keys}, **read_card(Path(model.folder))}
+    card = read_gguf_card(model.config) if model.architecture else read_card(Path(model.folder))
+    return {**{k: getattr(model, k) for k in keys}, **card}

@@ -17,7 +17,6 @@ from edgemoe.base.storage import load_arrays, save_arrays
 from edgemoe.base.types import F32, F64
 from edgemoe.base.work import key_of, open_or_make, path_of
 from edgemoe.ir import Model, TextScore
-from edgemoe.model.checkpoint import read_tensor
 from edgemoe.stream.texts import Text
 from edgemoe.stream.windows import WINDOW
 from edgemoe.targets import Target
@@ -53,19 +52,21 @@ def compare_logits(
     Raises:
         VerifyError: the file does not run, or gives NaN.
     """
+    from edgemoe.stream.passes import open_head
+
     scores = [_Scores() for _ in names]
-    head = read_tensor(model.folder, model.output_matrix)
     rows = [w[:n].tolist() for w, n in zip(windows.tokens, windows.lengths, strict=True)]
 
     def compare(number: int, logits: F32) -> None:
         tokens = np.array(rows[number])
-        _score_window(states[number, : len(tokens)] @ head.T, logits, tokens, scores[int(windows.domain[number])])
+        _score_window(head(states[number])[: len(tokens)], logits, tokens, scores[int(windows.domain[number])])
         if progress:
             progress(number + 1, len(rows))
 
     if progress:
         progress(0, len(rows))
-    target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.runs.compared)}, compare)
+    with open_head(model) as head:
+        target.run(path, {"windows": rows, "vocab_size": model.vocab_size, **(settings or target.runs.compared)}, compare)
     return tuple(_text_score(name, s) for name, s in zip(names, scores, strict=True) if s.kl)
 
 
@@ -123,7 +124,7 @@ def tokenize_heldout(model: Model, heldout: Sequence[Text], max_tokens: int) -> 
 
 
 def reference_states(model: Model, windows: Any, work: Path) -> F32:
-    """Last hidden states of the original on these windows, kept in `work` for the next budget."""
+    """What `final_states` gives of the original on these windows, kept in `work` for the next budget."""
     from edgemoe.stream.passes import final_states
 
     work.mkdir(parents=True, exist_ok=True)

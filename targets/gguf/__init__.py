@@ -1,7 +1,7 @@
 """The GGUF target is for stock llama.cpp: all layers share a kept count, and a tensor has one ggml type (an expert stack is one tensor)."""
 
 from edgemoe.targets import Runs, Target
-from edgemoe.targets.gguf.formats import OFFERED, dequantize, input_block, round_rows
+from edgemoe.targets.gguf.formats import COPIED, OFFERED, dequantize, input_block, round_rows
 from edgemoe.targets.gguf.memory import memory_parts, offered_formats, on_device, unit_extra, unit_size, unit_staging
 from edgemoe.targets.gguf.rounding import descend_rows, feeds_back, pack_rows
 from edgemoe.targets.gguf.run import check_tokenizer, run, runtime
@@ -14,7 +14,7 @@ __all__ = ["TARGET"]
 TARGET = Target(
     name="gguf",
     form="stacks",
-    offered=OFFERED,
+    offered=(*OFFERED, *COPIED),
     runs=Runs(
         compared={"exact": True, "repack": False},  # F32 KV, flash attention off, plain weights: only the error of the weights remains
         beside={"exact": False, "repack": True},

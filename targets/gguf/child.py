@@ -2,6 +2,7 @@
 
 Jobs:
     {"windows": [[ids]], "exact": bool, "repack": bool}: the logits of every position of every window;
+    {"reserve": n}: what llama.cpp says while it makes room for a context of n tokens, without loading weights;
     {"context": n, "tokens": [ids], "prompts": [text], "generate": n, "repack": bool}: decode a full context as a user would, measure, and
     continue the prompts greedily;
 A job may carry other "settings" than a user's defaults: type_k, type_v, flash, ubatch, sequences, swa_full, outputs, threads, mmap.
@@ -36,17 +37,22 @@ LOAD_WITHOUT_MMAP, LOAD_WITH_MMAP, F32, F16, FLASH_OFF, FLASH_AUTO = 0, 1, 0, 1,
 EXACT = {"type_k": F32, "type_v": F32, "flash": FLASH_OFF}
 
 
+def _count_cores() -> int:
+    """Cores that this process may use (base/threads.py, of which a child holds nothing)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Llama:
     """A loaded model with one context."""
 
-    def __init__(self, path: str, context: int, settings: dict[str, Any], *, repack: bool = True) -> None:
+    def __init__(self, path: str, context: int, settings: dict[str, Any], *, repack: bool = True, load: bool = True) -> None:
         self._log: list[str] = []
         self._callback = lc.llama_log_callback(lambda level, text, _: self._log.append(text.decode(errors="replace")))
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
         lc.llama_backend_init()
         params = lc.llama_model_default_params()
         params.n_gpu_layers, params.load_mode = 0, LOAD_WITH_MMAP if settings.get("mmap") else LOAD_WITHOUT_MMAP
-        params.use_extra_bufts = repack
+        params.use_extra_bufts, params.no_alloc = repack, not load
         self.model = lc.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["the model does not load"])[-1])
@@ -61,7 +67,7 @@ class Llama:
         options = lc.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, self.ubatch, self.ubatch
         options.n_seq_max = settings.get("sequences", 1)
-        options.n_threads = options.n_threads_batch = settings.get("threads", os.cpu_count() or 1)
+        options.n_threads = options.n_threads_batch = settings.get("threads", _count_cores())
         options.type_k, options.type_v = settings.get("type_k", F16), settings.get("type_v", F16)
         options.flash_attn_type = settings.get("flash", FLASH_AUTO)
         options.swa_full = settings.get("swa_full", True)
@@ -73,6 +79,11 @@ class Llama:
     def buffers(self) -> list[str]:
         """The lines of llama.cpp's log about its buffers."""
         return [line.strip() for line in "".join(self._log).splitlines() if "buffer size" in line or "size = " in line]
+
+    @property
+    def log(self) -> list[str]:
+        """All that llama.cpp said."""
+        return self._log
 
     def clear(self) -> None:
         """Forget the context."""
@@ -178,4 +189,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
     """The job of child_main.py."""
+    if "reserve" in job:
+        return {"log": Llama(job["path"], int(job["reserve"]), job["settings"], load=False).log}
     return give_logits(job) if "windows" in job else measure(job)

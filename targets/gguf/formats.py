@@ -41,6 +41,7 @@ class Format:
 FORMATS = {
     "F32": Format(0, 1, 4),
     "F16": Format(1, 1, 2),
+    "BF16": Format(30, 1, 2),
     "Q8_0": Format(8, 32, 34),
     "Q6_K": Format(14, 256, 210),
     "Q5_K": Format(13, 256, 176),
@@ -65,6 +66,7 @@ FORMATS = {
 WIDE = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 NARROW = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "MXFP4")  # for rows that 256 does not divide
 OFFERED = (*WIDE, *(name for name in NARROW if name not in WIDE))
+COPIED = tuple(name for name in FORMATS if name not in OFFERED)  # types that a tensor of a GGUF may keep, and gets from nobody
 
 
 def formats_of_rows(cols: int) -> tuple[str, ...]:
@@ -152,6 +154,8 @@ def dequantize(packed: NDArray[np.uint8], name: str, cols: int) -> NDArray[np.fl
         return packed.view(np.float32).reshape(-1, cols)
     if name == "F16":
         return packed.view(np.float16).reshape(-1, cols).astype(np.float32)
+    if name == "BF16":
+        return (packed.view(np.uint16).reshape(-1, cols).astype(np.uint32) << 16).view(np.float32)
     library = _ggml()
     function = getattr(library, "dequantize_row_" + library.ggml_type_name(FORMATS[name].id).decode())
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None

@@ -8,9 +8,9 @@ from __future__ import annotations
 from edgemoe.base.errors import UsageError
 from edgemoe.ir import Model
 from edgemoe.ir.memory import Settings
-from edgemoe.targets.gguf.formats import FORMATS, Format
+from edgemoe.targets.gguf.formats import FORMATS
 
-KV_FORMATS = {name: FORMATS[name] for name in ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")} | {"BF16": Format(30, 1, 2)}
+KV_FORMATS = {name: FORMATS[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")}
 CELLS = 256  # caches hold multiples of this many tokens (GGML_PAD in llama-context.cpp)
 
 

@@ -15,9 +15,10 @@ from edgemoe.devices.profiles import Device
 from edgemoe.ir import Costs, Model, Unit
 from edgemoe.ir.memory import RETAINED, Settings
 from edgemoe.targets.gguf.compute_graph import touched_bytes, work_bytes
-from edgemoe.targets.gguf.formats import formats_of_rows, pad, row_bytes
+from edgemoe.targets.gguf.formats import FORMATS, formats_of_rows, pad, row_bytes
 from edgemoe.targets.gguf.kv_cache import cells_of, kv_bytes, output_bytes, state_bytes
 from edgemoe.targets.gguf.repack import ANY_CPU, X86, held_twice_on, repacked_on
+from edgemoe.targets.gguf.reserved import ask_llama, most_nodes
 
 # The constants were measured on two installations (docs/decisions/0003-memory.md).
 # Bindings, libraries, tokenizer's tables and 2 threads took 24 MiB; 16 threads took 26 MiB, and another installation 27 MiB.
@@ -28,8 +29,12 @@ PER_NODE = 1600  # bytes of one place for a graph's node: three times its tensor
 
 
 def offered_formats(model: Model, unit: Unit) -> tuple[str, ...]:
-    """Formats that can store a unit."""
-    return formats_of_rows(unit.cols)
+    """Formats that can store a unit; of a GGUF's tensor, the type that it has and those with fewer bits."""
+    formats = formats_of_rows(unit.cols)
+    if not model.architecture:
+        return formats
+    own = model.get(unit.role, unit.layer, 0 if unit.is_stack else -1).dtype
+    return (own, *(name for name in formats if name != own and FORMATS[name].bpw < FORMATS[own].bpw))
 
 
 def unit_size(model: Model, unit: Unit, name: str, count: int) -> int:
@@ -90,7 +95,7 @@ def on_device(costs: Costs, device: Device) -> Costs:
 
 
 def memory_parts(model: Model, context: int, settings: Settings | None = None) -> dict[str, int]:
-    """KV cache (with recurrent states), compute buffers, output buffer and runtime in bytes.
+    """KV cache (with recurrent states), compute buffers, output buffer and runtime in bytes; of a GGUF's model as llama.cpp says.
 
     "compute" is the touched part of llama.cpp's compute buffer, which decoding writes and the process therefore holds, and all of ggml's
     work buffer.
@@ -104,6 +109,9 @@ def memory_parts(model: Model, context: int, settings: Settings | None = None) -
         UsageError: llama.cpp would refuse these settings.
     """
     settings = dataclasses.replace(settings, context=context) if settings else Settings(context=context)
+    if model.architecture:
+        asked, output = ask_llama(model, settings), output_bytes(model, settings)
+        return {"kv": asked.kv, "compute": asked.compute, "output": output, "runtime": _runtime(model, settings)}
     return {
         "kv": kv_bytes(model, settings) + state_bytes(model, settings),
         "compute": touched_bytes(model, settings) + work_bytes(model, settings),
@@ -114,7 +122,5 @@ def memory_parts(model: Model, context: int, settings: Settings | None = None) -
 
 def _runtime(model: Model, settings: Settings) -> int:
     """Bytes of the process without weights, caches and buffers."""
-    tensors = len({(tensor.layer, tensor.role) for tensor in model.tensors})  # of the file, in which a stack of experts is one tensor
-    nodes = max(1024, 8 * tensors)  # graph_max_nodes in llama-context.cpp
     cells = settings.sequences * cells_of(settings)
-    return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * nodes
+    return RUNTIME + PER_TOKEN * model.vocab_size + PER_CELL * cells + PER_NODE * most_nodes(model, settings)

@@ -33,6 +33,11 @@ def run(path: Path, job: Mapping[str, Any], on_logits: OnLogits | None = None) -
 
 def check_tokenizer(path: Path, model: Model, lines: Sequence[str]) -> list[str]:
     """Lines that llama.cpp tokenizes otherwise than the original tokenizer."""
+    if model.architecture:  # tokenizer and template are copied
+        from edgemoe.targets.gguf.copied_keys import source_of, tokenizer_values
+
+        kept = tokenizer_values(path) == tokenizer_values(source_of(model).files[0])
+        return [] if kept else list(lines)
     from edgemoe.targets.gguf.vocabulary import check_vocabulary
 
     return check_vocabulary(path, Path(model.folder), lines)

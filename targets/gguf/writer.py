@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,23 +22,38 @@ from edgemoe.base.errors import ModelError
 from edgemoe.base.progress import Progress
 from edgemoe.base.threads import count_cores
 from edgemoe.ir import Artifact, Model, Plan, Stats, Tensor, Unit, tensor_name
+from edgemoe.ir.model import bytes_of
 from edgemoe.model.checkpoint import read_packed, read_tensor
 from edgemoe.model.families import find_family
 from edgemoe.quantize.importance import importance_of
 from edgemoe.targets import write_whole
-from edgemoe.targets.gguf.formats import ALIGNMENT, FORMATS, pad, quantize_parallel, row_bytes
+from edgemoe.targets.gguf.copied_keys import add_copied
+from edgemoe.targets.gguf.formats import ALIGNMENT, pad, quantize_parallel, row_bytes
 from edgemoe.targets.gguf.metadata import add_own_keys, add_provenance, add_shape
 from edgemoe.targets.gguf.vocabulary import add_vocabulary, read_vocabulary
 from edgemoe.targets.stacks import list_units
 
 Packable = TypeVar("Packable", np.float32, np.uint8)
 # File types (enum llama_ftype in llama.h) by the format that holds most bytes of a file; Q3_K, Q4_K and Q5_K have those of the M mixes.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K": 17, "Q4_K": 15, "IQ4_XS": 30, "Q3_K": 12, "IQ3_S": 26, "IQ3_XXS": 23}
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q6_K": 18,
+    "Q5_K": 17,
+    "Q4_K": 15,
+    "IQ4_XS": 30,
+    "Q3_K": 12,
+    "IQ3_S": 26,
+    "IQ3_XXS": 23,
+}
 FILE_TYPES |= {"Q2_K": 10, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24, "IQ4_NL": 25, "Q4_0": 2, "MXFP4": 38}
 FILE_TYPES |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
 
-# These tensors stay F32 and have a row or number for each expert.
-PER_EXPERT = ("ffn_gate_inp", "exp_probs_b.bias", *(f"ffn_{p}.bias" for p in ("gate_inp", "gate_exps", "up_exps", "down_exps")))
+# These tensors keep their type and have a row or number for each expert.
+_OF_EXPERTS = [f"ffn_{p}_exps.{part}" for p in ("gate", "up", "gate_up", "down") for part in ("bias", "scale", "input_scale")]
+PER_EXPERT = ("ffn_gate_inp", "ffn_gate_inp.bias", "exp_probs_b.bias", "exp_probs_b_vl.bias", *_OF_EXPERTS)
 # Bytes of header for each vocabulary entry (token, type, merges): 22 to 61 in the vocabularies that llama.cpp ships (llama-spm, llama-bpe).
 HEADER_PER_ENTRY = 64
 SPLIT_KEYS = 256  # bytes of the three keys that number the files of a split, and more
@@ -48,9 +64,19 @@ def fixed_sizes(model: Model, counts: Sequence[int]) -> list[int]:
     header, fixed = header_size(model), [t for t in model.tensors if not t.planned]
 
     def size(tensor: Tensor, count: int) -> int:
-        return pad(4 * tensor.n_weights * (count if tensor.role in PER_EXPERT else model.n_experts) // model.n_experts)
+        return pad(fixed_bytes(model, tensor) * (count if is_per_expert(model, tensor) else model.n_experts) // model.n_experts)
 
     return [header + sum(size(tensor, count) for tensor in fixed) for count in counts]
+
+
+def is_per_expert(model: Model, tensor: Tensor) -> bool:
+    """Whether a tensor has a row or number for each expert; other axes of the same length are none of experts."""
+    return tensor.role in PER_EXPERT and tensor.shape[0] == model.n_experts
+
+
+def fixed_bytes(model: Model, tensor: Tensor) -> int:
+    """Bytes of a tensor without a format: F32, or as it is in a GGUF."""
+    return tensor.n_bytes if model.architecture else 4 * tensor.n_weights
 
 
 def header_size(model: Model) -> int:
@@ -68,7 +94,7 @@ def header_size(model: Model) -> int:
 
 def least_shard(model: Model, sizes: Mapping[str, int]) -> tuple[int, str]:
     """Bytes of the largest file that no split can avoid, a tensor and its header, for units of these bytes; and the tensor's name."""
-    fixed = {tensor_name(t.role, t.layer): 4 * t.n_weights for t in model.tensors if not t.planned and t.role not in PER_EXPERT}
+    fixed = {t.name: fixed_bytes(model, t) for t in model.tensors if not t.planned and not is_per_expert(model, t)}
     largest = max((size, name) for name, size in {**fixed, **sizes}.items())
     return largest[0] + _beside_data(model), largest[1]
 
@@ -137,14 +163,18 @@ def _open_writer(path: Path, model: Model, stats: Stats | None, plan: Plan | Non
     import gguf
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
-    family = find_family(model.model_type)
-    writer = gguf.GGUFWriter(path, family.gguf, split_max_size=shard_max)
-    writer.add_name(model.name)
+    count = plan.count if plan else model.n_experts
+    writer = gguf.GGUFWriter(path, model.architecture or find_family(model.model_type).gguf, split_max_size=shard_max)
+    if not model.architecture:
+        writer.add_name(model.name)
     writer.add_file_type(FILE_TYPES.get(_dominant(plan), 0) if plan else 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_shape(writer, model, plan.count if plan else model.n_experts)
-    add_own_keys(writer, model, family)
-    add_vocabulary(writer, read_vocabulary(Path(model.folder), model.vocab_size), arch_vocab_key=False)
+    if model.architecture:
+        add_copied(writer, model, count)
+    else:
+        add_shape(writer, model, count)
+        add_own_keys(writer, model, find_family(model.model_type))
+        add_vocabulary(writer, read_vocabulary(Path(model.folder), model.vocab_size), arch_vocab_key=False)
     add_provenance(writer, model, stats, plan, len(list_units(model)))
     return writer
 
@@ -159,19 +189,13 @@ def _add_infos(writer: Any, model: Model, choose: Callable[[Unit], str], count: 
         first = group[0]
         if name in units:
             kind = choose(units[name])
-            stack = (count,) if first.expert >= 0 else ()
-            shape = (*stack, first.shape[0], row_bytes(kind, first.shape[1]))
-            if kind in ("F32", "F16"):
-                dtype: type = np.float32 if kind == "F32" else np.float16
-                shape = (*stack, *first.shape)
-            else:
-                dtype = np.uint8  # gguf-py takes the shape of packed rows in bytes
-            infos[name] = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            writer.add_tensor_info(name, shape, np.dtype(dtype), infos[name], gguf.GGMLQuantizationType(FORMATS[kind].id))
+            shape = (*((count,) if first.expert >= 0 else ()), first.shape[0], row_bytes(kind, first.shape[1]))
         else:
-            shape = (count, *first.shape[1:]) if first.role in PER_EXPERT else first.shape
-            infos[name] = int(np.prod(shape)) * 4
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), infos[name])
+            kind = first.dtype if model.architecture else "F32"
+            rows = (count, *first.shape[1:]) if is_per_expert(model, first) else first.shape
+            shape = (*rows[:-1], bytes_of(kind, rows[-1]))
+        infos[name] = int(np.prod(shape))  # gguf-py takes shapes in bytes where the data are bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), infos[name], gguf.GGMLQuantizationType[kind])
     return infos
 
 
@@ -183,10 +207,11 @@ def _write_header(writer: Any) -> None:
 
 def group_tensors(model: Model) -> list[tuple[str, list[Tensor]]]:
     """The checkpoint's tensors by the GGUF tensor that they become, in file order; an expert stack is one group."""
-    names = find_family(model.model_type).gguf_names
+    names = {} if model.architecture else find_family(model.model_type).gguf_names
     groups: dict[str, list[Tensor]] = {}
     for tensor in model.tensors:
-        groups.setdefault(tensor_name(names.get(tensor.role, tensor.role), tensor.layer), []).append(tensor)
+        name = tensor.name if model.architecture else tensor_name(names.get(tensor.role, tensor.role), tensor.layer)
+        groups.setdefault(name, []).append(tensor)
     return list(groups.items())
 
 
@@ -198,19 +223,28 @@ def _tensor_data(model: Model, stats: Stats, plan: Plan, pool: ThreadPoolExecuto
         if first.layer != layer:
             layer, importance = first.layer, importance_of(model, stats, first.layer)
         if not first.planned:
-            values = read_tensor(model.folder, first)
-            yield name, values[list(kept_of[first.layer])] if first.role in PER_EXPERT else values
+            values = read_fixed(model, first)
+            yield name, values[list(kept_of[first.layer])] if is_per_expert(model, first) else values
             continue
         kept = [group[e] for e in kept_of[first.layer]] if first.expert >= 0 else group
         kind = plan.formats[name]
         rows: list[NDArray[np.uint8]] = []
         for tensor in kept:  # one expert is in float32 at a time, and only the packed stack grows
-            if tensor.packed == kind:
+            if kind == (tensor.packed or (tensor.dtype if model.architecture else "")):
                 rows.append(order_for_rotary(model, tensor, read_packed(model.folder, tensor, row_bytes(kind, tensor.shape[1]))))
                 continue
             weights = order_for_rotary(model, tensor, read_tensor(model.folder, tensor))
             rows.append(quantize_parallel([(weights, importance.get((tensor.role, tensor.expert)))], kind, pool))
         yield name, np.concatenate(rows)
+
+
+def read_fixed(model: Model, tensor: Tensor) -> NDArray[Any]:
+    """A tensor without a format: float32, or the rows of bytes of a GGUF's."""
+    if not model.architecture:
+        return read_tensor(model.folder, tensor)
+    flat, size = replace(tensor, shape=(tensor.n_weights // tensor.shape[-1],)), bytes_of(tensor.dtype, tensor.shape[-1])
+    rows = read_packed(model.folder, flat, size)
+    return rows.reshape(*(tensor.shape[:-1] or tensor.shape), -1)
 
 
 def order_for_rotary(model: Model, tensor: Tensor, weights: NDArray[Packable]) -> NDArray[Packable]:
@@ -221,7 +255,7 @@ def order_for_rotary(model: Model, tensor: Tensor, weights: NDArray[Packable]) -
     those of other architectures, stay as they are.
     """
     heads = {"attn_q": model.attention.heads, "attn_k": model.attention.kv_heads}.get(tensor.role)
-    if heads is None or not find_family(model.model_type).paired_rotary:
+    if heads is None or model.architecture or not find_family(model.model_type).paired_rotary:
         return weights
     rows, cols = weights.shape
     paired = weights.reshape(heads, 2, rows // heads // 2, cols).swapaxes(1, 2)  # [heads, pairs, 2, cols]

@@ -69,9 +69,9 @@ def test_places_and_slices_are_those_of_gguf_py(files: dict[str, Path], architec
     stacks = [t for t in source.tensors if "_exps.weight" in t.name and "norm" not in t.name]
     assert stacks and all(t.expert_axis for t in stacks)
     header = read_gguf_header(files[architecture])
-    for key, (start, end) in header.spans.items():
-        assert data[start + 8 : start + 8 + len(key)] == key.encode()
-        assert end > start
+    for key, kinds in header.kinds.items():
+        assert header.values[key] == [] or kinds == tuple(map(int, (*reader.fields[key].types, 0)))[:2]
+    assert header.start == min(t.offset for t in source.tensors)
     assert header.values[f"{architecture}.expert_count"] == source.n_experts == 8
 
 
@@ -147,9 +147,10 @@ def test_inspect_shows_a_gguf_and_other_commands_say_what_they_take(small: Path,
     shown = run_cli("inspect", small, "--json")
     facts = json.loads(shown.stdout)
     assert (facts["architecture"], facts["n_experts"], facts["with experts"], facts["types"]) == ("olmoe", 4, 1, "F32 100.0%")
-    refused = run_cli("build", small, "--memory", "1GB", "-o", tmp_path / "out")
-    assert refused.returncode == 2
-    assert "is a GGUF" in error_of(refused.stderr) and "Hugging Face" in refused.stderr
+    refused = run_cli("build", small, "--memory", "1GB", "-o", tmp_path / "out")  # it lacks attention
+    assert refused.returncode == 4 and "llama.cpp does not load its tokenizer" in error_of(refused.stderr)
+    other = run_cli("build", small, "--memory", "1GB", "--target", "onnx", "-o", tmp_path / "out")
+    assert other.returncode == 2 and "a GGUF is all that can be made of it" in error_of(other.stderr)
     broken = run_cli("inspect", small.parent / "gone.gguf")
     assert broken.returncode == 2 and "no such file" in error_of(broken.stderr)
 

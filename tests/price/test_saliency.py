@@ -49,7 +49,7 @@ def watched(tmp_path: Path, *, renormalize: bool) -> Stats:
     gates = np.take_along_axis(PROBS, CHOSEN, axis=1)
     gates = gates / gates.sum(axis=1, keepdims=True) if renormalize else gates
     windows = Windows(tokens=np.zeros((1, TOKENS), np.int64), lengths=np.array([TOKENS]), domain=np.zeros(1, np.int64))
-    shape = cast(Any, SimpleNamespace(n_experts=EXPERTS, hidden_size=HIDDEN, expert=Expert(size=2)))
+    shape = cast(Any, SimpleNamespace(n_experts=EXPERTS, hidden_size=HIDDEN, expert=Expert(size=2), moe_layers=()))
     sums = LayerObserver(shape, windows, 1, np.ones(1))
     for e in range(EXPERTS):
         token, slot = np.nonzero(e == CHOSEN)

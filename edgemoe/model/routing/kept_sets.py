@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.types import F64
 from edgemoe.ir.model import Router
-from edgemoe.model.routing.rule import open_experts, weigh_scores
+from edgemoe.model.routing.rule import ALONE, open_experts, weigh_scores
 
 MAX_COUNTS = 64  # kept counts offered
 SWAP_UP_TO = 16  # experts; with more, swaps cost minutes a layer and gain little
@@ -30,8 +30,10 @@ def offered_counts(n_experts: int, router: Router) -> tuple[int, ...]:
     """Kept counts in the menu: all from top_k to n_experts, or 64 of them, evenly spread.
 
     With routing groups, the same number of experts must stay in each, and at least two, because the value of a group is the sum of its two
-    best experts (DeepSeek-V3).
+    best experts (DeepSeek-V3).  A router whose rule is not known keeps all experts.
     """
+    if router.scoring == "unknown":  # nobody knows what the router does when an expert is gone
+        return (n_experts,)
     groups = kept_groups(router)
     least = -(-router.top_k // groups) if groups == 1 else max(2, -(-router.top_k // groups))
     counts = np.linspace(least, n_experts // groups, min(MAX_COUNTS, n_experts // groups - least + 1))
@@ -132,7 +134,7 @@ def gates_of(router: Router, chosen: F64, mass: F64) -> F64:
     if router.renormalize:
         gates = chosen / np.maximum(chosen.sum(axis=1), 1e-30)[:, None]
     else:
-        gates = chosen if router.scoring == "sigmoid" else chosen / np.maximum(mass, 1e-30)[:, None]
+        gates = chosen if router.scoring in ALONE else chosen / np.maximum(mass, 1e-30)[:, None]
     scaled: F64 = gates if router.scale == 1.0 else gates * router.scale
     return scaled
 

@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from edgemoe.base.types import F32, F64
 from edgemoe.ir.model import Router
 
+ALONE = ("sigmoid", "sqrtsoftplus")  # scorings in which no expert's score depends on the others
+
 
 def weigh_scores(router: Router, logits: F64) -> F64:
-    """Scores from which gates are made [N, E]: the softmax of the logits over all experts, or their sigmoid."""
+    """Scores from which gates are made [N, E]: the softmax of the logits over all experts, or of each its sigmoid or sqrt(softplus)."""
     if router.scoring == "sigmoid":
         sigmoid: F64 = 1 / (1 + np.exp(-logits))
         return sigmoid
+    if router.scoring == "sqrtsoftplus":
+        root: F64 = np.sqrt(np.logaddexp(0.0, logits))
+        return root
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     softmax: F64 = scores / scores.sum(axis=1, keepdims=True)
     return softmax

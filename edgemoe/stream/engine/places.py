@@ -14,6 +14,7 @@ from edgemoe.stream.engine.session import Seen, Watch
 _STACK = re.compile(r"blk\.\d+\.ffn_(gate_up|gate|up|down)_exps\.weight")
 _SCORES = re.compile(r"ffn_moe_(?:logits|logits_biased|probs_biased)-(\d+)")  # llama.cpp's names of what experts are chosen by
 _ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
+_BIAS = re.compile(r"blk\.\d+\.ffn_gate_inp\.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Experts:
     """
 
     stacks: dict[str, int]
-    router: int  # logits [tokens, experts]
+    router: int  # logits [tokens, experts], with the router's own bias
     outputs: int
     weighted: int
 
@@ -51,8 +52,14 @@ def find_experts(graph: Graph) -> dict[int, Experts]:
         if layer not in routers or "down" not in parts:
             raise ValueError(f"layer {layer} has experts, but no router or no down projection")
         outputs, weighted = _follow(graph, readers, parts["down"], routers[layer])
-        found[layer] = Experts(parts, routers[layer], outputs, weighted)
+        found[layer] = Experts(parts, _with_bias(graph, readers, routers[layer]), outputs, weighted)
     return found
+
+
+def _with_bias(graph: Graph, readers: dict[int, list[int]], router: int) -> int:
+    """The node that adds the router's own bias to the logits, if there is one."""
+    biased = (n for n in readers.get(router, []) if graph.nodes[n].op == "ADD" and any(map(_BIAS.match, graph.nodes[n].weights)))
+    return next(biased, router)
 
 
 def _readers(graph: Graph) -> dict[int, list[int]]:

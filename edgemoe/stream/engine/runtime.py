@@ -33,14 +33,13 @@ class Runtime:
             ModelError: llama.cpp does not load the file.
         """
         self.llama, libraries = load_bindings()
-        self._log = listen()
-        self._log.clear()
+        listen().clear()
         self.llama.llama_backend_init()
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers, params.load_mode, params.use_extra_bufts = 0, MMAP, False
         self.model = self.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
-            raise ModelError(f"{path}: llama.cpp does not load it: {self._last_words()}")
+            raise ModelError(f"{path}: llama.cpp does not load it: {last_words()}")
         self.ggml = open_ggml(libraries, self.llama.GGML_TYPE_COUNT)
         self.n_vocab: int = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
         self._on_node = self.llama.ggml_backend_sched_eval_callback(on_node)  # kept, because llama.cpp keeps its address
@@ -55,12 +54,7 @@ class Runtime:
         options.cb_eval = self._on_node
         self.context = self.llama.llama_init_from_model(self.model, options)
         if not self.context:
-            raise ModelError(f"llama.cpp makes no context: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        """What llama.cpp said last of an error; else what it said last."""
-        lines = "".join(self._log).strip().splitlines() or ["it says nothing"]
-        return next((line for line in reversed(lines) if "error" in line), lines[-1])[:300]
+            raise ModelError(f"llama.cpp makes no context: {last_words()}")
 
     def decode(self, windows: NDArray[np.int64], *, logits: bool) -> None:
         """Decode windows [windows, length] from empty caches and states, with logits of every token, or of the last alone.
@@ -78,7 +72,7 @@ class Runtime:
         result = self.llama.llama_decode(self.context, batch)
         self.llama.llama_batch_free(batch)
         if result:
-            raise ModelError(f"llama.cpp fails to decode ({result}): {self._last_words()}")
+            raise ModelError(f"llama.cpp fails to decode ({result}): {last_words()}")
 
     def logits(self, tokens: int) -> NDArray[np.float32]:
         """The logits of the last decode [tokens, vocab]."""
@@ -98,6 +92,12 @@ def listen() -> deque[str]:
     _CALLBACKS.append(callback)
     llama.llama_log_set(callback, ctypes.c_void_p(0))
     return said
+
+
+def last_words() -> str:
+    """What llama.cpp said last of an error; else what it said last."""
+    lines = "".join(listen()).strip().splitlines() or ["it says nothing"]
+    return next((line for line in reversed(lines) if "error" in line), lines[-1])[:300]
 
 
 def load_bindings() -> tuple[Any, Path]:

@@ -5,10 +5,12 @@ A model's roles are llama.cpp's names of tensors, so the matrix of a role is fou
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from edgemoe.base.errors import ModelError
 from edgemoe.base.types import F32
 from edgemoe.ir import Model, tensor_name
+from edgemoe.ir.model import is_stack
 from edgemoe.quantize.reference import round_to_nearest
 from edgemoe.stream.engine.graph import Graph
 from edgemoe.stream.engine.places import Experts, find_experts, hide_experts
@@ -45,7 +48,8 @@ class EngineStream:
         self._largest = np.zeros((windows, length), np.int64)  # tokens of a pass that begins behind the embedding
         self._kept: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
-        self.session.graph(self._largest)
+        graph = self.session.graph(self._largest)
+        self.width = math.prod(graph.nodes[self._one_value(graph, graph.entries[graph.layers[0]])].shape) // self._largest.size
 
     def embedding(self) -> F32:
         """The embedding [vocab, hidden]."""
@@ -66,21 +70,23 @@ class EngineStream:
 
     def run_layer(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States [windows, length, hidden] after a layer; the recorder of this thread sees it."""
-        tokens = self._largest[: len(states), : states.shape[1]]
         with self._lock:
+            tokens = self._tokens_of(states)
             graph = self.session.graph(tokens)
-            start, end = graph.entries[layer], graph.exits(layer)
-            recorder = current_recorder()
-            watch = {} if recorder is None else self._watch(graph, layer, recorder)
-            if layer in self._kept:
-                gone = np.setdiff1d(np.arange(self.model.n_experts), self._kept[layer])
-                watch |= hide_experts(graph, {layer: gone.tolist()})
+            start = graph.entries[layer]
             values = {self._one_value(graph, start): states.reshape(-1, states.shape[-1]).numpy()}
-            return self._state(tokens.shape, self.session.live_values(tokens, end, after=start, values=values, also=watch))
+            watch = self._watch_layer(graph, layer)
+            return self._state(tokens.shape, self.session.live_values(tokens, graph.exits(layer), after=start, values=values, also=watch))
 
     def values(self, layer: int, role: str) -> F32:
         """The weights of a role in a layer."""
-        return self.session.weight(tensor_name(role, layer))
+        return self.session.weight(self._name(role, layer))
+
+    def _name(self, role: str, layer: int) -> str:
+        """The name of a tensor in the file."""
+        if not self.model.architecture:
+            return tensor_name(role, layer)
+        return self.model.get(role, layer, 0 if is_stack(role) else -1).name
 
     @contextmanager
     def rounded(self, layer: int, bits: Mapping[str, int]) -> Iterator[None]:
@@ -89,7 +95,7 @@ class EngineStream:
         for role, n in bits.items():
             values = self.values(layer, role)
             rows = values.reshape(-1, values.shape[-1])
-            changed[tensor_name(role, layer)] = round_to_nearest(rows, n).reshape(values.shape)
+            changed[self._name(role, layer)] = round_to_nearest(rows, n).reshape(values.shape)
         with self.session.pointed(changed):
             yield
 
@@ -108,12 +114,13 @@ class EngineStream:
         A pass begins at the experts with our inputs and our choice, as many experts at a time as the router picks.
         """
         with self._lock:
-            graph = self.session.graph(self._largest)
+            tokens = self._largest[: -(-len(x) // self._largest.shape[1])]  # no more windows than the inputs fill
+            graph = self.session.graph(tokens)
             places = find_experts(graph)[layer]
             first = min(places.stacks.values())
             inputs, picks = (graph.root(source) for source in graph.nodes[first].sources[1:3] if isinstance(source, int))
-            k, room = graph.nodes[first].shape[1], self._largest.size
-            found = np.zeros((*chosen.shape, x.shape[1]), np.float32)
+            k, room = graph.nodes[first].shape[1], tokens.size
+            found = np.zeros((*chosen.shape, graph.nodes[places.outputs].shape[-1]), np.float32)
 
             def run(rows: slice, slots: slice) -> None:
                 part, experts = x[rows], chosen[rows, slots]
@@ -125,20 +132,52 @@ class EngineStream:
                 def take(seen: Seen) -> None:
                     found[rows, slots] = seen.values()[: len(part), : experts.shape[1]]
 
-                self.session.run(
-                    self._largest, after=first - 1, values={inputs: given, picks: ids}, until=places.outputs, watch={places.outputs: take}
-                )
+                watch = {places.outputs: take}
+                self.session.run(tokens, after=first - 1, values={inputs: given, picks: ids}, until=places.outputs, watch=watch)
 
             for start in range(0, len(x), room):
                 for slot in range(0, chosen.shape[1], k):
                     run(slice(start, start + room), slice(slot, slot + k))
         return torch.from_numpy(found)
 
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """What the output matrix reads [windows, length, hidden], from the states after the last layer."""
+        found: list[NDArray[np.float32]] = []
+        with self._lock:
+            tokens = self._tokens_of(states)
+            graph = self.session.graph(tokens)
+            at = max(number for number, node in enumerate(graph.nodes) if self._output in node.weights)
+            self.session.run(tokens, until=at, watch={at: lambda seen: found.append(seen.source(1))}, **self._at_head(graph, states))
+        return torch.from_numpy(found[0].reshape(*states.shape[:2], -1))
+
+    def logits(self, states: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [windows, length, vocab] from the states after the last layer, with the file's output matrix or another."""
+        with self._lock, self.session.pointed({} if output is None else {self._output: output.numpy()}):
+            tokens = self._tokens_of(states)
+            found = self.session.run(tokens, **self._at_head(self.session.graph(tokens), states))
+        assert found is not None  # nothing behind the head was skipped
+        return torch.from_numpy(found.reshape(*states.shape[:2], -1))
+
+    @property
+    def _output(self) -> str:
+        return "token_embd.weight" if self.model.is_tied else "output.weight"
+
+    def _tokens_of(self, states: torch.Tensor) -> NDArray[np.int64]:
+        """Tokens in the shape of states, for a pass that reads none of them."""
+        return self._largest[: len(states), : states.shape[1]]
+
+    def _at_head(self, graph: Graph, states: torch.Tensor) -> dict[str, Any]:
+        """Where a pass through the head alone begins, and with which values."""
+        values = {self._one_value(graph, graph.head): states.reshape(-1, states.shape[-1]).numpy()}
+        return {"after": graph.head, "values": values}
+
+    def output(self) -> torch.Tensor:
+        """The output matrix [vocab, hidden]."""
+        return torch.from_numpy(self.session.weight(self._output))
+
     def head(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights of the last norm [hidden] and of the output matrix [vocab, hidden], and the norm's epsilon."""
-        names = ("output_norm.weight", "token_embd.weight" if self.model.is_tied else "output.weight")
-        norm, output = (torch.from_numpy(self.session.weight(name)) for name in names)
-        return norm, output, self.model.norm_eps
+        return torch.from_numpy(self.session.weight("output_norm.weight")), self.output(), self.model.norm_eps
 
     def close(self) -> None:
         """Give the memory back."""
@@ -160,22 +199,30 @@ class EngineStream:
         (value,) = values.values()
         return torch.from_numpy(value.reshape(*shape, -1))
 
-    def _watch(self, graph: Graph, layer: int, recorder: Recorder) -> dict[int, Watch]:
-        """What fills the recorder while a layer runs."""
-        products = {name: number for number, node in enumerate(graph.nodes) if node.op == "MUL_MAT" for name in node.weights}
-        watch: dict[int, Watch] = {}
-        for step in self.model.steps(layer):
-            plain = self.model.plain_roles(layer, step)
-            if plain:
-                watch[products[tensor_name(plain[0], layer)]] = _input_of(recorder, step.reads)
-        if layer in self.model.moe_layers:
-            watch |= watch_experts(find_experts(graph)[layer], recorder)
+    def _watch_layer(self, graph: Graph, layer: int) -> dict[int, Watch]:
+        """What fills the recorder of this thread while a layer runs, and hides the experts that are gone."""
+        recorder, watch = current_recorder(), dict[int, Watch]()
+        if recorder is not None:
+            products = self._products(graph)
+            for step in self.model.steps(layer):
+                if plain := self.model.plain_roles(layer, step):
+                    watch[products[self._name(plain[0], layer)]] = _input_of(recorder, step.reads)
+            if layer in self.model.moe_layers:
+                watch |= watch_experts(find_experts(graph)[layer], recorder)
+        if layer in self._kept:
+            gone = np.setdiff1d(np.arange(self.model.n_experts), self._kept[layer])
+            watch |= hide_experts(graph, {layer: gone.tolist()})
         return watch
+
+    def _products(self, graph: Graph) -> dict[str, int]:
+        """The product with each matrix, by the matrix's name."""
+        return {name: number for number, node in enumerate(graph.nodes) if node.op == "MUL_MAT" for name in node.weights}
 
 
 def _input_of(recorder: Recorder, activation: str) -> Watch:
     def see(seen: Seen) -> None:
-        recorder.inputs[activation] = torch.from_numpy(seen.source(1))
+        x = seen.source(1)
+        recorder.inputs[activation] = torch.from_numpy(x.reshape(-1, x.shape[-1]))
 
     return see
 

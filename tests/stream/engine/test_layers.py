@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, N_EXPERTS, TOP_K, make_all
+from architectures import ARCHITECTURES, N_EXPERTS, QUICK, TOP_K, make_all
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
@@ -42,7 +42,7 @@ def session(files: dict[str, Path], architecture: str) -> Iterator[Session]:
     opened.close()
 
 
-every = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every = pytest.mark.parametrize("architecture", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
 
 
 @every
