@@ -20,7 +20,7 @@ from edgemoe.pipeline.doors import check_needs, check_shards
 from edgemoe.pipeline.emit import copy_licences, emit_artifact, fixed_names
 from edgemoe.pipeline.output_folder import finish_output, hold_output, open_work, prepare_output
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.pipeline.request import BuildRequest, Job, check_source, choose_context, prepare, warn_of_context
+from edgemoe.pipeline.request import BuildRequest, Job, check_source, choose_context, prepare, warn_of_context, warn_of_source
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
@@ -80,13 +80,13 @@ def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
     artifact = copy_licences(artifact, job.model)
     save_record(request.out / ".work" / "artifact.json", artifact)
     report = verify_artifact(artifact, job.model, plan, job.heldout, job.target, work, progress=in_stage(progress, "verify"))
-    warning = warn_of_context(job.model, job.context)
+    warnings = filter(None, (warn_of_context(job.model, job.context), warn_of_source(job.model)))
     report = replace(
         report,
         rounds=rounds,
         frontier=frontier_of((offer.costs, *offer.others), plan.memory["weights"] + sum(plan.sizes[name] for name in plan.vram)),
         model={**report.model, "command": request.command},
-        problems=(*report.problems, *([f"note: {warning}"] if warning else [])),
+        problems=(*report.problems, *(f"note: {warning}" for warning in warnings)),
     )
     finish_output(request.out, report)
     broken = broken_promises(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from edgemoe.targets import Target, find_target
 from edgemoe.verify.artifact import DEFAULT_TOKENS as HELDOUT_TOKENS
 
 MAX_CONTEXT = 2**27  # tokens; llama.cpp counts them in 32 bits
+LOSSLESS = ("F64", "F32", "F16", "BF16", "Q8_0", "I32")  # types of a GGUF that are as good as the checkpoint, or nearly
+LOSSY_SHARE = 0.01  # of a GGUF's bytes in other types, from which a warning is worth reading
 DEFAULT_ROUNDS = 0  # of refinement; each round costs one more file written and run
 
 
@@ -93,6 +96,8 @@ def prepare(request: BuildRequest) -> Job:
     model = inspect_model(request.model, hashed=False)
     if model.architecture:
         request = settle_gguf(request, model)
+    if warning := warn_of_source(model):
+        logging.getLogger("edgemoe").warning(warning)
     check_output(request.out, force=request.force, names=fixed_names(target, model))
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     for texts, tokens in ((calibration, request.calibration_tokens), (heldout, HELDOUT_TOKENS)):
@@ -152,6 +157,18 @@ def warn_of_context(model: Model, context: int) -> str:
     if context <= model.context_length:
         return ""
     return f"context {context} is more than the {model.context_length} tokens that {model.name} was trained for: expect poor text beyond"
+
+
+def warn_of_source(model: Model) -> str:
+    """A warning for a user whose GGUF has lost quality already, which no figure of the report shows, else an empty text."""
+    sizes: dict[str, int] = {}
+    for tensor in model.tensors if model.architecture else ():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.n_bytes
+    lossless = (*LOSSLESS, "MXFP4") if model.architecture == "gpt-oss" else LOSSLESS  # its checkpoint has MXFP4 itself
+    lossy = sum(size for kind, size in sizes.items() if kind not in lossless) / max(sum(sizes.values()), 1)
+    if lossy < LOSSY_SHARE:
+        return ""
+    return f"{lossy:.0%} of {model.name} is quantized below Q8_0 already: KL is measured against this file, whose own loss nobody sees here"
 
 
 def check_solver(name: str) -> None:

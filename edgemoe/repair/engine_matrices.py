@@ -104,7 +104,7 @@ def pack_stacks(work: EngineLayer, roles: Sequence[str]) -> Packed:
     layer_gram = None if inner else np.sum([_gram(work, x, weights, chosen, int(e))[0] for e in work.kept], axis=0)
     packed = Packed()
     for role in wanted:
-        work.changed[role] = work.stream.values(work.layer, role).copy()
+        work.changed[role] = work.stream.values(work.layer, role)
     cols = x.shape[-1]
     at_once = min(count_cores(), max(1, GRAM_BYTES // (GRAMS * 8 * cols**2)))
 
@@ -177,11 +177,9 @@ def pack_silu(work: EngineLayer, epochs: int) -> Packed:
         router = work.stream.values(work.layer, "ffn_gate_inp") @ align
         work.changed["ffn_gate_inp"] = packed["ffn_gate_inp.-1"] = np.ascontiguousarray(router)
     tokens = _tokens(work)
-    gate, up, down = (
-        np.stack([read_tensor(model.folder, model.get(f"ffn_{part}_exps", work.layer, int(e))) for e in work.kept])
-        for part in ("gate", "up", "down")
-    )
-    experts = Experts(gate=torch.from_numpy(gate @ align), up=torch.from_numpy(up @ align), down=torch.from_numpy(down))
+    gate, up = (torch.from_numpy(_read_stack(work, part) @ align) for part in ("gate", "up"))
+    experts = Experts(gate=gate, up=up, down=torch.from_numpy(_read_stack(work, "down")))
+    del gate, up
     residual = work.streams.array("residual", work.streams.original.width)
     if epochs >= 0 and len(work.kept) < model.n_experts:
         refit_experts(tokens, experts, residual, epochs=epochs, store=lambda _: None)
@@ -189,10 +187,18 @@ def pack_silu(work: EngineLayer, epochs: int) -> Packed:
         fill_residual(tokens, experts, residual)
     packed |= quantize_experts(work.plan, work.layer, tokens, experts, residual, work.kept.tolist(), None)[0]
     for part, stack in zip(("gate", "up", "down"), experts.stacks, strict=True):
-        role = f"ffn_{part}_exps"
-        work.changed[role] = work.stream.values(work.layer, role).copy()
-        work.changed[role][work.kept] = stack.numpy()
+        values = stack.numpy()
+        if len(work.kept) < model.n_experts:
+            values = work.stream.values(work.layer, f"ffn_{part}_exps")
+            values[work.kept] = stack.numpy()
+        work.changed[f"ffn_{part}_exps"] = values
     return packed
+
+
+def _read_stack(work: EngineLayer, part: str) -> F32:
+    """The kept experts' matrices [n, R, C]."""
+    model = work.plan.model
+    return np.stack([read_tensor(model.folder, model.get(f"ffn_{part}_exps", work.layer, int(e))) for e in work.kept])
 
 
 def _tokens(work: EngineLayer) -> Tokens:

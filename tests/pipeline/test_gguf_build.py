@@ -22,6 +22,7 @@ from edgemoe.model.gguf_source import read_gguf
 from edgemoe.model.inspect import inspect_model
 from edgemoe.model.tokenizer import load_tokenizer
 from edgemoe.pipeline.build import open_model
+from edgemoe.pipeline.request import warn_of_source
 from edgemoe.pipeline.store import store_weights
 from edgemoe.price import experts, matrices
 from edgemoe.price.choices import price_choices
@@ -160,10 +161,18 @@ def test_a_tensor_keeps_its_type_at_no_loss_and_gets_none_with_more_bits(
     costs = price_choices(half, stats, GGUF, 512)
     own = costs.formats.index("Q8_0")
     assert (costs.cost[:, :, own] == 0).all() and (costs.cost[:, :, costs.formats.index("Q6_K")] > 0).all()
-    path = write(half, flat_plan(half, "Q8_0"), tmp_path / "again")
-    assert {t.name: hash_tensor(t) for t in gguf.GGUFReader(path).tensors} == {
-        t.name: hash_tensor(t) for t in gguf.GGUFReader(first_file(half)).tensors
-    }
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q5_K", "Q4_0", "MXFP4"])
+def test_a_tensor_that_keeps_its_type_is_copied_bit_for_bit(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    model = inspect_model(sources["olmoe"])
+    source = open_model(str(write(model, flat_plan(model, lambda unit: kind if unit.is_stack else "F32"), tmp_path / "source")))
+    path = write(source, flat_plan(source, lambda unit: kind if unit.is_stack else "Q8_0"), tmp_path / "again")
+    found, expected = (
+        {t.name: hash_tensor(t) for t in gguf.GGUFReader(p).tensors if "_exps" in t.name} for p in (path, first_file(source))
+    )
+    assert found == expected
+    assert bool(warn_of_source(source)) == (kind in ("Q5_K", "Q4_0", "MXFP4"))
 
 
 def hash_tensor(tensor: gguf.ReaderTensor) -> bytes:
