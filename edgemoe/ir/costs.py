@@ -71,6 +71,8 @@ class Costs:
     domain_weights: tuple[float, ...]  # summing to 1
     origin: str = ""  # the source of the prices, if this model was not measured
     repair: bool = False  # whether drops are priced as they are after repair
+    gradients: bool = True  # whether rounding with feedback knows gradients of the loss
+    can_refit: bool = True  # whether repair can compute with the experts
     n_groups: int = 1  # routing groups (consecutive experts), which must all keep the same number of experts
     width: int = 0  # neurons that every expert is cut to; 0: as in the checkpoint
     drawn: bool = False  # prices of single experts are a draw that stands in for this model's own: how many stay is meant, not which

@@ -118,6 +118,11 @@ class Expert:
     biased: bool = False  # the matrices have biases
     adds: bool = True  # the weighted outputs are added to the stream as they are
 
+    @property
+    def can_refit(self) -> bool:
+        """Whether repair can compute with the experts: their formula is known, and what they give reaches the stream unchanged."""
+        return self.activation == "silu" and self.adds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:

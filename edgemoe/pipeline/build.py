@@ -25,7 +25,6 @@ from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
 from edgemoe.price.choices import discount
-from edgemoe.repair.engine_matrices import can_repair
 from edgemoe.stream.engine.traced import complete_model
 from edgemoe.stream.texts import DEFAULT_TOKENS, choose_texts
 from edgemoe.targets import find_target
@@ -98,8 +97,7 @@ def _build(job: Job, progress: StageProgress, watch: GapProgress) -> Report:
 def complete_job(job: Job) -> Job:
     """The job of a model that is hashed, with what a GGUF's Model lacks; experts of unknown formula are not repaired."""
     model = complete_model(job.model)
-    repair = job.request.repair and (not model.architecture or can_repair(model))
-    return replace(job, model=model, request=replace(job.request, repair=repair))
+    return replace(job, model=model, request=replace(job.request, repair=job.request.repair and model.expert.can_refit))
 
 
 def open_model(source: str, progress: Progress | None = None) -> Model:
@@ -175,8 +173,7 @@ def price_model(
     calibration, _ = choose_texts((), ())
     stats = collect_stats(model, calibration, open_work(work, work), max_tokens=calibration_tokens)
     costs = price_cached(model, stats, chosen, choose_context(model, context), work, None)[0]
-    repair = repair and (not model.architecture or can_repair(model))
-    return discount(costs, repair=repair, rounding=rounding, gradients=not model.architecture)
+    return discount(costs, repair=repair, rounding=rounding)
 
 
 def frontier_of(priced: Sequence[Costs], weights: int) -> tuple[dict[str, float], ...]:

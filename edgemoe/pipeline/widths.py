@@ -61,8 +61,7 @@ def plan_widths(job: Job, work: Path, progress: StageProgress, watch: GapProgres
             break
         stats = collect_stats(narrowed.model, texts, narrowed.work, max_tokens=tokens, progress=in_stage(progress, f"calibrate{name}"))
         costs, key = price_cached(narrowed.model, stats, target, job.context, narrowed.work, in_stage(progress, f"price{name}"))
-        costs = discount(costs, repair=request.repair, rounding=request.rounding, gradients=not model.architecture)
-        costs = charge(costs, narrowed)
+        costs = charge(discount(costs, repair=request.repair, rounding=request.rounding), narrowed)
         costs = offered_here(costs, narrowed.model, target, request)
         priced.append(costs)
         offer = Offer(narrowed=narrowed, stats=stats, costs=costs, costs_hash=key)

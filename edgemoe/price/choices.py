@@ -98,6 +98,8 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         fixed_size=np.array(target.fixed_sizes(model, counts)),
         factor=factor,
         n_groups=kept_groups(model.router),
+        gradients=not model.architecture,
+        can_refit=model.expert.can_refit,
         **drops,
     )
 
@@ -216,17 +218,17 @@ def discount_drops(costs: Costs) -> Costs:
     )
 
 
-def discount(costs: Costs, *, repair: bool, rounding: str, gradients: bool = True) -> Costs:
-    """Turn measured prices into the prices of a build that repairs, or rounds with feedback, which knows gradients or does not.
+def discount(costs: Costs, *, repair: bool, rounding: str) -> Costs:
+    """Turn measured prices into the prices of a build that repairs, or rounds with feedback.
 
     Raises:
         UsageError: `rounding` is not known.
     """
     check_rounding(rounding)
-    if repair:
+    if repair and costs.can_refit:
         costs = discount_drops(costs)
     if rounding == "feedback":  # feedback does not lower the cost of rounded inputs
-        factor = FED_BACK if gradients else FED_BACK_PLAIN
+        factor = FED_BACK if costs.gradients else FED_BACK_PLAIN
         costs = replace(costs, cost=costs.cost * factor + costs.input_cost * (1 - factor))
     return costs
 

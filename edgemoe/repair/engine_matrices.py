@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgemoe.base.threads import count_cores, open_threads
 from edgemoe.base.types import F32, F64
-from edgemoe.ir import Model, is_stack
+from edgemoe.ir import is_stack
 from edgemoe.model.checkpoint import read_tensor
 from edgemoe.quantize.gptq import factor_hessian, mix_hessians
 from edgemoe.repair.align import PairSums, refit_matrix
@@ -46,16 +46,11 @@ def pack_layer(streams: TwoStreams, layer: int, kept: Sequence[int], *, epochs: 
     for activation, roles in streams.original.groups(layer):
         if not is_stack(roles[0]):
             packed |= pack_plain(work, activation, roles)
-        elif not can_repair(streams.model):
+        elif not streams.model.expert.can_refit:
             packed |= pack_stacks(work, roles)
         elif DOWN not in roles and changes_experts(work):  # down is packed with them
             packed |= pack_silu(work, epochs)
     work.finish(packed)
-
-
-def can_repair(model: Model) -> bool:
-    """Whether the experts' formula is known, and their outputs are added to the stream as they are."""
-    return model.expert.activation == "silu" and model.expert.adds
 
 
 def map_of(sums: tuple[PairSums, PairSums]) -> F32:

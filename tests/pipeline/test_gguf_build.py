@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -247,3 +249,21 @@ def test_what_a_gguf_cannot_have_is_refused_by_option(
     refused = run_cli("build", files["olmoe"], "--memory", "1GB", "-o", tmp_path / "out", *options)
     assert refused.returncode == 2 and reason in error_of(refused.stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not say which cores a process may use")
+def test_one_core_and_all_cores_give_the_same_bytes(opened: dict[str, Model], tmp_path: Path) -> None:
+    model, texts, cores = opened["olmoe"], choose_texts((), ())[0], os.sched_getaffinity(0)
+    plan, hashes = flat_plan(model, lambda unit: "Q4_K" if unit.layer < 0 else "Q3_K", [[0, 1, 3]] * len(model.moe_layers)), []
+    try:
+        for allowed in ({min(cores)}, cores):
+            os.sched_setaffinity(0, allowed)
+            work = make_folder(tmp_path / str(len(allowed)))
+            stats = collect_stats(model, texts, work, max_tokens=TOKENS // 4)
+            stored = store_weights(model, texts, stats, replace(plan, repair=True), work, max_tokens=TOKENS // 4)
+            path = GGUF.write(stored, stats, plan, make_folder(work / "out"), 0, None).path
+            hashes.append([hash_file(path), *(hash_file(file) for file in sorted(Path(stats.folder).glob("layer*.safetensors")))])
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert hashes[0] == hashes[1]
