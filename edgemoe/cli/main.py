@@ -105,8 +105,7 @@ def main() -> None:
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()
-        if code:
-            sys.exit(code)
+        sys.exit(code)
     except BrokenPipeError:
         _end_quietly()
     except (Exception, KeyboardInterrupt, Stopped) as error:

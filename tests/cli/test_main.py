@@ -22,9 +22,10 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str], 
     from edgemoe.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["edgemoe", command, "--help"])
-    main()
+    with pytest.raises(SystemExit) as stop:
+        main()
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert not stop.value.code and shown.err == ""
     assert f"edgemoe {command}" in shown.out and "Options:" in shown.out
 
 

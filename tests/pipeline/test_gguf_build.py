@@ -18,7 +18,7 @@ from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats
 
 from edgemoe.base.storage import hash_file
 from edgemoe.calibrate.collect import collect_stats
-from edgemoe.ir import Model, Plan
+from edgemoe.ir import Model, Plan, Stats
 from edgemoe.model.gguf_model import first_file
 from edgemoe.model.gguf_source import read_gguf
 from edgemoe.model.inspect import inspect_model
@@ -181,28 +181,39 @@ def hash_tensor(tensor: gguf.ReaderTensor) -> bytes:
     return hashlib.sha256(tensor.data.tobytes()).digest()
 
 
-def test_feedback_through_llama_cpp_lowers_kl_and_goes_on_after_a_kill_with_the_same_bytes(
-    opened: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, texts, heldout = opened["tiny-moe-b"], *choose_texts((), ())
-    stats = collect_stats(model, texts, tmp_path, max_tokens=TOKENS)
+@pytest.fixture(scope="module")
+def calibrated(opened: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Stats, Path]:
+    model, work = opened["tiny-moe-b"], tmp_path_factory.mktemp("calibrated")
+    return model, collect_stats(model, choose_texts((), ())[0], work, max_tokens=TOKENS), work
+
+
+def store(calibrated: tuple[Model, Stats, Path], work: Path, rounding: str = "feedback") -> Path:
+    model, stats, _ = calibrated
     plan = flat_plan(model, lambda unit: "F32" if unit.layer < 0 else "Q3_K")
+    stored = store_weights(model, choose_texts((), ())[0], stats, plan, work, rounding=rounding, max_tokens=TOKENS)
+    return GGUF.write(stored, stats, plan, make_folder(work / "out"), 0, None).path
+
+
+def test_feedback_through_llama_cpp_lowers_kl(calibrated: tuple[Model, Stats, Path]) -> None:
+    (model, _, work), heldout = calibrated, choose_texts((), ())[1]
     windows = tokenize_heldout(model, heldout, 1280)
-    states, kl, files = reference_states(model, windows, tmp_path), {}, {}
-    for name, rounding in (("stock", "stock"), ("feedback", "feedback"), ("resumed", "feedback")):
-        work = tmp_path / name
-        if name == "resumed":
-            layer = engine_rounding.pack_layer
-            monkeypatch.setattr(engine_rounding, "pack_layer", stop_after(layer, 1))
-            with pytest.raises(KeyboardInterrupt):
-                store_weights(model, texts, stats, plan, work, rounding=rounding, max_tokens=TOKENS)
-            monkeypatch.setattr(engine_rounding, "pack_layer", layer)
-        stored = store_weights(model, texts, stats, plan, work, rounding=rounding, max_tokens=TOKENS)
-        files[name] = GGUF.write(stored, stats, plan, make_folder(work / "out"), 0, None).path
-        scores = compare_logits(files[name], model, windows, states, [t.name for t in heldout], GGUF)
-        kl[name] = float(np.mean([score.kl_mean for score in scores]))
-    assert hash_file(files["resumed"]) == hash_file(files["feedback"])
+    states, kl = reference_states(model, windows, work), {}
+    for rounding in ("stock", "feedback"):
+        scores = compare_logits(store(calibrated, work / rounding, rounding), model, windows, states, [t.name for t in heldout], GGUF)
+        kl[rounding] = float(np.mean([score.kl_mean for score in scores]))
     assert kl["feedback"] < 0.8 * kl["stock"]  # 0.45 with four times the calibration text
+
+
+@pytest.mark.slow
+def test_rounding_that_was_killed_goes_on_to_the_same_bytes(
+    calibrated: tuple[Model, Stats, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, layer = store(calibrated, tmp_path / "whole"), engine_rounding.pack_layer
+    monkeypatch.setattr(engine_rounding, "pack_layer", stop_after(layer, 1))
+    with pytest.raises(KeyboardInterrupt):
+        store(calibrated, tmp_path / "killed")
+    monkeypatch.setattr(engine_rounding, "pack_layer", layer)
+    assert hash_file(store(calibrated, tmp_path / "killed")) == hash_file(whole)
 
 
 def stop_after(function: Callable[..., None], calls: int) -> Callable[..., None]:
