@@ -63,7 +63,6 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
     probes = {(p.role, p.layer): p for p in stats.probes if p.kind == "round"}
     layers, matrices, whole = _price_probes(model, stats, target, units, probes, progress)
     kappa, kappa_sum, additive_factors = _split_flips(model, stats, probes, whole)
-    drops = _price_drops(model, stats, target, layers, counts, kappa)
     use = {layer: _use(stats, layer) for layer in layers}
     for u, unit in enumerate(units):
         factor[:, u] = _domain_factor(stats, unit, probes, use.get(unit.layer))
@@ -72,8 +71,7 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
             from_inputs = nats.inputs[target.offered[f]] * scale
             if np.isfinite(both := nats.weights[target.offered[f]] * scale + from_inputs).all():  # else no such file would run
                 input_cost[:, u, f], cost[:, u, f] = from_inputs, both
-    _free_own_types(model, target, units, cost, input_cost)
-    _check_priced(model, units, cost)
+    _settle_own_types(model, target, units, cost, input_cost)
     return Costs(
         model=model.fingerprint,
         model_name=model.name,
@@ -98,24 +96,22 @@ def price_choices(model: Model, stats: Stats, target: Target, context: int, prog
         fixed_size=np.array(target.fixed_sizes(model, counts)),
         factor=factor,
         n_groups=kept_groups(model.router),
-        gradients=not model.architecture,
-        can_refit=model.expert.can_refit,
-        **drops,
+        **_price_drops(model, stats, target, layers, counts, kappa),
     )
 
 
-def _free_own_types(model: Model, target: Target, units: list[Unit], cost: F64, input_cost: F64) -> None:
-    """Let a tensor of a GGUF cost nothing in the type that it has: its bytes are copied, and the original ran with them."""
+def _settle_own_types(model: Model, target: Target, units: list[Unit], cost: F64, input_cost: F64) -> None:
+    """Let a tensor of a GGUF cost nothing in the type that it has: its bytes are copied, and the original ran with them.
+
+    Raises:
+        ModelError: no format can hold a tensor.
+    """
     for u, unit in enumerate(units):
         own = model.get(unit.role, unit.layer, 0 if unit.is_stack else -1).dtype if model.architecture else ""
         if own in target.offered:
             cost[:, u, target.offered.index(own)] = input_cost[:, u, target.offered.index(own)] = 0.0
-
-
-def _check_priced(model: Model, units: list[Unit], cost: F64) -> None:
-    """Refuse a tensor that no format can hold, and name it."""
-    for u in np.flatnonzero(~np.isfinite(cost).any(axis=(0, 2))):
-        raise ModelError(f"{model.folder}: no format can hold the weights of {units[u].name}", hint="is the checkpoint damaged?")
+    for lost in np.flatnonzero(~np.isfinite(cost).any(axis=(0, 2))).tolist():
+        raise ModelError(f"{model.folder}: no format can hold the weights of {units[lost].name}", hint="is the checkpoint damaged?")
 
 
 def _scale_and_nats(
@@ -163,8 +159,8 @@ def _price_probes(
 def _price_drops(
     model: Model, stats: Stats, target: Target, layers: Mapping[int, Layer], counts: tuple[int, ...], kappa: float
 ) -> dict[str, Any]:
-    """The fields of Costs that say what dropping costs."""
-    drops = _no_drops(model, len(stats.domains), counts)
+    """The fields of Costs that say what dropping costs, and what repair and feedback can do about it."""
+    drops = _no_drops(model, len(stats.domains), counts) | {"gradients": not model.architecture, "can_refit": model.expert.can_refit}
     for row, layer in enumerate(model.moe_layers):
         reach = float(routers_behind("", layer, model.moe_layers).mean())
         _enter_drops(drops, row, layers[layer], stats.arrays(layer)["gate_norm"], stats.weights, target, kappa * reach)

@@ -79,6 +79,7 @@ def verify_artifact(
     mean_kl = float(np.mean([t.kl_mean for t in texts]))
     settings = {**target.runs.beside, **((target.runs.fallback or {}) if notes else {})}
     beside = 0.0 if decoded else mean_kl * _ratio_beside(artifact.path, model, windows, states, target, settings)
+    notes = [*_note_beside(target, mean_kl, beside), *notes]
     samples = tuple({**s, "loops": repeats(s["tokens"])} for s in measured["samples"])
     return Report(
         model=_describe(model),
@@ -93,11 +94,7 @@ def verify_artifact(
         decode_ceiling=0.0 if decoded else estimate_speed(plan.active_bytes, plan.memory["kv"], measure_bandwidth()),
         samples=samples,
         frontier=(),
-        problems=(
-            *_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl),
-            *_note_beside(target, mean_kl, beside),
-            *notes,
-        ),
+        problems=(*_find_problems(artifact, model, plan, heldout, target, int(measured["peak"]), mean_kl), *notes),
         runtime="edgemoe's own decoding" if decoded else target.runtime(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,13 @@ def complete_model(model: Model) -> Model:
         _check_stacks(found)
         places = find_experts(graph)
         seen = _look(session, tokens, places, f"{first_file(model)}: {model.architecture}")
-        adds = _adds(session, tokens, seen[0].layer, places[seen[0].layer])
+        adds = _all_add(session, tokens, places)
         bias = {s.layer: _bias_of(model, s.layer) for s in seen}
     finally:
         session.close()
     router = replace(model.router, scoring=UNKNOWN) if model.architecture in SHARED_EXPERTS else fit_router(model.router, seen, bias)
-    activation = "silu" if _is_silu(found, seen[0]) else UNKNOWN
+    silu = all(_is_silu(found, sight, PAIRS if sight is seen[0] else 1) for sight in seen)
+    activation = "silu" if silu else UNKNOWN
     return replace(found, router=router, expert=replace(model.expert, adds=adds, activation=activation))
 
 
@@ -143,22 +145,30 @@ def _look(session: Session, tokens: NDArray[np.int64], places: dict[int, Experts
     ]
 
 
-def _adds(session: Session, tokens: NDArray[np.int64], layer: int, place: Experts) -> bool:
-    """Whether a change of a weighted output changes the stream after the layer by as much."""
-    end, change = session.graph(tokens).exits(layer), np.random.default_rng(0).standard_normal(1).astype(np.float32)[0]
+def _all_add(session: Session, tokens: NDArray[np.int64], places: dict[int, Experts]) -> bool:
+    """Whether a change of a weighted output changes the stream after its layer by as much, in every layer; layers run one by one."""
+    graph = session.graph(tokens)
+    states = session.live_values(tokens, graph.entries[graph.layers[0]])
+    for layer in graph.layers:
+        run = partial(session.live_values, tokens, graph.exits(layer), after=graph.entries[layer], values=states)
+        following = run()
+        if layer in places:
+            shifts: list[float] = []
+            moved = run(also={places[layer].weighted: partial(_shift, shifts)})
+            before, after = (next(iter(values.values())).reshape(TOKENS, -1)[0] for values in (following, moved))
+            room = 5 * WITHIN * (abs(shifts[0]) + 1e-3 * float(np.abs(before).max()))
+            if np.abs(after - before - shifts[0]).max() > room:
+                return False
+        states = following
+    return True
 
-    def shift(seen: Seen) -> None:
-        values = seen.values()
-        shifts.append(float(change * np.abs(values).max()))
-        values[0, 0] += shifts[0]
-        seen.replace(values)
 
-    shifts: list[float] = []
-    before, after = (
-        next(iter(session.live_values(tokens, end, also=also).values())).reshape(TOKENS, -1) for also in ({}, {place.weighted: shift})
-    )
-    moved = (after - before)[0]
-    return bool(np.abs(moved - shifts[0]).max() <= 5 * WITHIN * (abs(shifts[0]) + float(np.abs(before[0]).max()) * 1e-3))
+def _shift(shifts: list[float], seen: Seen) -> None:
+    """Add to the first token's first output a number that stands out, and note it."""
+    values = seen.values()
+    shifts.append(float(np.abs(values).max()))
+    values[0, 0] += shifts[0]
+    seen.replace(values)
 
 
 def _bias_of(model: Model, layer: int) -> F32:
@@ -196,13 +206,13 @@ def _ratios(rule: Router, sight: Sight, bias: F32) -> NDArray[np.float64] | None
     return ratios
 
 
-def _is_silu(model: Model, sight: Sight) -> bool:
-    """Whether the hidden values are silu(W_gate x) * W_up x, with matrices apart and no biases or scales."""
+def _is_silu(model: Model, sight: Sight, pairs: int) -> bool:
+    """Whether the hidden values of some pairs are silu(W_gate x) * W_up x, with matrices apart and no biases or scales."""
     roles = {role for role, _ in model.of_layer(sight.layer)}
     stacks = {role for role in roles if is_stack(role.partition(".")[0])}
     if stacks != {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}:
         return False
-    for token in range(PAIRS):
+    for token in range(pairs):
         expert = int(sight.chosen[token, 0])
         a, b = (read_tensor(model.folder, model.get(f"ffn_{part}_exps", sight.layer, expert)) @ sight.x[token] for part in ("gate", "up"))
         expected = a / (1 + np.exp(-a)) * b
