@@ -106,10 +106,10 @@ class Ggml:
         buffer = struct_at(pointer).buffer
         return bool(buffer) and self.library.ggml_backend_buffer_get_usage(buffer) == OF_WEIGHTS
 
-    def read_bytes(self, pointer: int) -> NDArray[np.uint8]:
-        """A copy of a tensor's bytes, whatever memory it lies in."""
-        raw = np.empty(self.library.ggml_nbytes(pointer), np.uint8)
-        self.library.ggml_backend_tensor_get(pointer, raw.ctypes.data, 0, raw.nbytes)
+    def read_bytes(self, pointer: int, start: int = 0, n_bytes: int | None = None) -> NDArray[np.uint8]:
+        """A copy of a tensor's bytes, or of some of them, whatever memory it lies in."""
+        raw = np.empty(self.library.ggml_nbytes(pointer) if n_bytes is None else n_bytes, np.uint8)
+        self.library.ggml_backend_tensor_get(pointer, raw.ctypes.data, start, raw.nbytes)
         return raw
 
     def read(self, pointer: int) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.base.threads import open_threads
 from edgemoe.stream.engine.graph import Graph, Leaf, Node
 from edgemoe.stream.engine.layout import COMPUTE, Ggml, struct_at
 from edgemoe.stream.engine.runtime import Runtime
@@ -81,7 +82,7 @@ class Session:
         key = (*windows.shape, logits)
         if key not in self._graphs:
             self._recorded = []
-            self._decode(windows, logits=logits)
+            self._pass(windows, logits=logits)
             recorded, self._recorded = self._recorded, None
             self._computes[key] = [bool(struct_at(pointer).flags & COMPUTE) for pointer in recorded]
             self._graphs[key] = self._read_graph(recorded)
@@ -125,7 +126,7 @@ class Session:
             orders[number] = _PUT
         self._orders, self._watches, self._values, self._asked, self._now = orders, watch or {}, values or {}, 0, []
         self._flagged = self._computes[*windows.shape, logits]
-        self._decode(windows, logits=logits)
+        self._pass(windows, logits=logits)
         return self.runtime.logits(windows.size) if logits and until is None else None
 
     def live_values(
@@ -145,7 +146,7 @@ class Session:
         self.run(windows, until=at, watch={**(also or {}), at: take}, **cut)
         return found
 
-    def _decode(self, windows: NDArray[np.int64], *, logits: bool) -> None:
+    def _pass(self, windows: NDArray[np.int64], *, logits: bool) -> None:
         try:
             self.runtime.decode(windows, logits=logits)
         finally:
@@ -155,14 +156,26 @@ class Session:
 
     # --------------------------------------------------------------------------------------------------------------- weights
     def weight(self, name: str) -> NDArray[np.float32]:
-        """The values of a weight that a recorded graph reads."""
+        """The values of a weight that a recorded graph reads; a stack is decoded in parts, so that little is held beside the result."""
+        pointer = self._pointers[name]
+        shape = struct_at(pointer).shape
+        if len(shape) < 3:
+            return self._decode(pointer, 0, shape)
+        values = np.empty(shape, np.float32)
+        with open_threads() as pool:
+            for part, found in enumerate(pool.map(lambda part: self._decode(pointer, part, shape[1:]), range(shape[0]))):
+                values[part] = found
+        return values
+
+    def _decode(self, pointer: int, part: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The values of one of the equal parts of a weight."""
         import gguf
 
-        pointer = self._pointers[name]
-        tensor, raw = struct_at(pointer), self.ggml.read_bytes(pointer)
-        kind = gguf.GGMLQuantizationType(tensor.type)
-        values = gguf.quants.dequantize(raw.reshape(*tensor.shape[:-1], -1) if len(tensor.shape) > 1 else raw, kind)
-        return values.astype(np.float32).reshape(tensor.shape)
+        tensor = struct_at(pointer)
+        size = self.ggml.library.ggml_nbytes(pointer) * math.prod(shape) // math.prod(tensor.shape)
+        raw = self.ggml.read_bytes(pointer, part * size, size)
+        values = gguf.quants.dequantize(raw.reshape(*shape[:-1], -1) if len(shape) > 1 else raw, gguf.GGMLQuantizationType(tensor.type))
+        return values.astype(np.float32, copy=False).reshape(shape)
 
     @contextmanager
     def pointed(self, weights: Mapping[str, NDArray[np.float32]]) -> Iterator[None]:

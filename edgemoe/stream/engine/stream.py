@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgemoe.base.errors import ModelError
+from edgemoe.base.threads import open_threads
 from edgemoe.base.types import F32
 from edgemoe.ir import Model, tensor_name
 from edgemoe.ir.model import is_stack
@@ -93,9 +94,14 @@ class EngineStream:
         """Let the weights of these roles be rounded to so many bits while the context lasts."""
         changed = {}
         for role, n in bits.items():
-            values = self.values(layer, role)
-            rows = values.reshape(-1, values.shape[-1])
-            changed[self._name(role, layer)] = round_to_nearest(rows, n).reshape(values.shape)
+            changed[self._name(role, layer)] = values = self.values(layer, role)
+            parts = values if values.ndim == 3 else values[None]
+
+            def round_part(index: int, parts: F32 = parts, n: int = n) -> None:
+                parts[index] = round_to_nearest(parts[index], n)
+
+            with open_threads() as pool:
+                list(pool.map(round_part, range(len(parts))))
         with self.session.pointed(changed):
             yield
 
