@@ -225,19 +225,25 @@ def add_predicting_block(source: Path, path: Path) -> Path:
     """The same model with one more block, which predicts a further token and which llama.cpp does not run: a copy of the last."""
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
-    writer, n = gguf.GGUFWriter(path, arch), int(reader.fields[f"{arch}.block_count"].contents())
-    changed = {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
-    for key, field in reader.fields.items():
-        value = changed.get(key, field.contents())
-        if not key.startswith("GGUF.") and key != "general.architecture" and value != []:
-            writer.add_key_value(key, value, field.types[0], sub_type=field.types[-1] if isinstance(value, list) else None)
-    hidden = int(reader.fields[f"{arch}.embedding_length"].contents())
+    n, hidden = (int(reader.fields[f"{arch}.{key}"].contents()) for key in ("block_count", "embedding_length"))
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     last = {name: data for name, data in tensors.items() if name.startswith(f"blk.{n - 1}.") and "scale" not in name}
-    tensors |= {name.replace(f"blk.{n - 1}.", f"blk.{n}."): data for name, data in last.items()}
+    more = {name.replace(f"blk.{n - 1}.", f"blk.{n}."): data for name, data in last.items()}
     for name, shape in {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}.items():
-        tensors[f"blk.{n}.nextn.{name}.weight"] = np.ones(shape, np.float32)
-    for name, data in tensors.items():
+        more[f"blk.{n}.nextn.{name}.weight"] = np.ones(shape, np.float32)
+    return change(source, path, {"block_count": n + 1, "nextn_predict_layers": 1}, more)
+
+
+def change(source: Path, path: Path, values: dict[str, Any], more: dict[str, Any] | None = None) -> Path:
+    """The same file with other values of keys, those of the architecture by their short names, and more tensors."""
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, arch)
+    for key, field in reader.fields.items():
+        value = values.get(key.removeprefix(f"{arch}."), field.contents())
+        if not key.startswith("GGUF.") and key != "general.architecture" and field.contents() != []:
+            writer.add_key_value(key, value, field.types[0], sub_type=field.types[-1] if isinstance(value, list) else None)
+    for name, data in ({tensor.name: tensor.data for tensor in reader.tensors} | (more or {})).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

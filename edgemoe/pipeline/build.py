@@ -20,7 +20,7 @@ from edgemoe.pipeline.doors import check_needs, check_shards
 from edgemoe.pipeline.emit import copy_licences, emit_artifact, fixed_names
 from edgemoe.pipeline.output_folder import finish_output, hold_output, open_work, prepare_output
 from edgemoe.pipeline.refine import Measured, Measurer, expect, fitted_share, refine_plan
-from edgemoe.pipeline.request import BuildRequest, Job, check_source, choose_context, prepare, warn_of_context, warn_of_source
+from edgemoe.pipeline.request import BuildRequest, Job, check_loads, check_source, choose_context, prepare, warn_of_context, warn_of_source
 from edgemoe.pipeline.store import store_weights
 from edgemoe.pipeline.widths import Offer, in_stage, plan_widths, price_cached, solve_request
 from edgemoe.plan.solve import sweep_sizes
@@ -106,7 +106,9 @@ def open_model(source: str, progress: Progress | None = None) -> Model:
     Raises:
         EdgemoeError: as `inspect_model` and `complete_model`.
     """
-    return complete_model(inspect_model(source, progress=progress))
+    model = inspect_model(source, progress=progress)
+    check_loads(model, choose_context(model, None))
+    return complete_model(model)
 
 
 def refine(

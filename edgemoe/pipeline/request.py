@@ -99,6 +99,8 @@ def prepare(request: BuildRequest) -> Job:
     if warning := warn_of_source(model):
         logging.getLogger("edgemoe").warning(warning)
     check_output(request.out, force=request.force, names=fixed_names(target, model))
+    context = choose_context(model, request.context)
+    check_loads(model, context)
     calibration, heldout = choose_texts(request.calibration, request.heldout)
     for texts, tokens in ((calibration, request.calibration_tokens), (heldout, HELDOUT_TOKENS)):
         tokenize(model, texts, tokens, WINDOW)  # a text without tokens, or a tokenizer that does not load, is found now
@@ -106,7 +108,7 @@ def prepare(request: BuildRequest) -> Job:
         request=request,
         model=model,
         target=target,
-        context=choose_context(model, request.context),
+        context=context,
         widths=choose_widths(model, request.width, target.form),
         top_k=choose_top_k(model, request.top_k),
         calibration=calibration,
@@ -126,6 +128,16 @@ def settle_gguf(request: BuildRequest, model: Model) -> BuildRequest:
     if request.top_k not in (None, model.top_k):
         raise UsageError(f"--top-k {request.top_k}: a GGUF's router picks {model.top_k}", hint="leave --top-k out")
     return replace(request, width="full")
+
+
+def check_loads(model: Model, context: int) -> None:
+    """Let llama.cpp look at a GGUF in a process of its own, because some malformed files stop the whole process that loads them.
+
+    Raises:
+        ModelError: llama.cpp does not take it.
+    """
+    if model.architecture:
+        find_target("gguf").memory_parts(model, context)
 
 
 def check_source(model: Model, target: str) -> None:

@@ -55,7 +55,8 @@ class Llama:
         params.use_extra_bufts, params.no_alloc = repack, not load
         self.model = lc.llama_model_load_from_file(path.encode(), params)
         if not self.model:
-            raise SystemExit("error: " + ("".join(self._log).strip().splitlines() or ["the model does not load"])[-1])
+            said = "".join(self._log).strip().splitlines() or ["the model does not load"]
+            raise SystemExit("error: " + next((line for line in reversed(said) if "error loading" in line), said[-1]))
         self.open(context, settings)
         self.vocab = lc.llama_model_get_vocab(self.model)
         self.n_vocab = lc.llama_vocab_n_tokens(self.vocab)

@@ -25,6 +25,7 @@ MIB = 2**20
 _SCANS = ("qwen3next", "kimi-linear", "bailingmoe3", "qwen35", "qwen35moe", "qwen4exp", "deepseek4", "minimax-01", "minimax-m3", "hy_v4")
 NODES = dict.fromkeys(_SCANS, (40, 32)) | dict.fromkeys(("kimi-k3", "glm5-next"), (160, 64))
 ROUNDED = 0.005  # MiB: llama.cpp prints two digits
+_PLACE = re.compile(r"/\S*/(?=\S+:\d+: )")  # folders of llama.cpp's own sources, where it was compiled
 _SIZES = {"kv": re.compile(r"llama_\w+: size =\s*([\d.]+) MiB"), "compute": re.compile(r"compute buffer size =\s*([\d.]+) MiB")}
 
 
@@ -68,7 +69,8 @@ def _ask(path: Path, asked: Settings) -> str:
     try:
         return "".join(run(path, {"reserve": asked.context, "settings": own})["log"])
     except VerifyError as error:
-        raise ModelError(f"{path}: llama.cpp does not take this model: {error}") from error
+        reason = _PLACE.sub("", str(error)).removeprefix(f"{path.name}: ")
+        raise ModelError(f"{path}: {reason}", hint="is the file whole, and not newer than this llama.cpp?") from error
 
 
 def work_bytes(model: Model, settings: Settings) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from architectures import add_predicting_block, make_all
+from architectures import add_predicting_block, change, make_all
 from command import error_of, run_cli
 from tiny import EXAMPLES, FAMILIES, flat_plan, flat_stats
 
+from edgemoe.base.errors import ModelError
 from edgemoe.base.storage import hash_file
 from edgemoe.calibrate.collect import collect_stats
 from edgemoe.ir import Model, Plan, Stats
@@ -142,6 +143,24 @@ def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attention.head_count": 3},  # llama.cpp stops the whole process
+        {"tokenizer.ggml.tokens": ["a"] * 3},  # so it does here
+        {"block_count": 9},
+        {"embedding_length": 0},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_file_that_llama_cpp_does_not_take_is_one_line(values: dict[str, object], files: dict[str, Path], tmp_path: Path) -> None:
+    source = change(files["olmoe"], tmp_path / "bad.gguf", values)
+    with pytest.raises(ModelError) as refused:
+        open_model(str(source))
+    text = str(refused.value)
+    assert text.startswith(f"{source}: ") and "\n" not in text and "/vendor/" not in text and refused.value.hint
+
+
 def test_memory_is_what_llama_cpp_says_and_no_less_than_we_compute_for_the_checkpoint(opened: dict[str, Model]) -> None:
     theirs, ours = (memory_parts(model, 512) for model in (inspect_model(MODEL), opened["tiny-moe-b"]))
     assert theirs["kv"] <= ours["kv"] <= theirs["kv"] + 2**14  # the log has two digits of a MiB
@@ -179,6 +198,22 @@ def test_a_tensor_that_keeps_its_type_is_copied_bit_for_bit(kind: str, sources: 
 
 def hash_tensor(tensor: gguf.ReaderTensor) -> bytes:
     return hashlib.sha256(tensor.data.tobytes()).digest()
+
+
+def test_a_split_set_is_one_source_and_can_be_split_again(sources: dict[str, Path], tmp_path: Path) -> None:
+    model, most = inspect_model(sources["olmoe"]), 2**20
+    whole = write(model, flat_plan(model, "Q8_0"), tmp_path / "whole")
+    stats, folder = flat_stats(model, tmp_path / "stats"), make_folder(tmp_path / "split")
+    GGUF.write(model, stats, flat_plan(model, "Q8_0"), folder, most, None)
+    assert len(list(folder.glob("*.gguf"))) > 1
+    source, out = open_model(str(folder)), make_folder(tmp_path / "out")
+    again = GGUF.write(source, flat_stats(source, tmp_path / "own"), flat_plan(source, "Q8_0"), out, most, None)
+    assert len(again.files) > 1 and all(file.size <= most for file in again.files)
+    tensors = [t for file in again.files for t in gguf.GGUFReader(out / file.name).tensors]
+    assert {t.name: hash_tensor(t) for t in tensors} == {t.name: hash_tensor(t) for t in gguf.GGUFReader(whole).tensors}
+    session = Session(again.path, windows=1, length=48, threads=1)  # llama.cpp finds the other files by itself
+    assert np.isfinite(session.run(np.arange(48)[None])).all()
+    session.close()
 
 
 @pytest.fixture(scope="module")
