@@ -10,7 +10,11 @@ import typer
 from edgemoe.base.errors import UsageError
 
 ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-30B-A3B.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a Hugging Face checkpoint, a hub id such as Qwen/Qwen3-30B-A3B, or a GGUF (of a split set, the first file).",
+    ),
 ]
 MemoryOpt = Annotated[
     str | None,

@@ -37,16 +37,13 @@ SameTextsOpt = Annotated[
         help="The texts that STATS were made from, to repair and round on. [default: the shipped mix]",
     ),
 ]
-InspectedArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, a hub id, or a GGUF (of a split set, the first file).")
-]
 SameTokensOpt = Annotated[
     int | None,
     typer.Option("--calibration-tokens", metavar="N", min=1024, help="Calibration tokens of all texts together. [default: as STATS]"),
 ]
 
 
-def inspect(model: InspectedArg, as_json: JsonOpt = False) -> None:
+def inspect(model: ModelArg, as_json: JsonOpt = False) -> None:
     """What a checkpoint or a GGUF holds, from its headers alone."""
     from edgemoe.model.gguf_source import is_gguf, read_gguf
     from edgemoe.model.inspect import inspect_model

@@ -1,4 +1,4 @@
-"""This module inspects a checkpoint folder or hub id and returns a Model, from headers and hashes, without needing torch."""
+"""This module inspects a checkpoint folder, a hub id or a GGUF and returns a Model, from headers and hashes, without needing torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def resolve_source(source: str | Path) -> Path:
             raise ModelError(f"{folder / 'config.json'}: is missing", hint="give the folder of a Hugging Face checkpoint")
         return folder.resolve()
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):  # "./name" is meant as a folder
-        raise UsageError(f"{source}: no such folder", hint="give a checkpoint folder or a hub id such as Qwen/Qwen3-30B-A3B")
+        raise UsageError(f"{source}: no such folder", hint="give a checkpoint folder, a GGUF, or a hub id such as Qwen/Qwen3-30B-A3B")
     fetch = f"hf download {source}"
     try:
         from huggingface_hub import snapshot_download

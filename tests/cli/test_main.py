@@ -83,7 +83,7 @@ def test_a_folder_that_is_not_there_is_exit_2_with_a_hint(tmp_path: Path) -> Non
     assert shown.returncode == 2 and shown.stdout == ""
     assert shown.stderr.splitlines() == [
         f"error: {tmp_path / 'nowhere'}: no such folder",
-        "hint: give a checkpoint folder or a hub id such as Qwen/Qwen3-30B-A3B",
+        "hint: give a checkpoint folder, a GGUF, or a hub id such as Qwen/Qwen3-30B-A3B",
     ]
 
 
