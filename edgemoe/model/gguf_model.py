@@ -20,7 +20,8 @@ from edgemoe.model.gguf_source import GgufSource, GgufTensor, read_gguf
 
 BLOCK = 32  # weights of the smallest block of ggml's quantized types
 PLAIN = ("F32", "F16", "BF16")
-QUANTIZED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4")
+_IQ = ("IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+QUANTIZED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", *_IQ)
 # llama-quantize leaves these as they are, and ggml's kernels want some of them in F32 (tensor_allows_quantization in llama-quant.cpp).
 _LEFT = re.compile(
     r"_norm|ffn_gate_inp|ssm_conv1d|shortconv\.conv|position_embd|token_types|attn_rel_b|time_mix_(?:first|w[012]|v[012]|a[012]|g[012]|lerp)"
@@ -45,7 +46,11 @@ def inspect_gguf(source: str | Path) -> Model:
     outer = [tensor for tensor in tensors if tensor.layer < 0]
     if not any(tensor.role == "token_embd" for tensor in outer):
         raise ModelError(f"{where}: token_embd.weight is missing")
-    down = next(tensor for tensor in tensors if tensor.role == "ffn_down_exps")
+    down = next((tensor for tensor in tensors if tensor.role == "ffn_down_exps" and tensor.expert >= 0), None)
+    if down is None:
+        raise ModelError(f"{where}: no layer has a stack ffn_down_exps.weight of {found.n_experts} experts")
+    if found.n_experts % found.n_groups:
+        raise ModelError(f"{where}: {found.architecture}.expert_group_count is {found.n_groups}, and there are {found.n_experts} experts")
     moe = {tensor.layer for tensor in tensors if tensor.expert >= 0}
     return Model(
         folder=str(where.parent),
@@ -56,7 +61,7 @@ def inspect_gguf(source: str | Path) -> Model:
         hidden_size=found.hidden_size,
         vocab_size=found.vocab_size,
         context_length=found.context_length or DEFAULT_CONTEXT,
-        norm_eps=float(found.of_architecture("attention.layer_norm_rms_epsilon", 1e-5)),
+        norm_eps=eps if isinstance(eps := found.of_architecture("attention.layer_norm_rms_epsilon"), float) else 1e-5,
         n_experts=found.n_experts,
         causal=found.architecture not in DIFFUSION,
         attention=Attention(heads=0, kv_heads=0, key_length=0, value_length=0, rotary=0, rope_theta=0.0),

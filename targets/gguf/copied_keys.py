@@ -27,8 +27,6 @@ def add_copied(writer: Any, model: Model, count: int) -> None:
     source = source_of(model)
     arch = source.architecture
     changed = {"expert_count": count, "block_count": model.n_layers, "nextn_predict_layers": 0, "expert_used_count": model.top_k}
-    if count < model.n_experts and model.router.groups > 1 and count // model.router.groups < 2:
-        changed |= {"expert_group_count": 1, "expert_group_used_count": 1}
     for key, value in source.values.items():
         kind, item = source.kinds[key]
         if key.startswith((*_MADE_ANEW, *_OWN)) or value == []:

@@ -139,6 +139,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused_or_read(small: Path, tmp_path
     path.write_bytes(raw)
     try:
         assert isinstance(read_gguf(path), GgufSource)
+        inspect_model(path, hashed=False)
     except EdgemoeError as error:
         assert str(error).isprintable()
 

@@ -184,7 +184,7 @@ def test_a_tensor_keeps_its_type_at_no_loss_and_gets_none_with_more_bits(
     assert (costs.cost[:, :, own] == 0).all() and (costs.cost[:, :, costs.formats.index("Q6_K")] > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q5_K", "Q4_0", "MXFP4"])
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q5_K", "Q4_0", "MXFP4", "IQ2_XS"])
 def test_a_tensor_that_keeps_its_type_is_copied_bit_for_bit(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
     model = inspect_model(sources["olmoe"])
     source = open_model(str(write(model, flat_plan(model, lambda unit: kind if unit.is_stack else "F32"), tmp_path / "source")))
@@ -193,7 +193,7 @@ def test_a_tensor_that_keeps_its_type_is_copied_bit_for_bit(kind: str, sources: 
         {t.name: hash_tensor(t) for t in gguf.GGUFReader(p).tensors if "_exps" in t.name} for p in (path, first_file(source))
     )
     assert found == expected
-    assert bool(warn_of_source(source)) == (kind in ("Q5_K", "Q4_0", "MXFP4"))
+    assert bool(warn_of_source(source)) == (kind not in ("BF16", "F16", "Q8_0"))
 
 
 def hash_tensor(tensor: gguf.ReaderTensor) -> bytes:

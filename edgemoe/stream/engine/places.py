@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgemoe.base.errors import ModelError
 from edgemoe.stream.engine.graph import Graph, Leaf
 from edgemoe.stream.engine.session import Seen, Watch
 
@@ -36,7 +37,7 @@ def find_experts(graph: Graph) -> dict[int, Experts]:
     """The places of every layer with experts.
 
     Raises:
-        ValueError: a layer with experts has no router or no down projection.
+        ModelError: a layer with experts has no router or no down projection.
     """
     readers = _readers(graph)
     stacks: dict[int, dict[str, int]] = {}
@@ -50,7 +51,7 @@ def find_experts(graph: Graph) -> dict[int, Experts]:
     found = {}
     for layer, parts in stacks.items():
         if layer not in routers or "down" not in parts:
-            raise ValueError(f"layer {layer} has experts, but no router or no down projection")
+            raise ModelError(f"layer {layer} has experts, but no router or no down projection")
         outputs, weighted = _follow(graph, readers, parts["down"], routers[layer])
         found[layer] = Experts(parts, _with_bias(graph, readers, routers[layer]), outputs, weighted)
     return found
