@@ -80,6 +80,7 @@ class TestGguf:  # classes go to different workers
         check_build(tmp_path, form, "gguf", 1_500_000)
 
 
+@pytest.mark.slow
 class TestMlx:
     """The form as a folder for mlx_lm that is least like those of tests/targets/mlx."""
 

@@ -92,6 +92,7 @@ def test_page_and_card_speak_of_onnxruntime(built: Built) -> None:
     assert not [n for n in (str(built.out.parent), str(MODEL.parent)) if n in page + card]
 
 
+@pytest.mark.slow
 def test_the_stages_one_by_one_give_the_same_bytes(built: Built, tmp_path: Path) -> None:
     def stage(*arguments: object) -> str:
         done = run_cli(*arguments)
@@ -126,6 +127,7 @@ def test_every_budget_is_kept_to_the_byte(built: Built, tmp_path: Path, share: f
 
 
 # --------------------------------------------------------------------------------------------------------- interruptions
+@pytest.mark.slow
 def test_a_build_killed_while_it_writes_and_while_it_runs_goes_on_to_the_same_bytes(built: Built, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for begun in (lambda: any(out.glob(".part/*")), lambda: (out / "model.onnx").exists()):

@@ -49,6 +49,7 @@ def command(source: Path, heldout: Path, work: Path, out: Path) -> list[object]:
     return ["build", source, *options, "--heldout", heldout, "--work", work, "-o", out]
 
 
+@pytest.mark.slow
 def test_a_build_killed_while_it_writes_goes_on_to_the_same_bytes(built: Built, tmp_path: Path) -> None:
     source, heldout, made = built
     again = command(source, heldout, made.with_name("work"), tmp_path / "out")
