@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgemoe.ir import Router
@@ -123,6 +123,7 @@ def test_a_token_counts_by_its_domain_and_over_the_square_of_its_own_stream() ->
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=142737, renormalize=False, top_k=1)  # an expert that goes holds nearly all of a token's scores, so that digits cancel
 @given(seed=st.integers(0, 10**6), renormalize=st.booleans(), top_k=st.integers(1, 3))
 def test_every_set_and_every_removal_costs_what_running_the_layer_says(seed: int, renormalize: bool, top_k: int) -> None:
     rng = np.random.default_rng(seed)
@@ -136,7 +137,7 @@ def test_every_set_and_every_removal_costs_what_running_the_layer_says(seed: int
     for expert in np.flatnonzero(kept):
         without = kept.copy()
         without[expert] = False
-        assert losses[expert] == pytest.approx(direct_loss(logits, outputs, top_k, without, renormalize=renormalize), abs=1e-9)
+        assert losses[expert] == pytest.approx(direct_loss(logits, outputs, top_k, without, renormalize=renormalize), rel=1e-7, abs=1e-9)
     assert np.isinf(losses[~kept]).all()
 
 
